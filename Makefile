@@ -1,0 +1,52 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Through the environment, constraints also hold for the packages that the build itself needs. pip reads the second name from 25.3 on.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+# mypy looks packages up by name; trainers/ is imported as mmdpo_trainers.
+TYPING := build/typing
+
+.PHONY: help install test demo lint wheel bench clean
+
+help:
+	@echo "make install  virtual environment $(VENV) with everything, C++ extension built"
+	@echo "make test     install, then pytest (options: PYTEST_ADDOPTS)"
+	@echo "make demo     install, then a full MIA-DPO run on the embedded pictures, report in runs/shapes_mia_dpo"
+	@echo "make lint     install, then ruff and mypy"
+	@echo "make wheel    install, then a wheel in dist/"
+	@echo "make bench    install, then attention ratios side by side with the eager way"
+	@echo "make clean    remove $(VENV) and everything that was built; runs/ stays"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -e '.[train,plots,dev]'
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
+
+demo: install
+	$(BIN)/mmdpo run configs/shapes_mia_dpo.yaml
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p $(TYPING)
+	@ln -sfn ../../mmdpo_kernels $(TYPING)/mmdpo_kernels
+	@ln -sfn ../../trainers $(TYPING)/mmdpo_trainers
+	MYPYPATH=$(TYPING) $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers
+
+wheel: install
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel --no-deps -w dist .
+
+bench: install
+	$(BIN)/python -m benchmarks.attention_ratio
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mmdpo_kernels/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find mmdpo_kernels trainers tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

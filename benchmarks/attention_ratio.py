@@ -1,0 +1,209 @@
+"""Attention ratios of answers to multi-image prompts: `score` and `generate` against the eager way with attention maps.
+
+    python -m benchmarks.attention_ratio            # table, and results/attention_ratio_cpu.json
+
+A LLaVA of random weights, five pictures, 1,500 prompt tokens, a 40-token answer, float32. Four things are timed in turn in one process:
+
+- `eager pass`: teacher-forced, `attn_implementation="eager"`, `output_attentions=True`, then the ratio from the maps.
+- `score`: the same ratios by the stage's own function.
+- `official way`: `generate(output_attentions=True)` with eager attention, ratio from the maps of the decoding steps (MIA-DPO's code).
+- `generate + score`: the two stages' own functions.
+
+Ratios are compared before anything is timed. Peak memory above the model is measured in a fresh process for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from benchmarks.measure import alternate, peak_memory, ratios, write_result
+from mmdpo_kernels import patch_model, unpatch_model
+from mmdpo_trainers.attention_ratios import attention_ratios, default_layer
+from mmdpo_trainers.loading import LoadedModel
+from mmdpo_trainers.prompts import encode_prompts
+from mmdpo_trainers.shapes.model import build_processor
+from mmdpo_trainers.stages.generate import generate_responses
+
+PICTURES, PROMPT_TOKENS, ANSWER_TOKENS = 5, 1500, 40
+SIDE, PATCH = 238, 14  # 17 x 17 = 289 tokens a picture
+COMPARISONS = {"score": "eager pass", "generate + score": "official way"}
+GOALS = {"score": 2.5, "generate + score": 1.5}
+
+
+def build() -> LoadedModel:
+    """A LLaVA with the proportions of a small real one: 8 layers, width 1,024, 16 heads of 64."""
+    torch.manual_seed(0)
+    processor = build_processor()
+    processor.patch_size = PATCH
+    processor.tokenizer.model_max_length = 4096
+    processor.image_processor.size = {"shortest_edge": SIDE}
+    processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
+    )
+    text = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        vocab_size=32064,
+        max_position_embeddings=4096,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=processor.image_token_id, vision_feature_layer=-1)
+    model = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        # The answer never ends early and has no image token in it, in either way of generating.
+        model.lm_head.weight[[processor.tokenizer.eos_token_id, processor.image_token_id]] = 0.0
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    return LoadedModel(model=model, processor=processor, path=Path("benchmark"))
+
+
+def prompt_record(loaded: LoadedModel) -> dict[str, Any]:
+    """One sequence prompt of exactly PROMPT_TOKENS tokens."""
+    pictures = [Image.effect_noise((SIDE, SIDE), 64 + 8 * k).convert("RGB") for k in range(PICTURES)]
+    opening = "".join(f"Image{k + 1}:<image>\n" for k in range(PICTURES)) + "In Image3, what is shown"
+    record = {"id": "benchmark", "format": "sequence", "images": pictures, "target": 2, "num_images": PICTURES}
+    tokens = encode_prompts(loaded, [{**record, "prompt": opening}], padding_side="right").inputs["input_ids"].shape[1]
+    return {**record, "prompt": opening + " and" * (PROMPT_TOKENS - tokens)}
+
+
+def eager_ratio(maps: torch.Tensor, rows: slice, input_ids: torch.Tensor, image_token_id: int, target: int) -> float:
+    """The official algorithm: mean over heads and response rows, mean over each picture's tokens, target over the sum."""
+    attention = maps[0].mean(0)[rows].mean(0)
+    columns = (input_ids[0] == image_token_id).nonzero()[:, 0].view(PICTURES, -1)
+    per_picture = attention[columns].mean(1)
+    return float(per_picture[target] / per_picture.sum())
+
+
+@torch.no_grad()
+def eager_pass(loaded: LoadedModel, record: dict[str, Any]) -> float:
+    unpatch_model(loaded.model).set_attn_implementation({"text_config": "eager"})
+    encoded = encode_prompts(loaded, [record], padding_side="right", answers=[record["response_ids"]])
+    maps = loaded.model(**encoded.inputs, output_attentions=True, use_cache=False).attentions[default_layer(loaded.num_layers)]
+    start, stop = encoded.response_spans[0]
+    return eager_ratio(maps, slice(start - 1, stop - 1), encoded.inputs["input_ids"], loaded.image_token_id, record["target"])
+
+
+def score(loaded: LoadedModel, record: dict[str, Any]) -> float:
+    _patched(loaded)
+    return float(attention_ratios(loaded, [record], statistic="mean")[0]["ratio"])
+
+
+@torch.no_grad()
+def official_way(loaded: LoadedModel, record: dict[str, Any]) -> float:
+    unpatch_model(loaded.model).set_attn_implementation({"text_config": "eager"})
+    encoded = encode_prompts(loaded, [record], padding_side="left")
+    out = loaded.model.generate(
+        **encoded.inputs,
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        output_attentions=True,
+        output_scores=True,
+        return_dict_in_generate=True,
+        pad_token_id=loaded.pad_id,
+    )
+    layer = default_layer(loaded.num_layers)
+    steps = torch.stack([step[layer][:, :, -1, :PROMPT_TOKENS] for step in out.attentions[1:]], dim=2)
+    return eager_ratio(steps, slice(None), encoded.inputs["input_ids"], loaded.image_token_id, record["target"])
+
+
+def generate_and_score(loaded: LoadedModel, record: dict[str, Any]) -> float:
+    _patched(loaded)
+    answer = generate_responses(loaded, [record], max_new_tokens=ANSWER_TOKENS)[0]
+    return float(attention_ratios(loaded, [{**record, **answer}], statistic="mean", drop_first_row=True)[0]["ratio"])
+
+
+WAYS: dict[str, Callable[[LoadedModel, dict[str, Any]], float]] = {
+    "eager pass": eager_pass,
+    "score": score,
+    "official way": official_way,
+    "generate + score": generate_and_score,
+}
+
+
+def _patched(loaded: LoadedModel) -> None:
+    unpatch_model(loaded.model).set_attn_implementation({"text_config": "sdpa"})
+    patch_model(loaded.model)
+
+
+def with_answer(loaded: LoadedModel, record: dict[str, Any]) -> dict[str, Any]:
+    """The prompt with the model's own answer."""
+    _patched(loaded)
+    answer = generate_responses(loaded, [record], max_new_tokens=ANSWER_TOKENS)[0]
+    if answer["num_tokens"] != ANSWER_TOKENS:
+        raise RuntimeError(f"the answer has {answer['num_tokens']} tokens, not {ANSWER_TOKENS}")
+    return {**record, **answer}
+
+
+def memory_of(way: str) -> int:
+    """Peak bytes of one way in this process, in which nothing has run before."""
+    loaded = build()
+    record = {**prompt_record(loaded), "response_ids": list(range(10, 10 + ANSWER_TOKENS))}
+    return peak_memory(lambda: WAYS[way](loaded, record))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count, after one warm-up (default 5)")
+    parser.add_argument("--memory-of", choices=WAYS, help="print the peak bytes above the model of one way, and stop")
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(json.dumps(memory_of(arguments.memory_of)))
+        return
+    console = Console()
+    loaded = build()
+    record = with_answer(loaded, prompt_record(loaded))
+    found = {name: way(loaded, record) for name, way in WAYS.items()}
+    for ours, theirs in COMPARISONS.items():
+        if abs(found[ours] - found[theirs]) > 1e-5:
+            raise SystemExit(f"{ours} gives ratio {found[ours]}, {theirs} {found[theirs]}: not comparable")
+    timed = {name: (lambda way=way: way(loaded, record)) for name, way in WAYS.items()}
+    seconds = alternate(timed, arguments.repeats, console.print)
+    memory = {name: _memory_in_fresh_process(name) for name in WAYS}
+    result = {
+        "setting": {"pictures": PICTURES, "prompt_tokens": PROMPT_TOKENS, "answer_tokens": ANSWER_TOKENS, "dtype": "float32"},
+        "ratios": found,
+        "seconds": seconds,
+        "peak_bytes_above_model": memory,
+        "speed_up": {ours: ratios(seconds, theirs, ours) for ours, theirs in COMPARISONS.items()},
+        "memory_share": {ours: memory[ours] / memory[theirs] for ours, theirs in COMPARISONS.items()},
+    }
+    path = write_result("attention_ratio_cpu", result)
+    console.print(_table(result))
+    console.print(f"written: {path}")
+
+
+def _memory_in_fresh_process(way: str) -> int:
+    command = [sys.executable, "-m", "benchmarks.attention_ratio", "--memory-of", way]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1])
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title="5 pictures, 1,500 prompt tokens, 40 answer tokens")
+    for column in ("", "seconds (median)", "peak MB above model", "times faster (min to max)", "goal", "memory share", "goal"):
+        table.add_column(column)
+    for name in WAYS:
+        row = [name, f"{statistics.median(result['seconds'][name]):.2f}", f"{result['peak_bytes_above_model'][name] / 1e6:.0f}"]
+        if name in COMPARISONS:
+            speed = result["speed_up"][name]
+            row += [f"{speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f})", f"{GOALS[name]}"]
+            row += [f"{result['memory_share'][name]:.2f}", "0.33"]
+        table.add_row(*row)
+    return table
+
+
+if __name__ == "__main__":
+    main()

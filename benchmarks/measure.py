@@ -1,0 +1,90 @@
+"""Timing and memory for side-by-side runs on a noisy machine: alternate, take medians, say on what."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], Any]], repeats: int, progress: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """Seconds of each function, run in turn `repeats` times after one warm-up each, so that noise falls on all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            took = time.perf_counter() - start
+            progress(f"{'warm-up' if turn == 0 else f'{turn}/{repeats}'} {name}: {took:.2f} s")
+            if turn:
+                seconds[name].append(took)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], slow: str, fast: str) -> dict[str, float]:
+    """How many times faster: the median over turns of the ratio within a turn, with the smallest and largest."""
+    found = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
+
+
+def peak_memory(function: Callable[[], Any]) -> int:
+    """Bytes of resident memory at the peak of one call, above what was resident before it (Linux).
+
+    Call it in a fresh process: an allocator that kept pages from earlier work would hide new ones.
+    """
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    function()
+    return _status("VmHWM") - before
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def write_result(name: str, result: Mapping[str, Any]) -> Path:
+    """Write `results/<name>.json` with the machine beside the figures."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}; memory is measured on Linux only")
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,460 @@
+// attention_mass for one task, written with the compiler's vector extensions. Each attention_mass_<level>.cpp defines kVectorBytes and the
+// tile shape, and includes this file once.
+//
+// Nothing here may call an inline function of the standard library: a copy compiled for AVX-512 could be the one that the linker keeps for
+// every caller, and an older CPU would die in it. Only C functions, and anonymous namespaces throughout.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "attention_mass_task.h"
+
+namespace {
+
+using mmdpo::AttentionMassArgs;
+using mmdpo::AttentionMassTask;
+using mmdpo::DType;
+
+template <class T>
+struct Lane;
+template <>
+struct Lane<float> {
+  using Int = int32_t;
+};
+template <>
+struct Lane<double> {
+  using Int = int64_t;
+};
+
+template <class T>
+struct Simd {
+  typedef T Vector __attribute__((vector_size(kVectorBytes), may_alias));
+};
+template <class T>
+using Vec = typename Simd<T>::Vector;
+template <class T>
+using Int = typename Lane<T>::Int;
+
+template <class T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+template <class T>
+constexpr int kTileKeys = kTileVectors * kLanes<T>;
+
+// Keys packed together: a multiple of every tile width, and 48 x 128 floats stay in a 32 KiB L1 cache.
+constexpr int kKeyBlock = 48;
+
+template <class T>
+Vec<T> load(const T* from) {
+  return *reinterpret_cast<const Vec<T>*>(from);
+}
+
+template <class T>
+void store(T* to, Vec<T> value) {
+  *reinterpret_cast<Vec<T>*>(to) = value;
+}
+
+template <class T>
+Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+
+inline Vec<float> reinterpret_float(Vec<int32_t> bits) { return (Vec<float>)bits; }
+inline Vec<int32_t> reinterpret_int(Vec<float> value) { return (Vec<int32_t>)value; }
+
+// exp(x) within 1 unit in the last place, 0 below the smallest normal number. Polynomials below: minimax fits (Remez).
+inline Vec<float> exp_(Vec<float> x) {
+  constexpr float kMin = -87.33f, kMax = 88.37f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low mantissa bits
+  const auto under = x < kMin;
+  Vec<float> y = under ? broadcast(kMin) : x;
+  y = y > kMax ? broadcast(kMax) : y;
+  const Vec<float> shifted = y * 1.44269504f + kRound;
+  const Vec<float> n = shifted - kRound;
+  const Vec<float> r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec<float> p = r * 1.381314558e-3f + 8.369418841e-3f;
+  p = p * r + 4.166845677e-2f;
+  p = p * r + 1.666651479e-1f;
+  p = p * r + 4.999999305e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Vec<int32_t> power = (reinterpret_int(shifted) - 0x4B400000 + 127) << 23;
+  p = p * reinterpret_float(power);
+  return under ? Vec<float>{} : p;
+}
+
+inline Vec<float> tanh_(Vec<float> x) {
+  constexpr float kSmall = 0.625f;
+  const Vec<float> size = x < 0.0f ? -x : x;
+  const Vec<float> square = x * x;
+  Vec<float> p = square * 2.059581545e-3f + -8.085627258e-3f;
+  p = p * square + 2.166340342e-2f;
+  p = p * square + -5.393994261e-2f;
+  p = p * square + 1.333315218e-1f;
+  p = p * square + -3.333332944e-1f;
+  const Vec<float> small = x + x * square * p;
+  const Vec<float> large = 1.0f - 2.0f / (exp_(size + size) + 1.0f);
+  return size < kSmall ? small : (x < 0.0f ? -large : large);
+}
+
+inline Vec<double> exp_(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
+  return x;
+}
+
+inline Vec<double> tanh_(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::tanh(x[i]);
+  return x;
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline float from_half(uint16_t half) {
+  // A power of two moves the exponent from half's bias to float's and brings subnormals along; infinity and NaN need theirs filled.
+  const float scaled = from_bits(static_cast<uint32_t>(half & 0x7FFF) << 13) * 0x1p112f;
+  const float special = from_bits((static_cast<uint32_t>(half & 0x3FF) << 13) | 0x7F800000u);
+  const float value = (half & 0x7C00) == 0x7C00 ? special : scaled;
+  return half & 0x8000 ? -value : value;
+}
+
+// Head vector `offset` elements into `data`, as T.
+template <class T>
+void convert(const void* data, DType dtype, int64_t offset, int64_t D, T* out) {
+  switch (dtype) {
+    case DType::float32:
+      for (int64_t d = 0; d < D; ++d) out[d] = static_cast<const float*>(data)[offset + d];
+      break;
+    case DType::bfloat16:
+      for (int64_t d = 0; d < D; ++d) out[d] = from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[offset + d]) << 16);
+      break;
+    case DType::float16:
+      for (int64_t d = 0; d < D; ++d) out[d] = from_half(static_cast<const uint16_t*>(data)[offset + d]);
+      break;
+    case DType::float64:
+      for (int64_t d = 0; d < D; ++d) out[d] = static_cast<T>(static_cast<const double*>(data)[offset + d]);
+      break;
+  }
+}
+
+// Hands out 64-byte aligned arrays from one allocation; with no memory behind it, it measures.
+struct Arena {
+  char* memory;
+  size_t used = 0;
+
+  template <class U>
+  U* take(int64_t count) {
+    U* array = memory == nullptr ? nullptr : reinterpret_cast<U*>(memory + used);
+    used += (static_cast<size_t>(count) * sizeof(U) + 63) / 64 * 64;
+    return array;
+  }
+};
+
+// What the rows of a task need to know of kKeyBlock consecutive keys. Lanes past the last key are never visible.
+template <class T>
+struct KeyBlock {
+  alignas(64) Int<T> index[kKeyBlock];
+  alignas(64) Int<T> end[kKeyBlock];
+  alignas(64) Int<T> depth[kKeyBlock];
+  alignas(64) Int<T> segment[kKeyBlock];
+  alignas(64) T column_sums[kKeyBlock];
+  Int<T> min_end, max_end, min_depth, max_depth;
+  bool one_segment, any_segment;
+  int64_t first, count;
+};
+
+enum class Sight { none, part, all };
+// online: running maximum and total; fixed: probabilities are exp(score - shift) / total with both known.
+enum class Pass { online_total, online_mass, fixed_mass, fixed_columns };
+
+template <class T>
+class Task {
+ public:
+  explicit Task(const AttentionMassTask& task)
+      : task_(task),
+        a_(*task.args),
+        group_(a_.Hq / a_.Hkv),
+        M_(task.num_rows * group_),
+        num_strips_((M_ + kTileRows - 1) / kTileRows) {}
+
+  bool run() {
+    Arena measure{nullptr};
+    lay_out(measure);
+    void* memory = aligned_alloc(64, measure.used + 64);
+    if (memory == nullptr) return false;
+    Arena arena{static_cast<char*>(memory)};
+    lay_out(arena);
+    compute();
+    free(memory);
+    return true;
+  }
+
+ private:
+  using V = Vec<T>;
+  static constexpr int kBlockVectors = kKeyBlock / kLanes<T>;
+
+  void lay_out(Arena& arena) {
+    query_ = arena.take<T>(num_strips_ * kTileRows * a_.D);
+    keys_ = arena.take<T>(kKeyBlock * a_.D);
+    head_ = arena.take<T>(a_.D);
+    position_ = arena.take<Int<T>>(M_);
+    depth_ = arena.take<Int<T>>(M_);
+    shift_ = arena.take<T>(M_);
+    total_ = arena.take<double>(M_);
+    mass_ = arena.take<double>(M_ * a_.N);
+  }
+
+  void compute() {
+    pack_query();
+    const bool known = a_.lse != nullptr;
+    start_rows(known);
+    if (a_.reduce == mmdpo::Reduce::tokens) {
+      if (!known) scan(Pass::online_total);
+      scan(Pass::fixed_columns);
+    } else {
+      scan(known ? Pass::fixed_mass : Pass::online_mass);
+      write_mass();
+    }
+  }
+
+  int64_t row_of(int64_t m) const { return task_.rows[m / group_]; }
+  int64_t head_of(int64_t m) const { return task_.key_head * group_ + m % group_; }
+  int64_t flat_row(int64_t m) const { return (task_.batch * a_.Hq + head_of(m)) * a_.R + row_of(m); }
+
+  // query_: (strips, D, kTileRows), zero in the rows that fill up the last strip.
+  void pack_query() {
+    memset(query_, 0, num_strips_ * kTileRows * a_.D * sizeof(T));
+    for (int64_t m = 0; m < M_; ++m) {
+      const int64_t offset = task_.batch * a_.query_strides[0] + head_of(m) * a_.query_strides[1] + row_of(m) * a_.query_strides[2];
+      convert(a_.query, a_.dtype, offset, a_.D, head_);
+      T* to = query_ + m / kTileRows * kTileRows * a_.D + m % kTileRows;
+      for (int64_t d = 0; d < a_.D; ++d) to[d * kTileRows] = head_[d];
+    }
+  }
+
+  void start_rows(bool known) {
+    const T* lse = static_cast<const T*>(a_.lse);
+    for (int64_t m = 0; m < M_; ++m) {
+      const int32_t position = a_.row_positions[task_.batch * a_.R + row_of(m)];
+      position_[m] = position;
+      depth_[m] = a_.depth == nullptr ? position : a_.depth[task_.batch * a_.S + position];
+      shift_[m] = known ? lse[flat_row(m)] : -T(INFINITY);
+      if (known && shift_[m] == -T(INFINITY)) shift_[m] = 0;
+      total_[m] = known ? 1.0 : 0.0;
+    }
+    memset(mass_, 0, M_ * a_.N * sizeof(double));
+  }
+
+  void scan(Pass pass) {
+    KeyBlock<T> block;
+    alignas(64) T scores[kTileRows * kKeyBlock];
+    Sight sights[kTileRows];
+    Int<T> last = -1;
+    for (int64_t m = 0; m < M_; ++m) last = position_[m] > last ? position_[m] : last;
+    for (int64_t first = 0; first <= last; first += kKeyBlock) {
+      describe(block, first);
+      if (pass == Pass::fixed_mass && !block.any_segment) continue;
+      bool packed = false;
+      for (int64_t strip = 0; strip < num_strips_; ++strip) {
+        if (!look(block, strip, sights)) continue;
+        if (!packed) pack_keys(block);
+        packed = true;
+        score(query_ + strip * kTileRows * a_.D, scores);
+        for (int64_t r = 0; r < kTileRows && strip * kTileRows + r < M_; ++r) {
+          if (sights[r] != Sight::none) absorb(block, strip * kTileRows + r, scores + r * kKeyBlock, sights[r] == Sight::part, pass);
+        }
+      }
+      if (packed && pass == Pass::fixed_columns) {
+        for (int64_t j = 0; j < block.count; ++j) task_.partial[first + j] += block.column_sums[j];
+      }
+    }
+  }
+
+  void describe(KeyBlock<T>& block, int64_t first) {
+    block.first = first;
+    block.count = a_.S - first < kKeyBlock ? a_.S - first : kKeyBlock;
+    block.any_segment = false;
+    block.one_segment = true;
+    for (int64_t j = 0; j < kKeyBlock; ++j) {
+      const bool real = j < block.count;
+      const int64_t flat = task_.batch * a_.S + first + j;
+      block.index[j] = static_cast<Int<T>>(first + j);
+      block.end[j] = !real ? 0 : a_.tree_end == nullptr ? static_cast<Int<T>>(a_.S) : a_.tree_end[flat];
+      block.depth[j] = !real ? block.depth[0] : a_.depth == nullptr ? block.index[j] : a_.depth[flat];
+      block.segment[j] = real ? a_.segments[flat] : -1;
+      block.column_sums[j] = 0;
+      block.any_segment |= block.segment[j] >= 0;
+      block.one_segment &= block.segment[j] == block.segment[0] || !real;
+      if (j == 0 || block.end[j] < block.min_end) block.min_end = block.end[j];
+      if (j == 0 || block.end[j] > block.max_end) block.max_end = block.end[j];
+      if (j == 0 || block.depth[j] < block.min_depth) block.min_depth = block.depth[j];
+      if (j == 0 || block.depth[j] > block.max_depth) block.max_depth = block.depth[j];
+    }
+  }
+
+  // -> whether any row of the strip may see a key of the block.
+  bool look(const KeyBlock<T>& block, int64_t strip, Sight* sights) const {
+    bool any = false;
+    for (int64_t r = 0; r < kTileRows && strip * kTileRows + r < M_; ++r) {
+      const Int<T> i = position_[strip * kTileRows + r], depth = depth_[strip * kTileRows + r];
+      const bool none = i < block.index[0] || i >= block.max_end || (a_.window > 0 && depth - block.max_depth >= a_.window);
+      const bool all = i >= block.index[kKeyBlock - 1] && i < block.min_end && (a_.window == 0 || depth - block.min_depth < a_.window);
+      sights[r] = none ? Sight::none : all ? Sight::all : Sight::part;
+      any |= !none;
+    }
+    return any;
+  }
+
+  // keys_: (kKeyBlock / kTileKeys, D, kTileKeys), zero past the last key.
+  void pack_keys(const KeyBlock<T>& block) {
+    if (block.count < kKeyBlock) memset(keys_, 0, kKeyBlock * a_.D * sizeof(T));
+    for (int64_t j = 0; j < block.count; ++j) {
+      const int64_t offset =
+          task_.batch * a_.key_strides[0] + task_.key_head * a_.key_strides[1] + (block.first + j) * a_.key_strides[2];
+      convert(a_.key, a_.dtype, offset, a_.D, head_);
+      T* to = keys_ + j / kTileKeys<T> * kTileKeys<T> * a_.D + j % kTileKeys<T>;
+      for (int64_t d = 0; d < a_.D; ++d) to[d * kTileKeys<T>] = head_[d];
+    }
+  }
+
+  // scores: (kTileRows, kKeyBlock) products of one strip with the packed keys.
+  void score(const T* query, T* scores) const {
+    for (int64_t tile = 0; tile < kKeyBlock / kTileKeys<T>; ++tile) {
+      const T* keys = keys_ + tile * kTileKeys<T> * a_.D;
+      T* to = scores + tile * kTileKeys<T>;
+      for (int64_t d = 0; d < a_.D; d += kDotChunk) {
+        const int64_t count = a_.D - d < kDotChunk ? a_.D - d : kDotChunk;
+        multiply(query + d * kTileRows, keys + d * kTileKeys<T>, count, d == 0, to);
+      }
+    }
+  }
+
+  // Sums of kDotChunk products are formed in registers and added up: shorter chains of rounding than one sum over D.
+  static constexpr int64_t kDotChunk = 32;
+
+  static void multiply(const T* query, const T* keys, int64_t count, bool first, T* scores) {
+    V sum[kTileRows][kTileVectors] = {};
+    for (int64_t d = 0; d < count; ++d) {
+      V key[kTileVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) key[v] = load(keys + d * kTileKeys<T> + v * kLanes<T>);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        const V q = broadcast(query[d * kTileRows + r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kTileVectors; ++v) sum[r][v] += q * key[v];
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) {
+        T* to = scores + r * kKeyBlock + v * kLanes<T>;
+        store<T>(to, first ? sum[r][v] : load(to) + sum[r][v]);
+      }
+    }
+  }
+
+  // Adds row m's probabilities on one block of keys. scores: (kKeyBlock) products in, exponentials out.
+  void absorb(KeyBlock<T>& block, int64_t m, T* scores, bool part, Pass pass) {
+    const T peak = finish_scores(block, m, scores, part);
+    if (pass == Pass::online_total || pass == Pass::online_mass) {
+      if (peak == -T(INFINITY)) return;
+      raise_shift(m, peak);
+    } else if (total_[m] == 0.0) {
+      return;  // the first pass found no visible key
+    }
+    const T shift = shift_[m];
+    V sums = {};
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const V p = exp_(load(scores + v * kLanes<T>) - shift);
+      store<T>(scores + v * kLanes<T>, p);
+      sums += p;
+    }
+    T sum = 0;
+    for (int i = 0; i < kLanes<T>; ++i) sum += sums[i];
+    switch (pass) {
+      case Pass::online_total: total_[m] += sum; break;
+      case Pass::online_mass: total_[m] += sum; [[fallthrough]];
+      case Pass::fixed_mass: add_mass(block, m, scores, sum); break;
+      case Pass::fixed_columns: add_columns(block, scores, static_cast<T>(1.0 / total_[m])); break;
+    }
+  }
+
+  // Scale, softcap and visibility -> the largest visible score.
+  T finish_scores(const KeyBlock<T>& block, int64_t m, T* scores, bool part) const {
+    const T scale = static_cast<T>(a_.scale), cap = static_cast<T>(a_.softcap);
+    V peaks = broadcast(-T(INFINITY));
+    for (int v = 0; v < kBlockVectors; ++v) {
+      V s = load(scores + v * kLanes<T>) * scale;
+      if (cap > 0) s = cap * tanh_(s / cap);
+      if (part) s = visible(block, m, v) ? s : broadcast(-T(INFINITY));
+      peaks = s > peaks ? s : peaks;
+      store<T>(scores + v * kLanes<T>, s);
+    }
+    T peak = peaks[0];
+    for (int i = 1; i < kLanes<T>; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
+    return peak;
+  }
+
+  Vec<Int<T>> visible(const KeyBlock<T>& block, int64_t m, int v) const {
+    const Int<T> i = position_[m];
+    const int64_t at = v * kLanes<T>;
+    Vec<Int<T>> seen = (load(block.index + at) <= i) & (load(block.end + at) > i);
+    if (a_.window > 0) seen &= depth_[m] - load(block.depth + at) < static_cast<Int<T>>(a_.window);
+    return seen;
+  }
+
+  void raise_shift(int64_t m, T peak) {
+    if (!(peak > shift_[m])) return;
+    const double factor = ::exp(static_cast<double>(shift_[m]) - static_cast<double>(peak));
+    shift_[m] = peak;
+    total_[m] *= factor;
+    for (int64_t n = 0; n < a_.N; ++n) mass_[m * a_.N + n] *= factor;
+  }
+
+  void add_mass(const KeyBlock<T>& block, int64_t m, const T* p, T sum) {
+    if (!block.any_segment) return;
+    double* mass = mass_ + m * a_.N;
+    if (block.one_segment) {
+      mass[block.segment[0]] += sum;
+      return;
+    }
+    for (int64_t j = 0; j < block.count; ++j) {
+      if (block.segment[j] >= 0) mass[block.segment[j]] += p[j];
+    }
+  }
+
+  void add_columns(KeyBlock<T>& block, const T* p, T weight) {
+    for (int v = 0; v < kBlockVectors; ++v) {
+      T* sums = block.column_sums + v * kLanes<T>;
+      store<T>(sums, load(sums) + load(p + v * kLanes<T>) * weight);
+    }
+  }
+
+  void write_mass() {
+    for (int64_t m = 0; m < M_; ++m) {
+      const double weight = total_[m] != 0.0 ? 1.0 / total_[m] : 0.0;
+      for (int64_t n = 0; n < a_.N; ++n) {
+        const double mass = mass_[m * a_.N + n] * weight;
+        if (task_.partial != nullptr) {
+          task_.partial[n] += mass;
+        } else {
+          static_cast<T*>(a_.out)[flat_row(m) * a_.N + n] = static_cast<T>(mass);
+        }
+      }
+    }
+  }
+
+  const AttentionMassTask& task_;
+  const AttentionMassArgs& a_;
+  const int64_t group_, M_, num_strips_;  // M_: rows times heads of the group, row-major
+  T *query_, *keys_, *head_, *shift_;
+  Int<T> *position_, *depth_;
+  double *total_, *mass_;  // (M), (M, N), unnormalised
+};
+
+}  // namespace

@@ -1,0 +1,74 @@
+// The Python module mmdpo_kernels._native: addresses, sizes and strides in, no tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "attention_mass.h"
+#include "cpu_level.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void attention_mass(const std::array<int64_t, 7>& sizes, int dtype, uintptr_t query, const std::array<int64_t, 3>& query_strides,
+                    uintptr_t key, const std::array<int64_t, 3>& key_strides, uintptr_t segments, uintptr_t row_positions,
+                    uintptr_t tree_end, uintptr_t depth, uintptr_t lse, double scale, double softcap, int64_t window, int reduce,
+                    int num_threads, uintptr_t out) {
+  mmdpo::AttentionMassArgs args{};
+  args.B = sizes[0];
+  args.Hq = sizes[1];
+  args.Hkv = sizes[2];
+  args.R = sizes[3];
+  args.S = sizes[4];
+  args.D = sizes[5];
+  args.N = sizes[6];
+  args.dtype = static_cast<mmdpo::DType>(dtype);
+  args.query = pointer<const void>(query);
+  args.key = pointer<const void>(key);
+  for (int i = 0; i < 3; ++i) {
+    args.query_strides[i] = query_strides[i];
+    args.key_strides[i] = key_strides[i];
+  }
+  args.segments = pointer<const int32_t>(segments);
+  args.row_positions = pointer<const int32_t>(row_positions);
+  args.tree_end = pointer<const int32_t>(tree_end);
+  args.depth = pointer<const int32_t>(depth);
+  args.lse = pointer<const void>(lse);
+  args.scale = scale;
+  args.softcap = softcap;
+  args.window = window;
+  args.reduce = static_cast<mmdpo::Reduce>(reduce);
+  args.num_threads = num_threads;
+  args.out = pointer<void>(out);
+  py::gil_scoped_release unlocked;
+  mmdpo::attention_mass(args);
+}
+
+std::vector<std::string> supported_cpu_levels() {
+  std::vector<std::string> names;
+  for (mmdpo::CpuLevel level : mmdpo::supported_cpu_levels()) names.emplace_back(mmdpo::name(level));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU kernels of mmdpo_kernels.";
+  m.def("attention_mass", &attention_mass, py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("query"), py::arg("query_strides"),
+        py::arg("key"), py::arg("key_strides"), py::arg("segments"), py::arg("row_positions"), py::arg("tree_end"), py::arg("depth"),
+        py::arg("lse"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("reduce"), py::arg("num_threads"),
+        py::arg("out"));
+  m.def("cpu_level", [] { return std::string(mmdpo::name(mmdpo::cpu_level())); }, "The instruction set the kernels use now.");
+  m.def("supported_cpu_levels", &supported_cpu_levels, "What MMDPO_CPU_LEVEL may name on this CPU, slowest first.");
+  m.attr("dtypes") = std::vector<std::string>{"float32", "bfloat16", "float16", "float64"};  // in the order of mmdpo::DType
+  m.attr("reductions") = std::vector<std::string>{"none", "mean", "tokens"};                 // in the order of mmdpo::Reduce
+}

@@ -1,0 +1,34 @@
+"""Fused kernels and drop-in patches for multimodal preference training.
+
+`patch_model` -> ops -> backends; losses, token tree and recorder beside them. Needs torch, triton and numpy; transformers only to patch.
+"""
+
+from .backends.registry import backends
+from .ops.attention_mass import attention_mass
+from .ops.linear_logprobs import LogProbs, linear_logprobs
+from .ops.preference_loss import PreferenceLoss, SequenceLogps, preference_loss
+from .ops.tree_attention import TreeAttentionOutput, tree_attention
+from .patch import patch_model, unpatch_model
+from .record import AttentionRecorder, record_attention
+from .segments import image_segments
+from .tree import TokenTree
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionRecorder",
+    "LogProbs",
+    "PreferenceLoss",
+    "SequenceLogps",
+    "TokenTree",
+    "TreeAttentionOutput",
+    "attention_mass",
+    "backends",
+    "image_segments",
+    "linear_logprobs",
+    "patch_model",
+    "preference_loss",
+    "record_attention",
+    "tree_attention",
+    "unpatch_model",
+]

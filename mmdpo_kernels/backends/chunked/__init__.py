@@ -1,0 +1,1 @@
+"""Plain PyTorch over chunks of rows, so that no T x V tensor exists."""

@@ -1,0 +1,125 @@
+"""`tree_attention` by PyTorch's flash attention, one call a rectangle of the tree; nothing S x S is built.
+
+A run of keys is a causal square plus one full rectangle for the queries after it in its subtree. Outputs of rectangles that share query
+rows are merged through their log-sum-exp; in backward each rectangle is given the merged output and lse, so gradients add up exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...tree_mask import Rectangle, causal_plan, rectangles
+from . import flash
+
+
+def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
+    """Why this backend cannot serve the call, or None."""
+    reason = flash.unavailable_reason(device_type, dtype)
+    if reason is not None:
+        return reason
+    if features.get("softcap"):
+        return "PyTorch's attention has no softcap"
+    if features.get("window"):
+        return "sliding windows are not rectangles"
+    if features.get("mass"):
+        return "PyTorch's attention returns no per-segment mass"
+    if features.get("value_dim"):
+        return "PyTorch's flash attention needs equal head dims of key and value"
+    return None
+
+
+def forward(
+    query: Tensor,  # (B, Hq, S, D)
+    key: Tensor,  # (B, Hkv, S, D)
+    value: Tensor,  # (B, Hkv, S, D)
+    tree_end: Tensor | None,  # (B, S)
+    segments: Tensor | None,
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> output (B, Hq, S, D), lse (B, Hq, S), mass (B, Hq, S, 0)."""
+    batch, heads, length, dim = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    lse = torch.full((batch, heads, length), float("-inf"), dtype=wide, device=query.device)
+    mass = torch.empty(batch, heads, length, 0, dtype=wide, device=query.device)
+    if tree_end is None:
+        output = torch.empty_like(query)
+        for group in _head_groups(heads, key.shape[1]):
+            output[:, group], lse[:, group] = flash.forward(query[:, group], key, value, True, scale)
+        return output, lse, mass
+    merged = torch.zeros(batch, heads, length, dim, dtype=wide, device=query.device)
+    for rows, rectangle in _calls(tree_end, batch, length):
+        q, k, causal = _slices(rectangle)
+        for group in _head_groups(heads, key.shape[1]):
+            part, part_lse = flash.forward(query[rows, group, q], key[rows, :, k], value[rows, :, k], causal, scale)
+            _merge(merged[rows, group, q], lse[rows, group, q], part, part_lse)
+    return merged.to(query.dtype), lse, mass
+
+
+def backward(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    tree_end: Tensor | None,
+    segments: Tensor | None,
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of query, key, value through the output; a gradient through lse is refused."""
+    if grad_lse is not None:
+        raise ValueError("tree_attention: backend 'sdpa' has no gradient through lse; use backend='reference' for it")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grads = tuple(torch.zeros(t.shape, dtype=wide, device=t.device) for t in (query, key, value))
+    if grad_output is not None:
+        for rows, rectangle in _calls(tree_end, query.shape[0], query.shape[2]):
+            q, k, causal = _slices(rectangle)
+            for group in _head_groups(query.shape[1], key.shape[1]):
+                at_query, at_key = (rows, group, q), (rows, slice(None), k)
+                parts = flash.backward(
+                    grad_output[at_query],
+                    query[at_query],
+                    key[at_key],
+                    value[at_key],
+                    output[at_query],
+                    lse[at_query],
+                    causal,
+                    scale,
+                )
+                for total, part, where in zip(grads, parts, (at_query, at_key, at_key), strict=True):
+                    total[where] += part
+    return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
+
+
+def _calls(tree_end: Tensor | None, batch: int, length: int) -> Iterator[tuple[slice, Rectangle]]:
+    for plan in causal_plan(batch, length) if tree_end is None else rectangles(tree_end):
+        for rectangle in plan.rectangles:
+            yield slice(plan.b0, plan.b1), rectangle
+
+
+def _slices(rectangle: Rectangle) -> tuple[slice, slice, bool]:
+    return slice(rectangle.q0, rectangle.q1), slice(rectangle.k0, rectangle.k1), rectangle.causal
+
+
+def _head_groups(heads: int, kv_heads: int) -> list[slice]:
+    """The g-th query head of every group, g = 0, 1, …: strided views, so shared keys and values are never copied."""
+    per_group = heads // kv_heads
+    return [slice(g, None, per_group) for g in range(per_group)]
+
+
+def _merge(merged: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Fold one rectangle's output into the rows' running softmax, in place."""
+    total = torch.logaddexp(lse, part_lse.to(lse.dtype))
+    merged.mul_(torch.exp(lse - total)[..., None]).add_(part * torch.exp(part_lse - total)[..., None])
+    lse.copy_(total)

@@ -1,0 +1,70 @@
+"""Argument checks shared by the ops. Every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_tensor(op: str, name: str, value: object, shape: Sequence[int | str], *, floating: bool | None = None) -> None:
+    """`shape` holds sizes, or letters where any size will do."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor of shape {_show(shape)}, got {type(value).__name__}")
+    fits = value.ndim == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{op}: {name} must have shape {_show(shape)}, got {tuple(value.shape)}")
+    if floating is not None and value.dtype.is_floating_point != floating:
+        raise TypeError(f"{op}: {name} must be {'a floating' if floating else 'an integer'} tensor, got {value.dtype}")
+
+
+def check_heads(op: str, query: Tensor, key: Tensor) -> None:
+    """Same dtype, device, head dim; query heads a multiple of key/value heads."""
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{op}: query heads must be a multiple of key heads, got {query.shape[1]} and {key.shape[1]}")
+    if query.dtype != key.dtype:
+        raise TypeError(f"{op}: query and key must have one dtype, got {query.dtype} and {key.dtype}")
+    if query.device != key.device:
+        raise ValueError(f"{op}: query and key must be on one device, got {query.device} and {key.device}")
+
+
+def check_segments(op: str, segments: Tensor | None, num_segments: int, batch: int, length: int) -> None:
+    """(B, S) integers below num_segments; needed exactly when num_segments > 0."""
+    if num_segments < 0:
+        raise ValueError(f"{op}: num_segments must be >= 0, got {num_segments}")
+    if segments is None:
+        if num_segments:
+            raise ValueError(f"{op}: num_segments={num_segments} needs segments of shape ({batch}, {length}), got None")
+        return
+    check_tensor(op, "segments", segments, (batch, length), floating=False)
+    if segments.device.type == "cpu" and segments.numel() and int(segments.max()) >= num_segments:
+        raise ValueError(f"{op}: segments must be -1 or below num_segments={num_segments}, got {int(segments.max())}")
+
+
+def check_tree_end(op: str, tree_end: Tensor | None, batch: int, length: int) -> None:
+    """(B, S) integers."""
+    if tree_end is not None:
+        check_tensor(op, "tree_end", tree_end, (batch, length), floating=False)
+
+
+def check_positive(op: str, **values: float | None) -> None:
+    """Each value None or above zero."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{op}: {name} must be above 0 or None, got {value}")
+
+
+def default_scale(scale: float | None, head_dim: int) -> float:
+    """1 / sqrt(D) unless given."""
+    return head_dim**-0.5 if scale is None else float(scale)
+
+
+def _show(shape: Sequence[int | str]) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ")"
+
+
+def grad_or_none(tensor: Tensor | None) -> Tensor | None:
+    """A contiguous gradient for the backends, or None where nothing flowed back."""
+    return None if tensor is None else tensor.contiguous()

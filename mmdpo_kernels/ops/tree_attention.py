@@ -1,0 +1,120 @@
+"""`tree_attention`: attention in which query i sees key j iff `j <= i < tree_end[j]`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends.registry import resolve
+from .checks import check_heads, check_positive, check_segments, check_tensor, check_tree_end, default_scale, grad_or_none
+from .precision import without_autocast
+
+OP = "tree_attention"
+
+
+class TreeAttentionOutput(NamedTuple):
+    """What `tree_attention` returns."""
+
+    output: Tensor
+    """(B, Hq, S, Dv), the query's dtype; zeros where a query sees no key."""
+    lse: Tensor
+    """(B, Hq, S), float32 (float64 for float64 inputs), natural log; -inf where a query sees no key."""
+    mass: Tensor
+    """(B, Hq, S, num_segments), dtype of lse: attention probability on each segment."""
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tree_end: Tensor | None,
+        segments: Tensor | None,
+        options: tuple[Any, ...],
+        backend: ModuleType,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        output, lse, mass = backend.forward(query, key, value, tree_end, segments, *options)
+        ctx.save_for_backward(query, key, value, output, lse, tree_end, segments)
+        ctx.options, ctx.backend = options, backend
+        return output, lse, mass
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse, tree_end, segments = ctx.saved_tensors
+        grad_output, grad_lse, grad_mass = (grad_or_none(grad) for grad in grads)
+        found = ctx.backend.backward(
+            grad_output, grad_lse, grad_mass, query, key, value, output, lse, tree_end, segments, *ctx.options
+        )
+        return *found, None, None, None, None
+
+
+def tree_attention(
+    query: Tensor,  # (B, Hq, S, D)
+    key: Tensor,  # (B, Hkv, S, D)
+    value: Tensor,  # (B, Hkv, S, Dv)
+    tree_end: Tensor | None = None,  # (B, S)
+    *,
+    segments: Tensor | None = None,  # (B, S)
+    num_segments: int = 0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> TreeAttentionOutput:
+    """Attention over a token tree, with the log-sum-exp and the attention mass on token segments.
+
+    Equivalent PyTorch, for Hq = Hkv and with `seen = (j <= i) & (i < tree_end[:, None, :])`::
+
+        scores = (scale * query @ key.mT).masked_fill(~seen[:, None], -inf)
+        lse = scores.logsumexp(-1)
+        output = scores.softmax(-1) @ value
+        mass = scores.softmax(-1) @ one_hot(segments)
+
+    Args:
+        query: (B, Hq, S, D), any floating dtype. Hq is a multiple of Hkv.
+        key: (B, Hkv, S, D).
+        value: (B, Hkv, S, Dv).
+        tree_end: (B, S) integer; packed index where the subtree of the token's node ends. `j` for padding. None is causal attention.
+        segments: (B, S) integer; the segment of each key, -1 for none.
+        num_segments: number of segments.
+        scale: factor on the scores, default `D ** -0.5`.
+        softcap: c in `c tanh(scores / c)`.
+        window: a query sees at most this many tokens back along its own path, itself included.
+        backend: "auto", or a name from `backends()["tree_attention"]`.
+
+    Returns:
+        `TreeAttentionOutput(output, lse, mass)`, differentiable in query, key and value through all three.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or shape, or a named backend that cannot serve the call.
+    """
+    check_tensor(OP, "query", query, ("B", "Hq", "S", "D"), floating=True)
+    batch, _, length, dim = query.shape
+    check_tensor(OP, "key", key, (batch, "Hkv", length, dim), floating=True)
+    check_tensor(OP, "value", value, (batch, key.shape[1], length, "Dv"), floating=True)
+    check_heads(OP, query, key)
+    check_tree_end(OP, tree_end, batch, length)
+    check_segments(OP, segments, num_segments, batch, length)
+    check_positive(OP, softcap=softcap, window=window)
+    module = resolve(
+        OP,
+        backend,
+        query.device,
+        query.dtype,
+        softcap=softcap is not None,
+        window=window is not None,
+        mass=num_segments > 0,
+        value_dim=value.shape[-1] != dim,
+    )
+    options = (num_segments, default_scale(scale, dim), softcap, window)
+    return TreeAttentionOutput(*_TreeAttention.apply(query, key, value, tree_end, segments, options, module))

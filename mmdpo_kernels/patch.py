@@ -1,0 +1,215 @@
+"""`patch_model` and `unpatch_model`: token-tree attention behind transformers' own attention interface.
+
+Nothing is pasted or replaced in the model: the attention function and the mask function are registered under one name, and the language
+tower's configuration is pointed at it. transformers is imported only when a model is patched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .backends.registry import PREFERENCE
+from .ops.precision import autocast_to
+from .ops.tree_attention import tree_attention
+
+if TYPE_CHECKING:
+    from .record import AttentionRecorder
+
+# Without "flash" or "/", which transformers reads as its own kernels and as hub addresses.
+IMPLEMENTATION = "mmdpo_tree"
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass
+class PatchState:
+    """What a patched language tower's attention function needs to know."""
+
+    backend: str = "auto"
+    mass_backend: str = "auto"
+    recorder: AttentionRecorder | None = None
+    original: list[tuple[Any, str | None]] = field(default_factory=list)
+    """Configurations and the attention implementation each had before."""
+
+
+_TOWERS: WeakKeyDictionary[nn.Module, PatchState] = WeakKeyDictionary()
+_ATTENTIONS: WeakKeyDictionary[nn.Module, PatchState] = WeakKeyDictionary()
+
+
+def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "auto") -> ModelT:
+    """Run the language tower of a transformers model on token trees.
+
+    Padded batches give the unpatched model's logits; a packed `TokenTree` is passed as `attention_mask=tree.attention_mask`. Vision towers
+    stay as they are. Patching twice is patching once, with the later keyword arguments. Works before and after wrapping with PEFT.
+
+    Args:
+        model: a transformers model whose decoder uses the attention interface, or a PEFT model around one.
+        backend: backend of `tree_attention`.
+        mass_backend: backend of `attention_mass` while attention is recorded.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: an unknown backend, or a model that does not use transformers' attention interface.
+    """
+    for op, name in (("tree_attention", backend), ("attention_mass", mass_backend)):
+        if name != "auto" and name not in PREFERENCE[op]:
+            raise ValueError(f"patch_model: {op} has no backend {name!r}; choose 'auto' or one of {', '.join(PREFERENCE[op])}")
+    tower = language_tower(model)
+    state = _TOWERS.get(tower)
+    if state is None:
+        _register()
+        state = PatchState(original=[(config, config._attn_implementation_internal) for config in _configs(tower)])
+        _TOWERS[tower] = state
+        for module in tower.modules():
+            if hasattr(module, "layer_idx"):
+                _ATTENTIONS[module] = state
+        tower.set_attn_implementation(IMPLEMENTATION)
+    state.backend, state.mass_backend = backend, mass_backend
+    return model
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Give the model its own attention back, attribute for attribute. An unpatched model is returned as it is."""
+    tower = language_tower(model)
+    state = _TOWERS.pop(tower, None)
+    if state is not None:
+        for config, implementation in state.original:
+            config._attn_implementation_internal = implementation
+        for module in [module for module, owner in _ATTENTIONS.items() if owner is state]:
+            del _ATTENTIONS[module]
+    return model
+
+
+def patch_state(model: nn.Module) -> PatchState:
+    """The state of a patched model.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    state = _TOWERS.get(language_tower(model))
+    if state is None:
+        raise ValueError(f"{type(model).__name__} is not patched; call mmdpo_kernels.patch_model(model) first")
+    return state
+
+
+def language_tower(model: nn.Module) -> Any:
+    """The decoder of a transformers model, under PEFT or not.
+
+    Raises:
+        ValueError: no decoder that uses the attention interface.
+    """
+    base: Any = model
+    if hasattr(model, "get_base_model"):  # PEFT
+        base = model.get_base_model()  # type: ignore[operator]
+    tower = base.get_decoder() if hasattr(base, "get_decoder") else None
+    if tower is None or not getattr(tower, "_supports_attention_backend", False):
+        found = "no get_decoder()" if tower is None else f"decoder {type(tower).__name__}"
+        raise ValueError(
+            f"{type(base).__name__} cannot be patched: {found} uses transformers' attention interface "
+            "(a model with get_decoder() whose class sets _supports_attention_backend is needed)"
+        )
+    return tower
+
+
+def _configs(tower: Any) -> list[Any]:
+    """The distinct configurations inside the tower."""
+    found: dict[int, Any] = {}
+    for module in tower.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            found.setdefault(id(config), config)
+    return list(found.values())
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, tree_attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, tree_mask)
+
+
+def tree_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask hook: padding as a tree, (B, 1, 1, S) int32, or None for plain causal attention.
+
+    Whatever is not causal attention over whole sequences (decoding, packed position ids, bidirectional pictures, windows) gets the boolean
+    mask that transformers makes for its own "sdpa", and is served exactly by that.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    whole = q_length == kv_length and q_length > 1 and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
+    if mask_function is not causal_mask_function or not whole:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    index = torch.arange(kv_length, dtype=torch.int32, device=attention_mask.device)
+    return torch.where(attention_mask.bool(), kv_length, index)[:, None, None, :].to(torch.int32)
+
+
+def tree_attention_forward(
+    module: nn.Module,
+    query: Tensor,  # (B, Hq, R, D)
+    key: Tensor,  # (B, Hkv, S, D)
+    value: Tensor,  # (B, Hkv, S, D)
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention hook. A 4-D integer mask is a tree; None with equal lengths is causal; a boolean mask is transformers' own."""
+    for name in ("s_aux", "position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__}: attention argument '{name}' is not supported by a patched model")
+    # Rotary embeddings leave query and key wider than value under autocast.
+    query, key, value = autocast_to(query, key, value)
+    is_tree = attention_mask is not None and not attention_mask.dtype.is_floating_point and attention_mask.dtype != torch.bool
+    tree_end = attention_mask[:, 0, 0, :] if is_tree and attention_mask is not None else None
+    state = _ATTENTIONS.get(module)
+    if state is not None and state.recorder is not None:
+        mask = None if is_tree else attention_mask
+        state.recorder.observe(module, query, key, tree_end, mask, scaling, softcap, state.mass_backend)
+    whole_causal = attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
+    if not (is_tree or whole_causal) or (dropout > 0 and not is_tree):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        if softcap is not None:
+            kwargs["softcap"] = softcap
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if dropout > 0:
+        raise ValueError(
+            f"{type(module).__name__}: attention dropout {dropout} with a padded or packed batch; set config.attention_dropout = 0, "
+            "since branches of a tree share their prefix"
+        )
+    # A causal mask from `tree_mask` already stands for layers without a window; a prepared tree reaches windowed layers as it is.
+    window = sliding_window if is_tree else None
+    backend = "auto" if state is None else state.backend
+    if tree_end is not None:
+        tree_end = tree_end.expand(query.shape[0], -1)
+    output = tree_attention(query, key, value, tree_end, scale=scaling, softcap=softcap, window=window, backend=backend).output
+    return output.transpose(1, 2).contiguous(), None

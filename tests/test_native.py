@@ -1,0 +1,256 @@
+"""The C++ `attention_mass` against the reference, at every SIMD level this CPU has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from trees import random_tree_end
+
+from mmdpo_kernels import attention_mass, backends
+from mmdpo_kernels.backends.native import attention_mass as native
+from mmdpo_kernels.backends.native import extension
+from mmdpo_kernels.backends.reference import attention_mass as reference
+from mmdpo_kernels.backends.reference.scores import capped_scores
+from mmdpo_kernels.tree_mask import visible_rows
+
+MODULE = extension.load()
+LEVELS = [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels()
+REDUCTIONS = (None, "mean", "tokens")
+OPTIONS = {"plain": {}, "softcap": {"softcap": 5.0}, "window": {"window": 20}}
+
+
+@dataclass
+class Sizes:
+    B: int
+    Hq: int
+    Hkv: int
+    R: int
+    S: int
+    D: int
+
+
+SIZES = {
+    "one": Sizes(1, 1, 1, 1, 1, 1),
+    "odd": Sizes(2, 6, 2, 5, 67, 24),  # a last key block of 19, a strip that is not full
+    "edge": Sizes(1, 8, 1, 12, 96, 64),  # whole key blocks and whole strips, one key head
+    "deep": Sizes(1, 4, 2, 9, 300, 80),  # D is no multiple of the dot product's chunk
+}
+
+
+@dataclass
+class Call:
+    """Arguments of `forward`; `scores` and `seen` are the float64 truth behind them."""
+
+    query_rows: Tensor
+    key: Tensor
+    segments: Tensor
+    row_positions: Tensor
+    tree_end: Tensor | None
+    options: dict[str, float]
+    num_segments: int = 4
+    lse: Tensor | None = None
+
+    def run(self, module: object, reduce: str | None, dtype: torch.dtype | None = None) -> Tensor:
+        query_rows, key = (t if dtype is None else t.to(dtype) for t in (self.query_rows, self.key))
+        lse = self.lse if self.lse is None or dtype is None else self.lse.to(dtype)
+        options = {"softcap": None, "window": None, "scale": key.shape[-1] ** -0.5, **self.options}
+        return module.forward(  # type: ignore[attr-defined]
+            query_rows, key, self.segments, self.row_positions, self.num_segments, self.tree_end, lse, reduce=reduce, **options
+        )
+
+    def scores(self) -> Tensor:
+        """(B, Hq, R, S) float64, -inf where not visible."""
+        scores = capped_scores(
+            self.query_rows.double(), self.key.double(), self.key.shape[-1] ** -0.5, self.options.get("softcap")
+        )
+        tree_end = self.tree_end if self.tree_end is not None else torch.full_like(self.segments, self.segments.shape[1])
+        return scores.masked_fill(~visible_rows(self.row_positions, tree_end, self.options.get("window"))[:, None], float("-inf"))
+
+
+def make_call(sizes: Sizes, dtype: torch.dtype, options: dict[str, float], tree: bool = True, lse: bool = False) -> Call:
+    """Non-contiguous query and key, long segments and short ones, unused rows."""
+    query = torch.randn(sizes.B, sizes.R, sizes.Hq, sizes.D).to(dtype).transpose(1, 2)
+    key = (1.5 * torch.randn(sizes.B, sizes.S, sizes.Hkv, 2 * sizes.D)).to(dtype)[..., : sizes.D].transpose(1, 2)
+    segments = (torch.arange(sizes.S) * 5 // sizes.S - 1).repeat(sizes.B, 1)
+    segments[:, : sizes.S // 6] = torch.randint(-1, 4, (sizes.B, sizes.S // 6))
+    rows = torch.randint(-1, sizes.S, (sizes.B, sizes.R))
+    rows[0, 0] = sizes.S - 1
+    tree_end = random_tree_end(sizes.B, sizes.S, seed=sizes.S, padding=False) if tree else None
+    call = Call(query, key, segments, rows, tree_end, options)
+    call.lse = call.scores().logsumexp(-1).float() if lse else None
+    return call
+
+
+def assert_as_accurate(ours: Tensor, torchs: Tensor, truth: Tensor, largest_score: float) -> None:
+    """|truth - ours| <= 2 |truth - torch| + one rounding step, elementwise; without the score's step for the whole tensor.
+
+    The step is that of the score inside the exponential, which moves a probability by `eps * |score|`, and that of the result.
+    """
+    assert ours.dtype == torchs.dtype and ours.shape == torchs.shape
+    step = torch.finfo(ours.dtype).eps * (1.0 + largest_score) * truth.abs()
+    error, allowed = ours.double() - truth, torchs.double() - truth
+    assert not ours.isnan().any()
+    excess = error.abs() - (2 * allowed.abs() + step)
+    assert not (excess > 0).any(), f"beyond the bound by {excess.max():.2e}"
+    assert error.norm() <= 2 * allowed.norm() + torch.finfo(ours.dtype).eps * truth.norm()
+
+
+def test_the_extension_is_built() -> None:
+    assert not isinstance(MODULE, str), MODULE
+    assert LEVELS[0] == "generic"
+    assert backends()["attention_mass"]["native"] is None or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_as_accurate_as_pytorch(level: str, option: str, lse: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
+    for sizes in SIZES.values():
+        for tree in (False, True):
+            call = make_call(sizes, dtype, OPTIONS[option], tree, lse)
+            scores = call.scores()
+            largest = scores[scores.isfinite()].abs().max().item()
+            for reduce in REDUCTIONS:
+                truth = call.run(reference, reduce, torch.float64)
+                assert_as_accurate(call.run(native, reduce), call.run(reference, reduce), truth, largest)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_float64_is_float64(option: str, lse: bool, reduce: str | None) -> None:
+    for sizes in SIZES.values():
+        call = make_call(sizes, torch.float64, OPTIONS[option], lse=lse)
+        torch.testing.assert_close(call.run(native, reduce), call.run(reference, reduce), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_half_precision_inputs_are_read_exactly(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With D = 1 and a query of 1 the score is the key itself: subnormals, largest values and signs come through."""
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
+    for dtype in (torch.float16, torch.bfloat16):
+        info = torch.finfo(dtype)
+        values = torch.tensor([0.0, -0.0, info.smallest_normal, info.smallest_normal / 4, -1.5, 3.25, info.max, info.min])
+        for value in values.to(dtype):
+            key = torch.stack([value, value.new_tensor(0.0)])[None, None, :, None]
+            query = torch.ones(1, 1, 1, 1, dtype=dtype)
+            segments, rows = torch.tensor([[0, 1]]), torch.tensor([[1]])
+            # Scores of size one, as far as a float32 scale reaches.
+            scale = min(2.0**120, 1.0 / max(abs(float(value)), 2.0**-130))
+            got = native.forward(query, key, segments, rows, 2, None, None, scale, None, None, None)
+            want = torch.tensor([float(value) * scale, 0.0], dtype=torch.float64).softmax(0)
+            torch.testing.assert_close(got.flatten().double(), want, rtol=3e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("lse", [False, True])
+def test_rows_that_see_nothing_and_unused_rows_are_zero(
+    level: str, reduce: str | None, lse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
+    call = make_call(SIZES["odd"], torch.float32, {})
+    call.tree_end = torch.arange(67, dtype=torch.int32).repeat(2, 1)
+    call.lse = torch.full((2, 6, 5), float("-inf")) if lse else None
+    assert (call.run(native, reduce) == 0).all()
+    call = make_call(SIZES["odd"], torch.float32, {})
+    call.row_positions[1] = -1
+    assert (call.run(native, reduce)[1] == 0).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_invisible_keys_leave_no_trace(level: str, reduce: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding may hold anything, NaN included; NaN in a visible key shows."""
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
+    call = make_call(SIZES["odd"], torch.float32, {}, tree=False)
+    call.tree_end = torch.full((2, 67), 67, dtype=torch.int32)
+    call.tree_end[:, 40:50] = torch.arange(40, 50, dtype=torch.int32)
+    want = call.run(native, reduce)
+    key = call.key.clone()
+    key[:, :, 40:50] = float("nan")
+    call.key = key
+    assert torch.equal(call.run(native, reduce), want)
+    key[0, :, 0] = float("nan")
+    assert call.run(native, reduce)[0].isnan().any()
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_threads_do_not_change_the_result(reduce: str | None) -> None:
+    call = make_call(Sizes(2, 16, 4, 40, 500, 64), torch.float32, {})
+    one = call.run(native, reduce)
+    torch.set_num_threads(3)
+    torch.testing.assert_close(call.run(native, reduce), one, rtol=1e-6, atol=1e-9)
+
+
+def test_no_segments_and_no_rows() -> None:
+    call = make_call(SIZES["odd"], torch.float32, {})
+    call.segments.fill_(-1)
+    call.num_segments = 0
+    assert call.run(native, None).shape == (2, 6, 5, 0)
+    assert call.run(native, "mean").shape == (2, 0)
+    torch.testing.assert_close(call.run(native, "tokens"), call.run(reference, "tokens"))
+    call.query_rows, call.row_positions, call.num_segments = call.query_rows[:, :, :0], call.row_positions[:, :0], 4
+    assert call.run(native, None).shape == (2, 6, 0, 4)
+    assert (call.run(native, "mean") == 0).all()
+
+
+def test_gradients_through_the_op_are_the_reference_s() -> None:
+    call = make_call(SIZES["odd"], torch.float64, {})
+    found = []
+    for backend in ("native", "reference"):
+        query, key = call.query_rows.detach().clone().requires_grad_(), call.key.detach().clone().requires_grad_()
+        mass = attention_mass(
+            query, key, call.segments, row_positions=call.row_positions, num_segments=4, tree_end=call.tree_end, backend=backend
+        )
+        found.append(torch.autograd.grad(mass.square().sum(), (query, key)))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("segments", 4, r"segments must lie in \[-1, 4\), got 4"),
+        ("row_positions", 67, r"row_positions must lie in \[-1, 67\), got 67"),
+    ],
+)
+def test_values_out_of_range_are_errors(argument: str, value: int, message: str) -> None:
+    call = make_call(SIZES["odd"], torch.float32, {})
+    getattr(call, argument)[1, 2] = value
+    with pytest.raises(ValueError, match=message):
+        call.run(native, None)
+
+
+def test_an_unknown_level_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", "sse9")
+    reason = native.unavailable_reason("cpu", torch.float32)
+    assert reason is not None and "MMDPO_CPU_LEVEL" in reason and "'sse9'" in reason and "generic" in reason
+
+
+def test_reasons() -> None:
+    assert native.unavailable_reason("cpu", torch.float32) is None
+    assert "cuda" in (native.unavailable_reason("cuda", torch.float32) or "")
+    assert "int32" in (native.unavailable_reason("cpu", torch.int32) or "")
+
+
+def test_a_package_without_the_extension_imports_and_says_what_to_do() -> None:
+    program = (
+        "import sys; sys.modules['mmdpo_kernels._native'] = None\n"
+        "import mmdpo_kernels, torch\n"
+        "reason = mmdpo_kernels.backends()['attention_mass']['native']\n"
+        "assert 'make install' in reason, reason\n"
+        "mmdpo_kernels.attention_mass(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), torch.zeros(1, 1).int(),"
+        " row_positions=torch.zeros(1, 1).int(), num_segments=1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stderr

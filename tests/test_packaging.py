@@ -1,0 +1,60 @@
+"""What an installation promises: dependencies, exact constraints, typing markers, the console command."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import mmdpo_kernels
+import mmdpo_trainers
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+
+
+def project(requirement: str) -> str:
+    """Normalised project name of a requirement line."""
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found is not None, requirement
+    return re.sub(r"[-_.]+", "-", found.group()).lower()
+
+
+def constraints() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    return {project(line): line for line in lines}
+
+
+def test_installing_without_extras_needs_three_packages() -> None:
+    needed = [line for line in metadata.requires("mmdpo") or [] if "extra ==" not in line]
+    assert {project(line) for line in needed} == {"torch", "triton", "numpy"}
+    assert set(metadata.metadata("mmdpo").get_all("Provides-Extra") or []) == set(EXTRAS)
+
+
+@pytest.mark.parametrize("group", ["core", "build", *EXTRAS])
+def test_every_dependency_is_pinned(group: str) -> None:
+    groups = {"core": PYPROJECT["project"]["dependencies"], "build": PYPROJECT["build-system"]["requires"], **EXTRAS}
+    assert not {project(line) for line in groups[group]} - set(constraints())
+
+
+def test_constraints_are_exact_and_name_no_place() -> None:
+    for line in constraints().values():
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line), line
+
+
+@pytest.mark.parametrize("package", [mmdpo_kernels, mmdpo_trainers])
+def test_typing_markers(package: object) -> None:
+    assert (Path(package.__file__).parent / "py.typed").is_file()  # type: ignore[attr-defined]
+
+
+def test_the_console_command_exists() -> None:
+    (command,) = metadata.entry_points(group="console_scripts", name="mmdpo")
+    assert callable(command.load())
+
+
+def test_versions_agree() -> None:
+    assert mmdpo_kernels.__version__ == PYPROJECT["project"]["version"] == metadata.version("mmdpo")

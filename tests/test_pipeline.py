@@ -1,0 +1,209 @@
+"""The pipeline with stages that only count: what is skipped, continued, removed, refused and summed up."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mmdpo_trainers import pipeline, stages
+from mmdpo_trainers.config import RunConfig
+from mmdpo_trainers.errors import ConfigError, RunFolderError
+from mmdpo_trainers.progress import Progress
+from mmdpo_trainers.run_folder import read_json, write_atomic
+from mmdpo_trainers.stages import StageContext
+
+FILES = {
+    "augment": "prompts.jsonl",
+    "generate": "responses.jsonl",
+    "score": "scores.jsonl",
+    "select": "pairs.jsonl",
+    "train": "final/adapter.bin",
+    "evaluate": "answers.jsonl",
+    "report": "page",
+}
+READS = {"generate": "prompts", "score": "responses", "select": "scores", "train": "pairs"}
+MAIN = ["augment", "generate", "score", "select", "train", "evaluate/before", "evaluate/after", "report"]
+
+
+class CountingStages:
+    """Stand-ins for the stage modules; `calls` is what ran, `broken` the name of a stage that fails."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.broken: str | None = None
+
+    def module(self, stage: str) -> Any:
+        owner = self
+
+        class Module:
+            @staticmethod
+            def inputs(context: StageContext) -> list[Path]:
+                if stage == "evaluate" and context.moment == "after":
+                    return [context.trained]
+                return [getattr(context, READS[stage])] if stage in READS else []
+
+            @staticmethod
+            def run(context: StageContext) -> dict[str, Any]:
+                owner.calls.append(context.name)
+                write_atomic(context.folder / FILES[stage], f"{context.name} {context.config.select.rule}")
+                if owner.broken == context.name:
+                    raise RuntimeError("power cut")
+                if stage == "select":
+                    return {"pairs": {"sequence": 3, "grid": 2}, "dropped": {"answer": 4, "ratio": 5}}
+                if stage == "evaluate":
+                    right = 0.5 if context.moment == "before" else 0.75
+                    return {"accuracy": {"sequence": right, "grid": right + 0.1, "pip": right, "single": 0.9}}
+                return {}
+
+        return Module
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> CountingStages:
+    counting = CountingStages()
+    monkeypatch.setattr(stages, "stage_module", counting.module)
+    return counting
+
+
+def config_of(folder: Path, **values: Any) -> RunConfig:
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text("{}")
+    return RunConfig.from_dict({"name": "t", "run_dir": str(folder / "run"), "model": str(model), "seed": 4, **values})
+
+
+def go(config: RunConfig, **options: Any) -> tuple[dict[str, Any], str]:
+    output = io.StringIO()
+    console = Console(file=output, width=120)
+    summary = pipeline.run_pipeline(config, progress=Progress(console), console=console, **options)
+    return summary, output.getvalue()
+
+
+def test_stages_run_in_order_once_and_are_summed_up(tmp_path: Path, counting: CountingStages) -> None:
+    summary, text = go(config_of(tmp_path))
+    assert counting.calls == MAIN
+    assert summary["accuracy"]["before"] == {"sequence": 0.5, "grid": 0.6, "pip": 0.5, "single": 0.9}
+    assert summary["accuracy"]["after"]["sequence"] == 0.75
+    assert summary["pairs"] == {"sequence": 3, "grid": 2} and summary["dropped"] == {"answer": 4, "ratio": 5}
+    assert summary["seed"] == 4 and set(summary["seconds"]) == {*MAIN, "total"}
+    assert read_json(tmp_path / "run" / "summary.json") == summary
+    for words in (
+        "before",
+        "0.500",
+        "0.750",
+        "0.533",
+        "0.783",
+        "single image",
+        "selected, grid",
+        "dropped by ratio",
+        "run folder",
+    ):
+        assert words in text
+    again, text = go(config_of(tmp_path))
+    assert counting.calls == MAIN and again == summary
+    assert text.count("done before") == len(MAIN)
+
+
+def test_an_interrupted_stage_is_continued_and_its_seconds_add_up(tmp_path: Path, counting: CountingStages) -> None:
+    counting.broken = "score"
+    with pytest.raises(RuntimeError, match="power cut"):
+        go(config_of(tmp_path))
+    state = tmp_path / "run" / "score" / "state.json"
+    write_atomic(state, {**read_json(state), "seconds": 50.0})
+    counting.broken = None
+    summary, text = go(config_of(tmp_path))
+    assert counting.calls == ["augment", "generate", "score", *MAIN[2:]]
+    assert "score: continuing" in text and 50.0 <= summary["seconds"]["score"] < 55.0
+
+
+def test_until_and_then_the_rest(tmp_path: Path, counting: CountingStages) -> None:
+    summary, _ = go(config_of(tmp_path), until="select")
+    assert counting.calls == MAIN[:4]
+    assert summary["accuracy"] == {"before": None, "after": None} and summary["pairs"] is not None
+    go(config_of(tmp_path))
+    assert counting.calls == MAIN
+
+
+def test_other_settings_are_refused_and_restart_removes_what_depends_on_them(tmp_path: Path, counting: CountingStages) -> None:
+    go(config_of(tmp_path))
+    changed = config_of(tmp_path, select={"max_pairs": 5})
+    with pytest.raises(RunFolderError, match=r"select\.max_pairs: was null, is 5.*--restart select"):
+        go(changed)
+    assert counting.calls == MAIN and RunConfig.from_yaml(tmp_path / "run/config.yaml").select.max_pairs is None
+    go(changed, restart="select")
+    assert counting.calls[len(MAIN) :] == ["select", "train", "evaluate/after", "report"]
+    assert RunConfig.from_yaml(tmp_path / "run/config.yaml").select.max_pairs == 5
+    counting.calls.clear()
+    go(changed, restart="augment")
+    assert counting.calls == MAIN
+
+
+def test_another_model_or_seed_is_refused(tmp_path: Path, counting: CountingStages) -> None:
+    config = config_of(tmp_path)
+    go(config)
+    with pytest.raises(RunFolderError, match="seed: was 4, is 5"):
+        go(config_of(tmp_path, seed=5))
+    (tmp_path / "model" / "config.json").write_text("[]")
+    with pytest.raises(RunFolderError, match="generate was made with other settings .*model: was"):
+        go(config)
+
+
+def test_arms_share_the_stages_before_and_have_their_own_after(tmp_path: Path, counting: CountingStages) -> None:
+    arms = {"random": {"select": {"rule": "random_wrong"}}, "sft": {"train": {"args": {"loss_type": ["nll"]}}}}
+    summary, text = go(config_of(tmp_path, arms=arms))
+    own = [f"arms/{arm}/{stage}" for arm in arms for stage in ("select", "train", "evaluate/after")]
+    assert counting.calls == [*MAIN[:-1], *own, "report"]
+    assert (tmp_path / "run/arms/random/select/pairs.jsonl").read_text().endswith("random_wrong")
+    assert summary["arms"]["sft"]["accuracy"]["after"]["grid"] == 0.85 and summary["arms"]["random"]["pairs"]["grid"] == 2
+    assert set(own) < set(summary["seconds"]) and "arm random" in text
+    counting.calls.clear()
+    go(config_of(tmp_path, arms=arms), restart="arms/sft/train")
+    assert counting.calls == ["arms/sft/train", "arms/sft/evaluate/after", "report"]
+    counting.calls.clear()
+    go(config_of(tmp_path, arms={**arms, "more": {}}))
+    assert counting.calls == ["arms/more/select", "arms/more/train", "arms/more/evaluate/after"]
+
+
+def test_stages_before_ones_own_file_are_left_out(tmp_path: Path, counting: CountingStages) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("{}\n")
+    go(config_of(tmp_path, train={"input": str(pairs)}, arms={"a": {}}))
+    assert counting.calls == ["train", "evaluate/before", "evaluate/after", "arms/a/train", "arms/a/evaluate/after", "report"]
+    pairs.write_text('{"a": 1}\n')
+    with pytest.raises(RunFolderError, match=r"train was made with other settings \(input pairs\.jsonl: was"):
+        go(config_of(tmp_path, train={"input": str(pairs)}, arms={"a": {}}))
+
+
+def test_names_are_checked_first(tmp_path: Path, counting: CountingStages) -> None:
+    for options, message in (
+        ({"until": "trian"}, "--until: there is no stage 'trian'"),
+        ({"restart": "arms/x"}, "--restart: there is no stage 'x'"),
+        ({"restart": "other/x/train"}, "--restart: 'other/x/train' is not a stage"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            go(config_of(tmp_path), **options)
+    with pytest.raises(ConfigError, match=r"arms\.a\.train\.args: PreferenceConfig has no field 'bta'; did you mean 'beta'"):
+        go(config_of(tmp_path, arms={"a": {"train": {"args": {"bta": 1}}}}))
+    assert counting.calls == []
+
+
+def test_progress_on_a_pipe_is_lines() -> None:
+    output = io.StringIO()
+    progress = Progress(Console(file=output, width=80), every=0.0)
+    with progress.task("score", total=3, completed=1) as task:
+        task.advance(note="[ratio 0.5]")
+        task.advance()
+    assert output.getvalue().splitlines() == ["score: 2/3 [ratio 0.5]", "score: 3/3 [ratio 0.5]", "score: 3/3 [ratio 0.5]"]
+
+
+def test_progress_on_a_terminal_is_a_bar() -> None:
+    output = io.StringIO()
+    progress = Progress(Console(file=output, width=100, force_terminal=True))
+    with progress.task("outer", total=2) as outer, progress.task("inner", total=None) as inner:
+        inner.advance(5)
+        outer.advance(2, note="[half]")
+    assert all(words in output.getvalue() for words in ("outer", "2/2", "[half]", "inner"))

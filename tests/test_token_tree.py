@@ -1,0 +1,80 @@
+"""TokenTree and image_segments."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from mmdpo_kernels import TokenTree, image_segments
+from mmdpo_kernels.tree_mask import visible
+
+
+def test_pair_shares_its_prompt() -> None:
+    tree = TokenTree.from_sequences([[1, 2, 3, 7, 8], [1, 2, 3, 9]], prompt_lengths=[3, 3])
+    assert tree.input_ids.tolist() == [1, 2, 3, 7, 8, 9]
+    assert tree.position_ids.tolist() == [0, 1, 2, 3, 4, 3]
+    assert tree.tree_end.tolist() == [6, 6, 6, 5, 5, 6]
+    assert [rows.tolist() for rows in tree.rows] == [[2, 3], [2]]
+    assert [targets.tolist() for targets in tree.targets] == [[7, 8], [9]]
+    assert tree.attention_mask.shape == (1, 1, 1, 6)
+
+
+def test_pictures_are_told_apart_by_identity() -> None:
+    sequences = [[1, 50, 50, 2], [1, 50, 50, 3]]
+    same = [[None, ("a", 0), ("a", 1), None]] * 2
+    other = [same[0], [None, ("b", 0), ("b", 1), None]]
+    assert TokenTree.from_sequences(sequences, prompt_lengths=[3, 3], identities=same).num_tokens == 5
+    assert TokenTree.from_sequences(sequences, prompt_lengths=[3, 3], identities=other).num_tokens == 7
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_every_sequence_sees_exactly_itself(seed: int) -> None:
+    rng = random.Random(seed)
+    sequences = [[rng.randrange(3) for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 7))]
+    prompts = [rng.randint(1, len(sequence)) for sequence in sequences]
+    tree = TokenTree.from_sequences(sequences, prompt_lengths=prompts)
+    seen = visible(tree.tree_end[None])[0]
+    for sequence, prompt, path, rows, targets in zip(sequences, prompts, tree.paths, tree.rows, tree.targets, strict=True):
+        assert tree.input_ids[path].tolist() == sequence
+        assert tree.position_ids[path].tolist() == list(range(len(sequence)))
+        for offset, index in enumerate(path.tolist()):
+            assert seen[index].nonzero()[:, 0].tolist() == path[: offset + 1].tolist()
+        assert targets.tolist() == sequence[prompt:]
+        assert rows.tolist() == path[prompt - 1 : -1].tolist()
+    distinct = {tuple(sequence[: n + 1]) for sequence in sequences for n in range(len(sequence))}
+    assert tree.num_tokens == len(distinct)
+    for index, (sequence_index, offset) in enumerate(tree.origin.tolist()):
+        assert tree.paths[sequence_index][offset] == index
+
+
+def test_tree_errors() -> None:
+    with pytest.raises(ValueError, match="sequence 1 is empty"):
+        TokenTree.from_sequences([[1], []], prompt_lengths=[1, 0])
+    with pytest.raises(ValueError, match=r"prompt_lengths\[0\] must be in \[1, 2\], got 3"):
+        TokenTree.from_sequences([[1, 2]], prompt_lengths=[3])
+    with pytest.raises(ValueError, match=r"identities\[0\] must have 2 entries"):
+        TokenTree.from_sequences([[1, 2]], prompt_lengths=[1], identities=[[None]])
+
+
+def test_adjacent_pictures_are_split_by_count() -> None:
+    ids = torch.tensor([[9, 5, 5, 5, 5, 1], [5, 5, 1, 5, 0, 0]])
+    found = image_segments(ids, 5, [[3, 1], [2, 1]])
+    assert found.tolist() == [[-1, 0, 0, 0, 1, -1], [0, 0, -1, 1, -1, -1]]
+
+
+def test_region_of_a_picture() -> None:
+    ids = torch.tensor([[1, 5, 5, 5, 5, 5, 5], [5, 5, 1, 5, 5, 5, 5]])
+    found = image_segments(ids, 5, [[6], [2, 4]], regions=[[0, 1, 2, 3], None], patch_grids=[[2, 3], None])
+    assert found.tolist() == [[-1, 1, 0, 0, 1, 0, 0], [0, 0, -1, 1, 1, 1, 1]]
+
+
+def test_segment_errors_name_the_row() -> None:
+    ids = torch.tensor([[5, 5, 1, 5]])
+    with pytest.raises(ValueError, match="row 0 has 3 image tokens .* adds up to 2"):
+        image_segments(ids, 5, [[2]])
+    with pytest.raises(ValueError, match=r"regions\[0\] needs one picture"):
+        image_segments(ids, 5, [[3]], regions=[[0, 0, 1, 1]], patch_grids=[[2, 2]])
+    with pytest.raises(ValueError, match="within grid"):
+        image_segments(ids, 5, [[3]], regions=[[0, 0, 1, 4]], patch_grids=[[1, 3]])

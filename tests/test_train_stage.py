@@ -1,0 +1,189 @@
+"""The train stage on a run folder: pairs and replay in, an adapter or a model and a log out, interrupted or not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_tiny_llava, sample_pictures
+from training_cases import preference_records
+
+from mmdpo_trainers.config import RunConfig
+from mmdpo_trainers.errors import ConfigError, DataError, StageError
+from mmdpo_trainers.loading import load_model
+from mmdpo_trainers.run_folder import RunFolder, read_jsonl
+from mmdpo_trainers.stages import StageContext
+from mmdpo_trainers.stages import train as stage
+from mmdpo_trainers.training.preference_data import read_pairs, replay_pairs, split
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return make_tiny_llava(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder as augment and select leave it."""
+    pictures = sample_pictures(6)
+    for name in ("augment", "select"):
+        (tmp_path / name / "images").mkdir(parents=True)
+    for index, picture in enumerate(pictures):
+        picture.save(tmp_path / "augment" / "images" / f"{index}.png")
+        picture.save(tmp_path / "select" / "images" / f"{index}.png")
+    pairs = preference_records(8, pictures=[f"images/{index}.png" for index in range(6)])
+    write_lines(tmp_path / "select" / "pairs.jsonl", pairs)
+    questions = {"what colour is it": ("red", "blue", "green"), "how many are there": ("two", "three", "two")}
+    singles = [
+        {
+            "id": f"single-{index}-{question.split()[1]}",
+            "format": "single",
+            "images": [f"images/{index}.png"],
+            "prompt": f"<image>\n{question} ?",
+            "answer": answers[index % 3],
+        }
+        for index in range(6)
+        for question, answers in questions.items()
+    ]
+    write_lines(tmp_path / "augment" / "singles.jsonl", singles)
+    return tmp_path
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def context(run: Path, model: Path, **train: Any) -> StageContext:
+    args = {"per_device_train_batch_size": 4, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2, "logging_steps": 1}
+    options = {**train, "args": {**args, **train.get("args", {})}}
+    config = RunConfig.from_dict({"model": str(model), "run_dir": str(run), "device": "cpu", "seed": 3, "train": options})
+    return StageContext(run=RunFolder(run), config=config, stage="train")
+
+
+def test_run(run: Path, model: Path) -> None:
+    losses = {"loss_type": ["sigmoid", "nll"], "loss_weights": [1.0, 0.5]}
+    work = context(run, model, replay=0.5, held_out=0.25, args={"num_train_epochs": 2, "eval_steps": 2, **losses})
+    summary = stage.run(work)
+    assert {key: summary[key] for key in ("pairs", "replay", "held_out", "steps", "epochs")} == {
+        "pairs": 6,
+        "replay": 3,
+        "held_out": 2,
+        "steps": 6,
+        "epochs": 2.0,
+    }
+    json.dumps(summary)
+    entries = list(read_jsonl(run / "train" / "log.jsonl"))
+    assert [entry["step"] for entry in entries if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert [entry["step"] for entry in entries if "eval_loss" in entry] == [2, 4, 6]
+    assert summary["final_loss"] == entries[-2]["loss"] < entries[0]["loss"]
+    assert any("attn/ratio_sequence" in entry for entry in entries)
+    assert not (run / "train" / ".final.tmp").exists()
+    base, trained = load_model(model), load_model(model, adapter=run / "train" / "final")
+    changed = {
+        name for name, weights in trained.model.state_dict().items() if not torch.equal(weights, base.model.state_dict()[name])
+    }
+    assert changed and all("language_model.layers" in name for name in changed)
+
+    assert stage.run(work) == summary
+    assert [json.loads(line) for line in (run / "train" / "log.jsonl").read_text().splitlines()] == entries
+
+
+def test_both_references_train_the_same_adapter(run: Path, model: Path) -> None:
+    adapters = []
+    for reference in ("adapter", "model"):
+        stage.run(context(run, model, reference=reference))
+        adapters.append(load_file(run / "train" / "final" / "adapter_model.safetensors"))
+        shutil.rmtree(run / "train")
+    assert adapters[0].keys() == adapters[1].keys()
+    assert any(bool(weights.any()) for name, weights in adapters[0].items() if "lora_B" in name)
+    for name, weights in adapters[0].items():
+        torch.testing.assert_close(weights, adapters[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_full_model(run: Path, model: Path) -> None:
+    stage.run(context(run, model, args={"full_finetune": True, "learning_rate": 1e-3}))
+    final = run / "train" / "final"
+    assert "mmdpo_tree" not in (final / "config.json").read_text()
+    base, trained = load_model(model).model.state_dict(), load_model(final).model.state_dict()
+    changed = {name for name in base if not torch.equal(base[name], trained[name])}
+    assert any("lm_head" in name for name in changed)
+    assert not any("vision_tower" in name or "projector" in name for name in changed)
+
+
+def test_replay_pairs(run: Path) -> None:
+    source = run / "augment" / "singles.jsonl"
+    truth = {record["id"]: record["answer"] for record in read_jsonl(source)}
+    found = replay_pairs(source, 30, seed=1)
+    assert len(found) == 30 and len({record["id"] for record in found}) == 30
+    for record in found:
+        answer = truth[record["id"].rsplit("/", 1)[-1]]
+        rejected = record["rejected"][0]["content"]
+        assert record["chosen"][0]["content"] == answer != rejected
+        colours = {"red", "blue", "green"}
+        assert (rejected in colours) == (answer in colours), "the wrong answer belongs to the same question"
+        assert Path(record["images"][0]).is_file()
+    # All 12 records are used before any is used again.
+    assert len({record["id"].rsplit("/", 1)[-1] for record in found[:12]}) == 12
+    assert replay_pairs(source, 30, seed=1) == found != replay_pairs(source, 30, seed=2)
+
+
+def test_replay_needs_answers_that_differ(run: Path) -> None:
+    source = run / "augment" / "same.jsonl"
+    write_lines(source, [{**record, "answer": "red"} for record in read_jsonl(run / "augment" / "singles.jsonl")])
+    with pytest.raises(StageError, match="no single-image records with different answers"):
+        replay_pairs(source, 2, seed=0)
+    with pytest.raises(StageError, match="run augment, give your own with train.replay_source"):
+        replay_pairs(run / "nothing.jsonl", 2, seed=0)
+
+
+def test_split() -> None:
+    kept, held_out = split(10, 0.3, seed=0)
+    assert len(held_out) == 3 and sorted(kept + held_out) == list(range(10))
+    assert split(10, 0.3, seed=0) == (kept, held_out) != split(10, 0.3, seed=1)
+    assert split(4, 0.0, seed=0) == ([0, 1, 2, 3], [])
+    with pytest.raises(StageError, match="share in"):
+        split(4, 1.0, seed=0)
+
+
+def test_pairs_of_ones_own(run: Path, model: Path) -> None:
+    """A `datasets` folder with pictures inside, without ids and formats."""
+    pairs = [{key: record[key] for key in ("prompt", "chosen", "rejected", "images")} for record in preference_records(5)]
+    message = [{"role": datasets.Value("string"), "content": datasets.Value("string")}]
+    columns = {name: message for name in ("prompt", "chosen", "rejected")}
+    features = datasets.Features({**columns, "images": datasets.List(datasets.Image())})
+    folder = run / "mine"
+    datasets.Dataset.from_list(pairs, features=features).save_to_disk(str(folder))
+    summary = stage.run(context(run, model, input=str(folder)))
+    assert summary["pairs"] == 5 and summary["steps"] == 2
+
+
+def test_bad_input_is_named(run: Path, model: Path) -> None:
+    path = run / "select" / "pairs.jsonl"
+    good = list(read_jsonl(path))
+    write_lines(path, [good[0], {key: value for key, value in good[1].items() if key != "rejected"}])
+    with pytest.raises(DataError, match="record record-1: no column 'rejected'"):
+        read_pairs(path)
+    write_lines(path, [{**good[0], "images": ["images/0.png", "images/gone.png"]}])
+    with pytest.raises(DataError, match="record record-0: picture .*gone.png does not exist"):
+        read_pairs(path)
+    write_lines(path, [])
+    with pytest.raises(StageError, match="holds no pairs"):
+        stage.run(context(run, model))
+    write_lines(path, good)
+    with pytest.raises(StageError, match="longer than max_length=5"):
+        stage.run(context(run, model, args={"max_length": 5}))
+    for name, value in (("learning_rat", 1.0), ("beta", -1), ("push_to_hub", True), ("attention_layer", 9)):
+        with pytest.raises(ConfigError, match=name):
+            stage.run(context(run, model, args={name: value}))
+
+
+def test_inputs(run: Path, model: Path) -> None:
+    assert stage.inputs(context(run, model)) == [run / "select" / "pairs.jsonl"]
+    assert stage.inputs(context(run, model, replay=0.1)) == [run / "select" / "pairs.jsonl", run / "augment" / "singles.jsonl"]

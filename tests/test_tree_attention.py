@@ -1,0 +1,150 @@
+"""tree_attention: every backend against dense float64, gradients, masks, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from trees import assert_accurate, random_tree_end
+
+from mmdpo_kernels import tree_attention
+from mmdpo_kernels.tree_mask import depth, rectangles, visible
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, tree_end: Tensor, segments: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification, written independently: a Python loop over the rule."""
+    batch, heads, length, dim = query.shape
+    seen = torch.tensor([[[j <= i < e for j, e in enumerate(row)] for i in range(length)] for row in tree_end.tolist()])
+    key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+    scores = (query @ key.mT / dim**0.5).masked_fill(~seen[:, None], float("-inf"))
+    p = scores.softmax(-1).nan_to_num(0.0)
+    one_hot = torch.nn.functional.one_hot(segments.long() + 1, n + 1)[..., 1:].to(p.dtype)
+    return p @ value, scores.logsumexp(-1), p @ one_hot[:, None]
+
+
+def inputs(batch: int, heads: int, kv: int, length: int, dim: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    make = [torch.randn(batch, length, h, dim, dtype=dtype).transpose(1, 2) for h in (heads, kv, kv)]
+    return [t.requires_grad_() for t in make]
+
+
+# One token, an odd length, more than one 32-wide block of the CPU kernel with grouped heads.
+SHAPES = [(1, 1, 1, 1, 8), (2, 2, 1, 7, 16), (3, 4, 2, 67, 24)]
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(4))
+def test_forward_and_backward_equal_the_rule(backend: str, shape: tuple[int, ...], seed: int) -> None:
+    q, k, v = inputs(*shape)
+    tree_end = random_tree_end(shape[0], shape[3], seed)
+    n = 3 if backend == "reference" else 0
+    segments = torch.randint(-1, 3, tree_end.shape) if n else torch.full(tree_end.shape, -1)
+    got = tree_attention(q, k, v, tree_end, segments=segments, num_segments=n, backend=backend)
+    want = dense(q, k, v, tree_end, segments, n)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    rows = (got.lse.isfinite()).to(q.dtype)[..., None]
+    up = torch.randn_like(want[0]) * rows
+    parts = [(got.output * up).sum(), (want[0] * up).sum()]
+    if n:
+        finite = got.lse.isfinite()
+        parts[0] = parts[0] + got.lse[finite].sin().sum() + (got.mass**2).sum()
+        parts[1] = parts[1] + want[1][finite].sin().sum() + (want[2] ** 2).sum()
+    mine = torch.autograd.grad(parts[0], (q, k, v))
+    truth = torch.autograd.grad(parts[1], (q, k, v))
+    for a, b in zip(mine, truth, strict=True):
+        torch.testing.assert_close(a, b.nan_to_num(0.0), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 3}, {"scale": 0.3}])
+def test_reference_gradcheck(options: dict[str, float]) -> None:
+    q, k, v = inputs(2, 2, 1, 5, 4)
+    tree_end = torch.tensor([[5, 5, 4, 4, 5], [2, 2, 2, 5, 4]], dtype=torch.int32)
+    segments = torch.tensor([[0, 1, -1, 0, 1], [1, 1, 0, -1, -1]])
+
+    def run(*qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = tree_attention(*qkv, tree_end, segments=segments, num_segments=2, backend="reference", **options)
+        return out.output, out.lse.masked_fill(out.lse == float("-inf"), 0.0), out.mass
+
+    assert torch.autograd.gradcheck(run, (q, k, v))
+
+
+@pytest.mark.parametrize("which", [(True, False, False), (False, True, False), (False, False, True)])
+def test_gradients_of_subsets(which: tuple[bool, bool, bool]) -> None:
+    leaves = [t.detach().requires_grad_(want) for t, want in zip(inputs(1, 2, 2, 9, 8), which, strict=True)]
+    tree_end = random_tree_end(1, 9, 1, padding=False)
+    grads = {}
+    for backend in ("reference", "sdpa"):
+        (grads[backend],) = torch.autograd.grad(
+            tree_attention(*leaves, tree_end, backend=backend).output.sum(), [t for t in leaves if t.requires_grad]
+        )
+    torch.testing.assert_close(grads["sdpa"], grads["reference"], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sdpa_keeps_the_accuracy_rule(dtype: torch.dtype) -> None:
+    q, k, v = (t.detach().to(dtype) for t in inputs(2, 4, 2, 67, 24))
+    tree_end = random_tree_end(2, 67, 3, padding=False)
+    none = torch.full(tree_end.shape, -1)
+    truth = dense(q.double(), k.double(), v.double(), tree_end, none, 0)[0]
+    plain = dense(q, k, v, tree_end, none, 0)[0]
+    ours = tree_attention(q, k, v, tree_end, backend="sdpa").output
+    assert_accurate(ours, plain, truth)
+
+
+def test_padding_rows_are_zero() -> None:
+    q, k, v = (t.detach() for t in inputs(1, 1, 1, 6, 8))
+    tree_end = torch.tensor([[0, 1, 6, 6, 6, 6]], dtype=torch.int32)
+    for backend in ("reference", "sdpa"):
+        out = tree_attention(q, k, v, tree_end, backend=backend)
+        assert (out.output[:, :, :2] == 0).all()
+        assert (out.lse[:, :, :2] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rectangles_cover_the_rule_exactly_once(seed: int) -> None:
+    tree_end = random_tree_end(3, 23, seed)
+    count = torch.zeros(3, 23, 23, dtype=torch.int64)
+    for plan in rectangles(tree_end):
+        for r in plan.rectangles:
+            block = torch.ones(r.q1 - r.q0, r.k1 - r.k0, dtype=torch.int64)
+            count[plan.b0 : plan.b1, r.q0 : r.q1, r.k0 : r.k1] += block.tril() if r.causal else block
+    assert torch.equal(count, visible(tree_end).long())
+
+
+def test_depth_leaves_siblings_out() -> None:
+    # A prompt of 3, a branch of 2, a branch of 3; then a left-padded row.
+    tree_end = torch.tensor([[8, 8, 8, 5, 5, 8, 8, 8], [0, 1, 8, 8, 8, 8, 8, 8]], dtype=torch.int32)
+    assert depth(tree_end)[0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert depth(tree_end)[1, 2:].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_plan_follows_an_edit_of_the_tensor() -> None:
+    tree_end = torch.tensor([[4, 4, 4, 4]], dtype=torch.int32)
+    before = rectangles(tree_end)
+    tree_end[0, 2:] = torch.tensor([3, 4])
+    assert rectangles(tree_end) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tree_end": torch.zeros(1, 3, dtype=torch.int32)}, "tree_end must have shape"),
+        ({"backend": "cuda"}, "backend must be 'auto' or one of"),
+        ({"backend": "sdpa", "softcap": 1.0}, "no softcap"),
+        ({"num_segments": 2}, "needs segments"),
+        ({"segments": torch.full((1, 4), 5), "num_segments": 2}, "below num_segments=2, got 5"),
+        ({"window": 0}, "window must be above 0"),
+    ],
+)
+def test_errors_name_the_argument(change: dict[str, object], message: str) -> None:
+    q, k, v = (t.detach() for t in inputs(1, 2, 1, 4, 8))
+    with pytest.raises(ValueError, match=message):
+        tree_attention(q, k, v, **change)  # type: ignore[arg-type]
+
+
+def test_sdpa_refuses_a_gradient_through_lse() -> None:
+    q, k, v = inputs(1, 1, 1, 4, 8)
+    with pytest.raises(ValueError, match="no gradient through lse"):
+        tree_attention(q, k, v, backend="sdpa").lse.sum().backward()

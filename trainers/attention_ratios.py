@@ -1,0 +1,213 @@
+"""Attention ratios: how much of an answer's attention on pictures goes to the asked-about one.
+
+Measured by a teacher-forced pass that ends after one layer, or recorded while the answer is generated; the two agree within rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdpo_kernels import AttentionRecorder, image_segments, record_attention
+from mmdpo_trainers.data.compose import box_to_region, official_grid_region, official_pip_region
+from mmdpo_trainers.errors import DataError, StageError
+from mmdpo_trainers.loading import LoadedModel
+from mmdpo_trainers.prompts import EncodedPrompts, encode_prompts
+
+REGION_FORMATS = ("grid", "pip")
+"""Formats whose target is a rectangle of the one picture, not a picture of its own."""
+
+
+@torch.no_grad()
+def attention_ratios(
+    loaded: LoadedModel,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    layer: int | None = None,
+    statistic: str = "mass",
+    regions: str = "box",
+    drop_first_row: bool = False,
+) -> list[dict[str, Any]]:
+    """Attention ratios of one batch of answers (`response_ids`, or the text `response`), on a patched model.
+
+    One teacher-forced pass, ended after `layer` (0-based; default the middle, 16 of 32). Its attention is averaged over heads and
+    over the rows that predict the answer's tokens, the end token included where the model wrote one; `drop_first_row` leaves out
+    the row that predicts the first token, as MIA-DPO's code does, which sees decoding steps only. Keys are the image tokens.
+
+    Returns per record what `ratios_of` does.
+    """
+    layer = check_layer(loaded.num_layers, layer)
+    answers = [record["response"] if record.get("response_ids") is None else record["response_ids"] for record in records]
+    encoded = encode_prompts(loaded, records, padding_side="right", answers=answers)
+    segments = target_segments(loaded, records, encoded, regions=regions)
+    rows = response_rows(records, encoded, drop_first_row=drop_first_row)
+    with record_attention(
+        loaded.model, segments, rows, layers=[layer], num_segments=_num_segments(encoded), reduce="mean", stop_early=True
+    ) as recorder:
+        loaded.model(**encoded.inputs, use_cache=False)
+    counted = rows.any(dim=1).tolist()
+    attention = _trimmed(records, encoded, recorder.mass[layer], counted)
+    return [
+        ratios_of(record, values, tokens, statistic)
+        for record, values, tokens in zip(records, attention, encoded.tokens_per_image, strict=True)
+    ]
+
+
+def ratios_of(
+    record: Mapping[str, Any], attention: Sequence[float] | None, tokens: Sequence[int], statistic: str
+) -> dict[str, Any]:
+    """The ratios that follow from one record's attention.
+
+    Returns:
+        attention: A, the mass per picture; for `grid` and `pip` [region, rest of the picture]. Empty where no row is left to count.
+        ratio_mass: A[target] / sum(A).
+        ratio_mean: the same of the mean over each picture's tokens (MIA-DPO's code), equal to `ratio_mass` where all pictures
+            have the same number of tokens; in `grid` and `pip` the code sums over the rectangle, so there it is `ratio_mass`.
+        ratio: the one that `statistic` (`mass` or `mean`) names. All three None where no row is left to count.
+    """
+    if attention is None:
+        return {"ratio": None, "ratio_mass": None, "ratio_mean": None, "attention": []}
+    in_regions = record["format"] in REGION_FORMATS
+    target = 0 if in_regions else record["target"]
+    mass = _share(attention, target)
+    mean = mass if in_regions else _share([a / n for a, n in zip(attention, tokens, strict=True)], target)
+    return {"ratio": mass if statistic == "mass" else mean, "ratio_mass": mass, "ratio_mean": mean, "attention": list(attention)}
+
+
+@dataclass
+class GenerationRecord:
+    """Attention of the rows that emitted tokens in one `generate` call."""
+
+    recorder: AttentionRecorder
+    records: Sequence[Mapping[str, Any]]
+    encoded: EncodedPrompts
+    settings: dict[str, Any]
+
+    def take(self, generated: Sequence[int]) -> list[dict[str, Any]]:
+        """Per record the `settings`, `attention` as in `ratios_of`, and `tokens` per picture. generated: tokens of each answer."""
+        mass = self.recorder.mass[self.settings["layer"]]
+        steps = mass[:, :, self.settings["drop_first_row"] :]
+        counts = [count - self.settings["drop_first_row"] for count in generated]
+        weight = torch.tensor(counts, device=mass.device).clamp(min=1)[:, None] * mass.shape[1]
+        attention = _trimmed(self.records, self.encoded, steps.sum((1, 2)) / weight, [count > 0 for count in counts])
+        return [
+            {**self.settings, "attention": values, "tokens": tokens}
+            for values, tokens in zip(attention, self.encoded.tokens_per_image, strict=True)
+        ]
+
+
+@contextmanager
+def recorded_generation(
+    loaded: LoadedModel,
+    records: Sequence[Mapping[str, Any]],
+    encoded: EncodedPrompts,
+    *,
+    layer: int | None,
+    regions: str,
+    drop_first_row: bool,
+) -> Iterator[GenerationRecord]:
+    """Record, while the block runs `generate` on `encoded`, what `attention_ratios` would find on its answers."""
+    settings = ratio_settings(loaded.num_layers, layer=layer, regions=regions, drop_first_row=drop_first_row)
+    segments = target_segments(loaded, records, encoded, regions=regions)
+    with record_attention(
+        loaded.model,
+        segments,
+        None,
+        layers=[settings["layer"]],
+        num_segments=_num_segments(encoded),
+        reduce=None,
+        eos_token_ids=loaded.end_ids,
+    ) as recorder:
+        yield GenerationRecord(recorder, records, encoded, settings)
+
+
+def ratio_settings(num_layers: int, *, layer: int | None, regions: str, drop_first_row: bool) -> dict[str, Any]:
+    """What recorded attention depends on, the layer resolved: equal settings, equal attention."""
+    return {"layer": check_layer(num_layers, layer), "regions": regions, "drop_first_row": drop_first_row}
+
+
+def check_layer(num_layers: int, layer: int | None) -> int:
+    """The layer, by default the middle one. Raises StageError where the model has no such layer."""
+    layer = default_layer(num_layers) if layer is None else layer
+    if not 0 <= layer < num_layers:
+        raise StageError(f"score.layer: expected 0 to {num_layers - 1} for this model, got {layer}")
+    return layer
+
+
+def default_layer(num_layers: int) -> int:
+    """The middle decoder layer, 0-based: 16 of 32, MIA-DPO's choice."""
+    return num_layers // 2
+
+
+def target_segments(
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], encoded: EncodedPrompts, *, regions: str = "box"
+) -> Tensor:
+    """(B, S) int32: the picture's index of each image token; in `grid` and `pip` 0 inside the target's region and 1 outside.
+
+    regions: `box`, the record's own box on the model's patches, or `official_code`, MIA-DPO's rectangles.
+    """
+    found = [_region(record, loaded.patch_grid, regions) for record in records]
+    return image_segments(
+        encoded.inputs["input_ids"],
+        loaded.image_token_id,
+        encoded.tokens_per_image,
+        regions=found,
+        patch_grids=[loaded.patch_grid if region is not None else None for region in found],
+    )
+
+
+def mean_ratios(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean `ratio` by format, over the records that have one."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        if record.get("ratio") is not None:
+            found.setdefault(record["format"], []).append(record["ratio"])
+    return {name: sum(ratios) / len(ratios) for name, ratios in found.items()}
+
+
+def _num_segments(encoded: EncodedPrompts) -> int:
+    return max(2, *map(len, encoded.tokens_per_image))
+
+
+def _trimmed(
+    records: Sequence[Mapping[str, Any]], encoded: EncodedPrompts, mass: Tensor, counted: Sequence[bool]
+) -> list[list[float] | None]:
+    """(B, N) mass without the segments a record does not have; None where it has no counted row."""
+    kept = [2 if r["format"] in REGION_FORMATS else len(t) for r, t in zip(records, encoded.tokens_per_image, strict=True)]
+    rows = mass.double().tolist()
+    return [row[:n] if any_row else None for row, n, any_row in zip(rows, kept, counted, strict=True)]
+
+
+def _region(record: Mapping[str, Any], grid: tuple[int, int], regions: str) -> list[int] | None:
+    if record["format"] not in REGION_FORMATS:
+        return None
+    if regions == "official_code":
+        if record["format"] == "pip":
+            return official_pip_region(grid)
+        return official_grid_region(record["target"], record["num_images"], grid)
+    if record.get("region") is not None and list(record.get("patch_grid") or ()) == list(grid):
+        return list(record["region"])
+    if record.get("box") is not None:
+        return box_to_region(record["box"], grid)
+    raise DataError(
+        f"record {record['id']}: a {record['format']} needs `box`, or `region` on this model's {grid[0]}x{grid[1]} patches; "
+        "add one, or set score.regions to official_code"
+    )
+
+
+def response_rows(records: Sequence[Mapping[str, Any]], encoded: EncodedPrompts, *, drop_first_row: bool) -> Tensor:
+    """(B, S) bool: a row predicts the token after it, so the first row is the prompt's last."""
+    rows = torch.zeros_like(encoded.inputs["input_ids"], dtype=torch.bool)
+    for index, (record, (start, stop)) in enumerate(zip(records, encoded.response_spans, strict=True)):
+        rows[index, start - 1 + drop_first_row : stop - 1 + record.get("ended", True)] = True
+    return rows
+
+
+def _share(values: Sequence[float], target: int) -> float | None:
+    total = sum(values)
+    return values[target] / total if total > 0 else None

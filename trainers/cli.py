@@ -1,0 +1,226 @@
+"""The `mmdpo` command: a whole run from a YAML file, or one stage at a time. Flags come from the configuration dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from rich.console import Console
+
+from mmdpo_trainers.config import DataConfig, RunConfig
+from mmdpo_trainers.config_values import convert, parse_yaml, read_yaml, type_name
+from mmdpo_trainers.errors import ConfigError, MmdpoError
+from mmdpo_trainers.stages import STAGES
+
+_SHARED = ("model", "seed", "threads", "dtype", "device")
+
+_ABOUT = {
+    "augment": "Make multi-image prompts (sequence, grid collage, pic-in-pic) from single-image data.",
+    "generate": "Let the model answer the prompts.",
+    "score": "Measure how much attention each answer pays to the asked-about picture.",
+    "select": "Keep the wrong answers that looked at the wrong picture, as rejected answers of preference pairs.",
+    "train": "Train on the preference pairs.",
+    "evaluate": "Measure accuracy by format, before or after training.",
+    "report": "Write report.html, one self-contained page about the run.",
+}
+_EXAMPLES = {
+    "augment": "mmdpo augment --run runs/mine --data llava_665k.json --image-folder images --model llava-1.5-7b-hf\n"
+    "  mmdpo augment --run runs/mine --formats '{sequence: 0.5, grid: 0.5}' --num-prompts 20000",
+    "generate": "mmdpo generate --run runs/mine --model llava-1.5-7b-hf --batch-size 32\n"
+    "  mmdpo generate --run runs/mine --model llava-1.5-7b-hf --input my_prompts.jsonl",
+    "score": "mmdpo score --run runs/mine --model llava-1.5-7b-hf --layer 16",
+    "select": "mmdpo select --run runs/mine --preset official_code\n"
+    "  mmdpo select --run runs/mine --thresholds '{sequence: {2: 0.6, 3: 0.5}}'",
+    "train": "mmdpo train --run runs/mine --model llava-1.5-7b-hf --args '{learning_rate: 5e-5, num_train_epochs: 1}'\n"
+    "  mmdpo train --run runs/mine --model llava-1.5-7b-hf --input my_pairs.jsonl",
+    "evaluate": "mmdpo evaluate --run runs/mine --moment before\n"
+    "  mmdpo evaluate --run runs/mine --moment after --input my_questions.jsonl",
+    "report": "mmdpo report --run runs/mine",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `mmdpo`. Returns the exit code: 0; 2 for an error of the user's, printed in one line; 130 if interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.action(options)
+    except MmdpoError as error:
+        print(f"mmdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mmdpo: interrupted; the same command continues the run", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmdpo",
+        description="Preference training for models that read several pictures.",
+        epilog="examples:\n  mmdpo run configs/shapes_mia_dpo.yaml\n  mmdpo env\n  mmdpo score --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_run(commands)
+    for stage in STAGES:
+        _add_stage(commands, stage)
+    about = "print versions, devices and kernel backends"
+    env = commands.add_parser("env", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    env.set_defaults(action=_env)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        help="do, or continue, a whole run from a YAML file",
+        description="Do all stages in order. Started again after a kill, it continues where it stopped.",
+        epilog="examples:\n  mmdpo run configs/shapes_mia_dpo.yaml\n"
+        "  mmdpo run my.yaml --set train.args.learning_rate=1e-4 --set augment.num_prompts=2000 --run-dir runs/lr1e-4\n"
+        "  mmdpo run my.yaml --restart select      # remove select and everything after it, then continue",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration; see configs/shapes_mia_dpo.yaml")
+    run.add_argument("--run-dir", metavar="FOLDER", help="the run folder (default: runs/<name>)")
+    run.add_argument("--seed", metavar="N", help="seed of every random choice, in place of the file's")
+    run.add_argument("--until", metavar="STAGE", choices=STAGES, help=f"stop after this stage: {', '.join(STAGES)}")
+    run.add_argument("--restart", metavar="STAGE", help="remove this stage's files and those of later stages first")
+    about_set = "replace one value, such as score.layer=8; may be repeated"
+    run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=about_set)
+    run.set_defaults(action=_run)
+
+
+def _add_stage(commands: Any, stage: str) -> None:
+    about = _ABOUT[stage]
+    parser = commands.add_parser(
+        stage,
+        help=about[0].lower() + about[1:].rstrip("."),
+        description=f"{about} Settings not given come from FOLDER/config.yaml, or are the defaults.",
+        epilog=f"examples:\n  {_EXAMPLES[stage]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run", required=True, metavar="FOLDER", help="the run folder; created if it does not exist")
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="settings to start from, in place of FOLDER/config.yaml")
+    parser.add_argument("--restart", action="store_true", help="remove this stage's files and those of later stages first")
+    parser.add_argument("--arm", metavar="NAME", help="a control experiment of the configuration, in place of the main run")
+    if stage == "evaluate":
+        parser.add_argument("--moment", choices=("before", "after"), default="after", help="the model before or after training")
+    if stage == "augment":
+        _add_fields(parser, DataConfig, "data", rename={"source": "data"})
+    sections = {f.name: f for f in dataclasses.fields(RunConfig)}
+    _add_fields(parser, get_type_hints(RunConfig)[stage], stage)
+    for name in _SHARED:
+        _add_field(parser, sections[name], get_type_hints(RunConfig)[name], name, name)
+    parser.set_defaults(action=_stage, stage=stage)
+
+
+def _add_fields(parser: argparse.ArgumentParser, cls: Any, section: str, rename: dict[str, str] | None = None) -> None:
+    hints = get_type_hints(cls)
+    for each in dataclasses.fields(cls):
+        _add_field(parser, each, hints[each.name], f"{section}.{each.name}", (rename or {}).get(each.name, each.name))
+
+
+def _add_field(parser: argparse.ArgumentParser, each: dataclasses.Field[Any], hint: Any, key: str, flag: str) -> None:
+    default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
+    text = f"{each.metadata['help']} [{type_name(hint)}; default: {default}]".replace("%", "%%")
+    names = [f"--{flag.replace('_', '-')}"]
+    parser.add_argument(*names, dest=key, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.pipeline import run_pipeline
+
+    values = read_yaml(options.config)
+    for assignment in options.set:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as --set score.layer=8")
+        values = _assigned(values, key.split("."), _flag_value(f"--set {key}", text))
+    if options.seed is not None:
+        values["seed"] = convert(_flag_value("--seed", options.seed), int, where="command line", name="--seed")
+    if options.run_dir is not None:
+        values["run_dir"] = options.run_dir
+    values.setdefault("name", Path(options.config).stem)
+    run_pipeline(RunConfig.from_dict(values, where=options.config), until=options.until, restart=options.restart)
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.pipeline import restart_from, run_stage, save_config, set_threads
+    from mmdpo_trainers.progress import Progress
+    from mmdpo_trainers.run_folder import RunFolder
+    from mmdpo_trainers.stages import StageContext
+
+    run = RunFolder(options.run)
+    saved = Path(options.config) if options.config else run.path / "config.yaml"
+    values = read_yaml(saved) if options.config or saved.exists() else {"name": run.path.name}
+    for key, text in vars(options).items():
+        if key.split(".")[0] in ("data", *STAGES, *_SHARED) and key != "config":
+            values = _assigned(values, key.split("."), _typed(key, text))
+    config = RunConfig.from_dict(values, where=str(saved) if saved.exists() else "command line")
+    set_threads(config.threads)
+    name = f"{options.stage}/{options.moment}" if options.stage == "evaluate" else options.stage
+    name = f"arms/{options.arm}/{name}" if options.arm else name
+    with run.lock():
+        if options.restart:
+            restart_from(run, name, tuple(config.arms))
+        context = StageContext(
+            run=run,
+            config=config.for_arm(options.arm),
+            stage=options.stage,
+            moment=getattr(options, "moment", None),
+            arm=options.arm,
+            progress=Progress(),
+        )
+        summary = run_stage(context, on_begin=lambda: save_config(run, config))
+    shown = {key: value for key, value in summary.items() if key != "fingerprint"}
+    print(yaml.safe_dump({context.name: shown}, sort_keys=False, allow_unicode=True), end="")
+
+
+def _env(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.environment import print_environment
+
+    print_environment(Console())
+
+
+def _typed(key: str, text: Any) -> Any:
+    """A flag's text by its field's type: text stays text, everything else is read as YAML."""
+    section, _, name = key.rpartition(".")
+    owner = get_type_hints(RunConfig)[section] if section else RunConfig
+    hint = get_type_hints(owner)[name]
+    flag = "--data" if key == "data.source" else f"--{name.replace('_', '-')}"
+    if hint is str:
+        return text
+    value = _flag_value(flag, text)
+    if "text" in type_name(hint).split(" or ") and value is not None:
+        # A folder named 2024 is a text where the field takes one.
+        value = text
+    return convert(value, hint, where="command line", name=flag)
+
+
+def _flag_value(flag: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{flag} {text}: not a valid value ({getattr(error, 'problem', None) or error})") from error
+
+
+def _assigned(values: dict[str, Any], parts: list[str], value: Any) -> dict[str, Any]:
+    """`values` with the entry that `parts` lead to replaced; a part of digits is a number, as in augment.num_images.grid.4."""
+    key: Any = int(parts[0]) if parts[0].isdigit() else parts[0]
+    if len(parts) == 1:
+        return {**values, key: value}
+    inner = values.get(key)
+    return {**values, key: _assigned(inner if isinstance(inner, dict) else {}, parts[1:], value)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""What a run is made with: one keyword-only dataclass per stage, read from YAML. The flags of `mmdpo` come from them too."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmdpo_trainers.config_values import build, read_yaml
+from mmdpo_trainers.errors import ConfigError
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "", *, factory: Any = dataclasses.MISSING, result: bool = True) -> Any:
+    """A dataclass field with its help text. result=False: it cannot change what a stage writes, so fingerprints leave it out."""
+    metadata = {"help": help, "result": result}
+    if factory is not dataclasses.MISSING:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The single-image data that `augment` starts from."""
+
+    source: str = option(
+        "shapes",
+        "LLaVA .json/.jsonl, a `datasets` folder, parquet or JSON with TRL's columns, or `shapes` (the built-in world)",
+    )
+    image_folder: str | None = option(None, "folder that the records' picture paths are relative to; no path may leave it")
+    limit: int | None = option(None, "use at most this many source records, from the start of the file; None: all")
+    max_pixels: int = option(64_000_000, "pictures with more pixels than this are reported, not opened")
+    holdout: float = option(0.1, "share of the pictures kept for evaluation if evaluate.source is None (`shapes` draws new ones)")
+    pictures: int = option(2000, "`source: shapes` only: number of pictures to draw")
+    questions_per_picture: int = option(3, "`source: shapes` only: questions asked about each picture")
+
+
+@dataclass(kw_only=True)
+class AugmentConfig:
+    """Single-image records to multi-image prompts (MIA-DPO): which formats, how many, how they look."""
+
+    formats: dict[str, float] = option(
+        help="share of each format (sequence, grid, pip, single); normalised to sum 1",
+        factory=lambda: {"sequence": 0.5, "grid": 0.3, "pip": 0.2},
+    )
+    per_record: float = option(1.0, "prompts made from each source record, if num_prompts is None")
+    num_prompts: int | None = option(None, "number of prompts to make; above the number of records, records are used again")
+    num_images: dict[str, dict[int, float]] = option(
+        help="for `sequence` (2-5) and `grid` (2, 3, 4, 6, 9): number of pictures -> share",
+        factory=lambda: {
+            "sequence": {2: 0.25, 3: 0.25, 4: 0.25, 5: 0.25},
+            "grid": {2: 0.2, 3: 0.2, 4: 0.2, 6: 0.2, 9: 0.2},
+        },
+    )
+    cell_size: int = option(448, "grid: side of a cell, in pixels")
+    margin: int = option(40, "grid: white margin around a cell, in pixels; labels are written in it")
+    label: bool = option(True, "grid: write `Image{k}` above each cell")
+    square: bool = option(True, "grid and pip: pad with white to a square, because CLIP processors crop the centre")
+    max_fraction: float = option(0.7, "pip: the pasted picture is at most this share of the host's width and height")
+    pip_openings: list[str] | None = option(None, "pip: phrases a prompt may open with; None: the built-in list")
+    patch_grid: tuple[int, int] | None = option(None, "patch rows and columns of one picture; None: from the model")
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """The model's own answers to the prompts."""
+
+    input: str | None = option(None, "your own prompts .jsonl in place of augment/prompts.jsonl")
+    batch_size: int = option(16, "prompts generated together")
+    max_new_tokens: int = option(64, "longest answer, in tokens")
+    do_sample: bool = option(False, "sample the answers; False: greedy")
+    temperature: float = option(1.0, "sampling temperature")
+    top_p: float = option(1.0, "nucleus sampling: smallest set of tokens with this probability")
+    noise: Literal["none", "paper", "official_code"] = option("none", "noise on pictures before generation, not in training")
+    record_attention: bool = option(
+        True, "record attention ratios while generating, so that score needs no pass (not with noise)"
+    )
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """Attention ratio of each answer: how much of the attention on pictures goes to the asked-about one."""
+
+    input: str | None = option(None, "your own responses .jsonl in place of generate/responses.jsonl")
+    batch_size: int = option(16, "prompts scored together")
+    layer: int | None = option(None, "decoder layer, 0-based; None: the middle one (16 of 32)")
+    statistic: Literal["mass", "mean"] = option("mass", "attention summed over a picture's tokens, or averaged (official code)")
+    regions: Literal["box", "official_code"] = option("box", "grid and pip: the exact box, or the official code's rectangle")
+    drop_first_row: bool = option(False, "leave out the row that predicts the first answer token, as the official code does")
+
+
+@dataclass(kw_only=True)
+class SelectConfig:
+    """Which answers become rejected answers."""
+
+    input: str | None = option(None, "your own scores .jsonl in place of score/scores.jsonl")
+    preset: Literal["paper", "official_code", "custom"] = option("paper", "threshold table; custom: `thresholds` alone")
+    rule: Literal["attention", "random_wrong", "perplexity"] = option(
+        "attention", "attention: MIA-DPO; the others are control arms with the attention arm's number of pairs per format"
+    )
+    thresholds: dict[str, dict[int, float]] = option(
+        help="format -> number of pictures -> attention ratio to stay under; entries replace the preset's", factory=dict
+    )
+    min_perplexity: float | None = option(1.1, "answers with a perplexity at or below this are dropped; None: no rule")
+    max_truth_chars: int | None = option(512, "records with a true answer this long or longer are dropped; None: no rule")
+    max_length_ratio: float | Literal["preset"] | None = option(
+        "preset", "longer over shorter of truth and response, in characters; preset: 5 (paper, custom), no rule (official_code)"
+    )
+    min_edit_distance: float | Literal["preset"] | None = option(
+        "preset", "smallest edit distance as a share of the longer text; preset: 0.1 (paper, custom), no rule (official_code)"
+    )
+    max_pairs: int | None = option(None, "keep at most this many pairs, drawn with the run's seed; None: all")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Preference training; everything of `PreferenceConfig` goes through `args`."""
+
+    input: str | None = option(None, "your own preference data (TRL columns) in place of select/pairs.jsonl")
+    args: dict[str, Any] = option(help="fields of PreferenceConfig, such as learning_rate, beta, loss_type", factory=dict)
+    replay: float = option(0.0, "single-image pairs mixed in, as a share of the selected pairs; they keep the single-image skill")
+    replay_source: str | None = option(None, "prompt records with answers (.jsonl) for the replay; None: augment/singles.jsonl")
+    held_out: float = option(0.0, "share of the selected pairs that is not trained on but evaluated on, as eval_* in the log")
+    reference: Literal["adapter", "model"] = option("adapter", "reference model: the adapter switched off, or a second copy")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Accuracy before and after training, by format."""
+
+    input: str | None = option(None, "your own prompts with answers (.jsonl) in place of evaluate/prompts.jsonl")
+    source: str | None = option(None, "single-image data to make evaluation prompts from, as in data.source; None: data.source")
+    image_folder: str | None = option(None, "picture folder of `source`; None: data.image_folder")
+    per_format: dict[str, int] = option(
+        help="evaluation prompts of each format (sequence, grid, pip, single)",
+        factory=lambda: {"sequence": 300, "grid": 300, "pip": 100, "single": 400},
+    )
+    batch_size: int = option(32, "prompts answered together")
+    max_new_tokens: int = option(16, "longest answer, in tokens")
+    match: Literal["exact", "contains", "choice"] = option("exact", "how an answer is compared with the truth")
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """The HTML page."""
+
+    title: str | None = option(None, "headline; None: the run's name")
+    heat_maps: int = option(6, "prompts shown with attention maps before and after training")
+    batch_size: int = option(8, "prompts run together for the heat maps")
+    pairs: int = option(6, "example pairs shown")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    name: str = option("run", "name of the run; its folder is runs/<name> unless run_dir is given")
+    run_dir: str | None = option(None, "the run folder", result=False)
+    model: str = option("shapes", "local Hugging Face folder of a supported model, or `shapes` (the small one shipped here)")
+    seed: int = option(0, "seed of every random choice")
+    threads: int | None = option(None, "CPU threads of PyTorch; None: PyTorch's own default", result=False)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type the model is loaded in")
+    device: str | None = option(None, "cpu, cuda, cuda:1, ...; None: cuda if there is one")
+    data: DataConfig = option(help="source data", factory=DataConfig)
+    augment: AugmentConfig = option(help="multi-image prompts", factory=AugmentConfig)
+    generate: GenerateConfig = option(help="the model's answers", factory=GenerateConfig)
+    score: ScoreConfig = option(help="attention ratios", factory=ScoreConfig)
+    select: SelectConfig = option(help="preference pairs", factory=SelectConfig)
+    train: TrainConfig = option(help="training", factory=TrainConfig)
+    evaluate: EvaluateConfig = option(help="accuracy", factory=EvaluateConfig)
+    report: ReportConfig = option(help="the page", factory=ReportConfig)
+    arms: dict[str, dict[str, Any]] = option(
+        help="control experiments: name -> overrides of `select` and `train`; they share everything before", factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        for name, overrides in self.arms.items():
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ConfigError(f"arms: {name!r} becomes a folder name: letters, digits, _ and - only")
+            for section in overrides:
+                if section not in ("select", "train"):
+                    raise ConfigError(f"arms.{name}: {section!r} cannot differ between arms; an arm overrides select and train")
+            self.for_arm(name)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> RunConfig:
+        """Read a YAML file. Raises ConfigError naming the file, the key and the nearest valid key, or the type expected."""
+        return cls.from_dict(read_yaml(path), where=str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "configuration") -> RunConfig:
+        """The same from a nested dict; `where` opens the error messages."""
+        try:
+            return build(cls, values, where=where)
+        except ConfigError as error:
+            raise error if str(error).startswith(where) else ConfigError(f"{where}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dict that `from_dict` reads back."""
+        return dataclasses.asdict(self)
+
+    @property
+    def run_path(self) -> Path:
+        """The run folder."""
+        return Path(self.run_dir or Path("runs") / self.name)
+
+    def for_arm(self, arm: str | None) -> RunConfig:
+        """The configuration of an arm: this one with the arm's overrides, merged key by key. None: the main arm, itself."""
+        if arm is None:
+            return self
+        if arm not in self.arms:
+            raise ConfigError(f"there is no arm {arm!r}; this run has {', '.join(self.arms) or 'none'}")
+        values = merge(self.to_dict(), self.arms[arm])
+        values["arms"] = {}
+        return build(RunConfig, values, where=f"arms.{arm}")
+
+
+def merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `overrides` laid over it, mapping by mapping."""
+    merged = dict(values)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

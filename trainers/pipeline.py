@@ -1,0 +1,216 @@
+"""The whole run: stages in order, arms after the main one, done work skipped, killed work continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mmdpo_trainers import stages
+from mmdpo_trainers.config import RunConfig
+from mmdpo_trainers.errors import ConfigError
+from mmdpo_trainers.fingerprint import Fingerprint, content_hash
+from mmdpo_trainers.progress import Progress
+from mmdpo_trainers.run_folder import RunFolder, read_json, write_atomic
+from mmdpo_trainers.stages import STAGES, Moment, StageContext
+from mmdpo_trainers.tables import run_tables
+
+_SECTIONS = {
+    "augment": ("data", "augment"),
+    "evaluate": ("data", "augment", "evaluate", "score"),
+}
+_MODEL_STAGES = ("generate", "score", "train", "evaluate", "report")
+_INPUT_STAGES = ("generate", "score", "select", "train")
+
+
+def run_pipeline(
+    config: RunConfig,
+    *,
+    until: str | None = None,
+    restart: str | None = None,
+    progress: Progress | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Do, or continue, a whole run and return the content of its `summary.json`.
+
+    until: the last stage to run. restart: a stage (or `arms/<name>/<stage>`) to remove, with the later ones, before starting.
+    progress: where work is shown (standard error by default); console: where the closing tables go (standard output).
+    Raises MmdpoError where the run folder was made with other settings, naming what changed.
+    """
+    for name, value in (("until", until), ("restart", restart and restart.rsplit("/", 1)[-1])):
+        if value is not None and value not in STAGES and value not in ("before", "after"):
+            raise ConfigError(f"--{name}: there is no stage {value!r}; the stages are {', '.join(STAGES)}")
+    progress = progress or Progress()
+    run = RunFolder(config.run_path)
+    set_threads(config.threads)
+    if until is None or STAGES.index(until) >= STAGES.index("train"):
+        check_train_args(config)
+    with run.lock():
+        if restart:
+            restart_from(run, restart, tuple(config.arms))
+        steps = [step for step in _steps(config) if until is None or STAGES.index(step[0]) <= STAGES.index(until)]
+        contexts = [_context(config, run, progress, step) for step in steps]
+        for number, context in enumerate(contexts, start=1):
+            if context.stage == "report":
+                write_summary(run, config)
+            run_stage(context, f"{number}/{len(contexts)} ", on_begin=lambda: save_config(run, config))
+        summary = write_summary(run, config)
+    console = console or Console()
+    for table in run_tables(summary):
+        console.print(table)
+    report = run.path / "report.html"
+    ending = f"report: {report}" if report.exists() else f"run folder: {run.path}"
+    console.print(ending, markup=False, highlight=False, soft_wrap=True)
+    return summary
+
+
+def run_stage(context: StageContext, label: str = "", on_begin: Callable[[], None] | None = None) -> dict[str, Any]:
+    """Run one stage, or continue it, or return the summary of the done one. The caller holds the run's lock.
+
+    on_begin: called once it is certain that the stage's files belong to these settings.
+    """
+    run = context.run
+    module = stages.stage_module(context.stage)
+    fingerprint = stage_fingerprint(context, module.inputs(context))
+    if context.stage == "report" and run.fingerprint_of(context.name) not in (None, fingerprint.digest):
+        # A page is drawn from the other stages' files alone, so drawing it again loses nothing.
+        run.remove(context.name)
+    if run.stage_is_done(context.name, fingerprint):
+        context.progress.print(f"{label}{context.name}: done before")
+        return run.summary(context.name)
+    interrupted = (run.path / context.name / "state.json").exists()
+    context.progress.print(f"{label}{context.name}: {'continuing' if interrupted else 'starting'}")
+    run.begin_stage(context.name, fingerprint)
+    if on_begin is not None:
+        on_begin()
+    with run.clock(context.name):
+        summary = module.run(context)
+    return run.finish_stage(context.name, fingerprint, summary)
+
+
+def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
+    """What the stage's result depends on: its configuration, the seed, its inputs by content, and the model if it has one."""
+    parts: dict[str, Any] = {"seed": context.seed}
+    for section in _SECTIONS.get(context.stage, (context.stage,)):
+        for key, value in _values(getattr(context.config, section)).items():
+            parts[f"{section}.{key}"] = value
+    if context.stage in _MODEL_STAGES:
+        parts["model"] = content_hash(context.model)
+        parts["dtype"] = context.config.dtype
+    for path in inputs:
+        inside = path.absolute().is_relative_to(context.run.path)
+        name = path.absolute().relative_to(context.run.path).as_posix() if inside else path.name
+        parts[f"input {name}"] = content_hash(path)
+    return Fingerprint(json.loads(json.dumps(parts)))
+
+
+def _values(options: Any) -> dict[str, Any]:
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.metadata.get("result", True)}
+
+
+def check_train_args(config: RunConfig) -> None:
+    """Raise ConfigError for a name in any arm's `train.args` that PreferenceConfig does not have: hours before training would."""
+    from mmdpo_trainers.training.preference_config import PreferenceConfig
+
+    known = [f.name for f in dataclasses.fields(PreferenceConfig) if f.init]
+    for arm in (None, *config.arms):
+        for name in config.for_arm(arm).train.args:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                remedy = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"{f'arms.{arm}.' if arm else ''}train.args: PreferenceConfig has no field {name!r}{remedy}")
+
+
+def set_threads(threads: int | None) -> None:
+    """CPU threads of PyTorch; None leaves its own default."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+Step = tuple[str, Moment | None, str | None]
+
+
+def _steps(config: RunConfig) -> Iterator[Step]:
+    """(stage, moment, arm) in order. Stages before one with an input of the user's own are not needed."""
+    given = [STAGES.index(stage) for stage in _INPUT_STAGES if getattr(config, stage).input]
+    first = max(given, default=0)
+    main: list[Step] = [(stage, None, None) for stage in STAGES[first : STAGES.index("evaluate")]]
+    yield from main
+    yield "evaluate", "before", None
+    yield "evaluate", "after", None
+    for arm in config.arms:
+        own = config.for_arm(arm)
+        if not own.train.input:
+            yield "select", None, arm
+        yield "train", None, arm
+        yield "evaluate", "after", arm
+    yield "report", None, None
+
+
+def _context(config: RunConfig, run: RunFolder, progress: Progress, step: Step) -> StageContext:
+    stage, moment, arm = step
+    return StageContext(run=run, config=config.for_arm(arm), stage=stage, moment=moment, arm=arm, progress=progress)
+
+
+def restart_from(run: RunFolder, name: str, arms: tuple[str, ...] = ()) -> None:
+    """Remove a stage and those that depend on it. `name`: a stage, `evaluate/after`, `arms/<arm>/<stage>`."""
+    *prefix, stage = name.removesuffix("/before").removesuffix("/after").split("/")
+    if stage not in STAGES or (prefix and (len(prefix) != 2 or prefix[0] != "arms")):
+        raise ConfigError(f"--restart: {name!r} is not a stage; expected {', '.join(STAGES)} or arms/NAME/STAGE")
+    later = STAGES[STAGES.index(stage) :]
+    known = {*arms, *(path.name for path in (run.path / "arms").glob("*"))}
+    if prefix:
+        folders = [f"{name.rsplit('/' + stage, 1)[0]}/{each}" for each in later if each in stages.ARM_STAGES]
+    else:
+        # Evaluation prompts are made with augment's settings; the model before training depends on nothing later.
+        whole = stage in ("augment", "evaluate") and not name.endswith("/after")
+        folders = [each if each != "evaluate" or whole else "evaluate/after" for each in later if each != "report"]
+        folders += [f"arms/{arm}/{each}" for arm in sorted(known) for each in later if each in stages.ARM_STAGES]
+    for folder in ["report", *folders]:
+        run.remove(folder)
+    for file in ("report.html", "summary.json"):
+        (run.path / file).unlink(missing_ok=True)
+
+
+def save_config(run: RunFolder, config: RunConfig) -> None:
+    """Write the resolved configuration as `config.yaml`, which stage commands on this folder start from."""
+    import yaml
+
+    values = json.loads(json.dumps({**config.to_dict(), "run_dir": None}))
+    for section in (values["augment"]["num_images"], values["select"]["thresholds"]):
+        for name, table in section.items():
+            section[name] = {int(count): value for count, value in table.items()}
+    write_atomic(run.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Write and return the run's `summary.json`, from the summaries of the stages that are done."""
+    summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "model": config.model, **_outcome(run, "")}
+    before = _done(run, "evaluate/before").get("accuracy")
+    summary["accuracy"] = {"before": before, **summary["accuracy"]}
+    summary["prompts"] = _done(run, "augment").get("prompts")
+    summary["problems"] = _done(run, "augment").get("problems")
+    summary["arms"] = {arm: _outcome(run, f"arms/{arm}/") for arm in config.arms}
+    names = ["augment", "generate", "score", "select", "train", "evaluate/before", "evaluate/after", "report"]
+    names += [f"arms/{arm}/{stage}" for arm in config.arms for stage in ("select", "train", "evaluate/after")]
+    seconds = {name: round(run.seconds(name), 2) for name in names if (run.path / name / "state.json").exists()}
+    summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
+    write_atomic(run.path / "summary.json", summary)
+    return summary
+
+
+def _outcome(run: RunFolder, prefix: str) -> dict[str, Any]:
+    select, after = _done(run, f"{prefix}select"), _done(run, f"{prefix}evaluate/after")
+    return {"accuracy": {"after": after.get("accuracy")}, "pairs": select.get("pairs"), "dropped": select.get("dropped")}
+
+
+def _done(run: RunFolder, name: str) -> dict[str, Any]:
+    path = run.path / name / "summary.json"
+    return dict(read_json(path)) if path.exists() else {}

@@ -1,0 +1,175 @@
+"""Plots as inline SVG whose colours are the page's CSS variables, so that they follow light, dark and print."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mmdpo_trainers.errors import StageError
+
+from .intervals import Proportion
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# matplotlib needs real colours; each stands for one CSS variable of the page and is replaced in the finished SVG.
+COLOURS = {
+    "ink": "#010203",
+    "faint": "#040506",
+    "before": "#070809",
+    "after": "#0a0b0c",
+    "right": "#0d0e0f",
+    "wrong": "#101112",
+    "third": "#131415",
+    "fourth": "#161718",
+}
+SERIES = ("after", "wrong", "third", "fourth", "before")
+BINS = 20
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""Line label -> (steps, values)."""
+
+
+def require_matplotlib() -> Any:
+    """The matplotlib module. Raises StageError with the remedy where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise StageError(
+            "the report draws its plots with matplotlib, which is not installed: "
+            "install it with `pip install 'mmdpo-kernels[plots]'`, then run `mmdpo report` again"
+        ) from error
+    return matplotlib
+
+
+class _Canvas:
+    """Axes being drawn on, and the SVG text once the drawing is finished."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.svg = ""
+
+
+@contextmanager
+def _canvas(name: str, title: str, description: str, *, width: float = 3.9, height: float = 2.5) -> Iterator[_Canvas]:
+    """Axes in the page's style; on exit the figure becomes `canvas.svg`. Sizes in inches; `name` prefixes the SVG's ids."""
+    matplotlib = require_matplotlib()
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style = {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), COLOURS["ink"]),
+        **dict.fromkeys(("axes.edgecolor", "grid.color"), COLOURS["faint"]),
+        **{"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"},
+        **{"grid.linewidth": 0.5, "lines.linewidth": 1.6, "axes.facecolor": "none", "legend.frameon": False},
+        **{"axes.spines.top": False, "axes.spines.right": False},
+        # Text stays text, so that the page's fonts and colours reach it; labels from data are never formulas.
+        **{"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False},
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+        FigureCanvasSVG(figure)
+        canvas = _Canvas(figure.add_subplot())
+        if title:
+            canvas.axes.set_title(title)
+        yield canvas
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
+    canvas.svg = _inline(buffer.getvalue(), name, description)
+
+
+def _inline(svg: str, name: str, description: str) -> str:
+    """A standalone SVG file made fit for the inside of a page: no prologue, own ids, theme colours, described to readers."""
+    from markupsafe import escape
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", svg.split(">", 1)[0]) + ">" + svg.split(">", 1)[1]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href=", "href=")
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-")
+    for variable, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+
+
+def accuracy_plot(rows: Sequence[tuple[str, Proportion | None, Proportion | None]], *, name: str = "accuracy") -> str:
+    """Dots with 95 % Wilson intervals: one row a format, before over after."""
+    words = [
+        f"{label}: {', '.join(f'{when} {p.value:.1%}' for when, p in (('before', before), ('after', after)) if p)}"
+        for label, before, after in rows
+    ]
+    with _canvas(name, "", "Accuracy by format. " + "; ".join(words), width=6.4, height=0.7 + 0.52 * len(rows)) as canvas:
+        axes = canvas.axes
+        for index, series in enumerate(("before", "after")):
+            points = [(place, (before, after)[index]) for place, (_, before, after) in enumerate(rows)]
+            known = [(place, point) for place, point in points if point is not None]
+            if not known:
+                continue
+            axes.errorbar(
+                [100 * p.value for _, p in known],
+                [place + (-0.14, 0.14)[index] for place, _ in known],
+                xerr=[[100 * (p.value - p.low) for _, p in known], [100 * (p.high - p.value) for _, p in known]],
+                fmt="os"[index], markersize=6, capsize=3, color=COLOURS[series], label=series,
+            )  # fmt: skip
+        axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        lows = [p.low for _, *pair in rows for p in pair if isinstance(p, Proportion)]
+        axes.set_xlim(0 if min(lows, default=0) < 0.35 else 10 * int(min(lows) * 10 - 0.5), 101)
+        axes.set_xlabel("accuracy, % (bars: 95 % Wilson interval)")
+        axes.grid(axis="x", alpha=0.6)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return canvas.svg
+
+
+def ratio_histogram(groups: Mapping[str, Sequence[float]], thresholds: Mapping[int, float], *, name: str, title: str) -> str:
+    """Stacked histogram of attention ratios in [0, 1].
+
+    groups: right, wrong (or answers, where that is unknown) -> ratios. thresholds: number of pictures -> ratio, drawn dashed.
+    """
+    colours = {"wrong": "wrong", "right": "right"}
+    counts = ", ".join(f"{len(values)} {group}" for group, values in groups.items())
+    marks = ", ".join(f"{value:g} for {n} pictures" for n, value in thresholds.items())
+    description = f"Histogram of the attention ratio, {title}: {counts}." + (f" Threshold {marks}." if marks else "")
+    with _canvas(name, title, description) as canvas:
+        axes = canvas.axes
+        axes.hist(
+            list(groups.values()), bins=BINS, range=(0, 1), stacked=True, label=list(groups),
+            color=[COLOURS[colours.get(group, "before")] for group in groups], alpha=0.85,
+        )  # fmt: skip
+        by_value: dict[float, list[str]] = {}
+        for n, value in thresholds.items():
+            by_value.setdefault(value, []).append(str(n))
+        top = axes.get_ylim()[1]
+        axes.set_ylim(0, top * (1.25 if by_value else 1.05))
+        for value, labels in by_value.items():
+            axes.axvline(value, color=COLOURS["ink"], linewidth=1, linestyle="--")
+            axes.text(value - 0.008, top * 1.24, f"n = {', '.join(labels)}", rotation=90, ha="right", va="top", fontsize=7)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("attention ratio")
+        axes.set_ylabel("answers")
+        if len(groups) > 1:
+            axes.legend(loc="upper left", bbox_to_anchor=(0, 0.97), fontsize=8)
+    return canvas.svg
+
+
+def curve_plot(series: Series, *, name: str, title: str, ylabel: str = "") -> str:
+    """Training curves: one line a series, against the optimizer step."""
+    ends = ", ".join(f"{label} from {values[0]:.3g} to {values[-1]:.3g}" for label, (_, values) in series.items())
+    with _canvas(name, title, f"{title} against the training step: {ends}.") as canvas:
+        axes = canvas.axes
+        for index, (label, (steps, values)) in enumerate(series.items()):
+            dashed = label.startswith("eval")
+            axes.plot(
+                steps, values, label=label, color=COLOURS[SERIES[index % len(SERIES)]], linestyle="--" if dashed else "-",
+                marker="o" if len(steps) < 8 else None, markersize=3,
+            )  # fmt: skip
+        axes.set_xlabel("step")
+        axes.set_ylabel(ylabel)
+        axes.grid(alpha=0.5)
+        if len(series) > 1:
+            axes.legend(fontsize=8)
+    return canvas.svg

@@ -1,0 +1,289 @@
+"""The run folder: atomic files, JSON-lines that survive a kill, and which stages are done.
+
+A stage owns one sub-folder. `state.json` is written before its first record and holds what the stage's result depends on (its
+fingerprint); `summary.json` is written last. A stage is done iff `summary.json` exists and its fingerprint matches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mmdpo_trainers.errors import RunFolderError
+from mmdpo_trainers.fingerprint import Fingerprint
+
+
+def write_atomic(
+    path: str | os.PathLike[str], content: str | bytes | Mapping[str, Any] | list[Any], *, durable: bool = True
+) -> Path:
+    """Write a file so that after a kill either the old or the whole new content is there.
+
+    content: text, bytes, or a JSON-able mapping or list (written indented). durable=False does not wait for the disk: as safe
+    against a killed process, not against a power cut. Returns the path.
+    """
+    path = Path(path)
+    if not isinstance(content, str | bytes):
+        content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    return path
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read one JSON file; the error of a broken one names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path} is not valid JSON ({error}); restore it, or restart the stage that wrote it") from error
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file; blank lines are passed over.
+
+    Raises RunFolderError naming file and line where a line is not a JSON object, or where the file is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RunFolderError(f"{path} does not exist: run the stage that writes it first, or give your own file with --input")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise RunFolderError(f"{path}, line {number}: not valid JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise RunFolderError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
+            yield record
+
+
+class JsonLines:
+    """A JSON-lines file that is appended to and continued after a kill.
+
+    Opening truncates a torn last line (one that was not wholly written). Each `append` writes whole lines, then flushes to disk.
+
+    >>> with JsonLines(folder / "responses.jsonl") as out:
+    ...     done = out.done_ids()
+    ...     for batch in batches_without(done):
+    ...         out.append(answers(batch))
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, key: str = "id") -> None:
+        self.path = Path(path)
+        self.key = key
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._done = self._repair()
+        self._file = self.path.open("ab")
+
+    def _repair(self) -> set[str]:
+        done: set[str] = set()
+        if not self.path.exists():
+            return done
+        whole = 0
+        with self.path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for number, line in enumerate(file, start=1):
+                end = whole + len(line)
+                try:
+                    record = json.loads(line) if line.endswith(b"\n") else None
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    if end < size:
+                        raise RunFolderError(f"{self.path}, line {number}: not valid JSON ({error})") from error
+                    record = None
+                if record is None:
+                    break
+                whole = end
+                done.add(str(record.get(self.key)))
+        if whole < size:
+            os.truncate(self.path, whole)
+        return done
+
+    def done_ids(self) -> set[str]:
+        """The keys of all records in the file, those of this process included."""
+        return set(self._done)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._done
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append records as whole lines, in one write, and wait until they are on disk."""
+        records = list(records)
+        if not records:
+            return
+        self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._done.update(str(record.get(self.key)) for record in records)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class RunFolder:
+    """One run: a folder with a sub-folder per stage. Stage names are paths in it: `score`, `arms/sft/evaluate/after`."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"run folder {self.path} is a file; choose another --run-dir")
+
+    def folder(self, name: str) -> Path:
+        """The folder of a stage, created if need be."""
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process. The kernel drops the lock of a killed process, so a stale one needs no remedy."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise RunFolderError(
+                    f"{self.path} is being written by another process (pid {holder}); wait for it, or choose another --run-dir"
+                ) from error
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+    def stage_is_done(self, name: str, fingerprint: Fingerprint) -> bool:
+        """Whether the stage finished with this fingerprint.
+
+        Raises RunFolderError, naming what changed, where the stage's files come from another configuration, input or model:
+        nothing is thrown away without being asked for.
+        """
+        recorded = self._recorded(name)
+        if recorded is None:
+            return False
+        if recorded["fingerprint"] != fingerprint.digest and not self._holds_output(name):
+            self.remove(name)
+            return False
+        if recorded["fingerprint"] != fingerprint.digest:
+            changes = "; ".join(fingerprint.differences(recorded["parts"])) or "its fingerprint"
+            raise RunFolderError(
+                f"{self.path / name} was made with other settings ({changes}). Put the settings back, pass --restart {name} to "
+                "remove this stage and the later ones, or choose another --run-dir"
+            )
+        return (self.path / name / "summary.json").exists()
+
+    def _holds_output(self, name: str) -> bool:
+        """Whether there is anything to lose in a stage's folder; an attempt that failed on its input leaves none."""
+        own = self.path / name / "state.json"
+        files = (file for file in own.parent.rglob("*") if file.is_file() and file != own)
+        return any(not file.name.startswith(".") and file.stat().st_size for file in files)
+
+    def fingerprint_of(self, name: str) -> str | None:
+        """Digest that a stage was begun with, or None."""
+        recorded = self._recorded(name)
+        return None if recorded is None else str(recorded["fingerprint"])
+
+    def _recorded(self, name: str) -> dict[str, Any] | None:
+        state = self.path / name / "state.json"
+        if state.exists():
+            return dict(read_json(state))
+        folder = self.path / name
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        foreign = [p.name for p in found if not p.name.startswith(".") and not (p / "state.json").exists()]
+        if foreign:
+            raise RunFolderError(
+                f"{folder} holds files this run did not write ({', '.join(foreign[:3])}): give your own file to a stage with "
+                f"--input, or pass --restart {name} to remove them"
+            )
+        return None
+
+    def begin_stage(self, name: str, fingerprint: Fingerprint) -> Path:
+        """Record what the stage depends on before it writes anything; returns its folder. Continues an interrupted attempt."""
+        if self._recorded(name) is None:
+            state = {"fingerprint": fingerprint.digest, "parts": dict(fingerprint.parts), "seconds": 0.0}
+            write_atomic(self.path / name / "state.json", state)
+        return self.folder(name)
+
+    def finish_stage(self, name: str, fingerprint: Fingerprint, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the stage's `summary.json`, which makes it done; returns what was written."""
+        content = {**summary, "seconds": round(self.seconds(name), 3), "fingerprint": fingerprint.digest}
+        write_atomic(self.path / name / "summary.json", content)
+        return content
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """The summary of a finished stage."""
+        path = self.path / name / "summary.json"
+        if not path.exists():
+            raise RunFolderError(f"stage {name} of {self.path} is not done: {path} does not exist")
+        return dict(read_json(path))
+
+    def seconds(self, name: str) -> float:
+        """Wall seconds spent in the stage so far, over all attempts."""
+        state = self.path / name / "state.json"
+        return float(read_json(state)["seconds"]) if state.exists() else 0.0
+
+    @contextlib.contextmanager
+    def clock(self, name: str, every: float = 2.0) -> Iterator[None]:
+        """Add the time of this block to the stage's seconds; persisted every few seconds, so a kill loses at most that much."""
+        state = self.path / name / "state.json"
+        record = read_json(state)
+        start, before = time.monotonic(), float(record["seconds"])
+        stop = threading.Event()
+
+        def save() -> None:
+            write_atomic(state, {**record, "seconds": before + time.monotonic() - start})
+
+        def beat() -> None:
+            while not stop.wait(every):
+                save()
+
+        thread = threading.Thread(target=beat, daemon=True, name=f"clock of {name}")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            save()
+
+    def remove(self, name: str) -> None:
+        """Remove a stage with everything in its folder. It is renamed first, so a kill midway leaves no half of it."""
+        folder = self.path / name
+        if folder.exists():
+            doomed = self.path / f".removed-{name.replace('/', '-')}-{time.time_ns()}"
+            os.replace(folder, doomed)
+        for leftover in self.path.glob(".removed-*"):
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""The stages of a run: augment, generate, score, select, train, evaluate, report. One module each, imported when it runs.
+
+A stage module has two functions: `inputs(context) -> list[Path]`, the files and folders its result depends on, and
+`run(context) -> dict`, which does (or continues) the work and returns a JSON-able summary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+from mmdpo_trainers.config import RunConfig
+from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.progress import Progress
+from mmdpo_trainers.run_folder import RunFolder
+
+STAGES = ("augment", "generate", "score", "select", "train", "evaluate", "report")
+"""All stages, in order."""
+
+ARM_STAGES = ("select", "train", "evaluate")
+"""Stages that an arm has for itself (of evaluate only `after`)."""
+
+FORMATS = ("sequence", "grid", "pip", "single")
+"""Prompt formats, in the order tables show them."""
+
+Moment = Literal["before", "after"]
+
+
+class StageModule(Protocol):
+    """What the pipeline asks of a stage's module."""
+
+    def inputs(self, context: StageContext) -> list[Path]: ...
+
+    def run(self, context: StageContext) -> dict[str, Any]: ...
+
+
+@dataclass(kw_only=True)
+class StageContext:
+    """All a stage knows. `config` already holds the arm's overrides."""
+
+    run: RunFolder
+    config: RunConfig
+    stage: str
+    moment: Moment | None = None
+    """evaluate only: the model before or after training."""
+    arm: str | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def name(self) -> str:
+        """Path of this stage in the run folder: `score`, `evaluate/before`, `arms/<arm>/train`."""
+        name = f"{self.stage}/{self.moment}" if self.moment else self.stage
+        return f"arms/{self.arm}/{name}" if self._belongs_to_arm(self.stage, self.moment) else name
+
+    @property
+    def folder(self) -> Path:
+        """The folder this stage writes to, created if need be."""
+        return self.run.folder(self.name)
+
+    @property
+    def options(self) -> Any:
+        """This stage's own part of the configuration."""
+        return getattr(self.config, self.stage)
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def model(self) -> Path:
+        """Local folder of the base model."""
+        if self.config.model == "shapes":
+            return Path(__file__).resolve().parent.parent / "shapes" / "base"
+        path = Path(self.config.model)
+        if not path.is_dir():
+            raise StageError(f"model {self.config.model} is not a folder: give a local Hugging Face folder, or `shapes`")
+        return path
+
+    def folder_of(self, stage: str, moment: Moment | None = None) -> Path:
+        """Where a stage of the same arm keeps its files; stages that arms share are those of the run."""
+        path = f"{stage}/{moment}" if moment else stage
+        return self.run.path / (f"arms/{self.arm}/{path}" if self._belongs_to_arm(stage, moment) else path)
+
+    def _belongs_to_arm(self, stage: str, moment: Moment | None) -> bool:
+        if stage == "evaluate":
+            return self.arm is not None and moment == "after"
+        return self.arm is not None and stage in ARM_STAGES
+
+    def _input(self, override: str | None, default: Path) -> Path:
+        return Path(override) if override else default
+
+    @property
+    def prompts(self) -> Path:
+        """What generate reads."""
+        return self._input(self.config.generate.input, self.folder_of("augment") / "prompts.jsonl")
+
+    @property
+    def responses(self) -> Path:
+        """What score reads."""
+        return self._input(self.config.score.input, self.folder_of("generate") / "responses.jsonl")
+
+    @property
+    def scores(self) -> Path:
+        """What select reads."""
+        return self._input(self.config.select.input, self.folder_of("score") / "scores.jsonl")
+
+    @property
+    def pairs(self) -> Path:
+        """What train reads."""
+        return self._input(self.config.train.input, self.folder_of("select") / "pairs.jsonl")
+
+    @property
+    def main_pairs(self) -> Path:
+        """The main arm's pairs, whose numbers per format a control arm matches."""
+        return self.run.path / "select" / "pairs.jsonl"
+
+    @property
+    def evaluation_prompts(self) -> Path:
+        """What evaluate reads; `augment.build_evaluation_prompts` makes it where it is not the user's own."""
+        return self._input(self.config.evaluate.input, self.run.path / "evaluate" / "prompts.jsonl")
+
+    @property
+    def trained(self) -> Path:
+        """What train leaves: a PEFT adapter folder or a whole model."""
+        return self.folder_of("train") / "final"
+
+
+def stage_module(stage: str) -> StageModule:
+    """The module of a stage, imported now."""
+    if stage not in STAGES:
+        raise StageError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+    return cast(StageModule, importlib.import_module(f"mmdpo_trainers.stages.{stage}"))

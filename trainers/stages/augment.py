@@ -1,0 +1,306 @@
+"""augment: single-image data to multi-image prompts, for training and for evaluation."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdpo_trainers.config import DataConfig
+from mmdpo_trainers.data.multi_image import Planned, PromptMaker, check_options, hold_out, plan_prompts, prompt_id
+from mmdpo_trainers.data.sources import Problem, SourceRecord, read_source
+from mmdpo_trainers.errors import ConfigError, DataError, StageError
+from mmdpo_trainers.fingerprint import Fingerprint, content_hash
+from mmdpo_trainers.progress import ProgressTask
+from mmdpo_trainers.run_folder import JsonLines, read_jsonl
+from mmdpo_trainers.stages import FORMATS, StageContext
+
+SHAPES = "shapes"
+EVALUATION_SEED = 1_000_003
+"""Added to the run's seed for the evaluation pictures of the built-in world, which are thus never the training pictures."""
+
+_TRAINING_ONLY = ("formats", "per_record", "num_prompts")
+_FLUSH_PROMPTS = 64
+_FLUSH_SECONDS = 5.0
+
+
+def inputs(context: StageContext) -> list[Path]:
+    """The data file, and the model's config.json where it decides the patch grid. Pictures are not hashed: there may be millions."""
+    data = context.config.data
+    files = _source_files(data.source)
+    if context.config.augment.patch_grid is None and _need_regions(context.config.augment.formats):
+        files.append(context.model / "config.json")
+    return files
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write `prompts.jsonl`, `singles.jsonl` (the same records as single-image prompts), `images/` and `problems.jsonl`."""
+    options = context.config.augment
+    check_options(options)
+    records, problems = _training_records(context)
+    wanted = options.num_prompts if options.num_prompts is not None else max(1, round(options.per_record * len(records)))
+    plan = plan_prompts(records, context.seed, options.formats)
+    return _write(context, "augment", records, problems, [(plan, wanted)], formats=options.formats, singles=True)
+
+
+def build_evaluation_prompts(context: StageContext) -> Path:
+    """Make `evaluate/prompts.jsonl` with the code that makes training prompts; done once, continued after a kill.
+
+    Its pictures are not those of training: new ones of the built-in world, `evaluate.source`, or those held out of `data.source`.
+    Returns the user's own file where `evaluate.input` names one.
+    """
+    if context.config.evaluate.input:
+        return context.evaluation_prompts
+    for name in context.config.evaluate.per_format:
+        if name not in FORMATS:
+            raise ConfigError(f"evaluate.per_format: unknown format {name!r}; expected {', '.join(FORMATS)}")
+    check_options(context.config.augment)
+    config = context.config
+    parts = {
+        "seed": config.seed,
+        "data": vars(config.data),
+        "augment": {key: value for key, value in vars(config.augment).items() if key not in _TRAINING_ONLY},
+        "per_format": config.evaluate.per_format,
+        "source": [config.evaluate.source, config.evaluate.image_folder],
+        "files": {path.name: content_hash(path) for path in evaluation_inputs(context)},
+    }
+    fingerprint = Fingerprint(json.loads(json.dumps(parts)))
+    if not context.run.stage_is_done("evaluate", fingerprint):
+        context.run.begin_stage("evaluate", fingerprint)
+        records, problems = _evaluation_records(context)
+        plans = [(plan_prompts(records, config.seed, {name: 1.0}), count) for name, count in config.evaluate.per_format.items()]
+        formats = config.evaluate.per_format
+        summary = _write(context, "evaluate", records, problems, plans, formats=formats, singles=False)
+        context.run.finish_stage("evaluate", fingerprint, summary)
+    return context.evaluation_prompts
+
+
+def evaluation_inputs(context: StageContext) -> list[Path]:
+    """Files that the evaluation prompts depend on."""
+    config = context.config
+    if config.evaluate.input:
+        return [Path(config.evaluate.input)]
+    files = _source_files(config.evaluate.source or config.data.source)
+    if config.augment.patch_grid is None and _need_regions(config.evaluate.per_format):
+        files.append(context.model / "config.json")
+    return files
+
+
+def _source_files(source: str) -> list[Path]:
+    if source == SHAPES:
+        return []
+    if not Path(source).exists():
+        raise DataError(
+            f"data source {source} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder"
+        )
+    return [Path(source)]
+
+
+def _write(
+    context: StageContext,
+    stage: str,
+    records: Sequence[SourceRecord],
+    problems: Sequence[Problem],
+    plans: Sequence[tuple[Iterator[Planned], int]],
+    *,
+    formats: Mapping[str, float],
+    singles: bool,
+) -> dict[str, Any]:
+    folder = context.run.folder(stage)
+    maker = PromptMaker(
+        records,
+        context.config.augment,
+        seed=context.seed,
+        patch_grid=_patch_grid(context, formats),
+        folder=folder,
+        root=context.run.path,
+        max_pixels=context.config.data.max_pixels,
+    )
+    total = sum(count for _, count in plans)
+    with _Writer(folder, singles=singles) as writer:
+        writer.report(problems)
+        with context.progress.task(f"{stage}: prompts", total=total) as task:
+            for plan, count in plans:
+                _make(plan, count, len(records), maker, writer, task)
+    summary = _summarize(folder, len(records))
+    if not summary["prompts"]:
+        raise DataError(f"no prompt could be made: {_reasons(summary['problems'])}. See {folder / 'problems.jsonl'}")
+    return summary
+
+
+def _make(plan: Iterator[Planned], count: int, records: int, maker: PromptMaker, writer: _Writer, task: ProgressTask) -> None:
+    """Make `count` prompts of a plan; stops early where a whole round over the records gives none."""
+    made = barren = 0
+    for record, format, variant in plan:
+        if made == count or barren >= records:
+            break
+        if prompt_id(record, format, variant) in writer:
+            prompt: dict[str, Any] | None = {}
+        else:
+            prompt, problems = maker.make(record, format, variant)
+            writer.report(problems)
+            if prompt is not None:
+                single = maker.make(record, "single", 0)[0] if variant == 0 and writer.singles is not None else None
+                writer.add(prompt, single)
+        if prompt is None:
+            barren += 1
+        else:
+            made, barren = made + 1, 0
+            task.advance()
+    writer.flush()
+
+
+class _Writer:
+    """The stage's files. Problems and singles go to disk before the prompts they belong to, so none is lost to a kill between."""
+
+    def __init__(self, folder: Path, *, singles: bool) -> None:
+        self.prompts = JsonLines(folder / "prompts.jsonl")
+        self.problems = JsonLines(folder / "problems.jsonl", key="key")
+        self.singles = JsonLines(folder / "singles.jsonl") if singles else None
+        self._prompts: list[dict[str, Any]] = []
+        self._singles: dict[str, dict[str, Any]] = {}
+        self._problems: dict[str, Problem] = {}
+        self._flushed = time.monotonic()
+
+    def __contains__(self, id: str) -> bool:
+        return id in self.prompts
+
+    def report(self, problems: Sequence[Problem]) -> None:
+        for problem in problems:
+            if problem.key not in self.problems:
+                self._problems.setdefault(problem.key, problem)
+
+    def add(self, prompt: dict[str, Any], single: dict[str, Any] | None) -> None:
+        self._prompts.append(prompt)
+        if single is not None and self.singles is not None and single["id"] not in self.singles:
+            self._singles[single["id"]] = single
+        if len(self._prompts) >= _FLUSH_PROMPTS or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self.problems.append([problem.to_json() for problem in self._problems.values()])
+        if self.singles is not None:
+            self.singles.append(self._singles.values())
+        self.prompts.append(self._prompts)
+        self._prompts, self._singles, self._problems = [], {}, {}
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is None:
+            self.flush()
+        for file in (self.prompts, self.problems, self.singles):
+            if file is not None:
+                file.close()
+
+
+def _training_records(context: StageContext) -> tuple[list[SourceRecord], list[Problem]]:
+    config = context.config
+    records, problems, root = _read(config.data, context.run.folder("augment"), config.seed)
+    records = _usable(records, problems, config.data.source)
+    if config.data.source != SHAPES and not config.evaluate.input and not config.evaluate.source:
+        records = hold_out(records, config.data.holdout, root)[0]
+        if not records:
+            raise DataError(
+                f"data source {config.data.source}: all pictures are held out; lower data.holdout or give evaluate.source"
+            )
+    return records, problems
+
+
+def _evaluation_records(context: StageContext) -> tuple[list[SourceRecord], list[Problem]]:
+    config = context.config
+    folder = context.run.folder("evaluate")
+    source = config.evaluate.source or config.data.source
+    data = DataConfig(**{**vars(config.data), "source": source})
+    if config.evaluate.source:
+        data.image_folder, data.limit = config.evaluate.image_folder, None
+    if source == SHAPES:
+        data.pictures = max(config.evaluate.per_format.values(), default=1)
+    records, problems, root = _read(data, folder, config.seed + EVALUATION_SEED)
+    records = _usable(records, problems, source)
+    if source != SHAPES and not config.evaluate.source:
+        records = hold_out(records, config.data.holdout, root)[1]
+        if not records:
+            raise DataError("nothing is held out for evaluation (data.holdout is 0); give evaluate.source or evaluate.input")
+    return records, problems
+
+
+def _read(data: DataConfig, folder: Path, seed: int) -> tuple[list[SourceRecord], list[Problem], Path]:
+    source, image_folder = Path(data.source), data.image_folder
+    if data.source == SHAPES:
+        from mmdpo_trainers.shapes.world import write_sft
+
+        source = folder / "source" / "data.json"
+        image_folder = str(folder / "source" / "images")
+        if not source.exists():
+            try:
+                write_sft(folder / "source", pictures=data.pictures, seed=seed, questions_per_picture=data.questions_per_picture)
+            except ValueError as error:
+                raise ConfigError(f"data.questions_per_picture: {error}") from error
+    records: list[SourceRecord] = []
+    problems: list[Problem] = []
+    for item in read_source(source, image_folder=image_folder, cache=folder / "source_images", limit=data.limit):
+        if isinstance(item, SourceRecord):
+            records.append(item)
+        else:
+            problems.append(item)
+    root = Path(image_folder) if image_folder else (source if source.is_dir() else source.parent)
+    return records, problems, root.resolve()
+
+
+def _usable(records: list[SourceRecord], problems: Sequence[Problem], source: str) -> list[SourceRecord]:
+    if not records:
+        reasons = Counter(problem.reason for problem in problems if problem.dropped)
+        raise DataError(f"data source {source}: no usable record ({_reasons(reasons)}); expected questions about one picture")
+    return records
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.items()) or "it is empty"
+
+
+def _summarize(folder: Path, records: int) -> dict[str, Any]:
+    """Counted from the files, so a resumed run counts what all its attempts wrote."""
+    prompts: Counter[str] = Counter()
+    sizes: dict[str, Counter[str]] = {}
+    for prompt in read_jsonl(folder / "prompts.jsonl"):
+        prompts[prompt["format"]] += 1
+        sizes.setdefault(prompt["format"], Counter())[str(prompt["num_images"])] += 1
+    dropped: Counter[str] = Counter()
+    handled: Counter[str] = Counter()
+    for problem in read_jsonl(folder / "problems.jsonl"):
+        (dropped if problem["dropped"] else handled)[problem["reason"]] += 1
+    return {
+        "records": records,
+        "prompts": {name: prompts[name] for name in FORMATS if name in prompts},
+        "num_images": {name: dict(sorted(counts.items())) for name, counts in sizes.items()},
+        "problems": dict(sorted(dropped.items())),
+        "handled": dict(sorted(handled.items())),
+    }
+
+
+def _need_regions(formats: Mapping[str, float]) -> bool:
+    return bool(formats.get("grid") or formats.get("pip"))
+
+
+def _patch_grid(context: StageContext, formats: Mapping[str, float]) -> tuple[int, int] | None:
+    """Patch rows and columns of one picture: the configured ones, or those of the model's vision tower."""
+    if context.config.augment.patch_grid is not None:
+        return context.config.augment.patch_grid
+    if not _need_regions(formats):
+        return None
+    file = context.model / "config.json"
+    remedy = "set augment.patch_grid to [rows, columns]"
+    try:
+        vision = json.loads(file.read_text(encoding="utf-8"))["vision_config"]
+        side = int(vision["image_size"]) // int(vision["patch_size"])
+    except FileNotFoundError as error:
+        raise StageError(f"{file} does not exist; give --model a whole model folder, or {remedy}") from error
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise StageError(f"{file} does not say how many patches a picture has ({error!r}); {remedy}") from error
+    return side, side

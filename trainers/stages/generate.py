@@ -1,0 +1,155 @@
+"""The model's own answers to the prompts, in batches, with the perplexity that selection looks at."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+
+from mmdpo_kernels import patch_model
+from mmdpo_trainers.attention_ratios import recorded_generation
+from mmdpo_trainers.batches import Record, batch_seed, count_formats, read_records, run_batches
+from mmdpo_trainers.data.compose import add_noise
+from mmdpo_trainers.errors import DataError
+from mmdpo_trainers.loading import LoadedModel, load_model
+from mmdpo_trainers.prompts import encode_prompts, load_pictures
+from mmdpo_trainers.run_folder import read_jsonl
+from mmdpo_trainers.stages import StageContext
+
+GRID_NOISE = 225.0
+PIP_NOISE = 49.0
+"""Standard deviations of MIA-DPO's code, in 0..255 levels."""
+
+
+def inputs(context: StageContext) -> list[Path]:
+    return [context.prompts]
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Answer every prompt; writes `responses.jsonl`."""
+    options = context.options
+    records = read_records(context.prompts, "prompts")
+    score = context.config.score
+    # Attention on noisy pictures is not the attention that score measures, on clean ones.
+    wanted = options.record_attention and options.noise == "none"
+    recorded = {"layer": score.layer, "regions": score.regions, "drop_first_row": score.drop_first_row} if wanted else None
+    loaded: LoadedModel | None = None
+
+    def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
+        nonlocal loaded
+        if loaded is None:
+            loaded = load_model(context.model, dtype=context.config.dtype, device=context.config.device or "auto")
+            patch_model(loaded.model)
+        return generate_responses(
+            loaded,
+            batch,
+            max_new_tokens=options.max_new_tokens,
+            do_sample=options.do_sample,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=batch_seed(context.seed, "generate", number),
+            pictures=[noisy_pictures(record, options.noise, context.seed) for record in batch],
+            record=recorded,
+        )
+
+    path = run_batches(context, "responses.jsonl", records, options.batch_size, work, "generate")
+    written = list(read_jsonl(path))
+    return {
+        "responses": count_formats(written),
+        "ended": sum(record["ended"] for record in written) / len(written),
+        "mean_perplexity": sum(record["perplexity"] for record in written) / len(written),
+        "mean_tokens": sum(record["num_tokens"] for record in written) / len(written),
+    }
+
+
+@torch.no_grad()
+def generate_responses(
+    loaded: LoadedModel,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    pictures: Sequence[Sequence[Image.Image]] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Answer one batch, greedily or by sampling with `seed`.
+
+    Returns per record `response` (text), `response_ids` (without the end token), `num_tokens` (their number), `ended` (the model
+    wrote an end token within `max_new_tokens`) and `perplexity` = exp(-mean_t log max_v p_t(v)), p from the unwarped logits, over
+    all generated tokens: the end token, which was generated as well, included (in MIA-DPO's code it is one of the steps).
+    record: settings of `recorded_generation`; each answer then has `recorded`, the attention that its rows gave the pictures.
+    """
+    encoded = encode_prompts(loaded, records, padding_side="left", pictures=pictures)
+    width = encoded.inputs["input_ids"].shape[1]
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        num_beams=1,
+        repetition_penalty=1.0,
+        # A generated image token would ask for a picture when the answer is scored.
+        suppress_tokens=[loaded.image_token_id],
+        pad_token_id=loaded.pad_id,
+        eos_token_id=sorted(loaded.end_ids) or None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **sampling,
+    )
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        recording = contextlib.nullcontext() if record is None else recorded_generation(loaded, records, encoded, **record)
+        with recording as generation:
+            output = loaded.model.generate(**encoded.inputs, generation_config=config)
+    max_logps = torch.stack([_max_logp(logits) for logits in output.logits], dim=1).tolist()
+    answers = [_response(loaded, ids, logps) for ids, logps in zip(output.sequences[:, width:].tolist(), max_logps, strict=True)]
+    if generation is None:
+        return answers
+    attention = generation.take([answer["num_tokens"] + answer["ended"] for answer in answers])
+    return [{**answer, "recorded": found} for answer, found in zip(answers, attention, strict=True)]
+
+
+def noisy_pictures(record: Mapping[str, Any], preset: str, seed: int) -> list[Image.Image]:
+    """A record's pictures as the model sees them at generation; training always sees the clean ones.
+
+    Sequence and single: clean. Grid: Gaussian noise of 225 levels on the target's cell. Pic-in-pic: 49 levels on the whole
+    picture, added in float and clipped (`paper`), or wrapping modulo 256 as MIA-DPO's uint8 sum does (`official_code`).
+    """
+    pictures = load_pictures(record)
+    if preset == "none" or record["format"] not in ("grid", "pip"):
+        return pictures
+    own_seed = batch_seed(seed, "noise", record["id"])
+    if record["format"] == "pip":
+        return [add_noise(pictures[0], PIP_NOISE, own_seed, wrap=preset == "official_code")]
+    if record["box"] is None:
+        raise DataError(f"record {record['id']}: noise needs the target's `box`; add it, or set generate.noise to none")
+    return [add_noise(pictures[0], GRID_NOISE, own_seed, box=record["box"])]
+
+
+def _max_logp(logits: torch.Tensor) -> torch.Tensor:
+    """(B, V) logits -> (B,) log of the largest probability, in float32 at least."""
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    return logits.amax(dim=-1) - logits.logsumexp(dim=-1)
+
+
+def _response(loaded: LoadedModel, ids: Sequence[int], max_logps: Sequence[float]) -> dict[str, Any]:
+    end = next((index for index, token in enumerate(ids) if token in loaded.end_ids), None)
+    response_ids = list(ids[:end])
+    generated = len(ids) if end is None else end + 1
+    mean = sum(max_logps[:generated]) / generated
+    return {
+        "response": loaded.tokenizer.decode(response_ids, skip_special_tokens=True).strip(),
+        "response_ids": response_ids,
+        "num_tokens": len(response_ids),
+        "ended": end is not None,
+        "perplexity": math.exp(-mean),
+    }

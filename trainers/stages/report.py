@@ -1,0 +1,66 @@
+"""report: one self-contained HTML page about the run, `report.html` in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmdpo_trainers.report.contents import RunContents
+from mmdpo_trainers.report.heatmaps import heat_maps
+from mmdpo_trainers.report.page import render
+from mmdpo_trainers.report.plots import require_matplotlib
+from mmdpo_trainers.run_folder import write_atomic
+from mmdpo_trainers.stages import Moment, StageContext
+
+if TYPE_CHECKING:
+    from mmdpo_trainers.loading import LoadedModel
+
+PAGE = "report.html"
+
+
+def inputs(context: StageContext) -> list[Path]:
+    """The files the page shows, as far as they exist: a report of an unfinished run is a report too."""
+    run = context.run.path
+    names = ["score/scores.jsonl", "select/pairs.jsonl", "select/dropped.jsonl", "train/log.jsonl"]
+    names += ["evaluate/before/answers.jsonl", "evaluate/after/answers.jsonl"]
+    files = [run / name for name in names] + sorted(run.glob("arms/*/evaluate/after/answers.jsonl"))
+    return [file for file in files if file.is_file()]
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write the page. Raises StageError where matplotlib is missing, before any work is done."""
+    require_matplotlib()
+    config = context.config
+    contents = RunContents.read(context.run.path)
+    with context.progress.task("report", total=2) as task:
+        heat = None
+        if config.report.heat_maps > 0:
+            heat = heat_maps(
+                contents,
+                load=lambda moment: _load(context, moment),
+                count=config.report.heat_maps,
+                batch_size=config.report.batch_size,
+                score=config.score,
+                cache=context.folder / "heatmaps.json",
+            )
+        task.advance(note="heat maps")
+        page = render(
+            contents,
+            title=config.report.title or config.name,
+            config=config.to_dict(),
+            heat=heat,
+            pairs=config.report.pairs,
+        )
+        path = write_atomic(context.run.path / PAGE, page)
+        task.advance(note="page")
+    return {"page": PAGE, "bytes": path.stat().st_size, "heat_maps": len(heat.examples) if heat else 0}
+
+
+def _load(context: StageContext, moment: Moment) -> LoadedModel:
+    from mmdpo_kernels import patch_model
+    from mmdpo_trainers.stages.evaluate import load_evaluated
+
+    loaded = load_evaluated(dataclasses.replace(context, stage="evaluate", moment=moment))
+    patch_model(loaded.model)
+    return loaded

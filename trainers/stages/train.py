@@ -1,0 +1,142 @@
+"""train: preference training on the selected pairs, with replay; continues from the last whole checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, Subset
+from transformers import PrinterCallback
+
+from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
+from mmdpo_trainers.loading import LoadedModel, load_model
+from mmdpo_trainers.run_folder import read_jsonl
+from mmdpo_trainers.stages import StageContext
+from mmdpo_trainers.training.checkpoints import replace_folder
+from mmdpo_trainers.training.preference_config import PreferenceConfig
+from mmdpo_trainers.training.preference_data import read_pairs, replay_pairs, split
+from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
+from mmdpo_trainers.training.training_log import LogFile, TrainingProgress
+
+
+def inputs(context: StageContext) -> list[Path]:
+    """The pairs, and the single-image prompts where there is to be replay."""
+    return [context.pairs, *([replay_source(context)] if context.options.replay else [])]
+
+
+def replay_source(context: StageContext) -> Path:
+    """Where replayed records come from."""
+    return Path(context.options.replay_source or context.folder_of("augment") / "singles.jsonl")
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train; writes `checkpoint-*`, `log.jsonl` and `final/` (an adapter, or the whole model, with the processor)."""
+    train_data, eval_data, counts = _data(context)
+    loaded = _load(context)
+    settings = preference_config(context, loaded.num_layers, evaluate=eval_data is not None)
+    second = context.options.reference == "model" and settings.needs_reference
+    with TrainingProgress(context.progress) as bar:
+        try:
+            trainer = PreferenceTrainer(
+                loaded.model,
+                settings,
+                processing_class=loaded.processor,
+                train_dataset=train_data,
+                eval_dataset=eval_data,
+                ref_model=_load(context).model if second else None,
+                callbacks=[LogFile(context.folder / "log.jsonl"), bar],
+            )
+        except MmdpoError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"train: {error}") from error
+        trainer.remove_callback(PrinterCallback)
+        data: Any = trainer.train_dataset
+        if len(data) == 0:
+            raise StageError(f"every record of {context.pairs} is longer than max_length={settings.max_length}; raise it")
+        trainer.train(resume_from_checkpoint="auto")
+    _save(trainer, context.folder)
+    return {**counts, **_summary(trainer, context.folder / "log.jsonl")}
+
+
+def preference_config(context: StageContext, num_layers: int, *, evaluate: bool) -> PreferenceConfig:
+    """`train.args` over this stage's defaults, which are MIA-DPO's: sigmoid + 0.1 nll, effective batch 8, one epoch."""
+    args = dict(context.options.args)
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1 if "per_device_train_batch_size" in args else 8,
+        "num_train_epochs": 1,
+        "save_strategy": "steps",
+        "save_steps": 0.1,
+        "eval_strategy": "steps" if evaluate else "no",
+        "eval_steps": 0.1,
+        "attention_layer": context.config.score.layer if context.config.score.layer is not None else num_layers // 2,
+        "seed": context.seed,
+        "disable_tqdm": True,
+        "log_level": "error",
+        "use_cpu": _device(context) == "cpu",
+    }
+    if "loss_type" not in args:
+        defaults.update(loss_type=["sigmoid", "nll"], loss_weights=[1.0, 0.1])
+    values = {**defaults, **args, "output_dir": str(context.folder)}
+    for name in ("load_best_model_at_end", "push_to_hub"):
+        if values.get(name):
+            raise ConfigError(f"train.args.{name}: not available in a run, whose last weights are final/; leave it out")
+    try:
+        return PreferenceConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"train.args: {error}") from error
+
+
+def _device(context: StageContext) -> str:
+    device = context.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda", "cuda:0"):
+        raise StageError(f"device: training runs on cpu or cuda, got {device}; choose a GPU with CUDA_VISIBLE_DEVICES")
+    return device
+
+
+def _load(context: StageContext) -> LoadedModel:
+    return load_model(context.model, dtype=context.config.dtype, device=_device(context))
+
+
+def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
+    """Data to train on, data held out (None: none), and how many records of each kind."""
+    options = context.options
+    if options.replay < 0:
+        raise ConfigError(f"train.replay: expected a share of 0 or more, got {options.replay}")
+    pairs = read_pairs(context.pairs)
+    if len(pairs) == 0:
+        raise StageError(f"{context.pairs} holds no pairs; loosen the rules of select, or give your own with --input")
+    kept, held_out = split(len(pairs), options.held_out, context.seed)
+    replay = replay_pairs(replay_source(context), round(options.replay * len(kept)), context.seed)
+    trained: Any = Subset(pairs, kept)
+    replayed: Any = replay
+    counts = {"pairs": len(kept), "replay": len(replay), "held_out": len(held_out)}
+    return ConcatDataset([trained, replayed]) if replay else trained, Subset(pairs, held_out) if held_out else None, counts
+
+
+def _save(trainer: PreferenceTrainer, folder: Path) -> None:
+    temporary = folder / ".final.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    trainer.save_model(str(temporary))
+    replace_folder(temporary, folder / "final")
+
+
+def _summary(trainer: PreferenceTrainer, log: Path) -> dict[str, Any]:
+    model: Any = trainer.model
+    entries = [entry for entry in read_jsonl(log) if "loss" in entry]
+    evaluations = [entry for entry in read_jsonl(log) if "eval_loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "left_out": len(trainer.left_out),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "loss_type": trainer.args.loss_type,
+        "attention_layer": trainer.args.attention_layer,
+        "final_loss": entries[-1]["loss"] if entries else None,
+        "first": entries[0] if entries else None,
+        "last": entries[-1] if entries else None,
+        "last_evaluation": evaluations[-1] if evaluations else None,
+    }

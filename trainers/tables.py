@@ -1,0 +1,47 @@
+"""The short tables that a run ends with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from mmdpo_trainers.stages import FORMATS
+
+
+def run_tables(summary: dict[str, Any]) -> list[Table]:
+    """Accuracy by format before and after (arms included), pairs by format, and what each rule dropped; from a run's summary."""
+    tables = []
+    accuracy = summary["accuracy"]
+    if accuracy["before"] or accuracy["after"]:
+        tables.append(_accuracy_table(summary))
+    if summary["pairs"] is not None:
+        tables.append(_selection_table(summary["pairs"], summary["dropped"] or {}))
+    return tables
+
+
+def _accuracy_table(summary: dict[str, Any]) -> Table:
+    rows = {"before": summary["accuracy"]["before"], "after": summary["accuracy"]["after"]}
+    rows |= {f"arm {name}": arm["accuracy"]["after"] for name, arm in summary["arms"].items()}
+    formats = [name for name in FORMATS if any(name in (row or {}) for row in rows.values())]
+    table = Table(title="accuracy", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for name in [*formats, "multi-image mean"]:
+        table.add_column(name if name != "single" else "single image", justify="right")
+    for label, row in rows.items():
+        if row:
+            several = [row[name] for name in formats if name in row and name != "single"]
+            mean = f"{sum(several) / len(several):.3f}" if several else "-"
+            table.add_row(label, *(f"{row[name]:.3f}" if name in row else "-" for name in formats), mean)
+    return table
+
+
+def _selection_table(pairs: dict[str, int], dropped: dict[str, Any]) -> Table:
+    table = Table(title="preference pairs", title_justify="left")
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    for name in sorted(pairs, key=FORMATS.index):
+        table.add_row(f"selected, {name}", str(pairs[name]))
+    for rule, count in dropped.items():
+        table.add_row(f"dropped by {rule}", str(sum(count.values()) if isinstance(count, dict) else count))
+    return table

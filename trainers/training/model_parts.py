@@ -1,0 +1,155 @@
+"""The parts of a vision-language model that training touches one by one: body, head, pictures, what is trained."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mmdpo_kernels import linear_logprobs
+from mmdpo_trainers.training.collator import PreferenceBatch
+from mmdpo_trainers.training.preference_config import PreferenceConfig
+
+VISION_NAMES = ("vision_tower",)
+PROJECTOR_NAMES = ("multi_modal_projector",)
+
+
+def base_of(model: nn.Module) -> Any:
+    """The transformers model, inside PEFT or not."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def part_parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
+    """Parameters of the parts with these names, such as the vision tower."""
+    body = base_of(model).base_model
+    return [parameter for name in names if hasattr(body, name) for parameter in getattr(body, name).parameters()]
+
+
+def lora_config(model: nn.Module, args: PreferenceConfig) -> LoraConfig:
+    """LoRA as `args` describes it; `language` becomes a regular expression over the language tower's linears without lm_head."""
+    target = args.lora_target
+    if target == "language":
+        decoder = base_of(model).get_decoder()
+        prefix = next(name for name, module in base_of(model).named_modules() if module is decoder)
+        leaves = sorted({name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
+        target = rf"{re.escape(prefix)}\..*\.({'|'.join(map(re.escape, leaves))})"
+    return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.0, target_modules=target, task_type="CAUSAL_LM")
+
+
+def second_model(
+    model: nn.Module, args: PreferenceConfig, peft_config: PeftConfig | None, ref_model: nn.Module | None
+) -> nn.Module | None:
+    """The reference model where it is not the policy with its adapter switched off, or None. Frozen, in evaluation mode.
+
+    Raises ValueError where `full_finetune` comes with an adapter.
+    """
+    if ref_model is model:
+        raise ValueError("ref_model: expected a second model, got the policy itself; leave it out")
+    if ref_model is None and args.full_finetune and args.needs_reference:
+        ref_model = copy.deepcopy(model)
+    if args.full_finetune and (peft_config is not None or isinstance(model, PeftModel)):
+        raise ValueError("full_finetune: expected a plain model and no peft_config; train an adapter with full_finetune=False")
+    return None if ref_model is None else ref_model.eval().requires_grad_(False)
+
+
+def make_trainable(model: nn.Module, args: PreferenceConfig, peft_config: PeftConfig | None) -> nn.Module:
+    """The policy: the model with an adapter, or itself with what is to stay as it is frozen. ValueError where they do not fit."""
+    if args.full_finetune:
+        parts = (args.freeze_vision, VISION_NAMES), (args.freeze_projector, PROJECTOR_NAMES)
+        for frozen, names in parts:
+            for parameter in part_parameters(model, names):
+                parameter.requires_grad_(not frozen)
+        return model
+    if not isinstance(model, PeftModel):
+        peft_config = peft_config or lora_config(model, args)
+        # The adapter's first weights are a part of the run's seed.
+        set_seed(args.seed)
+        model = get_peft_model(model, peft_config)
+    elif peft_config is not None:
+        raise ValueError("peft_config: the model has an adapter already; pass the base model, or leave peft_config out")
+    for name, config in model.peft_config.items():
+        dropout = getattr(config, "lora_dropout", 0.0)
+        if dropout:
+            raise ValueError(f"adapter {name}: expected lora_dropout 0, got {dropout}; policy and reference would differ by it")
+    if args.gradient_checkpointing:
+        # Re-entrant checkpointing gives no gradient to layers whose inputs need none.
+        model.enable_input_require_grads()
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of the model to 0, attention's own included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def picture_features(model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
+    """Per distinct picture (tokens, H): what its image tokens stand for. With a gradient where vision or projector is trained."""
+    if batch.pixel_values is None:
+        return []
+    body = base_of(model).base_model
+    trained = any(p.requires_grad for p in part_parameters(model, VISION_NAMES + PROJECTOR_NAMES))
+    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        pixels = batch.pixel_values.to(next(body.parameters()).dtype)
+        return list(body.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
+
+
+def hidden_states(model: nn.Module, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
+    """(B, S, H) last hidden states, before the head."""
+    body = base_of(model).base_model
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if batch.position_ids is not None:
+        inputs["position_ids"] = batch.position_ids
+    if features:
+        ordered = [features[picture] for picture in batch.picture_order.tolist()]
+        if "mm_encoder_outputs" in inspect.signature(body.forward).parameters:
+            encoded: Any = ordered
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded)}
+        else:
+            inputs["inputs_embeds"] = _with_pictures(body, inputs.pop("input_ids"), ordered)
+    return body(**inputs).last_hidden_state
+
+
+def _with_pictures(body: Any, input_ids: Tensor, ordered: list[Tensor]) -> Tensor:
+    """Token embeddings with features in the image tokens' places, for transformers before `mm_encoder_outputs`."""
+    embeds = body.get_input_embeddings()(input_ids)
+    places = (input_ids == body.config.image_token_id)[..., None].expand_as(embeds)
+    return embeds.masked_scatter(places, torch.cat(ordered).to(embeds))
+
+
+def response_logps(model: nn.Module, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
+    """(n, 2) log-probabilities of each record's chosen and rejected response, summed over tokens. hidden: (B, S, H)."""
+    base = base_of(model)
+    weight, bias = _head(base.get_output_embeddings())
+    rows = hidden.flatten(0, 1)[batch.rows].to(weight.dtype)
+    text = base.config.get_text_config()
+    # Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`.
+    scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
+    softcap = getattr(text, "final_logit_softcapping", None)
+    logps = linear_logprobs(rows, weight, batch.targets, bias=bias, softcap=softcap, logit_scale=scale).logps
+    return torch.stack([piece.sum() for piece in logps.split(batch.lengths)]).view(-1, 2)
+
+
+def _head(head: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias that the head works with now; an adapter on it is added unless it is switched off."""
+    if not isinstance(head, BaseTunerLayer):
+        return head.weight, getattr(head, "bias", None)
+    layer: Any = head
+    base = layer.get_base_layer()
+    weight = base.weight
+    if not layer.disable_adapters and not layer.merged:
+        for adapter in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter)
+    return weight, getattr(base, "bias", None)

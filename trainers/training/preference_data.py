@@ -1,0 +1,122 @@
+"""Preference data for training: reading it, holding a part out, and the replay of single-image pairs."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdpo_trainers.data.answers import answers_match
+from mmdpo_trainers.data.records import read_prompts
+from mmdpo_trainers.errors import DataError, StageError
+from mmdpo_trainers.run_folder import read_jsonl
+
+Record = dict[str, Any]
+
+_COLUMNS = ("prompt", "chosen", "rejected")
+
+
+def read_pairs(path: Path) -> Any:
+    """Preference records with TRL's columns: a list from a .jsonl file, a `datasets.Dataset` from parquet or a saved folder.
+
+    Picture paths of a .jsonl file are relative to its folder. Raises DataError naming the record that lacks a column or picture.
+    """
+    if path.is_dir() or path.suffix.lower() == ".parquet":
+        return _read_dataset(path)
+    folder, records = path.resolve().parent, []
+    for number, record in enumerate(read_jsonl(path), start=1):
+        record.setdefault("id", f"line {number}")
+        _check_columns(path, record, record["id"])
+        record["images"] = [os.path.normpath(folder / image) for image in record.get("images") or []]
+        missing = next((image for image in record["images"] if not os.path.exists(image)), None)
+        if missing is not None:
+            raise DataError(f"{path}, record {record['id']}: picture {missing} does not exist; restore it, or remove the record")
+        records.append(record)
+    return records
+
+
+def _read_dataset(path: Path) -> Any:
+    import datasets
+
+    dataset = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
+    if not isinstance(dataset, datasets.Dataset):
+        raise DataError(f"{path} holds several splits ({', '.join(dataset)}); give the folder of one")
+    _check_columns(path, dataset.features, "1")
+    return dataset
+
+
+def _check_columns(path: Path, record: Mapping[str, Any], name: str) -> None:
+    missing = [column for column in _COLUMNS if column not in record]
+    if missing:
+        raise DataError(
+            f"{path}, record {name}: no column {missing[0]!r}; preference data has {', '.join(_COLUMNS)} and images, as in TRL"
+        )
+
+
+def split(count: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices held out, both in order. Raises StageError where nothing would be left to train on."""
+    if not 0 <= held_out < 1:
+        raise StageError(f"train.held_out: expected a share in [0, 1), got {held_out}")
+    chosen = set(random.Random(f"{seed}/held out").sample(range(count), round(held_out * count)))
+    kept = [index for index in range(count) if index not in chosen]
+    if not kept:
+        raise StageError(f"train.held_out: {held_out} leaves none of {count} pairs to train on")
+    return kept, sorted(chosen)
+
+
+def replay_pairs(source: Path, count: int, seed: int) -> list[Record]:
+    """`count` preference records about one picture each, drawn from prompt records with answers.
+
+    Chosen is the true answer. Rejected is a wrong one drawn from the true answers to the same question about other pictures, or
+    from all where that question has one answer only. Records are used again only when all have been.
+
+    Raises StageError where the source does not exist, or holds no record with one picture and an answer.
+    """
+    if count == 0:
+        return []
+    if not source.is_file():
+        raise StageError(
+            f"train.replay needs single-image prompts with answers, but {source} does not exist: run augment, give your own with "
+            "train.replay_source, or set train.replay to 0"
+        )
+    pool = [record for record in read_prompts(source) if len(record["images"]) == 1 and record["answer"]]
+    answers = sorted({record["answer"] for record in pool})
+    by_question: dict[str, set[str]] = {}
+    for record in pool:
+        by_question.setdefault(record["prompt"], set()).add(record["answer"])
+    draw = random.Random(f"{seed}/replay")
+    found: list[Record] = []
+    while len(found) < count:
+        before = len(found)
+        for record in draw.sample(pool, len(pool)):
+            wrong = _wrong_answer(record, sorted(by_question[record["prompt"]]), draw) or _wrong_answer(record, answers, draw)
+            if wrong is not None and len(found) < count:
+                found.append(_pair(record, wrong, len(found)))
+        if len(found) == before:
+            raise StageError(f"train.replay: {source} has no single-image records with different answers; give another source")
+    return found
+
+
+def _wrong_answer(record: Record, candidates: Sequence[str], draw: random.Random) -> str | None:
+    """A candidate that is not the record's truth, drawn by trial first: there may be very many candidates."""
+    options = record.get("options")
+    for _ in range(20):
+        candidate = draw.choice(candidates)
+        if not answers_match(candidate, record["answer"], options=options):
+            return candidate
+    return next((c for c in candidates if not answers_match(c, record["answer"], options=options)), None)
+
+
+def _pair(record: Record, wrong: str, number: int) -> Record:
+    return {
+        "id": f"replay/{number}/{record['id']}",
+        "format": "single",
+        "images": record["images"],
+        "prompt": [{"role": "user", "content": record["prompt"]}],
+        "chosen": [{"role": "assistant", "content": record["answer"].strip()}],
+        "rejected": [{"role": "assistant", "content": wrong.strip()}],
+        "target": 0,
+        "num_images": 1,
+    }

@@ -1,0 +1,321 @@
+"""`PreferenceTrainer`: preference training of vision-language models on `transformers.Trainer`, one token tree a micro-batch."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from mmdpo_kernels import SequenceLogps, patch_model, preference_loss, record_attention
+from mmdpo_trainers.run_folder import read_json, write_atomic
+from mmdpo_trainers.training import model_parts
+from mmdpo_trainers.training.checkpoints import latest_complete, mark_complete
+from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
+from mmdpo_trainers.training.preference_config import PreferenceConfig
+from mmdpo_trainers.training.preference_records import record_name
+from mmdpo_trainers.training.training_log import Averages
+
+logger = logging.getLogger(__name__)
+
+LOG_STATE = "log_state.json"
+
+
+class PreferenceTrainer(Trainer):
+    """Trains a policy on chosen and rejected responses to prompts with pictures.
+
+    Chosen and rejected responses of a whole micro-batch are packed into one token tree, so a shared prompt and its pictures are
+    run once; the vision tower sees each distinct picture once, for policy and reference together. Log-probabilities come straight
+    from hidden states (`linear_logprobs`). The reference is the model with its adapter switched off, or a second model.
+
+    Args:
+        model: a `LlavaForConditionalGeneration`, or a PEFT model around one. Its dropout is switched off, and it is patched
+            (`mmdpo_kernels.patch_model`) unless neither tree packing nor attention logging is on.
+        args: see `PreferenceConfig`.
+        processing_class: the model's processor.
+        train_dataset, eval_dataset: TRL's columns, see `PreferenceCollator`: a `datasets.Dataset` or a list of records.
+        peft_config: in place of the LoRA adapter that `args` describes.
+        ref_model: the reference; None: the adapter switched off, or for full fine-tuning a copy of the model as it comes.
+        callbacks: as in `transformers.Trainer`.
+
+    `train(resume_from_checkpoint="auto")` continues from the last whole checkpoint of `output_dir`, or starts. With the same
+    number of threads a continued run ends with the same weights, bit for bit, as one that was never interrupted.
+
+    Logged, averaged over records, micro-batches and the logging interval (evaluation: with prefix `eval_`): `loss`,
+    `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins` (unless no loss needs the reference),
+    `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where that loss is used), and `attn/ratio_<format>`: the share of the
+    attention on a record's pictures that its chosen response gives the asked-about one.
+
+    Raises ValueError for settings that do not fit the model; DataError, naming the record, for one that cannot be used.
+    """
+
+    args: PreferenceConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: PreferenceConfig,
+        *,
+        processing_class: Any,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        peft_config: PeftConfig | None = None,
+        ref_model: nn.Module | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        _check_devices(args)
+        self.ref_model = model_parts.second_model(model, args, peft_config, ref_model)
+        model = model_parts.make_trainable(model, args, peft_config)
+        for each in (model, self.ref_model):
+            if each is not None:
+                model_parts.disable_dropout(each)
+                if args.tree_packing or args.attention_layer is not None:
+                    patch_model(each)
+        vision = model_parts.part_parameters(model, model_parts.VISION_NAMES + model_parts.PROJECTOR_NAMES)
+        self._shared_features = ref_model is None and not any(parameter.requires_grad for parameter in vision)
+        base = model_parts.base_of(model)
+        _check_layer(args.attention_layer, base.config.get_text_config().num_hidden_layers)
+        collator = _collator(base, processing_class, args.tree_packing)
+        self.left_out: list[str] = []
+        """Names of records longer than `max_length`."""
+        self._averages = {"train": Averages(), "eval": Averages()}
+        self._resumed_from: Path | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=self._short_enough(train_dataset, collator, args.max_length),
+            eval_dataset=self._short_enough(eval_dataset, collator, args.max_length),
+            processing_class=processing_class,
+            callbacks=[_RestoreLog(self), *(callbacks or [])],
+        )
+        # `compute_loss` divides by the whole accumulated batch itself.
+        self.model_accepts_loss_kwargs = True
+        if self.ref_model is not None:
+            self.ref_model.to(self.args.device)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> TrainOutput:
+        """As in `transformers.Trainer`; `"auto"`: from the last whole checkpoint of `output_dir` if there is one."""
+        if resume_from_checkpoint in ("auto", True):
+            found = latest_complete(str(self.args.output_dir), report=logger.warning)
+            if found is None and resume_from_checkpoint is True:
+                raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no whole checkpoint; pass 'auto' to start")
+            resume_from_checkpoint = None if found is None else str(found)
+        self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    @property
+    def _policy(self) -> Any:
+        return self.model
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one micro-batch, scaled so that the micro-batches of an optimizer step add up to the loss of them all at once.
+
+        num_items_in_batch: (2,) int64, records and chosen tokens of the whole step; None: the micro-batch is all there is.
+        """
+        batch: PreferenceBatch = inputs["batch"].to(self.args.device)
+        averages = self._averages["train" if model.training else "eval"]
+        features = self._features(self._policy, batch)
+        reference = self._reference_logps(batch, features) if self.args.needs_reference else None
+        with self._recorded(batch, training=model.training, averages=averages):
+            policy = self._logps(self._policy, batch, features)
+        records, tokens = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
+        loss = self._loss(batch, policy, reference, records, tokens, averages)
+        return (loss, {}) if return_outputs else loss
+
+    def _loss(
+        self, batch: PreferenceBatch, policy: Tensor, reference: Tensor | None, records: int, tokens: int, averages: Averages
+    ) -> Tensor:
+        weights, count = self.args.weight_of, len(batch.ids)
+        policy_logps = _sequence_logps(policy, batch)
+        averages.add({"logps/chosen": _mean(policy[:, 0]), "logps/rejected": _mean(policy[:, 1])}, count)
+        loss = policy.new_zeros(())
+        pairwise = [name for name in weights if name != "nll"]
+        if pairwise:
+            outcome = preference_loss(
+                policy_logps,
+                None if reference is None else _sequence_logps(reference, batch),
+                loss_type=pairwise,
+                loss_weights=[weights[name] for name in pairwise],
+                beta=self.args.beta,
+            )
+            loss = loss + outcome.loss * (count / records)
+            values = {**outcome.rewards, "accuracies": outcome.accuracies, "margins": outcome.margins}
+            averages.add({f"rewards/{name}": _mean(value) for name, value in values.items()}, count)
+        if "nll" in weights:
+            nll = preference_loss(policy_logps, loss_type=("nll",)).loss
+            loss = loss + weights["nll"] * nll * (batch.chosen_tokens / tokens)
+            averages.add({"nll_loss": nll.detach()}, batch.chosen_tokens)
+        return loss
+
+    def _features(self, model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
+        with self.accelerator.autocast():
+            return model_parts.picture_features(model, batch)
+
+    def _logps(self, model: nn.Module, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
+        """(n, 2) as `response_logps`. The head stays out of autocast: its log-probabilities are made in float32."""
+        with self.accelerator.autocast():
+            hidden = model_parts.hidden_states(model, batch, features)
+        return model_parts.response_logps(model, hidden, batch)
+
+    @torch.no_grad()
+    def _reference_logps(self, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
+        model = self._policy if self.ref_model is None else self.ref_model
+        with contextlib.nullcontext() if self.ref_model is not None else self._policy.disable_adapter():
+            if not self._shared_features:
+                features = self._features(model, batch)
+            return self._logps(model, batch, features)
+
+    @contextlib.contextmanager
+    def _recorded(self, batch: PreferenceBatch, *, training: bool, averages: Averages) -> Iterator[None]:
+        """Record attention ratios while the block runs the policy, where they are to be logged."""
+        layer, every = self.args.attention_layer, self.args.log_attention_every
+        wanted = not training or (every > 0 and self.state.global_step % every == 0)
+        if layer is None or not wanted or not batch.ratios:
+            yield
+            return
+        with record_attention(self._policy, batch.segments, batch.recorded_rows, layers=[layer]) as recorder:
+            yield
+        mass = recorder.mass[layer]
+        for span in batch.ratios:
+            averages.add({f"attn/ratio_{span.format}": span.ratio(mass)}, 1)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, PreferenceBatch]], device: torch.device) -> Tensor | None:
+        batches = [sample["batch"] for sample in batch_samples]
+        return torch.tensor([sum(len(b.ids) for b in batches), sum(b.chosen_tokens for b in batches)])
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss of an evaluation batch; its other values are averaged into the metrics."""
+        with torch.no_grad():
+            loss = self.compute_loss(model, inputs).detach()
+        self._averages["eval"].add({"loss": loss}, len(inputs["batch"].ids))
+        return loss, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in `transformers.Trainer`, with the training log's keys, averaged over records, among the metrics."""
+        self._averages["eval"].take()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = {f"{metric_key_prefix}_{name}": value for name, value in self._averages["eval"].take().items()}
+        output.metrics.update(means)  # type: ignore[union-attr]
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `transformers.Trainer`, with the averages since the last training log."""
+        if "loss" in logs:
+            logs.update(self._averages["train"].take())
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: the estimate of transformers knows no token trees."""
+        return 0
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        averages = self._averages["train"].state()
+        write_atomic(
+            folder / LOG_STATE, {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged, "averages": averages}
+        )
+        mark_complete(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in `transformers.Trainer`; a whole model by `from_pretrained`, which knows under what names weights are saved."""
+        target: Any = model if model is not None else self.model
+        if isinstance(target, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = type(target).from_pretrained(resume_from_checkpoint, dtype="auto", local_files_only=True)
+            target.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _restore_log(self) -> None:
+        """Put back what was averaged but not yet logged when the checkpoint was written."""
+        if self._resumed_from is None or not (self._resumed_from / LOG_STATE).is_file():
+            return
+        state = read_json(self._resumed_from / LOG_STATE)
+        self._tr_loss.fill_(state["loss"])
+        self._globalstep_last_logged = state["last_logged"]
+        self._averages["train"].load(state["averages"])
+
+    def _short_enough(self, dataset: Any, collator: PreferenceCollator, max_length: int | None) -> Any:
+        if dataset is None or max_length is None:
+            return dataset
+        kept = [index for index in range(len(dataset)) if collator.length(dataset[index]) <= max_length]
+        left_out = [record_name(dataset[index]) for index in sorted(set(range(len(dataset))) - set(kept))]
+        if left_out:
+            first = ", ".join(left_out[:10])
+            logger.warning("%d records are longer than max_length=%d and left out: %s", len(left_out), max_length, first)
+            self.left_out += left_out
+        return dataset.select(kept) if hasattr(dataset, "select") else Subset(dataset, kept)
+
+
+class _RestoreLog(TrainerCallback):
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._restore_log()
+
+
+def _mean(values: Tensor) -> float:
+    """Mean in double precision, so that what is logged does not depend on how records fall into micro-batches."""
+    return sum(values.tolist()) / len(values)
+
+
+def _sequence_logps(logps: Tensor, batch: PreferenceBatch) -> SequenceLogps:
+    lengths = torch.tensor(batch.lengths, device=logps.device).view(-1, 2)
+    return SequenceLogps(chosen=logps[:, 0], rejected=logps[:, 1], chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, 1])
+
+
+def _collator(base: Any, processor: Any, tree_packing: bool) -> PreferenceCollator:
+    tokenizer = processor.tokenizer
+    end = base.generation_config.eos_token_id
+    ends = [end] if isinstance(end, int) else list(end or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    if not ends:
+        raise ValueError("processing_class: neither tokenizer nor generation_config has an end token; responses could not end")
+    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id
+    return PreferenceCollator(
+        processor, image_token_id=base.config.image_token_id, end_id=end_id, pad_id=pad_id, tree_packing=tree_packing
+    )
+
+
+def _check_devices(args: PreferenceConfig) -> None:
+    if args.world_size > 1:
+        raise ValueError(f"PreferenceTrainer runs in one process, got {args.world_size}; start it without a distributed launcher")
+    if args.n_gpu > 1:
+        # DataParallel would split a batch that is one tree.
+        args._n_gpu = 1
+
+
+def _check_layer(layer: int | None, layers: int) -> None:
+    if layer is not None and not 0 <= layer < layers:
+        raise ValueError(f"attention_layer: expected 0 to {layers - 1} (the model has {layers} decoder layers), got {layer}")

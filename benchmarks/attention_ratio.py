@@ -7,7 +7,7 @@ A LLaVA of random weights, five pictures, 1,500 prompt tokens, a 40-token answer
 - `eager pass`: teacher-forced, `attn_implementation="eager"`, `output_attentions=True`, then the ratio from the maps.
 - `score`: the same ratios by the stage's own function.
 - `official way`: `generate(output_attentions=True)` with eager attention, ratio from the maps of the decoding steps (MIA-DPO's code).
-- `generate + score`: the two stages' own functions.
+- `generate + score`: the two stages' own functions; generating records the attention, so score only divides.
 
 Ratios are compared before anything is timed. Peak memory above the model is measured in a fresh process for each.
 """
@@ -31,7 +31,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from benchmarks.measure import alternate, peak_memory, ratios, write_result
 from mmdpo_kernels import patch_model, unpatch_model
-from mmdpo_trainers.attention_ratios import attention_ratios, default_layer
+from mmdpo_trainers.attention_ratios import attention_ratios, default_layer, ratios_of
 from mmdpo_trainers.loading import LoadedModel
 from mmdpo_trainers.prompts import encode_prompts
 from mmdpo_trainers.shapes.model import build_processor
@@ -39,6 +39,7 @@ from mmdpo_trainers.stages.generate import generate_responses
 
 PICTURES, PROMPT_TOKENS, ANSWER_TOKENS = 5, 1500, 40
 SIDE, PATCH = 238, 14  # 17 x 17 = 289 tokens a picture
+LAYERS, HIDDEN, HEADS = 8, 1024, 16
 COMPARISONS = {"score": "eager pass", "generate + score": "official way"}
 GOALS = {"score": 2.5, "generate + score": 1.5}
 
@@ -55,10 +56,10 @@ def build() -> LoadedModel:
         hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
     )
     text = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=16,
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN * 11 // 4,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
         vocab_size=32064,
         max_position_embeddings=4096,
     )
@@ -122,8 +123,10 @@ def official_way(loaded: LoadedModel, record: dict[str, Any]) -> float:
 
 def generate_and_score(loaded: LoadedModel, record: dict[str, Any]) -> float:
     _patched(loaded)
-    answer = generate_responses(loaded, [record], max_new_tokens=ANSWER_TOKENS)[0]
-    return float(attention_ratios(loaded, [{**record, **answer}], statistic="mean", drop_first_row=True)[0]["ratio"])
+    settings = {"layer": None, "regions": "box", "drop_first_row": True}
+    [answer] = generate_responses(loaded, [record], max_new_tokens=ANSWER_TOKENS, record=settings)
+    recorded = answer["recorded"]
+    return float(ratios_of(record, recorded["attention"], recorded["tokens"], "mean")["ratio"])
 
 
 WAYS: dict[str, Callable[[LoadedModel, dict[str, Any]], float]] = {

@@ -2,8 +2,8 @@
 
     python -m benchmarks.mia_dpo_seeds              # runs what is missing, then writes the table and results/mia_dpo_seeds.json
 
-Each seed is one `mmdpo run configs/shapes_mia_dpo_arms.yaml` in `runs/mia_dpo_arms_seed<k>`: its own source pictures, evaluation questions,
-generation and training seeds, on the one shipped base. A killed seed continues where it stopped. The table states what was found; goals are
+Each seed is the demo's configuration with three arms more, in `runs/mia_dpo_seed<k>`: its own source pictures, evaluation questions and
+training seed, on the one shipped base. A killed seed continues where it stopped. The table states what was found; goals are
 checked and printed as met or missed.
 """
 
@@ -20,23 +20,23 @@ from typing import Any
 from benchmarks.measure import write_result
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "shapes_mia_dpo_arms.yaml"
+CONFIG = ROOT / "configs" / "shapes_mia_dpo.yaml"
 PAGE = ROOT / "docs" / "results.md"
 MULTI = ("sequence", "grid", "pip")
 GAIN, LOSS = 0.10, 0.02
 START, END = "<!-- mia_dpo_seeds: begin -->", "<!-- mia_dpo_seeds: end -->"
 MAIN = "attention-selected (MIA-DPO)"
 ARMS = {
-    "random_wrong": "random wrong answers as rejected",
-    "perplexity": "perplexity only",
-    "sft": "SFT on the same chosen answers",
+    "random_wrong": ("random wrong answers as rejected", {"select": {"rule": "random_wrong"}}),
+    "perplexity": ("perplexity only, same format mix", {"select": {"rule": "perplexity"}}),
+    "sft": ("SFT on the same chosen answers", {"train": {"args": {"loss_type": ["nll"], "loss_weights": [1.0]}}}),
 }
 
 
 def accuracies(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Arm -> accuracy by format, "no training" first."""
     found = {"no training": summary["accuracy"]["before"], MAIN: summary["accuracy"]["after"]}
-    found.update({title: summary["arms"][name]["accuracy"]["after"] for name, title in ARMS.items()})
+    found.update({title: summary["arms"][name]["accuracy"]["after"] for name, (title, _) in ARMS.items()})
     return found
 
 
@@ -47,8 +47,10 @@ def multi(accuracy: dict[str, float]) -> float:
 
 def run_seed(seed: int) -> dict[str, Any]:
     """Run one seed, or continue it, and return its summary."""
-    folder = ROOT / "runs" / f"mia_dpo_arms_seed{seed}"
-    command = [sys.executable, "-m", "mmdpo_trainers.cli", "run", str(CONFIG), "--seed", str(seed), "--run-dir", str(folder)]
+    folder = ROOT / "runs" / f"mia_dpo_seed{seed}"
+    arms = json.dumps({name: overrides for name, (_, overrides) in ARMS.items()})
+    command = [sys.executable, "-m", "mmdpo_trainers.cli", "run", str(CONFIG)]
+    command += ["--seed", str(seed), "--run-dir", str(folder), "--set", f"arms={arms}"]
     subprocess.run(command, check=True, cwd=ROOT)
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
@@ -64,7 +66,7 @@ def table(summaries: dict[int, dict[str, Any]]) -> str:
             lines.append(f"| {seed} | {arm} | " + " | ".join(cells) + " |")
         gain = multi(found[MAIN]) - multi(found["no training"])
         change = found[MAIN]["single"] - found["no training"]["single"]
-        met = "met" if gain >= GAIN and abs(change) <= LOSS else "missed"
+        met = "met" if round(gain, 6) >= GAIN and round(abs(change), 6) <= LOSS else "missed"
         pairs = ", ".join(f"{count} {name}" for name, count in summary["pairs"].items())
         verdicts.append(
             f"- seed {seed}: multi-image {100 * gain:+.1f} points, single-image {100 * change:+.1f}: goal {met}; {pairs} pairs"

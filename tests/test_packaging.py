@@ -30,9 +30,9 @@ def constraints() -> dict[str, str]:
 
 
 def test_installing_without_extras_needs_three_packages() -> None:
-    needed = [line for line in metadata.requires("mmdpo") or [] if "extra ==" not in line]
+    needed = [line for line in metadata.requires("mmdpo-kernels") or [] if "extra ==" not in line]
     assert {project(line) for line in needed} == {"torch", "triton", "numpy"}
-    assert set(metadata.metadata("mmdpo").get_all("Provides-Extra") or []) == set(EXTRAS)
+    assert set(metadata.metadata("mmdpo-kernels").get_all("Provides-Extra") or []) == set(EXTRAS)
 
 
 @pytest.mark.parametrize("group", ["core", "build", *EXTRAS])
@@ -57,4 +57,4 @@ def test_the_console_command_exists() -> None:
 
 
 def test_versions_agree() -> None:
-    assert mmdpo_kernels.__version__ == PYPROJECT["project"]["version"] == metadata.version("mmdpo")
+    assert mmdpo_kernels.__version__ == PYPROJECT["project"]["version"] == metadata.version("mmdpo-kernels")

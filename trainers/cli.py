@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -48,6 +49,8 @@ _EXAMPLES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `mmdpo`. Returns the exit code: 0; 2 for an error of the user's, printed in one line; 130 if interrupted."""
     options = _parser().parse_args(arguments)
+    # Notices between libraries (transformers to PEFT) that a user of this command can do nothing about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
         options.action(options)
     except MmdpoError as error:

@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ TOKENS = PATCH_GRID[0] * PATCH_GRID[1]
 SEQUENCE_COUNTS = (2, 3, 4, 5)
 GRID_COUNTS = (2, 4)
 """Collages whose cells fall on whole patches of the 4x4 patch grid."""
-GRID_OPTIONS = {"cell_size": 24, "margin": 0, "label": False, "square": True}
-PIP_OPTIONS = {"max_fraction": 0.5}
+GRID_OPTIONS: dict[str, Any] = {"cell_size": 24, "margin": 0, "label": False, "square": True}
+PIP_OPTIONS: dict[str, Any] = {"max_fraction": 0.5}
 """The pasted picture covers the four patches in the middle."""
 
 SLOTS = ("whole", "cell 1", "cell 2", "cell 3", "cell 4", "pasted", "host")
@@ -70,6 +71,8 @@ class Sample:
 def compose(kind: str, rng: random.Random) -> Composed:
     """A single picture, a collage (``grid``) or a pic-in-pic (scene 0 is pasted on scene 1)."""
     owner = np.zeros(PATCH_GRID, dtype=np.int64)
+    scenes: tuple[world.Scene, ...]
+    slots: tuple[str, ...]
     if kind in ("single", "sequence"):
         scenes = (world.sample_scene(rng),)
         picture, slots = world.draw(scenes[0]), ("whole",)
@@ -133,7 +136,8 @@ def pack(samples: Sequence[Sample], answers: Sequence[Sequence[str]], processor:
     image, pad, end = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id, tokenizer.eos_token_id
     rows, number = [], 0
     for item, given in zip(samples, answers, strict=True):
-        ids, patch = [], []
+        ids: list[int] = []
+        patch: list[int] = []
         pictures = iter(item.pictures)
         for token in tokenizer(f"USER: {item.prefix}").input_ids:
             if token == image:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mmdpo_trainers.shapes.formats import TOKENS, Composed, Sample, TreeBatch, pack, pixel_values
 
@@ -73,14 +72,15 @@ def answer_loss(
 ) -> torch.Tensor:
     """Mean cross-entropy of the response tokens, plus ``weight`` times the lesson, which needs eager attention."""
     rows = batch.labels >= 0
-    output = _language_model(model, batch, features, output_attentions=lesson is not None)
-    loss = F.cross_entropy(model.lm_head(output.last_hidden_state[rows]), batch.labels[rows])
-    return loss if lesson is None else loss + weight * lesson.loss(output.attentions, rows)
+    hidden, attentions = _language_model(model, batch, features, output_attentions=lesson is not None)
+    loss = F.cross_entropy(model.lm_head(hidden[rows]), batch.labels[rows])
+    return loss if lesson is None else loss + weight * lesson.loss(attentions, rows)
 
 
 def response_logits(model: LlavaForConditionalGeneration, batch: TreeBatch, features: torch.Tensor) -> torch.Tensor:
     """Logits (R, V) of the R rows of ``batch`` that predict a response token; ``features`` are pool features (P * patches, C)."""
-    return model.lm_head(_language_model(model, batch, features).last_hidden_state[batch.labels >= 0])
+    hidden, _ = _language_model(model, batch, features)
+    return model.lm_head(hidden[batch.labels >= 0])
 
 
 @torch.no_grad()
@@ -112,14 +112,16 @@ def encode(model: LlavaForConditionalGeneration, pool: Sequence[Composed]) -> to
 
 def _language_model(
     model: LlavaForConditionalGeneration, batch: TreeBatch, features: torch.Tensor, output_attentions: bool = False
-) -> BaseModelOutputWithPast:
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Last hidden states (B, S, H), and the layers' attention maps (B, heads, S, S) or an empty tuple."""
     embedded = model.get_input_embeddings()(batch.input_ids)
     at_patch = batch.patch >= 0
     embedded = embedded.masked_scatter(at_patch[..., None], model.model.multi_modal_projector(features[batch.patch[at_patch]]))
-    return model.model.language_model(
+    output = model.model.language_model(
         inputs_embeds=embedded,
         attention_mask=batch.mask(),
         position_ids=batch.positions,
         use_cache=False,
         output_attentions=output_attentions,
     )
+    return output.last_hidden_state, output.attentions or ()

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks.measure import alternate, peak_memory, ratios, write_result
+from benchmarks.measure import alternate, machine, markdown, peak_memory, ratios, write_result, write_section
 from mmdpo_kernels import patch_model, unpatch_model
 from mmdpo_trainers.attention_ratios import attention_ratios, default_layer, ratios_of
 from mmdpo_trainers.loading import LoadedModel
@@ -177,6 +177,7 @@ def main() -> None:
     seconds = alternate(timed, arguments.repeats, console.print)
     memory = {name: _memory_in_fresh_process(name) for name in WAYS}
     result = {
+        "machine": machine(),
         "setting": {"pictures": PICTURES, "prompt_tokens": PROMPT_TOKENS, "answer_tokens": ANSWER_TOKENS, "dtype": "float32"},
         "ratios": found,
         "seconds": seconds,
@@ -186,6 +187,7 @@ def main() -> None:
     }
     path = write_result("attention_ratio_cpu", result)
     console.print(_table(result))
+    write_section("docs/results.md", "attention_ratio", _markdown(result))
     console.print(f"written: {path}")
 
 
@@ -194,18 +196,34 @@ def _memory_in_fresh_process(way: str) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1])
 
 
-def _table(result: dict[str, Any]) -> Table:
-    table = Table(title="5 pictures, 1,500 prompt tokens, 40 answer tokens")
-    for column in ("", "seconds (median)", "peak MB above model", "times faster (min to max)", "goal", "memory share", "goal"):
-        table.add_column(column)
+COLUMNS = ["way", "seconds (median)", "peak MB above model", "times faster (min to max)", "goal", "memory share", "goal"]
+
+
+def _rows(result: dict[str, Any]) -> list[list[str]]:
+    rows = []
     for name in WAYS:
         row = [name, f"{statistics.median(result['seconds'][name]):.2f}", f"{result['peak_bytes_above_model'][name] / 1e6:.0f}"]
         if name in COMPARISONS:
             speed = result["speed_up"][name]
             row += [f"{speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f})", f"{GOALS[name]}"]
             row += [f"{result['memory_share'][name]:.2f}", "0.33"]
+        rows.append(row + [""] * (len(COLUMNS) - len(row)))
+    return rows
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title="5 pictures, 1,500 prompt tokens, 40 answer tokens")
+    for column in COLUMNS:
+        table.add_column(column)
+    for row in _rows(result):
         table.add_row(*row)
     return table
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    on = result["machine"]
+    packages = ", ".join(f"{name} {on['packages'][name]}" for name in ("torch", "transformers"))
+    return f"{markdown(COLUMNS, _rows(result))}\n\n{on['cpu']}, {on['threads']} threads, {packages}; float32, random weights."
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import write_result
+from benchmarks.measure import ROOT, markdown, write_result, write_section
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/shapes_mia_dpo.yaml"
 DEMO, UNDISTURBED = ROOT / "runs" / "shapes_mia_dpo", ROOT / "runs" / "undisturbed"
 STAGES = ("augment", "generate", "train", "evaluate/before", "evaluate/after")
@@ -52,6 +51,13 @@ def compared(folder: Path) -> dict[str, Any]:
     return {"files": files, **{name: summary[name] for name in ("accuracy", "pairs", "dropped")}}
 
 
+def _table(kills: list[dict[str, Any]], same: bool) -> str:
+    rows = [[str(number), kill["stage"], str(kill["seconds_into_stage"])] for number, kill in enumerate(kills, start=1)]
+    verdict = "the same" if same else "NOT the same"
+    table = markdown(["kill", "in stage", "seconds into it"], rows)
+    return f"{table}\n\nSelected pairs, trained weights, training log, answers and final metrics are {verdict} as those of an undisturbed run."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
@@ -68,11 +74,9 @@ def main() -> None:
     path = write_result(
         "kill_demo", {"kills": kills, "same": undisturbed == killed, "undisturbed": undisturbed, "killed": killed}
     )
-    for kill in kills:
-        print(
-            f"killed in {kill['stage']} after {kill['seconds_into_stage']} s" + (" (just done)" if kill["stage_was_done"] else "")
-        )
-    print(f"same pairs, weights, log, answers and metrics: {undisturbed == killed}; written: {path}")
+    text = _table(kills, undisturbed == killed)
+    print(f"{text}\nwritten: {path}")
+    write_section("docs/results.md", "kill_demo", text)
     if undisturbed != killed:
         raise SystemExit(1)
 

@@ -1,6 +1,6 @@
 """MIA-DPO on the embedded default over several seeds, with control arms: the table of docs/results.md.
 
-    python -m benchmarks.mia_dpo_seeds              # runs what is missing, then writes the table and results/mia_dpo_seeds.json
+    python -m benchmarks.mia_dpo_seeds              # runs what is missing, then writes the tables and results/mia_dpo_seeds.json
 
 Each seed is the demo's configuration with three arms more, in `runs/mia_dpo_seed<k>`: its own source pictures, evaluation questions and
 training seed, on the one shipped base. A killed seed continues where it stopped. The table states what was found; goals are
@@ -14,18 +14,14 @@ import json
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import write_result
+from benchmarks.measure import ROOT, markdown, write_result, write_section
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "shapes_mia_dpo.yaml"
-PAGE = ROOT / "docs" / "results.md"
 MULTI = ("sequence", "grid", "pip")
 GAIN, LOSS = 0.10, 0.02
-START, END = "<!-- mia_dpo_seeds: begin -->", "<!-- mia_dpo_seeds: end -->"
-MAIN = "attention-selected (MIA-DPO)"
+BASE, MAIN = "no training", "attention-selected (MIA-DPO)"
 ARMS = {
     "random_wrong": ("random wrong answers as rejected", {"select": {"rule": "random_wrong"}}),
     "perplexity": ("perplexity only, same format mix", {"select": {"rule": "perplexity"}}),
@@ -35,7 +31,7 @@ ARMS = {
 
 def accuracies(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Arm -> accuracy by format, "no training" first."""
-    found = {"no training": summary["accuracy"]["before"], MAIN: summary["accuracy"]["after"]}
+    found = {BASE: summary["accuracy"]["before"], MAIN: summary["accuracy"]["after"]}
     found.update({title: summary["arms"][name]["accuracy"]["after"] for name, (title, _) in ARMS.items()})
     return found
 
@@ -57,22 +53,34 @@ def run_seed(seed: int) -> dict[str, Any]:
 
 def table(summaries: dict[int, dict[str, Any]]) -> str:
     """Markdown: one row an arm and seed, and what the goals say."""
-    lines = ["| seed | arm | sequence | grid | pip | multi-image mean | single |", "|---|---|---|---|---|---|---|"]
-    verdicts = []
+    rows, verdicts = [], []
     for seed, summary in summaries.items():
         found = accuracies(summary)
         for arm, accuracy in found.items():
-            cells = [f"{accuracy[name]:.3f}" for name in MULTI] + [f"{multi(accuracy):.3f}", f"{accuracy['single']:.3f}"]
-            lines.append(f"| {seed} | {arm} | " + " | ".join(cells) + " |")
-        gain = multi(found[MAIN]) - multi(found["no training"])
-        change = found[MAIN]["single"] - found["no training"]["single"]
+            cells = [*(accuracy[name] for name in MULTI), multi(accuracy), accuracy["single"]]
+            rows.append([str(seed), arm, *(f"{cell:.3f}" for cell in cells)])
+        gain = multi(found[MAIN]) - multi(found[BASE])
+        change = found[MAIN]["single"] - found[BASE]["single"]
         met = "met" if round(gain, 6) >= GAIN and round(abs(change), 6) <= LOSS else "missed"
         pairs = ", ".join(f"{count} {name}" for name, count in summary["pairs"].items())
-        verdicts.append(
-            f"- seed {seed}: multi-image {100 * gain:+.1f} points, single-image {100 * change:+.1f}: goal {met}; {pairs} pairs"
-        )
+        changes = f"multi-image {100 * gain:+.1f} points, single-image {100 * change:+.1f}"
+        verdicts.append(f"- seed {seed}: {changes}: goal {met}; {pairs} pairs")
     goal = f"Goal: multi-image at least +{100 * GAIN:.0f} points, single-image within {100 * LOSS:.0f}, in every seed."
-    return "\n".join([*lines, "", goal, "", *verdicts])
+    columns = ["seed", "arm", *MULTI, "multi-image mean", "single"]
+    return "\n".join([markdown(columns, rows), "", goal, "", *verdicts])
+
+
+def short_table(summaries: dict[int, dict[str, Any]]) -> str:
+    """Markdown for the README: each arm's mean over seeds."""
+    arms: dict[str, list[dict[str, float]]] = {}
+    for summary in summaries.values():
+        for arm, accuracy in accuracies(summary).items():
+            arms.setdefault(arm, []).append(accuracy)
+    rows = []
+    for arm, found in arms.items():
+        means = [statistics.fmean(accuracy[name] for accuracy in found) for name in (*MULTI, "single")]
+        rows.append([arm, *(f"{mean:.3f}" for mean in means)])
+    return markdown([f"accuracy, mean of {len(summaries)} seeds", *MULTI, "single"], rows)
 
 
 def main() -> None:
@@ -83,8 +91,8 @@ def main() -> None:
     text = table(summaries)
     print(text)
     write_result("mia_dpo_seeds", {"summaries": summaries})
-    before, rest = PAGE.read_text(encoding="utf-8").split(START)
-    PAGE.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    write_section("docs/results.md", "mia_dpo_seeds", text)
+    write_section("README.md", "mia_dpo_seeds", short_table(summaries))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import attention_ratio, measure, mia_dpo_seeds
@@ -51,3 +53,14 @@ def test_verdict_of_a_seed(after: float, single: float, verdict: str) -> None:
     assert f"goal {verdict}" in text
     assert f"| 3 | attention-selected (MIA-DPO) | {after:.3f} |" in text
     assert text.count("\n| 3 |") == 2 + len(mia_dpo_seeds.ARMS)
+
+
+def test_section_of_a_page_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n")
+    for _ in range(2):
+        measure.write_section("page.md", "x", measure.markdown(["p", "q"], [["1", "2"]]))
+    assert page.read_text() == "a\n<!-- x: begin -->\n| p | q |\n| --- | --- |\n| 1 | 2 |\n<!-- x: end -->\nb\n"
+    with pytest.raises(ValueError, match="y: begin"):
+        measure.write_section("page.md", "y", "text")

@@ -152,11 +152,13 @@ def test_arms_are_laid_over_the_run() -> None:
     assert arm.train.args == {"beta": 0.2, "seed": 1} and arm.select.max_pairs == 3 and arm.arms == {}
 
 
-def test_the_demo_configuration_is_valid() -> None:
+@pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path) -> None:
     from mmdpo_trainers.pipeline import check_train_args
 
-    config = RunConfig.from_yaml(DEMO)
-    assert config.name == "shapes_mia_dpo" and config.model == config.data.source == "shapes"
+    config = RunConfig.from_yaml(path)
+    assert config.name == path.stem
+    assert (config.model == "shapes") == path.stem.startswith("shapes_")
     check_train_args(config)
 
 

@@ -22,6 +22,16 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument("attention_mass: " + message);
 }
 
+// The message is made only for an error: this runs over every token of every call.
+void check_range(const char* name, const int32_t* values, int64_t count, int64_t end) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < -1 || values[i] >= end) {
+      throw std::invalid_argument(std::string("attention_mass: ") + name + " must lie in [-1, " + std::to_string(end) + "), got " +
+                                  std::to_string(values[i]));
+    }
+  }
+}
+
 void check(const AttentionMassArgs& a) {
   require(a.B >= 0 && a.R >= 0 && a.S >= 0 && a.N >= 0 && a.Hq >= 0, "sizes must not be negative");
   require(a.D > 0, "head size must be positive, got " + std::to_string(a.D));
@@ -31,14 +41,8 @@ void check(const AttentionMassArgs& a) {
   require(std::isfinite(a.softcap) && a.softcap >= 0, "softcap must be positive, or 0 for none");
   require(a.window >= 0, "window must be positive, or 0 for none");
   require(a.num_threads >= 1, "num_threads must be at least 1");
-  for (int64_t i = 0; i < a.B * a.S; ++i) {
-    require(a.segments[i] >= -1 && a.segments[i] < a.N,
-            "segments must lie in [-1, " + std::to_string(a.N) + "), got " + std::to_string(a.segments[i]));
-  }
-  for (int64_t i = 0; i < a.B * a.R; ++i) {
-    require(a.row_positions[i] >= -1 && a.row_positions[i] < a.S,
-            "row_positions must lie in [-1, " + std::to_string(a.S) + "), got " + std::to_string(a.row_positions[i]));
-  }
+  check_range("segments", a.segments, a.B * a.S, a.N);
+  check_range("row_positions", a.row_positions, a.B * a.R, a.S);
 }
 
 Run select_run(DType dtype) {

@@ -363,6 +363,7 @@ class Task {
     const T peak = finish_scores(block, m, scores, part);
     if (pass == Pass::online_total || pass == Pass::online_mass) {
       if (peak == -T(INFINITY)) return;
+      if (peak != peak) return spoil(m);
       raise_shift(m, peak);
     } else if (total_[m] == 0.0) {
       return;  // the first pass found no visible key
@@ -392,11 +393,12 @@ class Task {
       V s = load(scores + v * kLanes<T>) * scale;
       if (cap > 0) s = cap * tanh_(s / cap);
       if (part) s = visible(block, m, v) ? s : broadcast(-T(INFINITY));
-      peaks = s > peaks ? s : peaks;
+      // NaN counts as largest, so that it is not lost.
+      peaks = (s > peaks) | (s != s) ? s : peaks;
       store<T>(scores + v * kLanes<T>, s);
     }
     T peak = peaks[0];
-    for (int i = 1; i < kLanes<T>; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
+    for (int i = 1; i < kLanes<T>; ++i) peak = peaks[i] > peak || peaks[i] != peaks[i] ? peaks[i] : peak;
     return peak;
   }
 
@@ -406,6 +408,12 @@ class Task {
     Vec<Int<T>> seen = (load(block.index + at) <= i) & (load(block.end + at) > i);
     if (a_.window > 0) seen &= depth_[m] - load(block.depth + at) < static_cast<Int<T>>(a_.window);
     return seen;
+  }
+
+  // A visible score is NaN: so is everything about the row.
+  void spoil(int64_t m) {
+    total_[m] = NAN;
+    for (int64_t n = 0; n < a_.N; ++n) mass_[m * a_.N + n] = NAN;
   }
 
   void raise_shift(int64_t m, T peak) {

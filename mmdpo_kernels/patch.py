@@ -6,12 +6,13 @@ tower's configuration is pointed at it. transformers is imported only when a mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .backends.registry import PREFERENCE
 from .ops.precision import autocast_to
@@ -33,10 +34,17 @@ class PatchState:
     backend: str = "auto"
     mass_backend: str = "auto"
     recorder: AttentionRecorder | None = None
-    original: list[tuple[Any, str | None]] = field(default_factory=list)
-    """Configurations and the attention implementation each had before."""
 
 
+class _Original:
+    """The attention implementation a configuration had before, and the patched towers that share the configuration."""
+
+    def __init__(self, implementation: str | None) -> None:
+        self.implementation = implementation
+        self.towers: WeakSet[nn.Module] = WeakSet()
+
+
+_CONFIGS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _TOWERS: WeakKeyDictionary[nn.Module, PatchState] = WeakKeyDictionary()
 _ATTENTIONS: WeakKeyDictionary[nn.Module, PatchState] = WeakKeyDictionary()
 
@@ -62,28 +70,41 @@ def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "au
         if name != "auto" and name not in PREFERENCE[op]:
             raise ValueError(f"patch_model: {op} has no backend {name!r}; choose 'auto' or one of {', '.join(PREFERENCE[op])}")
     tower = language_tower(model)
-    state = _TOWERS.get(tower)
-    if state is None:
+    state = _TOWERS.setdefault(tower, PatchState())
+    for module in tower.modules():
+        if hasattr(module, "layer_idx"):
+            _ATTENTIONS[module] = state
+    for config in _configs(tower):
+        original = _CONFIGS.get(config)
+        if config._attn_implementation_internal != IMPLEMENTATION:
+            original = _Original(config._attn_implementation_internal)
+        elif original is None:  # a copy of a patched model
+            original = _Original(_default_implementation(tower))
+        original.towers.add(tower)
+        _CONFIGS[config] = original
+    if tower.config._attn_implementation != IMPLEMENTATION:
         _register()
-        state = PatchState(original=[(config, config._attn_implementation_internal) for config in _configs(tower)])
-        _TOWERS[tower] = state
-        for module in tower.modules():
-            if hasattr(module, "layer_idx"):
-                _ATTENTIONS[module] = state
         tower.set_attn_implementation(IMPLEMENTATION)
     state.backend, state.mass_backend = backend, mass_backend
     return model
 
 
 def unpatch_model(model: ModelT) -> ModelT:
-    """Give the model its own attention back, attribute for attribute. An unpatched model is returned as it is."""
+    """Give the model its own attention back, attribute for attribute. An unpatched model is returned as it is.
+
+    Models that share one configuration object share its attention implementation: the last to be unpatched restores it. A copy of a
+    patched model gets the default implementation of its class.
+    """
     tower = language_tower(model)
-    state = _TOWERS.pop(tower, None)
-    if state is not None:
-        for config, implementation in state.original:
-            config._attn_implementation_internal = implementation
-        for module in [module for module, owner in _ATTENTIONS.items() if owner is state]:
-            del _ATTENTIONS[module]
+    _TOWERS.pop(tower, None)
+    for module in tower.modules():
+        _ATTENTIONS.pop(module, None)
+    for config in _configs(tower):
+        original = _CONFIGS.get(config) or _Original(_default_implementation(tower))
+        original.towers.discard(tower)
+        if config._attn_implementation_internal == IMPLEMENTATION and not original.towers:
+            config._attn_implementation_internal = original.implementation
+            _CONFIGS.pop(config, None)
     return model
 
 
@@ -91,10 +112,11 @@ def patch_state(model: nn.Module) -> PatchState:
     """The state of a patched model.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or its attention implementation was changed since.
     """
-    state = _TOWERS.get(language_tower(model))
-    if state is None:
+    tower = language_tower(model)
+    state = _TOWERS.get(tower)
+    if state is None or tower.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(f"{type(model).__name__} is not patched; call mmdpo_kernels.patch_model(model) first")
     return state
 
@@ -126,6 +148,11 @@ def _configs(tower: Any) -> list[Any]:
         if config is not None and hasattr(config, "_attn_implementation_internal"):
             found.setdefault(id(config), config)
     return list(found.values())
+
+
+def _default_implementation(tower: Any) -> str:
+    """What transformers gives a model of this class when nothing is asked for."""
+    return "sdpa" if getattr(tower, "_supports_sdpa", False) else "eager"
 
 
 def _register() -> None:
@@ -188,12 +215,22 @@ def tree_attention_forward(
             raise ValueError(f"{type(module).__name__}: attention argument '{name}' is not supported by a patched model")
     # Rotary embeddings leave query and key wider than value under autocast.
     query, key, value = autocast_to(query, key, value)
-    is_tree = attention_mask is not None and not attention_mask.dtype.is_floating_point and attention_mask.dtype != torch.bool
-    tree_end = attention_mask[:, 0, 0, :] if is_tree and attention_mask is not None else None
+    tree_end = _tree_end(attention_mask, key)
+    is_tree = tree_end is not None
     state = _ATTENTIONS.get(module)
     if state is not None and state.recorder is not None:
         mask = None if is_tree else attention_mask
-        state.recorder.observe(module, query, key, tree_end, mask, scaling, softcap, state.mass_backend)
+        state.recorder.observe(
+            module,
+            query,
+            key,
+            tree_end=tree_end,
+            mask=mask,
+            scale=scaling,
+            softcap=softcap,
+            window=sliding_window if is_tree else None,
+            backend=state.mass_backend,
+        )
     whole_causal = attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
     if not (is_tree or whole_causal) or (dropout > 0 and not is_tree):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -209,7 +246,22 @@ def tree_attention_forward(
     # A causal mask from `tree_mask` already stands for layers without a window; a prepared tree reaches windowed layers as it is.
     window = sliding_window if is_tree else None
     backend = "auto" if state is None else state.backend
-    if tree_end is not None:
-        tree_end = tree_end.expand(query.shape[0], -1)
     output = tree_attention(query, key, value, tree_end, scale=scaling, softcap=softcap, window=window, backend=backend).output
     return output.transpose(1, 2).contiguous(), None
+
+
+def _tree_end(mask: Tensor | None, key: Tensor) -> Tensor | None:
+    """(B, S) `tree_end` from an integer mask (B or 1, 1, 1, S); None where the mask is boolean or additive.
+
+    Raises:
+        ValueError: an integer mask of another kind, which unpatched attention refuses too.
+    """
+    if mask is None or mask.dtype.is_floating_point or mask.dtype == torch.bool:
+        return None
+    expected = (1, 1, key.shape[2])
+    if mask.dtype != torch.int32 or mask.shape[1:] != expected or mask.shape[0] not in (1, key.shape[0]):
+        raise ValueError(
+            f"attention_mask: an integer mask is a token tree, int32 of shape ({key.shape[0]} or 1, 1, 1, {key.shape[2]}), see "
+            f"TokenTree.attention_mask; got {mask.dtype} {tuple(mask.shape)}. A padding mask has two dimensions, any other is boolean"
+        )
+    return mask[:, 0, 0, :].expand(key.shape[0], -1)

@@ -14,7 +14,10 @@ from .patch import language_tower, patch_state
 
 
 class _ForwardStopped(Exception):  # noqa: N818 - control flow, not an error
-    """Ends a forward after the last wanted layer."""
+    """Ends a forward after the last wanted layer. Escapes only where a part of the recorded model is called by itself."""
+
+    def __str__(self) -> str:
+        return "record_attention(stop_early=True) ended this forward; call the model that was given to it, not one of its parts"
 
 
 class AttentionRecorder:
@@ -38,6 +41,7 @@ class AttentionRecorder:
         self._row_positions = None if rows is None else _positions(rows)
         self._eos = torch.tensor(eos_token_ids, dtype=torch.long)
         self._finished: Tensor | None = None
+        self._tokens: Tensor | None = None
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, Tensor] = {}
         self._rows: dict[int, list[Tensor]] = {}
@@ -56,10 +60,17 @@ class AttentionRecorder:
 
     def watch_tokens(self, input_ids: Tensor) -> None:
         """Follow which rows of a `generate` batch have ended: a row that reads an end token emits nothing more."""
-        if input_ids.shape[1] > 1 or self._finished is None:
-            self._finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        before, self._tokens = self._tokens, input_ids
+        # Without a cache each step reads the whole sequence again, one token longer.
+        longer = before is not None and input_ids.shape[1] == before.shape[1] + 1 and torch.equal(input_ids[:, :-1], before)
+        if self._finished is None or (input_ids.shape[1] > 1 and not longer):
+            self.begin(input_ids)
         else:
             self._finished |= torch.isin(input_ids[:, -1], self._eos.to(input_ids.device))
+
+    def begin(self, prompt: Tensor) -> None:
+        """A `generate` begins with this prompt, ids or embeddings (B, ...): no row has ended."""
+        self._finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
 
     @torch.no_grad()
     def observe(
@@ -67,10 +78,12 @@ class AttentionRecorder:
         module: nn.Module,
         query: Tensor,  # (B, Hq, R, D)
         key: Tensor,  # (B, Hkv, S, D)
+        *,
         tree_end: Tensor | None,  # (B, S)
         mask: Tensor | None,  # (B, 1, R, S) bool or additive
         scale: float | None,
         softcap: float | None,
+        window: int | None,
         backend: str,
     ) -> None:
         """Add one attention call of the model. Raises `_ForwardStopped` after the last wanted layer of an early-stopping recorder."""
@@ -83,7 +96,8 @@ class AttentionRecorder:
         queries = query.gather(2, index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
         if tree_end is None and mask is not None:
             tree_end, positions = _tree_of(mask, positions, key.shape[2])
-        elif query.shape[2] != key.shape[2]:
+        elif query.shape[2] == 1:
+            # Decoding; a longer query over a larger static cache stands at the cache's start.
             positions = positions.masked_fill(positions >= 0, key.shape[2] - 1)
         found = attention_mass(
             queries,
@@ -91,9 +105,10 @@ class AttentionRecorder:
             self._segments_for(key),
             row_positions=positions,
             num_segments=self.num_segments,
-            tree_end=None if tree_end is None else tree_end.expand(key.shape[0], -1),
+            tree_end=tree_end,
             scale=scale,
             softcap=softcap,
+            window=window,
             reduce=self.reduce,
             backend=backend,
         )
@@ -192,14 +207,15 @@ def record_attention(
     count = int(segments.max()) + 1 if num_segments is None else num_segments
     ends = _eos_token_ids(model) if eos_token_ids is None else tuple(eos_token_ids)
     recorder = AttentionRecorder(segments, rows, wanted, count, reduce, stop_early, ends)
-    hook = model.register_forward_pre_hook(_watch(recorder), with_kwargs=True) if rows is None else None
+    watched = _with_base(model) if rows is None else []
+    hooks = [module.register_forward_pre_hook(_watch(recorder), with_kwargs=True) for module in watched]
     state.recorder = recorder
     try:
         with _stoppable(model) if stop_early else _nothing():
             yield recorder
     finally:
         state.recorder = None
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
 
 
@@ -237,8 +253,17 @@ def _watch(recorder: AttentionRecorder) -> Any:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is not None:
             recorder.watch_tokens(ids)
+        elif kwargs.get("inputs_embeds") is not None:
+            recorder.begin(kwargs["inputs_embeds"])
 
     return hook
+
+
+def _with_base(model: nn.Module) -> list[nn.Module]:
+    """The model and, under PEFT, the model inside: a PEFT model's `generate` calls only that one."""
+    if not hasattr(model, "get_base_model"):
+        return [model]
+    return [model, model.get_base_model()]  # type: ignore[operator]
 
 
 def _eos_token_ids(model: nn.Module) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ class TokenTree:
         keys = _intern(sequences, identities)
         _check_prompts(prompt_lengths, keys)
         packer = _Packer(keys)
-        packer.pack(list(range(len(keys))), 0)
+        packer.pack()
         origin = np.concatenate(packer.origins)
         ids = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         order = np.array([ids[sequence][offset] for sequence, offset in origin], dtype=np.int64)
@@ -93,20 +93,29 @@ class _Packer:
         self.nodes: list[tuple[int, int, int]] = []
         self.length = 0
 
-    def pack(self, members: list[int], offset: int) -> None:
-        """Append the subtree of `members`, which agree on everything before `offset`; children in order of first appearance."""
-        for group in self._split(members, offset):
+    def pack(self) -> None:
+        """Lay the nodes down depth-first, children in order of first appearance."""
+        todo: list[tuple[list[int], int] | int] = [*self._split(list(range(len(self.keys))), 0)]
+        while todo:
+            item = todo.pop()
+            if isinstance(item, int):  # a node whose subtree is complete
+                self.nodes[item] = (*self.nodes[item][:2], self.length)
+                continue
+            group, offset = item
             stop = self._common(group, offset)
-            start = self.length
-            offsets = np.arange(offset, stop, dtype=np.int64)
-            self.origins.append(np.stack([np.full(offsets.shape, group[0], dtype=np.int64), offsets], axis=1))
-            for member in group:
-                self.paths[member].append(start + offsets - offset)
-            self.length += stop - offset
-            node = len(self.nodes)
-            self.nodes.append((start, self.length, 0))
-            self.pack(group, stop)
-            self.nodes[node] = (start, self.nodes[node][1], self.length)
+            todo.append(self._append(group, offset, stop))
+            todo += self._split(group, stop)
+
+    def _append(self, group: list[int], offset: int, stop: int) -> int:
+        """Add the node that holds tokens [offset, stop) of the group; returns its number."""
+        start = self.length
+        offsets = np.arange(offset, stop, dtype=np.int64)
+        self.origins.append(np.stack([np.full(offsets.shape, group[0], dtype=np.int64), offsets], axis=1))
+        for member in group:
+            self.paths[member].append(start + offsets - offset)
+        self.length += stop - offset
+        self.nodes.append((start, self.length, self.length))
+        return len(self.nodes) - 1
 
     def ends(self) -> np.ndarray:
         """(S,) int32 `tree_end`."""
@@ -115,12 +124,13 @@ class _Packer:
             tree_end[start:stop] = end
         return tree_end
 
-    def _split(self, members: list[int], offset: int) -> list[list[int]]:
+    def _split(self, members: list[int], offset: int) -> list[tuple[list[int], int]]:
+        """Members grouped by their token at `offset`, the last group first, so that a stack yields them in order."""
         groups: dict[int, list[int]] = {}
         for member in members:
             if offset < len(self.keys[member]):
                 groups.setdefault(int(self.keys[member][offset]), []).append(member)
-        return list(groups.values())
+        return [(group, offset) for group in reversed(groups.values())]
 
     def _common(self, group: list[int], offset: int) -> int:
         first = self.keys[group[0]]
@@ -146,6 +156,8 @@ def _intern(sequences: Sequence[Sequence[int]], identities: Sequence[Sequence[Ha
         if not len(sequence):
             raise ValueError(f"TokenTree: sequence {index} is empty")
         key = np.array(sequence, dtype=np.int64)
+        if key.min() < 0:
+            raise ValueError(f"TokenTree: sequence {index} has token id {key.min()}; ids must be 0 or above")
         if identities is not None:
             row = identities[index]
             if len(row) != len(sequence):

@@ -70,6 +70,7 @@ class BatchPlan(NamedTuple):
     rectangles: tuple[Rectangle, ...]
 
 
+# A tensor -> the view of it that was planned, its version then, and the plan.
 _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -80,11 +81,16 @@ def rectangles(tree_end: Tensor) -> tuple[BatchPlan, ...]:
     rectangle: siblings that share a prefix share the prefix's rectangle. The plan of a tensor is kept while the tensor lives, since all
     layers of a forward ask for the same one.
     """
-    plan = _PLANS.get(tree_end)
-    if plan is None or plan[0] != tree_end._version:
-        plan = (tree_end._version, tuple(_plan_batch(tree_end.tolist())))
-        _PLANS[tree_end] = plan
-    return plan[1]
+    if tree_end.is_inference():  # has no version to tell an edit by
+        return tuple(_plan_batch(tree_end.tolist()))
+    # Every layer makes a view of its own of one mask.
+    owner = tree_end if tree_end._base is None else tree_end._base
+    key = (tree_end._version, tree_end.shape, tree_end.stride(), tree_end.storage_offset())
+    known = _PLANS.get(owner)
+    if known is None or known[0] != key:
+        known = (key, tuple(_plan_batch(tree_end.tolist())))
+        _PLANS[owner] = known
+    return known[1]
 
 
 def causal_plan(batch: int, length: int) -> tuple[BatchPlan, ...]:

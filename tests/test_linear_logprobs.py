@@ -115,3 +115,14 @@ def test_errors_name_the_argument() -> None:
         linear_logprobs(hidden, weight, targets, stats=("perplexity",))
     with pytest.raises(TypeError, match="one dtype"):
         linear_logprobs(hidden.float(), weight, targets)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_that_cannot_come(backend: str) -> None:
+    """A bias of -inf takes a token out; entropy stays finite, ignored rows stay 0."""
+    hidden, weight, bias, targets = case()
+    bias[36] = float("-inf")
+    targets = targets.where(targets != 36, 0)
+    found = linear_logprobs(hidden, weight, targets, bias=bias, stats=("entropy",), backend=backend)
+    logp = (hidden @ weight[:36].T + bias[:36]).log_softmax(-1)
+    torch.testing.assert_close(found.entropy, -(logp.exp() * logp).sum(-1) * (targets != -100))

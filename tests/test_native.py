@@ -254,3 +254,30 @@ def test_a_package_without_the_extension_imports_and_says_what_to_do() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("reduce", [None, "mean", "tokens"])
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_nan_is_not_lost(reduce: str | None, with_lse: bool, where: str) -> None:
+    """A visible NaN score makes its row NaN, as in the reference; a NaN key that no row sees changes nothing."""
+    query, key = torch.randn(1, 2, 2, 8), torch.randn(1, 1, 70, 8)
+    segments, rows = torch.arange(70)[None] % 3, torch.tensor([[20, 40]])
+    lse = torch.zeros(1, 2, 2) if with_lse else None
+
+    def both() -> tuple[Tensor, Tensor]:
+        arguments = (query, key, segments, rows, 3, None, lse, 0.3, None, None, reduce)
+        return native.forward(*arguments), reference.forward(*arguments)
+
+    key[0, 0, 60] = float("nan")
+    clean = both()
+    assert not clean[0].isnan().any()
+    torch.testing.assert_close(*clean)
+    if where == "query":
+        query[0, 0, 1] = float("nan")
+    else:
+        key[0, 0, 30] = float("nan")
+    got, want = both()
+    # The reference's matrix product also spreads a NaN over the row's other segments.
+    assert want.isnan().any()
+    assert torch.equal(got.isnan().any(-1), want.isnan().any(-1))

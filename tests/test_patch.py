@@ -257,3 +257,125 @@ def test_under_autocast(folder: Path, model: Any) -> None:
         ours = patch_model(model)(**single).logits[real]
     assert ours.dtype == plain.dtype == torch.bfloat16
     assert (ours.double() - truth).abs().mean() < 1.2 * (plain.double() - truth).abs().mean()
+
+
+def test_models_that_share_a_configuration(folder: Path, model: Any) -> None:
+    other = type(model)(model.config).double().eval()
+    assert other.config.text_config is model.config.text_config
+    patch_model(model)
+    patch_model(other)
+    unpatch_model(model)
+    segments = torch.zeros_like(batch(folder, "left")["input_ids"])
+    with record_attention(other, segments, segments == 0, layers=[0]) as recorder:
+        other(**batch(folder, "left"))
+    assert sorted(recorder.mass) == [0]
+    assert unpatch_model(other).config.text_config._attn_implementation == "sdpa"
+
+
+def test_a_copy_of_a_patched_model_can_be_patched_and_unpatched(model: Any) -> None:
+    duplicate = copy.deepcopy(patch_model(model))
+    for each in (duplicate, patch_model(copy.deepcopy(model))):
+        assert unpatch_model(each).config.text_config._attn_implementation == "sdpa"
+    assert language_tower(model).config._attn_implementation == "mmdpo_tree"
+
+
+def test_patching_again_after_another_implementation_was_set(folder: Path, model: Any) -> None:
+    patch_model(model).set_attn_implementation({"text_config": "eager"})
+    segments = torch.zeros(2, 5, dtype=torch.int32)
+    with pytest.raises(ValueError, match="is not patched"), record_attention(model, segments, None, layers=[0]):
+        pass
+    assert language_tower(patch_model(model)).config._attn_implementation == "mmdpo_tree"
+    assert language_tower(unpatch_model(model)).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("inference", [torch.inference_mode, torch.no_grad])
+def test_without_gradients(folder: Path, model: Any, inference: Any) -> None:
+    inputs = batch(folder, "left")
+    want = model(**inputs).logits.detach()
+    real = inputs["attention_mask"].bool()
+    with inference():
+        got = patch_model(model)(**inputs).logits
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    torch.testing.assert_close(got[real], want[real], rtol=1e-11, atol=1e-11)
+
+
+def test_all_layers_share_one_plan(folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmdpo_kernels import tree_mask
+
+    plans = []
+    original = tree_mask._plan_batch
+    monkeypatch.setattr(tree_mask, "_plan_batch", lambda rows: plans.append(1) or original(rows))
+    for inference in (torch.enable_grad, torch.no_grad):
+        plans.clear()
+        with inference():
+            patch_model(model)(**batch(folder, "left"))
+        assert len(plans) == 1
+
+
+def test_integer_masks_that_are_no_trees_are_refused(folder: Path, model: Any) -> None:
+    ids = torch.ones(2, 5, dtype=torch.long)
+    for mask in (torch.ones(2, 1, 5, 5, dtype=torch.int32), torch.ones(2, 1, 1, 5, dtype=torch.long)):
+        with pytest.raises(ValueError, match="an integer mask is a token tree, int32 of shape"):
+            patch_model(model)(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("how", ["peft", "no_cache", "embeds"])
+def test_ended_rows_stop_counting_however_generate_runs(folder: Path, model: Any, how: str) -> None:
+    inputs = batch(folder, "left")
+    wrapped = lora(model) if how == "peft" else model
+    patch_model(wrapped)
+    segments = image_segments(inputs["input_ids"], model.config.image_token_id, [[16], [16, 16, 16]])
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    width = inputs["input_ids"].shape[1]
+    if how == "embeds":
+        embeds = torch.randn(*inputs["input_ids"].shape, 32, dtype=torch.float64)
+        inputs = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+        width = 0
+    if how == "no_cache":
+        options["use_cache"] = False
+    plain = wrapped.generate(**inputs, **options)[:, width:].tolist()
+    end = plain[1][0]
+    lengths = [row.index(end) + 1 if end in row else 5 for row in plain]
+    assert lengths[1] == 1 < lengths[0]
+    with record_attention(wrapped, segments, None, layers=[1], eos_token_ids=[end]) as recorder:
+        wrapped.generate(**inputs, **options, eos_token_id=end, pad_token_id=3)
+    assert recorder.counts[1].tolist() == lengths
+
+
+def test_prefill_of_a_static_cache_leaves_empty_slots_out(folder: Path, model: Any) -> None:
+    from transformers import StaticCache
+
+    inputs = batch(folder, "left", [PROMPTS[0]])
+    segments = image_segments(inputs["input_ids"], model.config.image_token_id, [[16]])
+    patch_model(model)
+    masses = []
+    for cache in (None, StaticCache(config=model.config.get_text_config(), max_cache_len=90)):
+        with record_attention(model, segments, None, layers=[1]) as recorder, torch.no_grad():
+            model(**inputs, past_key_values=cache, use_cache=cache is not None)
+        masses.append(recorder.mass[1])
+    torch.testing.assert_close(masses[0], masses[1])
+
+
+def test_sliding_windows_are_recorded_as_they_are_attended(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=4,
+    )  # fmt: skip
+    plain = MistralForCausalLM(config).eval()
+    ids = torch.randint(5, 50, (1, 12))
+    plain.set_attn_implementation("eager")
+    maps = plain(input_ids=ids, output_attentions=True).attentions[1].mean(1)[0]
+    plain.set_attn_implementation("sdpa")
+    want = plain(input_ids=ids).logits
+    tree = TokenTree.from_sequences([ids[0].tolist()], prompt_lengths=[6])
+    segments = (torch.arange(12) % 2)[None]
+    rows = torch.arange(12)[None] > 7
+    with record_attention(patch_model(plain), segments, rows, layers=[1]) as recorder:
+        got = plain(
+            input_ids=tree.input_ids[None], attention_mask=tree.attention_mask, position_ids=tree.position_ids[None]
+        ).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    expected = torch.stack([maps[8:, segments[0] == n].sum(1).mean() for n in (0, 1)])[None]
+    torch.testing.assert_close(recorder.mass[1], expected, rtol=1e-5, atol=1e-6)

@@ -96,3 +96,22 @@ def test_errors_name_the_argument() -> None:
         preference_loss(policy, beta=0.0)
     with pytest.raises(ValueError, match="'nll' needs policy.chosen_lengths"):
         preference_loss(SequenceLogps(chosen=policy.chosen, rejected=policy.rejected), loss_type=("nll",))
+
+
+@pytest.mark.parametrize("lengths", [torch.ones(6, 1), torch.ones(1)])
+def test_lengths_must_fit(lengths: Tensor) -> None:
+    policy = logps(0)
+    wrong = SequenceLogps(chosen=policy.chosen, rejected=policy.rejected, chosen_lengths=lengths, rejected_lengths=lengths)
+    with pytest.raises(ValueError, match=r"policy.chosen_lengths must have shape \(6\)"):
+        preference_loss(wrong, loss_type=("nll",))
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    half = SequenceLogps(
+        chosen=torch.tensor([-300.0], dtype=torch.bfloat16),
+        rejected=torch.tensor([-301.0], dtype=torch.bfloat16),
+        chosen_lengths=torch.tensor([257]),
+    )
+    found = preference_loss(half, loss_type=("nll",)).loss
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(half.chosen.item() / -257, rel=1e-6)

@@ -78,3 +78,14 @@ def test_segment_errors_name_the_row() -> None:
         image_segments(ids, 5, [[3]], regions=[[0, 0, 1, 1]], patch_grids=[[2, 2]])
     with pytest.raises(ValueError, match="within grid"):
         image_segments(ids, 5, [[3]], regions=[[0, 0, 1, 4]], patch_grids=[[1, 3]])
+
+
+def test_a_long_chain_of_prefixes() -> None:
+    tree = TokenTree.from_sequences([list(range(n + 1)) for n in range(1500)], prompt_lengths=[1] * 1500)
+    assert tree.num_tokens == 1500
+    assert (tree.tree_end == 1500).all()
+
+
+def test_negative_ids_are_refused() -> None:
+    with pytest.raises(ValueError, match="sequence 1 has token id -200"):
+        TokenTree.from_sequences([[1], [1, -200]], prompt_lengths=[1, 1])

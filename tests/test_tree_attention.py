@@ -134,7 +134,7 @@ def test_plan_follows_an_edit_of_the_tensor() -> None:
         ({"backend": "cuda"}, "backend must be 'auto' or one of"),
         ({"backend": "sdpa", "softcap": 1.0}, "no softcap"),
         ({"num_segments": 2}, "needs segments"),
-        ({"segments": torch.full((1, 4), 5), "num_segments": 2}, "below num_segments=2, got 5"),
+        ({"segments": torch.full((1, 4), 5), "num_segments": 2}, r"segments must be in \[-1, 2\), got 5"),
         ({"window": 0}, "window must be above 0"),
     ],
 )
@@ -148,3 +148,41 @@ def test_sdpa_refuses_a_gradient_through_lse() -> None:
     q, k, v = inputs(1, 1, 1, 4, 8)
     with pytest.raises(ValueError, match="no gradient through lse"):
         tree_attention(q, k, v, backend="sdpa").lse.sum().backward()
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("with_tree", [True, False])
+def test_any_strides(which: int, how: str, with_tree: bool) -> None:
+    tensors = [torch.randn(2, 4, 9, 8) for _ in range(3)]
+    odd = {
+        "transposed": lambda: torch.randn(2, 4, 8, 9).transpose(2, 3),
+        "sliced": lambda: torch.randn(2, 4, 9, 16)[..., ::2],
+        "expanded": lambda: torch.randn(2, 4, 9, 1).expand(-1, -1, -1, 8),
+    }[how]()
+    tensors[which] = odd.requires_grad_() if odd.is_leaf else odd.detach().requires_grad_()
+    tree_end = random_tree_end(2, 9, 5, padding=False) if with_tree else None
+    outputs = [tree_attention(*tensors, tree_end, backend=name).output for name in ("sdpa", "reference")]
+    torch.testing.assert_close(*outputs)
+    grads = [torch.autograd.grad(output.sum(), tensors[which])[0] for output in outputs]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 8), (2, 2, 0, 8)])
+@pytest.mark.parametrize("with_tree", [True, False])
+def test_nothing_to_attend(shape: tuple[int, ...], with_tree: bool) -> None:
+    q = torch.zeros(shape, requires_grad=True)
+    tree_end = torch.zeros(shape[0], shape[2], dtype=torch.int32) if with_tree else None
+    for backend in ("sdpa", "reference"):
+        output = tree_attention(q, q, q, tree_end, backend=backend).output
+        output.sum().backward()
+        assert output.shape == shape
+
+
+def test_automatic_choice_keeps_the_gradient_through_lse() -> None:
+    q, k, v = inputs(1, 2, 1, 5, 8)
+    grads = []
+    for backend in ("auto", "reference"):
+        out = tree_attention(q, k, v, backend=backend)
+        grads.append(torch.autograd.grad(out.lse.sum() + out.output.sum(), (q, k, v)))
+    torch.testing.assert_close(*grads)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.reference import attention_mass as reference
 from ..backends.registry import resolve
-from .checks import check_heads, check_positive, check_segments, check_tensor, check_tree_end, default_scale
+from .checks import check_heads, check_positive, check_range, check_segments, check_tensor, check_tree_end, default_scale
 from .precision import without_autocast
 
 OP = "attention_mass"
@@ -98,6 +98,7 @@ def attention_mass(
     check_heads(OP, query_rows, key)
     check_segments(OP, segments, num_segments, batch, length)
     check_tensor(OP, "row_positions", row_positions, (batch, rows), floating=False)
+    check_range(OP, "row_positions", row_positions, -1, length)
     check_tree_end(OP, tree_end, batch, length)
     if lse is not None:
         check_tensor(OP, "lse", lse, (batch, heads, rows), floating=True)

@@ -22,6 +22,8 @@ def check_tensor(op: str, name: str, value: object, shape: Sequence[int | str], 
 
 def check_heads(op: str, query: Tensor, key: Tensor) -> None:
     """Same dtype, device, head dim; query heads a multiple of key/value heads."""
+    if key.shape[1] == 0 or query.shape[-1] == 0:
+        raise ValueError(f"{op}: key needs at least one head and one element a head, got shape {tuple(key.shape)}")
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{op}: query heads must be a multiple of key heads, got {query.shape[1]} and {key.shape[1]}")
     if query.dtype != key.dtype:
@@ -39,8 +41,16 @@ def check_segments(op: str, segments: Tensor | None, num_segments: int, batch: i
             raise ValueError(f"{op}: num_segments={num_segments} needs segments of shape ({batch}, {length}), got None")
         return
     check_tensor(op, "segments", segments, (batch, length), floating=False)
-    if segments.device.type == "cpu" and segments.numel() and int(segments.max()) >= num_segments:
-        raise ValueError(f"{op}: segments must be -1 or below num_segments={num_segments}, got {int(segments.max())}")
+    check_range(op, "segments", segments, -1, num_segments)
+
+
+def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None:
+    """Every entry in [low, high). Looked at on the CPU only: on a GPU it would wait for the device."""
+    if values.device.type != "cpu" or values.numel() == 0:
+        return
+    least, most = int(values.min()), int(values.max())
+    if least < low or most >= high:
+        raise ValueError(f"{op}: {name} must be in [{low}, {high}), got {least if least < low else most}")
 
 
 def check_tree_end(op: str, tree_end: Tensor | None, batch: int, length: int) -> None:

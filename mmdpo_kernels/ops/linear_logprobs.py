@@ -113,6 +113,10 @@ def linear_logprobs(
         raise TypeError(f"{OP}: hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
     if bias is not None:
         check_tensor(OP, "bias", bias, (weight.shape[0],), floating=True)
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"{OP}: weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"{OP}: weight must have at least one row, got shape {tuple(weight.shape)}")
     check_positive(OP, softcap=softcap, temperature=temperature)
     unknown = [name for name in stats if name not in STATS]
     if unknown:

@@ -88,6 +88,7 @@ def preference_loss(
     names, weights = _check_losses(loss_type, loss_weights)
     if not beta > 0:
         raise ValueError(f"{OP}: beta must be above 0, got {beta}")
+    check_tensor(OP, "policy.chosen", policy.chosen, ("B",), floating=True)
     _check_logps("policy", policy, policy.chosen.shape[0])
     if reference is not None:
         _check_logps("reference", reference, policy.chosen.shape[0])
@@ -100,7 +101,7 @@ def preference_loss(
         chosen=_ratio("chosen", policy, reference),
         rejected=_ratio("rejected", policy, reference),
         corrupted=None if policy.corrupted is None else _ratio("corrupted", policy, reference),
-        chosen_logps=policy.chosen,
+        chosen_logps=_wide(policy.chosen),
         chosen_lengths=_lengths("chosen_lengths", policy, names, ("ipo", "nll")),
         rejected_lengths=_lengths("rejected_lengths", policy, names, ("ipo",)),
         beta=beta,
@@ -136,20 +137,26 @@ def _check_logps(name: str, logps: SequenceLogps, batch: int) -> None:
 
 
 def _ratio(field: str, policy: SequenceLogps, reference: SequenceLogps | None) -> Tensor:
-    logps = getattr(policy, field)
+    logps = _wide(getattr(policy, field))
     if reference is None:
         return logps
     base = getattr(reference, field)
     if base is None:
         raise ValueError(f"{OP}: policy has '{field}' log-probabilities but reference.{field} is None")
-    return logps - base.detach()
+    return logps - _wide(base.detach())
+
+
+def _wide(values: Tensor) -> Tensor:
+    """float32 at least: half precision would round sums over long responses."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _lengths(field: str, policy: SequenceLogps, names: tuple[str, ...], needed_by: tuple[str, ...]) -> Tensor:
     lengths = getattr(policy, field)
     if lengths is not None:
-        return lengths.to(policy.chosen.dtype)
+        check_tensor(OP, f"policy.{field}", lengths, (policy.chosen.shape[0],))
+        return _wide(lengths.to(policy.chosen.device))
     needing = [name for name in names if name in needed_by]
     if needing:
         raise ValueError(f"{OP}: loss {needing[0]!r} needs policy.{field}, got None")
-    return torch.ones_like(policy.chosen)
+    return torch.ones_like(_wide(policy.chosen))

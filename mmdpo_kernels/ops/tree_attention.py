@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends.reference import tree_attention as reference
 from ..backends.registry import resolve
 from .checks import check_heads, check_positive, check_segments, check_tensor, check_tree_end, default_scale, grad_or_none
 from .precision import without_autocast
@@ -39,11 +40,14 @@ class _TreeAttention(torch.autograd.Function):
         segments: Tensor | None,
         options: tuple[Any, ...],
         backend: ModuleType,
+        automatic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        # Kernels read each head vector as consecutive elements.
+        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
         output, lse, mass = backend.forward(query, key, value, tree_end, segments, *options)
         ctx.save_for_backward(query, key, value, output, lse, tree_end, segments)
-        ctx.options, ctx.backend = options, backend
+        ctx.options, ctx.backend, ctx.automatic = options, backend, automatic
         return output, lse, mass
 
     @staticmethod
@@ -52,10 +56,12 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse, tree_end, segments = ctx.saved_tensors
         grad_output, grad_lse, grad_mass = (grad_or_none(grad) for grad in grads)
-        found = ctx.backend.backward(
+        # An automatic choice was made before it was known that the log-sum-exp has a gradient.
+        exact = grad_lse is None or ctx.backend.LSE_GRADIENT or not ctx.automatic
+        found = (ctx.backend if exact else reference).backward(
             grad_output, grad_lse, grad_mass, query, key, value, output, lse, tree_end, segments, *ctx.options
         )
-        return *found, None, None, None, None
+        return *found, None, None, None, None, None
 
 
 def tree_attention(
@@ -93,7 +99,8 @@ def tree_attention(
         backend: "auto", or a name from `backends()["tree_attention"]`.
 
     Returns:
-        `TreeAttentionOutput(output, lse, mass)`, differentiable in query, key and value through all three.
+        `TreeAttentionOutput(output, lse, mass)`, differentiable in query, key and value through all three. A backend without a gradient
+        through lse ("sdpa") raises there if it was named; under "auto" that backward runs in the reference.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or shape, or a named backend that cannot serve the call.
@@ -103,6 +110,8 @@ def tree_attention(
     check_tensor(OP, "key", key, (batch, "Hkv", length, dim), floating=True)
     check_tensor(OP, "value", value, (batch, key.shape[1], length, "Dv"), floating=True)
     check_heads(OP, query, key)
+    if value.dtype != query.dtype:
+        raise TypeError(f"{OP}: query and value must have one dtype, got {query.dtype} and {value.dtype}")
     check_tree_end(OP, tree_end, batch, length)
     check_segments(OP, segments, num_segments, batch, length)
     check_positive(OP, softcap=softcap, window=window)
@@ -115,6 +124,7 @@ def tree_attention(
         window=window is not None,
         mass=num_segments > 0,
         value_dim=value.shape[-1] != dim,
+        head_dim=dim,
     )
     options = (num_segments, default_scale(scale, dim), softcap, window)
-    return TreeAttentionOutput(*_TreeAttention.apply(query, key, value, tree_end, segments, options, module))
+    return TreeAttentionOutput(*_TreeAttention.apply(query, key, value, tree_end, segments, options, module, backend == "auto"))

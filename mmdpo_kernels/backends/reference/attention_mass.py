@@ -84,7 +84,9 @@ def _probabilities(
     seen = visible_rows(row_positions, tree_end, window)[:, None]
     scores = capped.masked_fill(~seen, float("-inf"))
     total = scores.logsumexp(-1) if lse is None else lse.to(accumulation_dtype(query_rows.dtype))
-    return torch.exp(scores - total.masked_fill(total == float("-inf"), 0.0)[..., None]), capped
+    probabilities = torch.exp(scores - total.masked_fill(total == float("-inf"), 0.0)[..., None])
+    # Where no key is seen, lse may be anything.
+    return probabilities.masked_fill(~seen, 0.0), capped
 
 
 def _row_weight(row_positions: Tensor, query_rows: Tensor, dtype: torch.dtype) -> Tensor:

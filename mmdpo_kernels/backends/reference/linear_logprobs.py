@@ -43,7 +43,7 @@ def forward(
     used = targets != ignore_index
     lse = logits.logsumexp(-1)
     chosen = logits.gather(1, targets.where(used, 0)[:, None])[:, 0]
-    found = {name: _stat(name, logits, lse, chosen) * used for name in stats}
+    found = {name: _stat(name, logits, lse, chosen).where(used, 0.0) for name in stats}
     return (chosen - lse).where(used, 0.0), found
 
 
@@ -76,7 +76,9 @@ def backward(
 
 def _stat(name: str, logits: Tensor, lse: Tensor, chosen: Tensor) -> Tensor:
     if name == "entropy":
-        return lse - (logits.softmax(-1) * logits).sum(-1)
+        probabilities = logits.softmax(-1)
+        # A token that cannot come (logit -inf) adds nothing.
+        return lse - torch.where(probabilities > 0, probabilities * logits, 0.0).sum(-1)
     if name == "max_logp":
         return logits.amax(-1) - lse
     if name == "is_top1":

@@ -8,6 +8,8 @@ from torch import Tensor
 from ...tree_mask import visible
 from .scores import accumulation_dtype, capped_scores, expand_heads, segment_one_hot, softcap_slope, sum_heads
 
+LSE_GRADIENT = True
+
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
     """None: the reference runs everywhere."""

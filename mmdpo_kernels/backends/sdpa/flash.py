@@ -8,14 +8,16 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
-def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why no flash kernel of this PyTorch serves the device and dtype, or None."""
+def unavailable_reason(device_type: str, dtype: torch.dtype, head_dim: int = 64) -> str | None:
+    """Why no flash kernel of this PyTorch serves the device, dtype and head dim, or None."""
     if device_type == "cpu":
         return None
     if device_type == "cuda":
-        if dtype in (torch.float16, torch.bfloat16):
-            return None
-        return f"PyTorch's flash attention takes float16 and bfloat16 on CUDA, not {dtype}"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"PyTorch's flash attention takes float16 and bfloat16 on CUDA, not {dtype}"
+        if head_dim % 8 or head_dim > 256:
+            return f"PyTorch's flash attention takes head dims up to 256 that are multiples of 8 on CUDA, not {head_dim}"
+        return None
     return f"no flash attention with log-sum-exp for device '{device_type}'"
 
 

@@ -14,10 +14,13 @@ from torch import Tensor
 from ...tree_mask import Rectangle, causal_plan, rectangles
 from . import flash
 
+LSE_GRADIENT = False
+"""The kernels' backward takes no gradient of the log-sum-exp."""
 
-def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
+
+def unavailable_reason(device_type: str, dtype: torch.dtype, *, head_dim: int = 64, **features: object) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    reason = flash.unavailable_reason(device_type, dtype)
+    reason = flash.unavailable_reason(device_type, dtype, head_dim)
     if reason is not None:
         return reason
     if features.get("softcap"):
@@ -47,6 +50,8 @@ def forward(
     wide = torch.promote_types(query.dtype, torch.float32)
     lse = torch.full((batch, heads, length), float("-inf"), dtype=wide, device=query.device)
     mass = torch.empty(batch, heads, length, 0, dtype=wide, device=query.device)
+    if query.numel() == 0:  # the kernels divide by the length
+        return torch.empty_like(query), lse, mass
     if tree_end is None:
         output = torch.empty_like(query)
         for group in _head_groups(heads, key.shape[1]):
@@ -82,7 +87,7 @@ def backward(
         raise ValueError("tree_attention: backend 'sdpa' has no gradient through lse; use backend='reference' for it")
     wide = torch.promote_types(query.dtype, torch.float32)
     grads = tuple(torch.zeros(t.shape, dtype=wide, device=t.device) for t in (query, key, value))
-    if grad_output is not None:
+    if grad_output is not None and query.numel():
         for rows, rectangle in _calls(tree_end, query.shape[0], query.shape[2]):
             q, k, causal = _slices(rectangle)
             for group in _head_groups(query.shape[1], key.shape[1]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import signal
 import subprocess
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdpo_trainers.config import RunConfig
-from mmdpo_trainers.data.multi_image import PIP_OPENINGS, _draws, hold_out
+from mmdpo_trainers.config import AugmentConfig, RunConfig
+from mmdpo_trainers.data.held_out import hold_out
+from mmdpo_trainers.data.multi_image import PIP_OPENINGS, _draws, check_options
 from mmdpo_trainers.data.records import check_prompt, read_prompts
 from mmdpo_trainers.data.sources import SourceRecord
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
@@ -192,21 +194,81 @@ def test_nothing_usable_is_an_error_with_counts(tmp_path: Path) -> None:
     [
         ({"formats": {"collage": 1}}, "unknown format 'collage'; expected sequence, grid, pip, single"),
         ({"formats": {"grid": 0}}, "at least one format"),
-        ({"formats": {"grid": -1}}, "formats.grid: expected a share of 0 or more"),
+        ({"formats": {"grid": -1}}, "augment.formats.grid"),
+        ({"formats": {"grid": math.inf}}, "augment.formats.grid"),
+        ({"num_images": {"grid": {4: math.nan}}}, "augment.num_images.grid"),
+        ({"per_record": math.inf}, "augment.per_record"),
+        ({"cell_size": 100_000}, "augment.cell_size: a collage of 2 pictures with cell_size=100000"),
+        ({"pip_openings": ["In <image>,"]}, "augment.pip_openings: <image> stands for a picture"),
         ({"num_images": {"grid": {5: 1}}}, "num_images.grid: expected 2, 3, 4, 6, 9 pictures"),
         ({"num_images": {"sequence": {1: 1}}}, "num_images.sequence: expected 2 or more"),
         ({"num_images": {"pip": {2: 1}}}, "'pip' has no number of pictures"),
         ({"formats": {"grid": 1}, "num_images": {}}, "num_images.grid: at least one"),
-        ({"num_prompts": 0}, "augment.num_prompts: expected 1 or more, got 0"),
+        ({"num_prompts": 0}, "augment.num_prompts"),
         ({"max_fraction": 1.5}, "max_fraction"),
         ({"cell_size": 0}, "cell_size"),
         ({"margin": 2}, "labels need a margin"),
-        ({"patch_grid": [0, 4]}, "patch grid"),
+        ({"patch_grid": [0, 4]}, "augment"),
     ],
 )
 def test_options_are_checked_before_any_work(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         augment.run(context_of(tmp_path, augment=options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"formats": {"grid": -1.0}}, "augment.formats.grid: expected a number from 0 up, got -1.0"),
+        ({"formats": {"grid": math.nan}}, "augment.formats.grid: expected a number from 0 up, got nan"),
+        ({"num_images": {"grid": {4: math.inf}}}, "augment.num_images.grid: expected 2, 3, 4, 6, 9 pictures, shares from 0 up"),
+        ({"per_record": math.nan}, "augment.per_record: expected a number above 0, got nan"),
+        ({"num_prompts": 0}, "augment.num_prompts: expected 1 or more, got 0"),
+        ({"patch_grid": (0, 4)}, "patch grid (rows, columns) of positive numbers"),
+    ],
+)
+def test_options_made_in_code_are_checked_too(options: dict[str, Any], message: str) -> None:
+    made = AugmentConfig(**options)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_options(made, made.formats, max_pixels=10**8)
+
+
+def test_a_collage_counts_only_where_it_is_made() -> None:
+    options = AugmentConfig(cell_size=100_000, formats={"sequence": 1.0})
+    check_options(options, options.formats, max_pixels=1000)
+    with pytest.raises(ConfigError, match="above data.max_pixels=1000; lower cell_size"):
+        check_options(options, {"grid": 3}, max_pixels=1000, setting="evaluate.per_format")
+
+
+@pytest.mark.parametrize(
+    ("per_format", "message"), [({"sequenc": 4}, "unknown format 'sequenc'"), ({"sequence": -1, "single": 4}, "sequence")]
+)
+def test_evaluation_formats_are_checked(tmp_path: Path, per_format: dict[str, int], message: str) -> None:
+    write_data(tmp_path, pictures=3)
+    context = context_of(tmp_path, run="run")
+    context.config.evaluate.per_format = per_format
+    with pytest.raises(ConfigError, match=rf"evaluate\.per_format.*{message}"):
+        augment.build_evaluation_prompts(context)
+
+
+def test_an_oblong_host_may_not_become_an_enormous_square(tmp_path: Path) -> None:
+    write_data(tmp_path, pictures=2)
+    for index, colour in enumerate(COLOURS[:2]):
+        Image.new("RGB", (100, 20), colour).save(tmp_path / "images" / f"{index}.png")
+    options = {"num_prompts": 2, "formats": {"pip": 1}}
+    with pytest.raises(DataError, match="no prompt could be made: enormous: 2"):
+        augment.run(context_of(tmp_path, augment=options, data={"max_pixels": 5000}))
+    assert augment.run(context_of(tmp_path, run="larger", augment=options))["prompts"] == {"pip": 2}
+
+
+@pytest.mark.parametrize("config", [{"image_processor": {"do_center_crop": True}}, {"do_center_crop": True}])
+def test_oblong_pictures_are_refused_where_the_model_crops_them(tmp_path: Path, config: dict[str, Any]) -> None:
+    write_data(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(StageError, match="set augment.square to true"):
+        augment.run(context_of(tmp_path, augment={"square": False, "formats": {"pip": 1}}))
+    augment.run(context_of(tmp_path, run="square", augment={"formats": {"pip": 1}}))
+    augment.run(context_of(tmp_path, run="sequence", augment={"square": False, "formats": {"sequence": 1}}))
 
 
 def test_patch_grid_comes_from_the_model(tmp_path: Path) -> None:
@@ -250,6 +312,8 @@ def test_evaluation_prompts_use_other_pictures_and_are_made_once(tmp_path: Path)
 
 def test_hold_out_splits_by_picture(tmp_path: Path) -> None:
     records = [SourceRecord(f"{i}-{j}", tmp_path / f"{i}.png", "q", "a") for i in range(10) for j in range(2)]
+    for index in range(10):
+        (tmp_path / f"{index}.png").write_text(f"picture {index}")
     train, held = hold_out(records, 0.2, tmp_path)
     assert len(train) == 16 and len(held) == 4
     assert not {r.picture for r in train} & {r.picture for r in held}
@@ -257,6 +321,15 @@ def test_hold_out_splits_by_picture(tmp_path: Path) -> None:
     assert len(hold_out(records, 0.01, tmp_path)[1]) == 2 and hold_out(records, 0, tmp_path) == (records, [])
     with pytest.raises(ConfigError, match="data.holdout"):
         hold_out(records, 1.5, tmp_path)
+
+
+def test_copies_of_a_picture_are_held_out_together(tmp_path: Path) -> None:
+    records = [SourceRecord(f"{i}-{j}", tmp_path / f"{j}{i}.png", "q", "a") for i in range(10) for j in "ab"]
+    for record in records:
+        record.picture.write_text(f"picture {record.id[0]}")
+    train, held = hold_out(records, 0.3, tmp_path)
+    assert len(held) == 6 and not {r.id[0] for r in train} & {r.id[0] for r in held}
+    assert hold_out(records[::-1], 0.3, tmp_path)[1] == held[::-1]
 
 
 def test_draws_are_a_permutation() -> None:

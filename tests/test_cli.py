@@ -13,8 +13,9 @@ from mmdpo_trainers import cli
 from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.config_values import parse_yaml
 from mmdpo_trainers.errors import ConfigError
-from mmdpo_trainers.run_folder import read_json
-from mmdpo_trainers.stages import STAGES
+from mmdpo_trainers.preflight import check_train_args
+from mmdpo_trainers.run_folder import RunFolder, read_json
+from mmdpo_trainers.stages import STAGES, StageContext
 
 DEMO = Path(__file__).parent.parent / "configs" / "shapes_mia_dpo.yaml"
 
@@ -90,6 +91,7 @@ def test_errors_are_one_line_with_a_remedy(data: Path, tmp_path: Path, capsys: p
     stage = ("augment", "--run", run, "--patch-grid", "[4, 4]")
     assert "none.json does not exist: give" in fails(capsys, *stage, "--data", tmp_path / "none.json")
     assert "--num-prompts must be an integer, got the text 'many'" in fails(capsys, *stage, "--num-prompts", "many")
+    assert "command line: --num-prompts: expected 1 or more, got 0" in fails(capsys, *stage, "--num-prompts", "0")
     assert "--formats {a: not a valid value" in fails(capsys, *stage, "--formats", "{a")
     assert "must be one of paper, official_code, custom" in fails(capsys, "select", "--run", run, "--preset", "papr")
     assert "no arm 'x'" in fails(capsys, "select", "--run", run, "--arm", "x")
@@ -122,6 +124,17 @@ def test_errors_are_one_line_with_a_remedy(data: Path, tmp_path: Path, capsys: p
         ("arms: {sft: {score: {layer: 2}}}", "arms.sft: 'score' cannot differ between arms"),
         ("arms: {sft: {train: {reply: 2}}}", "arms.sft: unknown key 'train.reply'; did you mean 'train.replay'?"),
         ("arms: {a/b: {}}", "arms: 'a/b' becomes a folder name"),
+        ("seed: -1", "seed: expected 0 or more and below 4294967296, got -1"),
+        ("threads: 0", "threads: expected 1 or more, got 0"),
+        ("data: {holdout: 1}", "data.holdout: expected 0 or more and below 1, got 1.0"),
+        ("generate: {batch_size: 0}", "generate.batch_size: expected 1 or more, got 0"),
+        ("generate: {top_p: 1.5}", "generate.top_p: expected above 0 and at most 1, got 1.5"),
+        ("generate: {temperature: .nan}", "generate.temperature: expected a finite number, got nan"),
+        ("select: {min_perplexity: .inf}", "select.min_perplexity: expected a finite number, got inf"),
+        ("select: {thresholds: {grid: {2: .nan}}}", "select.thresholds.grid.2: expected a finite number, got nan"),
+        ("evaluate: {per_format: {grid: -1}}", "evaluate.per_format.grid: expected 0 or more, got -1"),
+        ("train: {args: {learning_rate: .nan}}", "train.args.learning_rate: expected a finite number, got nan"),
+        ("arms: {sft: {train: {replay: -1}}}", "arms.sft: train.replay: expected 0 or more, got -1.0"),
         ("seed: 1\nseed: 2", "line 2, column 1: not valid YAML: key 'seed' is given twice"),
         ("a: [1", "line 1, column 6: not valid YAML"),
         ("- 1", "expected `key: value` lines at the top level, got list"),
@@ -152,14 +165,97 @@ def test_arms_are_laid_over_the_run() -> None:
     assert arm.train.args == {"beta": 0.2, "seed": 1} and arm.select.max_pairs == 3 and arm.arms == {}
 
 
-@pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configurations_are_valid(path: Path) -> None:
-    from mmdpo_trainers.pipeline import check_train_args
+def test_a_bare_no_is_a_strategy() -> None:
+    config = RunConfig.from_dict({"train": {"args": {"save_strategy": False, "bf16": False}}})
+    assert config.train.args == {"save_strategy": "no", "bf16": False}
 
+
+def test_paths_are_made_absolute_and_names_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    sections: dict[str, Any] = {"data": {"source": "d.json"}, "model": "base", "arms": {"a": {"train": {"input": "p.jsonl"}}}}
+    config = RunConfig.from_dict(sections).with_absolute_paths()
+    assert (config.data.source, config.model) == (str(tmp_path / "d.json"), str(tmp_path / "base"))
+    assert config.arms == {"a": {"train": {"input": str(tmp_path / "p.jsonl")}}} and config.evaluate.source is None
+    named = RunConfig.from_dict({"model": "llava-hf/llava-1.5-7b-hf", "evaluate": {"source": "shapes"}}).with_absolute_paths()
+    assert (named.data.source, named.evaluate.source, named.model) == ("shapes", "shapes", "llava-hf/llava-1.5-7b-hf")
+
+
+def test_the_working_directory_does_not_matter_to_a_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert augment(Path("data.json"), tmp_path / "run", "--num-prompts", "3") == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert cli.main(["augment", "--run", "../run"]) == 0
+    assert "done before" in capsys.readouterr().err
+
+
+def test_the_systems_errors_are_one_line_too(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Not a directory" in fails(capsys, "augment", "--run", data / "run")
+
+
+def test_a_report_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no run to report on" in fails(capsys, "report", "--run", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_flag_of_a_failed_stage_does_not_stay(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert augment(data, run, "--num-prompts", "3") == 0
+    saved = (run / "config.yaml").read_text()
+    write_scored(run / "score", ratio=0.9)
+    assert "select left no pair" in fails(capsys, "select", "--run", run, "--max-pairs", "5")
+    # dropped.jsonl was written, so these are the settings of the stage's files.
+    assert RunConfig.from_yaml(run / "config.yaml").select.max_pairs == 5
+    (run / "config.yaml").write_text(saved)
+    (run / "score" / "scores.jsonl").write_text("")
+    fails(capsys, "select", "--run", run, "--max-pairs", "6", "--restart")
+    assert (run / "config.yaml").read_text() == saved
+
+
+def write_scored(folder: Path, ratio: float) -> None:
+    folder.mkdir()
+    record = {"id": "a", "format": "sequence", "images": ["1.png", "2.png"], "prompt": "<image><image>?", "answer": "x"}
+    record |= {"target": 0, "num_images": 2, "response": "y", "ratio": ratio, "perplexity": 2.0}
+    (folder / "scores.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def test_ones_own_evaluation_lies_beside_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Evaluate:
+        @staticmethod
+        def inputs(context: StageContext) -> list[Path]:
+            return []
+
+        @staticmethod
+        def run(context: StageContext) -> dict[str, Any]:
+            (context.folder / "answers.jsonl").write_text(f"{context.config.evaluate.input}\n")
+            return {}
+
+    monkeypatch.setattr("mmdpo_trainers.stages.stage_module", lambda stage: Evaluate)
+    run, own = tmp_path / "run", tmp_path / "mine.jsonl"
+    own.write_text("{}\n")
+    command = ["evaluate", "--run", str(run), "--moment", "before"]
+    assert cli.main([*command, "--input", str(own)]) == 0
+    assert not (run / "config.yaml").exists() and not (run / "evaluate/before").exists()
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--input", str(own), "--restart"]) == 0
+    assert (run / "evaluate/own/mine-before/answers.jsonl").read_text() == f"{own}\n"
+    assert (run / "evaluate/before/answers.jsonl").read_text() == "None\n"
+    assert RunConfig.from_yaml(run / "config.yaml").evaluate.input is None
+    assert RunFolder(run).holds_output("evaluate") and RunFolder(run).fingerprint_of("evaluate") is None
+
+
+@pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path, tmp_path: Path) -> None:
     config = RunConfig.from_yaml(path)
     assert config.name == path.stem
     assert (config.model == "shapes") == path.stem.startswith("shapes_")
-    check_train_args(config)
+    for arm in (None, *config.arms):
+        check_train_args(StageContext(run=RunFolder(tmp_path), config=config.for_arm(arm), stage="train", arm=arm))
 
 
 def test_env_prints_versions_devices_and_backends(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,8 @@ def test_dtype_is_the_checkpoints_or_the_asked_one(tmp_path: Path) -> None:
         (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:5000]), "cannot be loaded"),
         (lambda p: (p / "tokenizer.json").unlink(), "processor cannot be loaded"),
         (lambda p: edit_config(p, model_type="qwen2_vl"), "family 'qwen2_vl' is not supported; supported: llava"),
+        (lambda p: (p / "tokenizer_config.json").unlink(), "neither a padding nor an end token"),
+        (lambda p: edit_config(p, image_token_index=None), "image_token_index must be the id of the image token, got None"),
         (lambda p: edit_config(p, text_config={"num_hidden_layers": 4}), "weights are missing"),
     ],
 )
@@ -70,6 +72,12 @@ def test_what_is_missing_is_named(model_path: Path, tmp_path: Path, damage: Any,
     damage(broken)
     with pytest.raises(StageError, match=message):
         load_model(broken)
+
+
+@pytest.mark.parametrize("device", ["foo", *([] if torch.cuda.is_available() else ["cuda", "cuda:1"])])
+def test_a_device_this_machine_lacks_is_named(model_path: Path, device: str) -> None:
+    with pytest.raises(StageError, match=f"device '{device}': "):
+        load_model(model_path, device=device)
 
 
 def edit_config(path: Path, **changes: Any) -> None:

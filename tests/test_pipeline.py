@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mmdpo_trainers import pipeline, stages
 from mmdpo_trainers.config import RunConfig
-from mmdpo_trainers.errors import ConfigError, RunFolderError
+from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import read_json, write_atomic
 from mmdpo_trainers.stages import StageContext
@@ -189,6 +189,56 @@ def test_names_are_checked_first(tmp_path: Path, counting: CountingStages) -> No
     with pytest.raises(ConfigError, match=r"arms\.a\.train\.args: PreferenceConfig has no field 'bta'; did you mean 'beta'"):
         go(config_of(tmp_path, arms={"a": {"train": {"args": {"bta": 1}}}}))
     assert counting.calls == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": {"args": {"learning_rate": "fast"}}}, r"train\.args: learning_rate must be a number, got the text 'fast'"),
+        ({"train": {"args": {"save_strategy": "never"}}}, r"train\.args: .*never"),
+        ({"arms": {"a": {"train": {"args": {"beta": -1.0}}}}}, "beta: expected a value above 0"),
+        ({"arms": {"a": {"train": {"input": "/none.jsonl"}}}}, r"train\.input: /none\.jsonl does not exist"),
+        ({"evaluate": {"per_format": {"grit": 3}}}, r"evaluate\.per_format: unknown format 'grit'"),
+        ({"evaluate": {"source": "/none.json"}}, r"/none\.json does not exist"),
+        ({"evaluate": {"input": "/none.jsonl"}}, r"evaluate\.input: /none\.jsonl does not exist"),
+        ({"device": "foo"}, "device 'foo': expected cpu, cuda or cuda:N"),
+    ],
+)
+def test_what_would_fail_hours_later_fails_first(
+    tmp_path: Path, counting: CountingStages, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MmdpoError, match=message):
+        go(config_of(tmp_path, **values))
+    assert counting.calls == [] and not (tmp_path / "run").exists()
+
+
+def test_pictures_trained_on_are_never_evaluated_on(tmp_path: Path, counting: CountingStages) -> None:
+    for name in ("data.json", "own.json"):
+        (tmp_path / name).write_text("[]")
+    values: dict[str, Any] = {"data": {"source": str(tmp_path / "data.json")}}
+    go(config_of(tmp_path, **values, evaluate={"source": str(tmp_path / "own.json")}), until="train")
+    with pytest.raises(RunFolderError, match=r"augment was made with other settings \(holds_out: was false, is true\)"):
+        go(config_of(tmp_path, **values))
+
+
+def test_a_changed_training_argument_is_named(tmp_path: Path, counting: CountingStages) -> None:
+    go(config_of(tmp_path, train={"args": {"learning_rate": 1e-4, "beta": 0.2}}))
+    with pytest.raises(RunFolderError, match=r"\(train\.args\.learning_rate: was 0\.0001, is 0\.0002\)"):
+        go(config_of(tmp_path, train={"args": {"learning_rate": 2e-4, "beta": 0.2}}))
+
+
+def test_another_name_draws_the_page_again(tmp_path: Path, counting: CountingStages) -> None:
+    go(config_of(tmp_path))
+    go(config_of(tmp_path, name="other"))
+    assert counting.calls == [*MAIN, "report"]
+
+
+def test_restarting_an_unknown_arm_removes_nothing(tmp_path: Path, counting: CountingStages) -> None:
+    config = config_of(tmp_path, arms={"a": {}})
+    go(config)
+    with pytest.raises(ConfigError, match="no arm 'zz'; this run has a"):
+        go(config, restart="arms/zz/train")
+    assert (tmp_path / "run/summary.json").exists() and (tmp_path / "run/report/summary.json").exists()
 
 
 def test_progress_on_a_pipe_is_lines() -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import logsigmoid
 from training_cases import Gradients, config, preference_records, tiny, warm_adapter
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mmdpo_trainers.errors import DataError
+from mmdpo_trainers.training import preference_trainer
 from mmdpo_trainers.training.preference_config import PreferenceConfig
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
 
@@ -256,20 +260,31 @@ def test_bfloat16(folder: Path, tmp_path: Path, dtype: torch.dtype, autocast: bo
     assert second["rewards/margins"] > 0
 
 
-def test_evaluation_averages_over_records(folder: Path, tmp_path: Path) -> None:
-    """A last batch of one record weighs as one record."""
+@pytest.mark.parametrize("losses", [["sigmoid"], ["sigmoid", "nll"], ["nll"]])
+def test_evaluation_is_that_of_one_batch(folder: Path, tmp_path: Path, losses: list[str]) -> None:
+    """A last batch of one record weighs as one record, and its chosen response by its tokens."""
     records = preference_records(5)
     found = []
     for batch in (5, 4):
         loaded = tiny(folder)
         trainer = PreferenceTrainer(
             loaded.model,
-            config(tmp_path, per_device_eval_batch_size=batch, attention_layer=2),
+            config(
+                tmp_path,
+                per_device_eval_batch_size=batch,
+                attention_layer=2,
+                loss_type=losses,
+                loss_weights=[0.7, 0.3][-len(losses) :],
+            ),
             processing_class=loaded.processor,
             eval_dataset=records,
         )
         warm_adapter(trainer)
         metrics = trainer.evaluate()
+        if batch == 5:
+            whole = trainer.compute_loss(trainer.model, trainer.data_collator(records)).item()
+            assert metrics["eval_loss"] == pytest.approx(whole, rel=1e-9)
+        assert "eval_pairwise_loss" not in metrics
         found.append({key: value for key, value in metrics.items() if "/" in key or key == "eval_loss"})
     assert found[0].keys() == found[1].keys()
     for key, value in found[0].items():
@@ -301,6 +316,25 @@ def test_attention_ratio_is_the_models_own(folder: Path, tmp_path: Path, tree_pa
         assert logged[key] == pytest.approx((target.sum() / pictures.sum()).item(), rel=1e-6)
 
 
+def test_record_without_attention_has_no_ratio(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = tiny(folder, torch.float32)
+    trainer = PreferenceTrainer(loaded.model, config(tmp_path, attention_layer=1), processing_class=loaded.processor)
+    first, second = (preference_records(5)[index] for index in (0, 4))
+    inputs = trainer.data_collator([first, {**second, "images": second["images"][::-1]}])
+    seen, unseen = inputs["batch"].ratios
+    mass = torch.zeros(1, 8)
+    mass[0, seen.first : seen.first + seen.count] = 1 / seen.count
+    assert seen.format == unseen.format and unseen.ratio(mass) is None
+
+    @contextlib.contextmanager
+    def recorded(*args: Any, **options: Any) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(mass={1: mass})
+
+    monkeypatch.setattr(preference_trainer, "record_attention", recorded)
+    trainer.compute_loss(trainer.model.train(), inputs)
+    assert trainer._averages["train"].take()[f"attn/ratio_{seen.format}"] == pytest.approx(1 / seen.count)
+
+
 def test_only_nll_runs_no_reference(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny(folder, torch.float32)
     trainer = PreferenceTrainer(
@@ -319,6 +353,46 @@ def test_language_adapter_leaves_vision_projector_and_head(folder: Path, tmp_pat
     adapted = {name.split(".lora_")[0] for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert len(adapted) == 7 * 3
     assert all(".language_model.layers." in name for name in adapted)
+
+
+def test_loaded_adapter_must_be_trainable(folder: Path, tmp_path: Path) -> None:
+    loaded = tiny(folder, torch.float32)
+    get_peft_model(copy.deepcopy(loaded.model), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    fixed = PeftModel.from_pretrained(tiny(folder, torch.float32).model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="got none; load it with is_trainable=True"):
+        PreferenceTrainer(fixed, config(tmp_path), processing_class=loaded.processor)
+    policy = PeftModel.from_pretrained(loaded.model, tmp_path / "adapter", is_trainable=True)
+    trainer = PreferenceTrainer(policy, config(tmp_path), processing_class=loaded.processor, train_dataset=preference_records(4))
+    before = {name: p.clone() for name, p in policy.named_parameters() if "lora_B" in name}
+    trainer.train()
+    assert before and all(not torch.equal(p, before[name]) for name, p in policy.named_parameters() if name in before)
+
+
+def test_reference_leaves_frozen_weights_frozen(folder: Path, tmp_path: Path) -> None:
+    loaded = tiny(folder, torch.float32)
+    policy = get_peft_model(loaded.model, LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in policy.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    trainer = PreferenceTrainer(policy, config(tmp_path), processing_class=loaded.processor)
+    trainer.compute_loss(trainer.model.train(), trainer.data_collator(preference_records(2)))
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_B" in name for name in trained)
+
+
+HEAD_ADAPTERS = {
+    "use_dora": LoraConfig(r=2, target_modules=["lm_head"], use_dora=True),
+    "loha": LoHaConfig(r=2, target_modules=["lm_head"]),
+    "tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [1]}),
+}
+
+
+@pytest.mark.parametrize("adapter", list(HEAD_ADAPTERS))
+def test_head_takes_plain_lora_only(folder: Path, tmp_path: Path, adapter: str) -> None:
+    loaded = tiny(folder, torch.float32)
+    own = copy.deepcopy(HEAD_ADAPTERS[adapter])
+    with pytest.raises(ValueError, match="output head: expected no adapter or plain LoRA"):
+        PreferenceTrainer(loaded.model, config(tmp_path), processing_class=loaded.processor, peft_config=own)
 
 
 def test_each_distinct_picture_is_encoded_once(folder: Path, tmp_path: Path) -> None:
@@ -367,7 +441,21 @@ def test_bad_records_are_named(folder: Path, tmp_path: Path) -> None:
         "missing.png": {"images": [good["images"][0], str(tmp_path / "missing.png")]},
         "2 <image> placeholders for 1 pictures": {"images": good["images"][:1]},
         "chosen must be text or a list of one assistant message": {"chosen": good["chosen"] * 2},
+        "chosen holds the image token": {"chosen": [{"role": "assistant", "content": "like <image>"}]},
+        "rejected holds the image token": {"rejected": [{"role": "assistant", "content": [{"type": "image"}]}]},
         "region": {"images": good["images"][:1], "prompt": "<image>\nwhat ?", "region": [0, 0, 9, 9], "patch_grid": [4, 4]},
+        "region is on [8, 8] patches": {
+            "images": good["images"][:1],
+            "prompt": "<image>\nwhat ?",
+            "region": [0, 0, 2, 2],
+            "patch_grid": [8, 8],
+        },
+        "target must be the 0-based index of the asked-about picture, 0 to 1": {"target": 9},
+        "images must be a list": {"images": "x.png"},
+        "a picture: cannot identify": {"images": [good["images"][0], {"bytes": b"not a picture", "path": None}]},
+        "chosen is empty": {"chosen": [{"role": "assistant", "content": " "}]},
+        "content of chosen must be text": {"chosen": [{"role": "assistant", "content": None}]},
+        "chosen must be text": {"chosen": ["x"]},
     }
     for message, changes in cases.items():
         trainer = PreferenceTrainer(
@@ -381,12 +469,31 @@ def test_bad_records_are_named(folder: Path, tmp_path: Path) -> None:
         assert message in str(error.value)
 
 
+def test_region_for_other_patches_comes_from_the_box(folder: Path, tmp_path: Path) -> None:
+    loaded = tiny(folder, torch.float32)
+    grid = preference_records(2)[1]
+    trainer = PreferenceTrainer(loaded.model, config(tmp_path), processing_class=loaded.processor, train_dataset=[grid])
+    batches = [
+        trainer.data_collator([{**grid, "region": region, "patch_grid": patches, "box": [0.0, 0.0, 0.75, 0.5]}])["batch"]
+        for region, patches in (([0, 0, 2, 3], [4, 4]), ([0, 0, 4, 6], [8, 8]), (None, None))
+    ]
+    assert (batches[0].segments == 0).sum() == 6
+    for batch in batches[1:]:
+        assert torch.equal(batch.segments, batches[0].segments) and batch.ratios == batches[0].ratios
+
+
 def test_settings_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     loaded = tiny(folder, torch.float32)
     for options, message in (
         ({"loss_type": ["sigmoid", "simpo"]}, "loss_type: expected one or more of sigmoid"),
         ({"loss_weights": [1.0, 2.0]}, "loss_weights: expected one a loss"),
         ({"beta": 0.0}, "beta: expected a value above 0"),
+        ({"loss_weights": [float("nan")]}, "loss_weights: expected finite numbers"),
+        ({"num_train_epochs": 0}, "num_train_epochs: expected a number above 0, got 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size: expected a whole number of 1 or more, got 0"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps: expected a whole number of 1 or more, got -1"),
+        ({"learning_rate": "fast"}, "learning_rate: expected a number of 0 or more"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a number of 0 or more"),
         ({"save_total_limit": 1}, "save_total_limit: expected at least 2"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"save_strategy": "steps", "eval_strategy": "epoch"}, "eval_strategy: 'epoch' needs save_strategy"),

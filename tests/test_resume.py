@@ -17,8 +17,9 @@ import torch
 from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
+from mmdpo_trainers.errors import RunFolderError
 from mmdpo_trainers.training import checkpoints, preference_trainer
-from mmdpo_trainers.training.checkpoints import MARKER, defect, latest_complete, mark_complete, replace_folder
+from mmdpo_trainers.training.checkpoints import MARKER, defect, latest_complete, mark_complete, remove_old, replace_folder, start
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
 from mmdpo_trainers.training.training_log import LogFile
 
@@ -158,27 +159,88 @@ def test_truncated_checkpoint_is_passed_over(
     broken = tmp_path / "checkpoint-6" / file
     os.truncate(broken, broken.stat().st_size // 2)
     train(model, tmp_path)
-    assert "checkpoint-6: removed" in caplog.text
+    assert "checkpoint-6: skipped" in caplog.text
     assert_same(outcome(tmp_path), undisturbed[False])
 
 
 def test_latest_complete(tmp_path: Path) -> None:
     messages: list[str] = []
-    for step in (8, 9, 10, 11):
+    for step in (8, 9, 10, 11, 12):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
+        if step != 12:
+            start(folder)
         (folder / "weights").write_bytes(b"12345678")
-        if step != 11:
+        if step < 11:
             mark_complete(folder)
     (tmp_path / "checkpoint-10" / "weights").unlink()
     (tmp_path / "checkpoint-of-mine").mkdir()
     assert latest_complete(tmp_path, report=messages.append) == tmp_path / "checkpoint-9"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-8", "checkpoint-9", "checkpoint-of-mine"]
+    left = [f"checkpoint-{name}" for name in ("10", "12", "8", "9", "of-mine")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert [message.split("checkpoint-")[1] for message in sorted(messages)] == [
-        "10: removed, weights is missing",
+        "10: skipped, weights is missing",
         "11: removed, it was not written to its end",
+        "12: skipped, it was not written by this trainer",
     ]
     assert latest_complete(tmp_path / "nowhere") is None
+
+
+def test_start_replaces_only_what_it_began(tmp_path: Path) -> None:
+    mine, other = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
+    start(mine)
+    (mine / "weights").write_text("old")
+    mark_complete(mine)
+    start(mine)
+    assert defect(mine) is not None and not (mine / "weights").exists()
+    other.mkdir()
+    (other / "weights").write_text("theirs")
+    with pytest.raises(RunFolderError, match="checkpoint-2 was not written by this trainer"):
+        start(other)
+    assert [path.name for path in other.iterdir()] == ["weights"]
+
+
+def test_remove_old(tmp_path: Path) -> None:
+    for age, step in enumerate((9, 1, 2, 3)):
+        folder = tmp_path / f"checkpoint-{step}"
+        start(folder)
+        mark_complete(folder)
+        os.utime(folder / MARKER, (age, age))
+    remove_old(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 4
+    remove_old(tmp_path, 2, keep=str(tmp_path / "checkpoint-9"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-9"]
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_checkpoints_of_others_are_left_alone(
+    model: Path, tmp_path: Path, resume: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "checkpoint-50"
+    other.mkdir()
+    (other / "weights").write_text("theirs")
+    loaded = tiny(model, torch.float32)
+    settings = config(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    trainer = PreferenceTrainer(loaded.model, settings, processing_class=loaded.processor, train_dataset=preference_records(4))
+    trainer.train(resume_from_checkpoint=resume)
+    assert (other / "weights").read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-50"]
+    assert ("checkpoint-50: skipped" in caplog.text) == (resume is not None)
+
+
+def test_killed_removal_leaves_no_broken_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        start(tmp_path / f"checkpoint-{step}")
+        mark_complete(tmp_path / f"checkpoint-{step}")
+
+    def fatal(folder: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", fatal)
+    with pytest.raises(KeyboardInterrupt):
+        remove_old(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_replace_folder(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.errors import RunFolderError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.run_folder import JsonLines, RunFolder, read_json, read_jsonl, write_atomic
@@ -162,3 +163,12 @@ def test_content_hash_sees_contents_names_and_big_files(tmp_path: Path, monkeypa
 def test_differences_are_json_safe() -> None:
     fingerprint = Fingerprint({"grid": {2: 0.5}, "size": (1, 2)})
     assert fingerprint.differences(json.loads(json.dumps(dict(fingerprint.parts)))) == []
+
+
+def test_a_run_behind_a_link_keeps_its_pictures_relative(tmp_path: Path) -> None:
+    (tmp_path / "real" / "run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    picture = (tmp_path / "real/run/augment/images/a.png").resolve()
+    for path in (tmp_path / "link" / "run", tmp_path / "real" / ".." / "link" / "run"):
+        run = RunFolder(path)
+        assert relative_images([str(picture)], run.folder("generate"), run.path) == ["../augment/images/a.png"]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mmdpo_trainers.config import RunConfig, SelectConfig
-from mmdpo_trainers.data.answers import answers_match, chosen_option, normalize_answer
-from mmdpo_trainers.errors import DataError, StageError
+from mmdpo_trainers.data.answers import answers_match, chosen_option, normalize_answer, say_option
+from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.run_folder import RunFolder, read_jsonl
 from mmdpo_trainers.selection import (
     SelectionRules,
@@ -40,7 +40,17 @@ def rules(**options: Any) -> SelectionRules:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("  The Red. ", "red"), ("Yes!", "yes"), ("3.5", "3.5"), ("a", "a"), ("T-shirt", "t-shirt"), ("Ｒ\n circle", "r circle")],
+    [
+        ("  The Red. ", "red"),
+        ("Yes!", "yes"),
+        ("3.5", "3.5"),
+        ("a", "a"),
+        (".5", ".5"),
+        ("(.5).", ".5"),
+        ("... five", "five"),
+        ("T-shirt", "t-shirt"),
+        ("Ｒ\n circle", "r circle"),
+    ],
 )
 def test_normalisation(text: str, expected: str) -> None:
     assert normalize_answer(text) == expected
@@ -54,6 +64,9 @@ def test_normalisation(text: str, expected: str) -> None:
         ("It is red.", "red", "contains", True),
         ("It is reddish.", "red", "contains", False),
         ("", "red", "contains", False),
+        (".5", "5", "exact", False),
+        (".5.", "0.5", "exact", False),
+        ("(.5)", ".5", "exact", True),
         ("red", "Red circle", "contains", False),
     ],
 )
@@ -75,6 +88,36 @@ def test_options_by_letter_or_text(response: str, mentioned: bool, expected: int
     for truth in ("blue", "B"):
         match = "choice" if mentioned else "exact"
         assert answers_match(response, truth, options=options, match=match) == (expected == 1)
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("The answer is a dog", 1), ("The answer is a cat.", 2), ("The answer is A.", 0), ("Option b", 1), ("choice: (c), I think", 2),
+        ("The answer is a bird", None), ("My options.", None),
+    ],
+)  # fmt: skip
+def test_an_article_is_not_a_letter(response: str, expected: int | None) -> None:
+    assert chosen_option(response, ["red circle", "dog", "cat"], mentioned=True) == expected
+    assert chosen_option("The answer is a dog", ["red circle", "dog", "cat"]) is None
+
+
+@pytest.mark.parametrize(
+    ("like", "expected"),
+    [
+        ("B", "C"), ("(b)", "(c)"), ("B.", "C."), ("B. blue", "C. green"), ("The answer is B.", "The answer is C."),
+        ("blue", "green"), ("Blue.", "green"), ("something else", "green"),
+    ],
+)  # fmt: skip
+def test_an_option_is_said_as_the_truth_is(like: str, expected: str) -> None:
+    assert say_option(2, ["red", "blue", "green"], like) == expected
+
+
+def test_a_drawn_wrong_answer_has_the_form_of_the_truth() -> None:
+    options = ["red", "blue", "green", "grey"]
+    records = [scored(str(number), answer="B", options=options) for number in range(40)]
+    drawn = random_wrong_pairs(records, rules(), seed=0).pairs
+    assert {record["rejected"] for record in drawn} == {"A", "C", "D"} and len(drawn) == 40
 
 
 # The numbers of METHODS: sequence paper 0.7/0.6/0.5/0.5 and code 0.8/0.7/0.6/0.6 (<=), collage and pic-in-pic (<).
@@ -232,6 +275,22 @@ def test_nothing_selected_says_what_to_loosen(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"(?s)no pair of 1 answers.*ratio .*select.thresholds.*perplexity .*min_perplexity"):
         select.run(context)
     assert [record["rules"] for record in read_jsonl(context.folder / "dropped.jsonl")] == [["ratio", "perplexity"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"thresholds": {"seqence": {2: 0.3}}},
+            "select.thresholds: unknown format 'seqence'; expected sequence, grid, pip, single",
+        ),
+        ({"max_pairs": -1}, "select.max_pairs"),
+        ({"min_edit_distance": float("nan")}, "select.min_edit_distance"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_errors(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        select.run(context_of(tmp_path, [scored()], **options))
 
 
 @pytest.mark.parametrize("field", ["response", "ratio", "perplexity"])

@@ -136,6 +136,33 @@ def test_duplicate_ids(tmp_path: Path) -> None:
     assert len({p.key for p in problems}) == 3
 
 
+@pytest.mark.parametrize("first", ["turns", "alike"])
+def test_turns_do_not_take_the_id_of_another_record(tmp_path: Path, first: str) -> None:
+    turns = llava("a")
+    turns["conversations"] += [{"from": "human", "value": "Its colour?"}, {"from": "gpt", "value": "Red."}]
+    records, problems = read(tmp_path, [turns, llava("a-q0")] if first == "turns" else [llava("a-q0"), turns])
+    expected = ["a-q0", "a-q1", "a-q0~2"] if first == "turns" else ["a-q0", "a-q0~2", "a-q1"]
+    assert [r.id for r in records] == expected
+    assert [(p.id, p.reason, p.dropped) for p in problems] == [("a-q0~2", "duplicate_id", False)]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        llava("x\ud800"),
+        llava("x", image="\ud800.png"),
+        llava("x", question="What \ud800?"),
+        llava("x", answer="\ud800"),
+        llava("x", options=["A cat.", "\ud800"]),
+    ],
+)
+def test_half_a_surrogate_pair_costs_its_record_only(tmp_path: Path, record: dict[str, Any]) -> None:
+    records, problems = read(tmp_path, [record, llava("good")])
+    assert [r.id for r in records] == ["good"]
+    assert [(p.reason, p.dropped) for p in problems] == [("invalid_text", True)] and problems[0].id.startswith("x")
+    json.dumps(problems[0].to_json(), ensure_ascii=False).encode()
+
+
 def test_records_without_an_id_are_named_by_their_row(tmp_path: Path) -> None:
     records, _ = read(tmp_path, [llava(None), llava("  "), llava({"a": 1})])
     assert [r.id for r in records] == ["row0", "row1", "row2"]
@@ -343,6 +370,21 @@ def test_prompts_of_the_users_own_get_their_optional_fields(tmp_path: Path) -> N
         ({"target": ...}, "target must be the 0-based index of the asked-about picture, below 2, got None"),
         ({"target": 2}, "below 2, got 2"),
         ({"target": True}, "below 2, got True"),
+        ({"num_images": "2"}, "num_images must be a whole number from 1 up, got '2'"),
+        ({"num_images": 3}, "num_images must be the number of images of a sequence, 2, got 3"),
+        ({"answer": 5}, "answer must be text or null, got 5"),
+        ({"answer": "\ud800"}, "cannot be written as UTF-8"),
+        ({"options": "red"}, "options must be a list of texts or null, got 'red'"),
+        ({"options": ["red", 5]}, "options must be a list of texts or null"),
+        ({"box": [0, 0, 1]}, "box must be [x0, y0, x1, y1]"),
+        ({"box": [0, 0, 1, "1"]}, "box must be [x0, y0, x1, y1]"),
+        ({"box": [0.5, 0, 0.5, 1]}, "0 <= x0 < x1 <= 1"),
+        ({"box": [0, 0, 1, float("nan")]}, "0 <= y0 < y1 <= 1"),
+        ({"box": [0, 0, 30, 40]}, "got [0, 0, 30, 40]"),
+        ({"patch_grid": [4]}, "patch_grid must be [rows, columns]"),
+        ({"region": [0, 0, 1, 1]}, "region needs the patch_grid"),
+        ({"region": [0, 0, 5, 1], "patch_grid": [4, 4]}, "inside patch_grid [4, 4], got [0, 0, 5, 1]"),
+        ({"region": [0, 0, 1.5, 1], "patch_grid": [4, 4]}, "region must be [row0, col0, row1, col1]"),
     ],
 )
 def test_prompts_that_do_not_hold_together_are_errors(changes: dict[str, Any], message: str) -> None:

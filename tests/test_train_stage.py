@@ -163,6 +163,45 @@ def test_pairs_of_ones_own(run: Path, model: Path) -> None:
     summary = stage.run(context(run, model, input=str(folder)))
     assert summary["pairs"] == 5 and summary["steps"] == 2
 
+    shutil.rmtree(run / "train")
+    parquet = run / "mine.parquet"
+    broken = [{**pair, "images": [{"bytes": b"not a picture", "path": None}] if pair is pairs[1] else []} for pair in pairs[:2]]
+    broken[0]["prompt"] = [{"role": "user", "content": "what ?"}]
+    datasets.Dataset.from_list(broken, features=features).to_parquet(str(parquet))
+    with pytest.raises(DataError, match="record row 1: a picture: cannot identify"):
+        stage.run(context(run, model, input=str(parquet)))
+
+
+def test_files_that_are_no_preference_data(tmp_path: Path) -> None:
+    records = tmp_path / "pairs.json"
+    records.write_text("[]")
+    parquet = tmp_path / "pairs.parquet"
+    parquet.write_bytes(b"no parquet")
+    (tmp_path / "empty").mkdir()
+    for path in (records, parquet, tmp_path / "empty"):
+        with pytest.raises(DataError, match="preference data is a .jsonl file") as error:
+            read_pairs(path)
+        assert str(path) in str(error.value)
+
+
+def test_summary_of_a_short_run(run: Path, model: Path) -> None:
+    """Fewer steps than `logging_steps`, and records that `max_length` leaves out."""
+    summary = stage.run(context(run, model, replay=0.5, held_out=0.25, args={"logging_steps": 50, "max_length": 60}))
+    assert summary["final_loss"] is not None and summary["first"] == summary["last"]
+    assert summary["last"]["step"] == summary["steps"]
+    assert summary["left_out"] > 0
+    assert summary["pairs"] + summary["replay"] + summary["held_out"] + summary["left_out"] == 6 + 3 + 2
+    assert summary["replay"] == 3
+
+
+def test_missing_package_is_one_line(run: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def construct(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("wandb is not installed.\nRun pip install wandb")
+
+    monkeypatch.setattr(stage, "PreferenceTrainer", construct)
+    with pytest.raises(ConfigError, match="train: wandb is not installed. Run pip install wandb"):
+        stage.run(context(run, model))
+
 
 def test_bad_input_is_named(run: Path, model: Path) -> None:
     path = run / "select" / "pairs.jsonl"
@@ -173,13 +212,31 @@ def test_bad_input_is_named(run: Path, model: Path) -> None:
     write_lines(path, [{**good[0], "images": ["images/0.png", "images/gone.png"]}])
     with pytest.raises(DataError, match="record record-0: picture .*gone.png does not exist"):
         read_pairs(path)
+    for changes, message in (
+        ({"target": 9}, "target must be"),
+        ({"chosen": ["x"]}, "chosen must be text"),
+        ({"chosen": ""}, "chosen is empty"),
+        ({"images": "x.png"}, "images must be a list"),
+        ({"images": [1, 2]}, "images must be paths"),
+    ):
+        write_lines(path, [{**good[0], **changes}])
+        with pytest.raises(DataError, match=f"record record-0: {message}"):
+            read_pairs(path)
     write_lines(path, [])
     with pytest.raises(StageError, match="holds no pairs"):
         stage.run(context(run, model))
     write_lines(path, good)
     with pytest.raises(StageError, match="longer than max_length=5"):
         stage.run(context(run, model, args={"max_length": 5}))
-    for name, value in (("learning_rat", 1.0), ("beta", -1), ("push_to_hub", True), ("attention_layer", 9)):
+    for name, value in (
+        ("learning_rat", 1.0),
+        ("beta", -1),
+        ("push_to_hub", True),
+        ("attention_layer", 9),
+        ("output_dir", "x"),
+        ("resume_from_checkpoint", "x"),
+        ("num_train_epochs", 0),
+    ):
         with pytest.raises(ConfigError, match=name):
             stage.run(context(run, model, args={name: value}))
 

@@ -190,14 +190,21 @@ def _region(record: Mapping[str, Any], grid: tuple[int, int], regions: str) -> l
         if record["format"] == "pip":
             return official_pip_region(grid)
         return official_grid_region(record["target"], record["num_images"], grid)
-    if record.get("region") is not None and list(record.get("patch_grid") or ()) == list(grid):
-        return list(record["region"])
-    if record.get("box") is not None:
-        return box_to_region(record["box"], grid)
+    region = region_on(record, grid)
+    if region is not None:
+        return region
     raise DataError(
         f"record {record['id']}: a {record['format']} needs `box`, or `region` on this model's {grid[0]}x{grid[1]} patches; "
         "add one, or set score.regions to official_code"
     )
+
+
+def region_on(record: Mapping[str, Any], grid: tuple[int, int]) -> list[int] | None:
+    """The record's `region` [row0, col0, row1, col1] on a patch grid (rows, columns), made from its `box` where it was cut for
+    another grid; None where it has neither. Raises ValueError for a box that leaves the picture."""
+    if record.get("region") is not None and list(record.get("patch_grid") or ()) == list(grid):
+        return list(record["region"])
+    return None if record.get("box") is None else box_to_region(record["box"], grid)
 
 
 def response_rows(records: Sequence[Mapping[str, Any]], encoded: EncodedPrompts, *, drop_first_row: bool) -> Tensor:

@@ -15,8 +15,8 @@ import yaml
 from rich.console import Console
 
 from mmdpo_trainers.config import DataConfig, RunConfig
-from mmdpo_trainers.config_values import convert, parse_yaml, read_yaml, type_name
-from mmdpo_trainers.errors import ConfigError, MmdpoError
+from mmdpo_trainers.config_values import check_numbers, convert, parse_yaml, read_yaml, type_name
+from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.stages import STAGES
 
 _SHARED = ("model", "seed", "threads", "dtype", "device")
@@ -41,7 +41,7 @@ _EXAMPLES = {
     "train": "mmdpo train --run runs/mine --model llava-1.5-7b-hf --args '{learning_rate: 5e-5, num_train_epochs: 1}'\n"
     "  mmdpo train --run runs/mine --model llava-1.5-7b-hf --input my_pairs.jsonl",
     "evaluate": "mmdpo evaluate --run runs/mine --moment before\n"
-    "  mmdpo evaluate --run runs/mine --moment after --input my_questions.jsonl",
+    "  mmdpo evaluate --run runs/mine --moment after --input my_questions.jsonl   # to evaluate/own/my_questions-after",
     "report": "mmdpo report --run runs/mine",
 }
 
@@ -62,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(
+            f"mmdpo: error: {' '.join(str(error).split())}; once that is put right, the same command continues", file=sys.stderr
+        )
+        return 2
     return 0
 
 
@@ -157,7 +162,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _stage(options: argparse.Namespace) -> None:
-    from mmdpo_trainers.pipeline import restart_from, run_stage, save_config, set_threads
+    from mmdpo_trainers.pipeline import restart_from, run_stage, set_threads
     from mmdpo_trainers.progress import Progress
     from mmdpo_trainers.run_folder import RunFolder
     from mmdpo_trainers.stages import StageContext
@@ -168,24 +173,34 @@ def _stage(options: argparse.Namespace) -> None:
     for key, text in vars(options).items():
         if key.split(".")[0] in ("data", *STAGES, *_SHARED) and key != "config":
             values = _assigned(values, key.split("."), _typed(key, text))
-    config = RunConfig.from_dict(values, where=str(saved) if saved.exists() else "command line")
+    config = RunConfig.from_dict(values, where=str(saved) if saved.exists() else "command line").with_absolute_paths()
+    if options.stage == "report" and not any((run.path / stage).is_dir() for stage in STAGES[:-1]):
+        raise RunFolderError(f"{run.path} holds no run to report on; give --run the folder of one")
     set_threads(config.threads)
-    name = f"{options.stage}/{options.moment}" if options.stage == "evaluate" else options.stage
-    name = f"arms/{options.arm}/{name}" if options.arm else name
+    context = StageContext(
+        run=run,
+        config=config.for_arm(options.arm),
+        stage=options.stage,
+        moment=getattr(options, "moment", None),
+        arm=options.arm,
+        own=_own_evaluation(options, config),
+        progress=Progress(),
+    )
     with run.lock():
-        if options.restart:
-            restart_from(run, name, tuple(config.arms))
-        context = StageContext(
-            run=run,
-            config=config.for_arm(options.arm),
-            stage=options.stage,
-            moment=getattr(options, "moment", None),
-            arm=options.arm,
-            progress=Progress(),
-        )
-        summary = run_stage(context, on_begin=lambda: save_config(run, config))
+        if options.restart and context.own:
+            run.remove(context.name)
+        elif options.restart:
+            restart_from(run, context.name, tuple(config.arms))
+        # Settings of an evaluation beside the run's are not the run's.
+        summary = run_stage(context, config=None if context.own else config)
     shown = {key: value for key, value in summary.items() if key != "fingerprint"}
     print(yaml.safe_dump({context.name: shown}, sort_keys=False, allow_unicode=True), end="")
+
+
+def _own_evaluation(options: argparse.Namespace, config: RunConfig) -> str | None:
+    """Name of the evaluation that `mmdpo evaluate --input FILE` makes: one beside the run's, whose answers stay as they are."""
+    given = options.stage == "evaluate" and getattr(options, "evaluate.input", None) is not None
+    return Path(config.evaluate.input).stem if given and config.evaluate.input else None
 
 
 def _env(options: argparse.Namespace) -> None:
@@ -206,7 +221,9 @@ def _typed(key: str, text: Any) -> Any:
     if "text" in type_name(hint).split(" or ") and value is not None:
         # A folder named 2024 is a text where the field takes one.
         value = text
-    return convert(value, hint, where="command line", name=flag)
+    value = convert(value, hint, where="command line", name=flag)
+    check_numbers(value, next(f for f in dataclasses.fields(owner) if f.name == name), where="command line", name=flag)
+    return value
 
 
 def _flag_value(flag: str, text: str) -> Any:

@@ -8,13 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmdpo_trainers.config_values import build, read_yaml
+from mmdpo_trainers.config_values import Range, build, read_yaml
 from mmdpo_trainers.errors import ConfigError
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "", *, factory: Any = dataclasses.MISSING, result: bool = True) -> Any:
-    """A dataclass field with its help text. result=False: it cannot change what a stage writes, so fingerprints leave it out."""
-    metadata = {"help": help, "result": result}
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    factory: Any = dataclasses.MISSING,
+    result: bool = True,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its help text. result=False: it cannot change what a stage writes, so fingerprints leave it out.
+
+    minimum and maximum are allowed values themselves, above and below are not; in a mapping they hold for each value.
+    """
+    limits = Range(minimum=minimum, maximum=maximum, above=above, below=below)
+    metadata = {"help": help, "result": result, "range": limits}
     if factory is not dataclasses.MISSING:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -29,11 +43,13 @@ class DataConfig:
         "LLaVA .json/.jsonl, a `datasets` folder, parquet or JSON with TRL's columns, or `shapes` (the built-in world)",
     )
     image_folder: str | None = option(None, "folder that the records' picture paths are relative to; no path may leave it")
-    limit: int | None = option(None, "use at most this many source records, from the start of the file; None: all")
-    max_pixels: int = option(64_000_000, "pictures with more pixels than this are reported, not opened")
-    holdout: float = option(0.1, "share of the pictures kept for evaluation if evaluate.source is None (`shapes` draws new ones)")
-    pictures: int = option(2000, "`source: shapes` only: number of pictures to draw")
-    questions_per_picture: int = option(3, "`source: shapes` only: questions asked about each picture")
+    limit: int | None = option(None, "use at most this many source records, from the start of the file; None: all", minimum=1)
+    max_pixels: int = option(64_000_000, "pictures with more pixels than this are reported, not opened", minimum=1)
+    holdout: float = option(
+        0.1, "share of the pictures kept for evaluation if evaluate.source is None (`shapes` draws new ones)", minimum=0, below=1
+    )
+    pictures: int = option(2000, "`source: shapes` only: number of pictures to draw", minimum=1)
+    questions_per_picture: int = option(3, "`source: shapes` only: questions asked about each picture", minimum=1)
 
 
 @dataclass(kw_only=True)
@@ -44,8 +60,10 @@ class AugmentConfig:
         help="share of each format (sequence, grid, pip, single); normalised to sum 1",
         factory=lambda: {"sequence": 0.5, "grid": 0.3, "pip": 0.2},
     )
-    per_record: float = option(1.0, "prompts made from each source record, if num_prompts is None")
-    num_prompts: int | None = option(None, "number of prompts to make; above the number of records, records are used again")
+    per_record: float = option(1.0, "prompts made from each source record, if num_prompts is None", above=0)
+    num_prompts: int | None = option(
+        None, "number of prompts to make; above the number of records, records are used again", minimum=1
+    )
     num_images: dict[str, dict[int, float]] = option(
         help="for `sequence` (2-5) and `grid` (2, 3, 4, 6, 9): number of pictures -> share",
         factory=lambda: {
@@ -53,11 +71,13 @@ class AugmentConfig:
             "grid": {2: 0.2, 3: 0.2, 4: 0.2, 6: 0.2, 9: 0.2},
         },
     )
-    cell_size: int = option(448, "grid: side of a cell, in pixels")
-    margin: int = option(40, "grid: white margin around a cell, in pixels; labels are written in it")
+    cell_size: int = option(448, "grid: side of a cell, in pixels", minimum=1)
+    margin: int = option(40, "grid: white margin around a cell, in pixels; labels are written in it", minimum=0)
     label: bool = option(True, "grid: write `Image{k}` above each cell")
     square: bool = option(True, "grid and pip: pad with white to a square, because CLIP processors crop the centre")
-    max_fraction: float = option(0.7, "pip: the pasted picture is at most this share of the host's width and height")
+    max_fraction: float = option(
+        0.7, "pip: the pasted picture is at most this share of the host's width and height", above=0, maximum=1
+    )
     pip_openings: list[str] | None = option(None, "pip: phrases a prompt may open with; None: the built-in list")
     patch_grid: tuple[int, int] | None = option(None, "patch rows and columns of one picture; None: from the model")
 
@@ -67,14 +87,17 @@ class GenerateConfig:
     """The model's own answers to the prompts."""
 
     input: str | None = option(None, "your own prompts .jsonl in place of augment/prompts.jsonl")
-    batch_size: int = option(16, "prompts generated together")
-    max_new_tokens: int = option(64, "longest answer, in tokens")
+    batch_size: int = option(16, "prompts generated together", minimum=1)
+    max_new_tokens: int = option(64, "longest answer, in tokens", minimum=1)
     do_sample: bool = option(False, "sample the answers; False: greedy")
-    temperature: float = option(1.0, "sampling temperature")
-    top_p: float = option(1.0, "nucleus sampling: smallest set of tokens with this probability")
-    noise: Literal["none", "paper", "official_code"] = option("none", "noise on pictures before generation, not in training")
+    temperature: float = option(1.0, "sampling temperature", above=0)
+    top_p: float = option(1.0, "nucleus sampling: smallest set of tokens with this probability", above=0, maximum=1)
+    noise: Literal["none", "paper", "official_code"] = option(
+        "none", "noise on the pictures the answers are given to; training sees clean ones"
+    )
     record_attention: bool = option(
-        True, "record attention ratios while generating, so that score needs no pass (not with noise)"
+        True,
+        "record attention ratios while generating (with noise: on the noisy pictures, as MIA-DPO's code), so that score needs no pass",
     )
 
 
@@ -83,8 +106,8 @@ class ScoreConfig:
     """Attention ratio of each answer: how much of the attention on pictures goes to the asked-about one."""
 
     input: str | None = option(None, "your own responses .jsonl in place of generate/responses.jsonl")
-    batch_size: int = option(16, "prompts scored together")
-    layer: int | None = option(None, "decoder layer, 0-based; None: the middle one (16 of 32)")
+    batch_size: int = option(16, "prompts scored together", minimum=1)
+    layer: int | None = option(None, "decoder layer, 0-based; None: the middle one (16 of 32)", minimum=0)
     statistic: Literal["mass", "mean"] = option("mass", "attention summed over a picture's tokens, or averaged (official code)")
     regions: Literal["box", "official_code"] = option("box", "grid and pip: the exact box, or the official code's rectangle")
     drop_first_row: bool = option(False, "leave out the row that predicts the first answer token, as the official code does")
@@ -103,14 +126,16 @@ class SelectConfig:
         help="format -> number of pictures -> attention ratio to stay under; entries replace the preset's", factory=dict
     )
     min_perplexity: float | None = option(1.1, "answers with a perplexity at or below this are dropped; None: no rule")
-    max_truth_chars: int | None = option(512, "records with a true answer this long or longer are dropped; None: no rule")
+    max_truth_chars: int | None = option(
+        512, "records with a true answer this long or longer are dropped; None: no rule", minimum=1
+    )
     max_length_ratio: float | Literal["preset"] | None = option(
         "preset", "longer over shorter of truth and response, in characters; preset: 5 (paper, custom), no rule (official_code)"
     )
     min_edit_distance: float | Literal["preset"] | None = option(
         "preset", "smallest edit distance as a share of the longer text; preset: 0.1 (paper, custom), no rule (official_code)"
     )
-    max_pairs: int | None = option(None, "keep at most this many pairs, drawn with the run's seed; None: all")
+    max_pairs: int | None = option(None, "keep at most this many pairs, drawn with the run's seed; None: all", minimum=1)
 
 
 @dataclass(kw_only=True)
@@ -119,25 +144,39 @@ class TrainConfig:
 
     input: str | None = option(None, "your own preference data (TRL columns) in place of select/pairs.jsonl")
     args: dict[str, Any] = option(help="fields of PreferenceConfig, such as learning_rate, beta, loss_type", factory=dict)
-    replay: float = option(0.0, "single-image pairs mixed in, as a share of the selected pairs; they keep the single-image skill")
+    replay: float = option(
+        0.0, "single-image pairs mixed in, as a share of the selected pairs; they keep the single-image skill", minimum=0
+    )
     replay_source: str | None = option(None, "prompt records with answers (.jsonl) for the replay; None: augment/singles.jsonl")
-    held_out: float = option(0.0, "share of the selected pairs that is not trained on but evaluated on, as eval_* in the log")
+    held_out: float = option(
+        0.0, "share of the selected pairs that is not trained on but evaluated on, as eval_* in the log", minimum=0, below=1
+    )
     reference: Literal["adapter", "model"] = option("adapter", "reference model: the adapter switched off, or a second copy")
+
+    def __post_init__(self) -> None:
+        # YAML reads a bare `no` as False.
+        self.args = {key: "no" if value is False and key.endswith("_strategy") else value for key, value in self.args.items()}
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
     """Accuracy before and after training, by format."""
 
-    input: str | None = option(None, "your own prompts with answers (.jsonl) in place of evaluate/prompts.jsonl")
+    input: str | None = option(
+        None,
+        "your own prompts with answers (.jsonl) in place of evaluate/prompts.jsonl; as a flag: an evaluation beside the run's",
+    )
     source: str | None = option(None, "single-image data to make evaluation prompts from, as in data.source; None: data.source")
-    image_folder: str | None = option(None, "picture folder of `source`; None: data.image_folder")
+    image_folder: str | None = option(
+        None, "folder that the picture paths of `source` are relative to; None: the folder `source` is in"
+    )
     per_format: dict[str, int] = option(
         help="evaluation prompts of each format (sequence, grid, pip, single)",
         factory=lambda: {"sequence": 300, "grid": 300, "pip": 100, "single": 400},
+        minimum=0,
     )
-    batch_size: int = option(32, "prompts answered together")
-    max_new_tokens: int = option(16, "longest answer, in tokens")
+    batch_size: int = option(32, "prompts answered together", minimum=1)
+    max_new_tokens: int = option(16, "longest answer, in tokens", minimum=1)
     match: Literal["exact", "contains", "choice"] = option("exact", "how an answer is compared with the truth")
 
 
@@ -146,9 +185,9 @@ class ReportConfig:
     """The HTML page."""
 
     title: str | None = option(None, "headline; None: the run's name")
-    heat_maps: int = option(6, "prompts shown with attention maps before and after training")
-    batch_size: int = option(8, "prompts run together for the heat maps")
-    pairs: int = option(6, "example pairs shown")
+    heat_maps: int = option(6, "prompts shown with attention maps before and after training", minimum=0)
+    batch_size: int = option(8, "prompts run together for the heat maps", minimum=1)
+    pairs: int = option(6, "example pairs shown", minimum=0)
 
 
 @dataclass(kw_only=True)
@@ -158,8 +197,8 @@ class RunConfig:
     name: str = option("run", "name of the run; its folder is runs/<name> unless run_dir is given")
     run_dir: str | None = option(None, "the run folder", result=False)
     model: str = option("shapes", "local Hugging Face folder of a supported model, or `shapes` (the small one shipped here)")
-    seed: int = option(0, "seed of every random choice")
-    threads: int | None = option(None, "CPU threads of PyTorch; None: PyTorch's own default", result=False)
+    seed: int = option(0, "seed of every random choice", minimum=0, below=2**32)
+    threads: int | None = option(None, "CPU threads of PyTorch; None: PyTorch's own default", result=False, minimum=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type the model is loaded in")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; None: cuda if there is one")
     data: DataConfig = option(help="source data", factory=DataConfig)
@@ -200,6 +239,17 @@ class RunConfig:
         """Nested dict that `from_dict` reads back."""
         return dataclasses.asdict(self)
 
+    def with_absolute_paths(self) -> RunConfig:
+        """The same with data files and folders as absolute paths, so that what is saved holds from any working directory."""
+        values = _absolute(self.to_dict())
+        values["arms"] = {name: _absolute(overrides) for name, overrides in values["arms"].items()}
+        return RunConfig.from_dict(values)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether pictures for evaluation are taken out of the training data, because evaluation has no data of its own."""
+        return self.data.source != "shapes" and not self.evaluate.input and not self.evaluate.source
+
     @property
     def run_path(self) -> Path:
         """The run folder."""
@@ -214,6 +264,29 @@ class RunConfig:
         values = merge(self.to_dict(), self.arms[arm])
         values["arms"] = {}
         return build(RunConfig, values, where=f"arms.{arm}")
+
+
+_PATHS = {
+    "data": ("source", "image_folder"),
+    "generate": ("input",),
+    "score": ("input",),
+    "select": ("input",),
+    "train": ("input", "replay_source"),
+    "evaluate": ("input", "source", "image_folder"),
+}
+
+
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    absolute = dict(values)
+    for section, names in _PATHS.items():
+        given = {name: values.get(section, {}).get(name) for name in names}
+        paths = {name: str(Path(path).expanduser().absolute()) for name, path in given.items() if path and path != "shapes"}
+        if paths:
+            absolute[section] = {**values[section], **paths}
+    # What is no folder may be a name on a hub, which the error about it is to repeat as it was given.
+    if values.get("model", "shapes") != "shapes" and Path(values["model"]).expanduser().is_dir():
+        absolute["model"] = str(Path(values["model"]).expanduser().absolute())
+    return absolute
 
 
 def merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

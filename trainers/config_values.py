@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -15,6 +16,28 @@ import yaml
 from mmdpo_trainers.errors import ConfigError
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """Numbers a value may be: from minimum to maximum, both included; above and below leave the limit itself out."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        limits = {"{} or more": self.minimum, "above {}": self.above, "at most {}": self.maximum, "below {}": self.below}
+        return " and ".join(words.format(limit) for words, limit in limits.items() if limit is not None)
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,7 +97,27 @@ def build(cls: type[T], values: Any, *, where: str, prefix: str = "") -> T:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
             remedy = f"did you mean {prefix + near[0]!r}?" if near else f"valid keys: {', '.join(hints)}"
             raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}; {remedy}")
-    return cls(**{key: convert(value, hints[key], where=where, name=prefix + key) for key, value in values.items()})
+    converted = {key: convert(value, hints[key], where=where, name=prefix + key) for key, value in values.items()}
+    for each in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if each.name in converted:
+            check_numbers(converted[each.name], each, where=where, name=prefix + each.name)
+    return cls(**converted)
+
+
+def check_numbers(value: Any, owner: dataclasses.Field[Any], *, where: str, name: str) -> None:
+    """Raise ConfigError for a number outside of its field's `range`, or not finite, in a value or anywhere within it."""
+    limits = owner.metadata.get("range", Range())
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_numbers(item, owner, where=where, name=f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            check_numbers(item, owner, where=where, name=f"{name}[{index}]")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{where}: {name}: expected a finite number, got {value}")
+        if value not in limits:
+            raise ConfigError(f"{where}: {name}: expected {limits}, got {value}")
 
 
 def convert(value: Any, hint: Any, *, where: str, name: str) -> Any:

@@ -55,12 +55,18 @@ class Fingerprint:
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
         """One phrase for each part that is not as it was recorded."""
-        now = json.loads(json.dumps(dict(self.parts), default=str))
-        phrases = []
-        for name in sorted(now.keys() | recorded.keys()):
-            if now.get(name) != recorded.get(name):
-                phrases.append(f"{name}: was {_short(recorded.get(name))}, is {_short(now.get(name))}")
-        return phrases
+        return _differences(dict(recorded), json.loads(json.dumps(dict(self.parts), default=str)))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    phrases = []
+    for key in sorted(old.keys() | new.keys()):
+        was, now, name = old.get(key), new.get(key), f"{prefix}{key}"
+        if isinstance(was, dict) and isinstance(now, dict):
+            phrases += _differences(was, now, f"{name}.")
+        elif was != now:
+            phrases.append(f"{name}: was {_short(was)}, is {_short(now)}")
+    return phrases
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,16 @@ from transformers.utils import logging as transformers_logging
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.prompts import EncodedPrompts, encode_prompts, render_prompt
 
-__all__ = ["FAMILIES", "EncodedPrompts", "LoadedModel", "encode_prompts", "load_model", "render_prompt", "resolve_model_path"]
+__all__ = [
+    "FAMILIES",
+    "EncodedPrompts",
+    "LoadedModel",
+    "encode_prompts",
+    "load_model",
+    "render_prompt",
+    "resolve_device",
+    "resolve_model_path",
+]
 
 SHAPES = "shapes"
 """The name that stands for the shipped checkpoint."""
@@ -114,6 +123,7 @@ def load_model(
 
     Raises StageError naming what is missing: the folder, config.json, weights, a processor file, or support for the family.
     """
+    target = resolve_device(device)
     folder = resolve_model_path(path)
     model_class = _family(folder)
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
@@ -136,7 +146,7 @@ def load_model(
         raise StageError(f"model {folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))
-    model.to(_device(device)).eval()
+    model.to(target).eval()
     return LoadedModel(model=model, processor=its_processor, path=folder, adapter=None if adapter is None else Path(adapter))
 
 
@@ -146,7 +156,8 @@ def _family(folder: Path) -> type[PreTrainedModel]:
         adapter = " (it is a PEFT adapter: pass its base model, and the folder as the adapter)" if _is_adapter(folder) else ""
         raise StageError(f"model {folder}: no config.json{adapter}; give the folder of a whole Hugging Face checkpoint")
     try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        values = json.loads(config.read_text(encoding="utf-8"))
+        model_type = values.get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise StageError(f"model {folder}: config.json cannot be read ({error})") from error
     if model_type not in FAMILIES:
@@ -154,6 +165,12 @@ def _family(folder: Path) -> type[PreTrainedModel]:
             f"model {folder}: family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}. A family needs a patched "
             "attention, a known image token and a known patch grid"
         )
+    for key in ("image_token_index", "image_token_id"):
+        if key in values and not isinstance(values[key], int):
+            raise StageError(
+                f"model {folder}: config.json: {key} must be the id of the image token, got {values[key]!r}; set it to the id "
+                "that the tokenizer gives <image>"
+            )
     return FAMILIES[model_type]
 
 
@@ -184,6 +201,11 @@ def _complete_processor(processor: Any, folder: Path) -> None:
         processor.num_additional_image_tokens = 1
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    if processor.tokenizer.pad_token is None:
+        raise StageError(
+            f"model {folder}: its tokenizer has neither a padding nor an end token; the folder needs a tokenizer_config.json that "
+            "names them (pad_token, eos_token)"
+        )
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: Path) -> Any:
@@ -206,7 +228,16 @@ def _dtype(name: str) -> torch.dtype | str:
     return dtype
 
 
-def _device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device a name means; `auto` is CUDA where there is one. Raises StageError where this machine has no such device."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise StageError(f"device {str(device)!r}: expected cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise StageError(f"device {str(device)!r}: PyTorch finds no CUDA device here; choose cpu, or see `mmdpo env`")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise StageError(f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return found

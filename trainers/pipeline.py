@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import difflib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ from mmdpo_trainers import stages
 from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
+from mmdpo_trainers.preflight import check_run
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import RunFolder, read_json, write_atomic
-from mmdpo_trainers.stages import STAGES, Moment, StageContext
+from mmdpo_trainers.stages import MODEL_STAGES, STAGES, Moment, StageContext
 from mmdpo_trainers.tables import run_tables
 
 _SECTIONS = {
     "augment": ("data", "augment"),
     "evaluate": ("data", "augment", "evaluate", "score"),
 }
-_MODEL_STAGES = ("generate", "score", "train", "evaluate", "report")
 _INPUT_STAGES = ("generate", "score", "select", "train")
 
 
@@ -46,19 +46,19 @@ def run_pipeline(
         if value is not None and value not in STAGES and value not in ("before", "after"):
             raise ConfigError(f"--{name}: there is no stage {value!r}; the stages are {', '.join(STAGES)}")
     progress = progress or Progress()
+    config = config.with_absolute_paths()
     run = RunFolder(config.run_path)
     set_threads(config.threads)
-    if until is None or STAGES.index(until) >= STAGES.index("train"):
-        check_train_args(config)
+    steps = [step for step in _steps(config) if until is None or STAGES.index(step[0]) <= STAGES.index(until)]
+    contexts = [_context(config, run, progress, step) for step in steps]
+    check_run(contexts)
     with run.lock():
         if restart:
             restart_from(run, restart, tuple(config.arms))
-        steps = [step for step in _steps(config) if until is None or STAGES.index(step[0]) <= STAGES.index(until)]
-        contexts = [_context(config, run, progress, step) for step in steps]
         for number, context in enumerate(contexts, start=1):
             if context.stage == "report":
                 write_summary(run, config)
-            run_stage(context, f"{number}/{len(contexts)} ", on_begin=lambda: save_config(run, config))
+            run_stage(context, f"{number}/{len(contexts)} ", config=config)
         summary = write_summary(run, config)
     console = console or Console()
     for table in run_tables(summary):
@@ -69,10 +69,10 @@ def run_pipeline(
     return summary
 
 
-def run_stage(context: StageContext, label: str = "", on_begin: Callable[[], None] | None = None) -> dict[str, Any]:
+def run_stage(context: StageContext, label: str = "", config: RunConfig | None = None) -> dict[str, Any]:
     """Run one stage, or continue it, or return the summary of the done one. The caller holds the run's lock.
 
-    on_begin: called once it is certain that the stage's files belong to these settings.
+    config: the whole run's settings, saved as its `config.yaml` once it is certain that the stage's files belong to them.
     """
     run = context.run
     module = stages.stage_module(context.stage)
@@ -86,9 +86,7 @@ def run_stage(context: StageContext, label: str = "", on_begin: Callable[[], Non
     interrupted = (run.path / context.name / "state.json").exists()
     context.progress.print(f"{label}{context.name}: {'continuing' if interrupted else 'starting'}")
     run.begin_stage(context.name, fingerprint)
-    if on_begin is not None:
-        on_begin()
-    with run.clock(context.name):
+    with _saved_config(context, config), run.clock(context.name):
         summary = module.run(context)
     return run.finish_stage(context.name, fingerprint, summary)
 
@@ -99,7 +97,12 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     for section in _SECTIONS.get(context.stage, (context.stage,)):
         for key, value in _values(getattr(context.config, section)).items():
             parts[f"{section}.{key}"] = value
-    if context.stage in _MODEL_STAGES:
+    if context.stage == "augment" and context.config.data.source != "shapes":
+        # Without the held-out pictures in training, an evaluation that held some out would be of pictures trained on.
+        parts["holds_out"] = context.config.holds_out
+    if context.stage == "report":
+        parts["name"] = context.config.name
+    if context.stage in MODEL_STAGES:
         parts["model"] = content_hash(context.model)
         parts["dtype"] = context.config.dtype
     for path in inputs:
@@ -111,19 +114,6 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
 
 def _values(options: Any) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.metadata.get("result", True)}
-
-
-def check_train_args(config: RunConfig) -> None:
-    """Raise ConfigError for a name in any arm's `train.args` that PreferenceConfig does not have: hours before training would."""
-    from mmdpo_trainers.training.preference_config import PreferenceConfig
-
-    known = [f.name for f in dataclasses.fields(PreferenceConfig) if f.init]
-    for arm in (None, *config.arms):
-        for name in config.for_arm(arm).train.args:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                remedy = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"{f'arms.{arm}.' if arm else ''}train.args: PreferenceConfig has no field {name!r}{remedy}")
 
 
 def set_threads(threads: int | None) -> None:
@@ -166,6 +156,8 @@ def restart_from(run: RunFolder, name: str, arms: tuple[str, ...] = ()) -> None:
         raise ConfigError(f"--restart: {name!r} is not a stage; expected {', '.join(STAGES)} or arms/NAME/STAGE")
     later = STAGES[STAGES.index(stage) :]
     known = {*arms, *(path.name for path in (run.path / "arms").glob("*"))}
+    if prefix and prefix[1] not in known:
+        raise ConfigError(f"--restart: there is no arm {prefix[1]!r}; this run has {', '.join(sorted(known)) or 'none'}")
     if prefix:
         folders = [f"{name.rsplit('/' + stage, 1)[0]}/{each}" for each in later if each in stages.ARM_STAGES]
     else:
@@ -177,6 +169,21 @@ def restart_from(run: RunFolder, name: str, arms: tuple[str, ...] = ()) -> None:
         run.remove(folder)
     for file in ("report.html", "summary.json"):
         (run.path / file).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _saved_config(context: StageContext, config: RunConfig | None) -> Iterator[None]:
+    """Save `config` with the run; where the stage fails with nothing written, what was saved before comes back."""
+    path = context.run.path / "config.yaml"
+    before = path.read_bytes() if path.exists() else None
+    if config is not None:
+        save_config(context.run, config)
+    try:
+        yield
+    except BaseException:
+        if config is not None and not context.run.holds_output(context.name):
+            path.unlink(missing_ok=True) if before is None else write_atomic(path, before)
+        raise
 
 
 def save_config(run: RunFolder, config: RunConfig) -> None:

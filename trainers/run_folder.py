@@ -156,7 +156,8 @@ class RunFolder:
     """One run: a folder with a sub-folder per stage. Stage names are paths in it: `score`, `arms/sft/evaluate/after`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).absolute()
+        # Resolved, as the paths of pictures are: only then can it be told which of them lie in the run.
+        self.path = Path(path).resolve()
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"run folder {self.path} is a file; choose another --run-dir")
 
@@ -194,7 +195,7 @@ class RunFolder:
         recorded = self._recorded(name)
         if recorded is None:
             return False
-        if recorded["fingerprint"] != fingerprint.digest and not self._holds_output(name):
+        if recorded["fingerprint"] != fingerprint.digest and not self.holds_output(name):
             self.remove(name)
             return False
         if recorded["fingerprint"] != fingerprint.digest:
@@ -205,7 +206,7 @@ class RunFolder:
             )
         return (self.path / name / "summary.json").exists()
 
-    def _holds_output(self, name: str) -> bool:
+    def holds_output(self, name: str) -> bool:
         """Whether there is anything to lose in a stage's folder; an attempt that failed on its input leaves none."""
         own = self.path / name / "state.json"
         files = (file for file in own.parent.rglob("*") if file.is_file() and file != own)
@@ -222,7 +223,7 @@ class RunFolder:
             return dict(read_json(state))
         folder = self.path / name
         found = sorted(folder.iterdir()) if folder.is_dir() else []
-        foreign = [p.name for p in found if not p.name.startswith(".") and not (p / "state.json").exists()]
+        foreign = [p.name for p in found if not p.name.startswith(".") and not any(p.rglob("state.json"))]
         if foreign:
             raise RunFolderError(
                 f"{folder} holds files this run did not write ({', '.join(foreign[:3])}): give your own file to a stage with "

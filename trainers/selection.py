@@ -14,7 +14,7 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from mmdpo_trainers.batches import batch_seed
-from mmdpo_trainers.data.answers import answers_match, normalize_answer
+from mmdpo_trainers.data.answers import answers_match, normalize_answer, say_option
 
 Record = dict[str, Any]
 Thresholds = dict[str, dict[int, float]]
@@ -179,8 +179,9 @@ def mix_of(selection: Selection) -> dict[tuple[str, int], int]:
 def random_wrong_pairs(records: Sequence[Record], rules: SelectionRules, *, seed: int) -> Selection:
     """Control arm: every record with a usable truth, rejected = a wrong answer drawn at random.
 
-    It is the truth of another record of the same format (of the record's own options, where it has some) that does not match this
-    record's truth. The model's answer, its attention and its perplexity play no part; the length of the truth does.
+    It is the truth of another record of the same format that does not match this record's truth; where the record has options,
+    one of these, as a letter where the truth is one. The model's answer, its attention and its perplexity play no part; the length
+    of the truth does.
     """
     truths: dict[str, list[str]] = {}
     for record in records:
@@ -195,10 +196,12 @@ def random_wrong_pairs(records: Sequence[Record], rules: SelectionRules, *, seed
             selection.drop(record, ["truth_length"])
         else:
             draw = random.Random(batch_seed(seed, "random_wrong", record["id"]))
-            wrong = _draw_wrong(record, record.get("options") or truths[record["format"]], draw)
+            options = record.get("options")
+            wrong = _draw_wrong(record, options or truths[record["format"]], draw)
             if wrong is None:
                 selection.drop(record, ["no_wrong_answer"])
             else:
+                wrong = say_option(options.index(wrong), options, truth) if options else wrong
                 selection.pairs.append({**record, "rejected": wrong})
     return selection
 

@@ -32,17 +32,9 @@ def grid_collage(
 
     Raises ``ValueError`` for a number of pictures outside `GRID_SHAPES`, a cell without pixels, or a margin too thin for labels.
     """
-    rows, columns = _grid_shape(len(pictures))
-    if cell_size < 1 or margin < 0:
-        raise ValueError(f"grid_collage: expected cell_size >= 1 and margin >= 0, got cell_size={cell_size}, margin={margin}")
-    if label and margin < MIN_LABEL_MARGIN:
-        raise ValueError(
-            f"grid_collage: labels need a margin of {MIN_LABEL_MARGIN} pixels, got {margin}; pass label=False or more margin"
-        )
-    width = columns * cell_size + (columns + 1) * margin
-    height = rows * cell_size + (rows + 1) * margin
-    side = max(width, height)
-    size = (side, side) if square else (width, height)
+    size = collage_size(len(pictures), cell_size=cell_size, margin=margin, label=label, square=square)
+    width, height = collage_size(len(pictures), cell_size=cell_size, margin=margin, label=label, square=False)
+    columns = _grid_shape(len(pictures))[1]
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
 
     canvas = Image.new("RGB", size, WHITE)
@@ -55,6 +47,21 @@ def grid_collage(
             _draw_label(canvas, f"Image{k + 1}", x, y - margin, margin)
         boxes.append((x / size[0], y / size[1], (x + cell_size) / size[0], (y + cell_size) / size[1]))
     return canvas, boxes
+
+
+def collage_size(num_images: int, *, cell_size: int, margin: int, label: bool, square: bool) -> tuple[int, int]:
+    """Width and height in pixels of what `grid_collage` makes, which raises the same errors."""
+    rows, columns = _grid_shape(num_images)
+    if cell_size < 1 or margin < 0:
+        raise ValueError(f"grid_collage: expected cell_size >= 1 and margin >= 0, got cell_size={cell_size}, margin={margin}")
+    if label and margin < MIN_LABEL_MARGIN:
+        raise ValueError(
+            f"grid_collage: labels need a margin of {MIN_LABEL_MARGIN} pixels, got {margin}; pass label=False or more margin"
+        )
+    width = columns * cell_size + (columns + 1) * margin
+    height = rows * cell_size + (rows + 1) * margin
+    side = max(width, height)
+    return (side, side) if square else (width, height)
 
 
 def pic_in_pic(

@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from mmdpo_trainers.config import AugmentConfig
-from mmdpo_trainers.data.compose import GRID_SHAPES, box_to_region, grid_collage, pic_in_pic
+from mmdpo_trainers.data.compose import GRID_SHAPES, box_to_region, collage_size, grid_collage, pic_in_pic
 from mmdpo_trainers.data.pictures import Picture, PictureError, content_key, png_bytes, read_picture
 from mmdpo_trainers.data.records import FORMATS, IMAGE_TOKEN, prompt_record, relative_images
 from mmdpo_trainers.data.sources import Problem, SourceRecord
@@ -59,35 +60,61 @@ Planned = tuple[SourceRecord, str, int]
 """A prompt to make: record, format, variant (0: the record's first prompt of this plan)."""
 
 
-def check_options(options: AugmentConfig) -> None:
-    """Raise ConfigError for formats, numbers of pictures or shares that cannot be made."""
-    for name, share in options.formats.items():
+def check_options(
+    options: AugmentConfig, formats: Mapping[str, float], *, max_pixels: int, setting: str = "augment.formats"
+) -> None:
+    """Raise ConfigError for formats, numbers of pictures or shares that cannot be made.
+
+    formats: format -> share or number of prompts, as `setting` has them. max_pixels: the most that a collage may have.
+    """
+    for name, share in formats.items():
         if name not in FORMATS:
-            raise ConfigError(f"augment.formats: unknown format {name!r}; expected {', '.join(FORMATS)}")
-        if share < 0:
-            raise ConfigError(f"augment.formats.{name}: expected a share of 0 or more, got {share}")
-    if not any(options.formats.values()):
-        raise ConfigError("augment.formats: at least one format needs a share above 0")
+            raise ConfigError(f"{setting}: unknown format {name!r}; expected {', '.join(FORMATS)}")
+        if not 0 <= share < math.inf:
+            raise ConfigError(f"{setting}.{name}: expected a number from 0 up, got {share}")
+    if not any(formats.values()):
+        raise ConfigError(f"{setting}: at least one format needs a number above 0")
     for name, counts in options.num_images.items():
         if name not in ("sequence", "grid"):
             raise ConfigError(f"augment.num_images: {name!r} has no number of pictures to choose; expected sequence, grid")
         for count, share in counts.items():
             allowed = count in GRID_SHAPES if name == "grid" else count >= 2
-            if not allowed or share < 0:
+            if not allowed or not 0 <= share < math.inf:
                 words = ", ".join(map(str, GRID_SHAPES)) if name == "grid" else "2 or more"
                 raise ConfigError(f"augment.num_images.{name}: expected {words} pictures, shares from 0 up; got {count}: {share}")
     for name in ("sequence", "grid"):
-        if options.formats.get(name) and not any(options.num_images.get(name, {}).values()):
+        if formats.get(name) and not any(options.num_images.get(name, {}).values()):
             raise ConfigError(f"augment.num_images.{name}: at least one number of pictures needs a share above 0")
     if options.num_prompts is not None and options.num_prompts < 1:
         raise ConfigError(f"augment.num_prompts: expected 1 or more, got {options.num_prompts}")
+    if not 0 < options.per_record < math.inf:
+        raise ConfigError(f"augment.per_record: expected a number above 0, got {options.per_record}")
+    for opening in options.pip_openings or ():
+        if IMAGE_TOKEN in opening:
+            raise ConfigError(
+                f"augment.pip_openings: {IMAGE_TOKEN} stands for a picture and may not be in an opening: {opening!r}"
+            )
+    if formats.get("grid"):
+        _check_collages(options, max_pixels)
     dot = Image.new("RGB", (1, 1))
     try:
-        grid_collage([dot] * 2, **_collage_options(options))
         _, box = pic_in_pic(dot, dot, max_fraction=options.max_fraction, square=options.square)
         box_to_region(box, options.patch_grid or (1, 1))
     except ValueError as error:
         raise ConfigError(f"augment: {error}") from error
+
+
+def _check_collages(options: AugmentConfig, max_pixels: int) -> None:
+    for count in (count for count, share in options.num_images["grid"].items() if share):
+        try:
+            width, height = collage_size(count, **_collage_options(options))
+        except ValueError as error:
+            raise ConfigError(f"augment: {error}") from error
+        if width * height > max_pixels:
+            raise ConfigError(
+                f"augment.cell_size: a collage of {count} pictures with cell_size={options.cell_size} and margin={options.margin} "
+                f"has {width} x {height} pixels, above data.max_pixels={max_pixels}; lower cell_size or margin"
+            )
 
 
 def plan_prompts(records: Sequence[SourceRecord], seed: int, formats: dict[str, float]) -> Iterator[Planned]:
@@ -147,7 +174,10 @@ class PromptMaker:
         place = rng.randrange(count)
         paths = [*companions[:place], record.picture, *companions[place:]]
         build = {"single": self._single, "sequence": self._sequence, "grid": self._grid, "pip": self._pip}[format]
-        fields = build(record, paths, place, rng)
+        try:
+            fields = build(record, paths, place, rng)
+        except PictureError as error:
+            return None, [*self._problems, Problem(record.id, error.reason, error.detail)]
         fields["images"] = relative_images(fields["images"], self.folder, self.root)
         made = prompt_record(
             id=prompt_id(record, format, variant),
@@ -175,6 +205,9 @@ class PromptMaker:
 
     def _pip(self, record: SourceRecord, paths: list[Path], place: int, rng: random.Random) -> dict[str, Any]:
         host, target = self.read(paths[1 - place]).image, self.read(record.picture).image
+        if self.options.square and max(host.size) ** 2 > self.max_pixels:
+            size = f"{host.width} x {host.height}"
+            raise PictureError("enormous", f"a host of {size} padded to a square has more than {self.max_pixels} pixels")
         picture, box = pic_in_pic(host, target, max_fraction=self.options.max_fraction, square=self.options.square)
         opening = rng.choice(self.options.pip_openings or PIP_OPENINGS)
         prompt = f"{IMAGE_TOKEN}\n{opening} {_lowered(record.question)}"
@@ -232,20 +265,6 @@ class PromptMaker:
             # Waiting for the disk at each of thousands of small files would take longer than making them.
             write_atomic(file, data, durable=False)
         return str(file)
-
-
-def hold_out(records: Sequence[SourceRecord], share: float, root: Path) -> tuple[list[SourceRecord], list[SourceRecord]]:
-    """Split records into (training, evaluation) by picture, so that no picture is in both.
-
-    share: 0 to 1; above 0, at least one picture is held out.
-    """
-    if not 0 <= share <= 1:
-        raise ConfigError(f"data.holdout: expected a share from 0 to 1, got {share}")
-    pictures = {record.picture for record in records}
-    names = {path: path.relative_to(root) if path.is_relative_to(root) else path.name for path in pictures}
-    ranked = sorted(pictures, key=lambda path: _digest("holdout", names[path]))
-    held = set(ranked[: max(int(share > 0), round(share * len(ranked)))])
-    return [r for r in records if r.picture not in held], [r for r in records if r.picture in held]
 
 
 def _draws(count: int, rng: random.Random) -> Iterator[int]:

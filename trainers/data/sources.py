@@ -6,14 +6,15 @@ A record that cannot be used becomes a `Problem` with its id and a reason; it ne
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.data.pictures import PictureError, content_key, locate_picture
-from mmdpo_trainers.data.records import IMAGE_TOKEN
+from mmdpo_trainers.data.records import IMAGE_TOKEN, not_utf8
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.run_folder import write_atomic
 
@@ -64,7 +65,8 @@ def read_source(
     source: a .json or .jsonl file (LLaVA's `id`, `image`, `conversations`, or TRL's columns), a parquet file, a folder saved with
     `datasets.save_to_disk`, or a folder of parquet files. image_folder: what picture paths are relative to and may not leave; the
     source's own folder if None. cache: folder that pictures stored inside a dataset are written to, named by their content.
-    limit: read at most this many records. A conversation of several turns gives several, with `-q0`, `-q1`, … added to the id.
+    limit: read at most this many records. A conversation of several turns gives several, with `-q0`, `-q1`, … added to the id. No
+    two records get the same id.
 
     Raises DataError where the source itself is missing or broken.
     """
@@ -86,20 +88,35 @@ def read_source(
             yield problem
             if problem.dropped:
                 continue
-        yield from _read_record(record_id, raw, root, Path(cache))
+        for item in _read_record(record_id, raw, root, Path(cache)):
+            yield from (item,) if item.id == record_id else _unique_turn(item, index, seen)
+
+
+def _unique_turn(item: SourceRecord | Problem, index: int, seen: dict[str, str]) -> Iterator[SourceRecord | Problem]:
+    """A turn under an id that no other record has: another record may be called like it."""
+    name = next(name for name in _names(item.id) if name not in seen)
+    seen[name] = ""
+    if name != item.id:
+        detail = f"a turn of record {index} has the id {item.id!r} of another record"
+        yield Problem(name, "duplicate_id", detail, dropped=False)
+    yield replace(item, id=name)
+
+
+def _names(id: str) -> Iterator[str]:
+    return itertools.chain([id], (f"{id}~{count}" for count in itertools.count(2)))
 
 
 def _unique_id(raw: Mapping[str, Any], index: int, seen: dict[str, str]) -> tuple[str, Problem | None]:
     given = raw.get("id")
     record_id = str(given) if isinstance(given, str | int) and str(given).strip() else f"row{index}"
+    record_id = record_id.encode(errors="backslashreplace").decode()
     digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=repr).encode()).hexdigest()
-    name, count = record_id, 1
     # LLaVA's own files use one id for several conversations, so an id alone proves nothing.
-    while name in seen:
+    for name in _names(record_id):
+        if name not in seen:
+            break
         if seen[name] == digest:
             return name, Problem(f"{name}@{index}", "duplicate_record", f"record {index} repeats record {name!r} word for word")
-        count += 1
-        name = f"{record_id}~{count}"
     seen[name] = digest
     if name == record_id:
         return name, None
@@ -170,6 +187,8 @@ def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_record(record_id: str, raw: Mapping[str, Any], root: Path, cache: Path) -> Iterator[SourceRecord | Problem]:
     try:
+        if (wrong := not_utf8(raw)) is not None:
+            raise _BadRecord("invalid_text", wrong)
         turns = _turns(raw)
         picture = _picture(raw, turns, root, cache)
         options = _options(raw)

@@ -19,6 +19,9 @@ from mmdpo_trainers.run_folder import RunFolder
 STAGES = ("augment", "generate", "score", "select", "train", "evaluate", "report")
 """All stages, in order."""
 
+MODEL_STAGES = ("generate", "score", "train", "evaluate", "report")
+"""Stages whose result depends on the model."""
+
 ARM_STAGES = ("select", "train", "evaluate")
 """Stages that an arm has for itself (of evaluate only `after`)."""
 
@@ -46,12 +49,16 @@ class StageContext:
     moment: Moment | None = None
     """evaluate only: the model before or after training."""
     arm: str | None = None
+    own: str | None = None
+    """evaluate only: name of an evaluation beside the run's, on prompts of the user's own."""
     progress: Progress = field(default_factory=Progress)
 
     @property
     def name(self) -> str:
-        """Path of this stage in the run folder: `score`, `evaluate/before`, `arms/<arm>/train`."""
+        """Path of this stage in the run folder: `score`, `evaluate/before`, `evaluate/own/mine-before`, `arms/<arm>/train`."""
         name = f"{self.stage}/{self.moment}" if self.moment else self.stage
+        if self.own:
+            name = f"{self.stage}/own/{self.own}-{self.moment}"
         return f"arms/{self.arm}/{name}" if self._belongs_to_arm(self.stage, self.moment) else name
 
     @property

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.config import DataConfig
-from mmdpo_trainers.data.multi_image import Planned, PromptMaker, check_options, hold_out, plan_prompts, prompt_id
+from mmdpo_trainers.data.held_out import hold_out
+from mmdpo_trainers.data.multi_image import Planned, PromptMaker, check_options, plan_prompts, prompt_id
 from mmdpo_trainers.data.sources import Problem, SourceRecord, read_source
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
@@ -39,7 +40,7 @@ def inputs(context: StageContext) -> list[Path]:
 def run(context: StageContext) -> dict[str, Any]:
     """Write `prompts.jsonl`, `singles.jsonl` (the same records as single-image prompts), `images/` and `problems.jsonl`."""
     options = context.config.augment
-    check_options(options)
+    check_options(options, options.formats, max_pixels=context.config.data.max_pixels)
     records, problems = _training_records(context)
     wanted = options.num_prompts if options.num_prompts is not None else max(1, round(options.per_record * len(records)))
     plan = plan_prompts(records, context.seed, options.formats)
@@ -54,11 +55,8 @@ def build_evaluation_prompts(context: StageContext) -> Path:
     """
     if context.config.evaluate.input:
         return context.evaluation_prompts
-    for name in context.config.evaluate.per_format:
-        if name not in FORMATS:
-            raise ConfigError(f"evaluate.per_format: unknown format {name!r}; expected {', '.join(FORMATS)}")
-    check_options(context.config.augment)
     config = context.config
+    check_options(config.augment, config.evaluate.per_format, max_pixels=config.data.max_pixels, setting="evaluate.per_format")
     parts = {
         "seed": config.seed,
         "data": vars(config.data),
@@ -110,6 +108,8 @@ def _write(
     singles: bool,
 ) -> dict[str, Any]:
     folder = context.run.folder(stage)
+    if _need_regions(formats) and not context.config.augment.square:
+        _refuse_centre_crop(context.model)
     maker = PromptMaker(
         records,
         context.config.augment,
@@ -135,7 +135,7 @@ def _make(plan: Iterator[Planned], count: int, records: int, maker: PromptMaker,
     """Make `count` prompts of a plan; stops early where a whole round over the records gives none."""
     made = barren = 0
     for record, format, variant in plan:
-        if made == count or barren >= records:
+        if made >= count or barren >= records:
             break
         if prompt_id(record, format, variant) in writer:
             prompt: dict[str, Any] | None = {}
@@ -286,6 +286,18 @@ def _summarize(folder: Path, records: int) -> dict[str, Any]:
 
 def _need_regions(formats: Mapping[str, float]) -> bool:
     return bool(formats.get("grid") or formats.get("pip"))
+
+
+def _refuse_centre_crop(model: Path) -> None:
+    """Boxes are those of the whole picture: a processor that crops the centre of an oblong one moves what lies at them."""
+    for file in (model / "processor_config.json", model / "preprocessor_config.json"):
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            # A model that cannot be read is the affair of the stages that load it.
+            continue
+        if config.get("image_processor", config).get("do_center_crop"):
+            raise StageError(f"{file}: this model sees the centre of an oblong picture only; set augment.square to true")
 
 
 def _patch_grid(context: StageContext, formats: Mapping[str, float]) -> tuple[int, int] | None:

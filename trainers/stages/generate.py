@@ -36,9 +36,9 @@ def run(context: StageContext) -> dict[str, Any]:
     options = context.options
     records = read_records(context.prompts, "prompts")
     score = context.config.score
-    # Attention on noisy pictures is not the attention that score measures, on clean ones.
-    wanted = options.record_attention and options.noise == "none"
-    recorded = {"layer": score.layer, "regions": score.regions, "drop_first_row": score.drop_first_row} if wanted else None
+    settings = {"layer": score.layer, "regions": score.regions, "drop_first_row": score.drop_first_row}
+    # With a noise preset that is the attention on the noisy pictures, as in MIA-DPO's code.
+    recorded = settings if options.record_attention else None
     loaded: LoadedModel | None = None
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:

@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from mmdpo_trainers.batches import Record, count_formats, read_records, require
-from mmdpo_trainers.data.records import relative_images
-from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.data.records import FORMATS, relative_images
+from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.run_folder import write_atomic
 from mmdpo_trainers.selection import (
     Selection,
@@ -47,6 +47,9 @@ def inputs(context: StageContext) -> list[Path]:
 def run(context: StageContext) -> dict[str, Any]:
     """Select; writes `pairs.jsonl` and `dropped.jsonl`. Raises StageError, with the table, where no pair is left."""
     options = context.options
+    for name in options.thresholds:
+        if name not in FORMATS:
+            raise ConfigError(f"select.thresholds: unknown format {name!r}; expected {', '.join(FORMATS)}")
     records = read_records(context.scores, "scored answers")
     _check(records, options, context.scores)
     selection = _select(records, options, context.seed)

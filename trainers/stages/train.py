@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, Subset
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.loading import LoadedModel, load_model
@@ -19,6 +19,13 @@ from mmdpo_trainers.training.preference_config import PreferenceConfig
 from mmdpo_trainers.training.preference_data import read_pairs, replay_pairs, split
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
 from mmdpo_trainers.training.training_log import LogFile, TrainingProgress
+
+_REFUSED = {
+    "load_best_model_at_end": "not available in a run, whose last weights are final/",
+    "push_to_hub": "not available in a run, whose last weights are final/",
+    "output_dir": "a run writes into its own folder; choose that one with run_dir",
+    "resume_from_checkpoint": "a run continues from its last whole checkpoint by itself",
+}
 
 
 def inputs(context: StageContext) -> list[Path]:
@@ -46,18 +53,24 @@ def run(context: StageContext) -> dict[str, Any]:
                 train_dataset=train_data,
                 eval_dataset=eval_data,
                 ref_model=_load(context).model if second else None,
-                callbacks=[LogFile(context.folder / "log.jsonl"), bar],
+                callbacks=[LogFile(context.folder / "log.jsonl"), bar, _LogLastStep()],
             )
         except MmdpoError:
             raise
-        except ValueError as error:
-            raise ConfigError(f"train: {error}") from error
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ConfigError(f"train: {_one_line(error)}") from error
         trainer.remove_callback(PrinterCallback)
         data: Any = trainer.train_dataset
         if len(data) == 0:
             raise StageError(f"every record of {context.pairs} is longer than max_length={settings.max_length}; raise it")
         trainer.train(resume_from_checkpoint="auto")
     _save(trainer, context.folder)
+    if data is not train_data:
+        # Some records were longer than max_length.
+        pairs = sum(index < counts["pairs"] for index in data.indices)
+        counts.update(pairs=pairs, replay=len(data) - pairs)
+    if eval_data is not None:
+        counts["held_out"] = len(trainer.eval_dataset)  # type: ignore[arg-type]
     return {**counts, **_summary(trainer, context.folder / "log.jsonl")}
 
 
@@ -81,13 +94,25 @@ def preference_config(context: StageContext, num_layers: int, *, evaluate: bool)
     if "loss_type" not in args:
         defaults.update(loss_type=["sigmoid", "nll"], loss_weights=[1.0, 0.1])
     values = {**defaults, **args, "output_dir": str(context.folder)}
-    for name in ("load_best_model_at_end", "push_to_hub"):
-        if values.get(name):
-            raise ConfigError(f"train.args.{name}: not available in a run, whose last weights are final/; leave it out")
+    for name, reason in _REFUSED.items():
+        if args.get(name):
+            raise ConfigError(f"train.args.{name}: {reason}; leave it out")
     try:
         return PreferenceConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"train.args: {error}") from error
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"train.args: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class _LogLastStep(TrainerCallback):
+    """Logs after the last step too, so that a run of fewer steps than `logging_steps` has a loss to report."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 def _device(context: StageContext) -> str:

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole: a marker, written last and atomically, lists every file with its size."""
+"""Which checkpoints are ours, by a marker written first, and whole, by one written last that lists every file with its size."""
 
 from __future__ import annotations
 
@@ -11,9 +11,27 @@ from pathlib import Path
 from mmdpo_trainers.errors import RunFolderError
 from mmdpo_trainers.run_folder import read_json, write_atomic
 
+STARTED = "started.json"
 MARKER = "complete.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def start(folder: str | os.PathLike[str]) -> None:
+    """Put an empty checkpoint, marked as begun here, in place of an earlier one.
+
+    Raises RunFolderError where the folder holds something that was not begun here.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and not _is_ours(folder) and any(folder.iterdir()):
+        raise RunFolderError(f"{folder} was not written by this trainer; move it away, or train into another folder")
+    temporary = folder.with_name(f".{folder.name}.new")
+    write_atomic(temporary / STARTED, {})
+    replace_folder(temporary, folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / STARTED).is_file() or (folder / MARKER).is_file()
 
 
 def mark_complete(folder: str | os.PathLike[str]) -> None:
@@ -46,7 +64,10 @@ def defect(folder: str | os.PathLike[str]) -> str | None:
 
 
 def latest_complete(output_dir: str | os.PathLike[str], *, report: Callable[[str], None] = print) -> Path | None:
-    """The last whole checkpoint of a folder, or None. Those that are not whole are removed, each with a message."""
+    """The last whole checkpoint of a folder, or None.
+
+    Each that is not whole is reported; those that `start` began and nobody ended are removed.
+    """
     found = []
     for folder in sorted(Path(output_dir).glob("checkpoint-*")):
         match = _NAME.fullmatch(folder.name)
@@ -55,10 +76,36 @@ def latest_complete(output_dir: str | os.PathLike[str], *, report: Callable[[str
         reason = defect(folder)
         if reason is None:
             found.append((int(match[1]), folder))
-        else:
+        elif (folder / MARKER).exists():
+            report(f"{folder}: skipped, {reason}")
+        elif (folder / STARTED).is_file():
             report(f"{folder}: removed, {reason}")
-            shutil.rmtree(folder)
+            _remove(folder)
+        else:
+            report(f"{folder}: skipped, it was not written by this trainer")
     return max(found)[1] if found else None
+
+
+def remove_old(output_dir: str | os.PathLike[str], limit: int | None, *, keep: str | None = None) -> None:
+    """Remove the checkpoints completed first until `limit` complete ones are left, never `keep`.
+
+    Folders without the last marker are neither counted nor removed. limit: None or 0 removes nothing.
+    """
+    if not limit:
+        return
+    markers = sorted(Path(output_dir).glob(f"checkpoint-*/{MARKER}"), key=lambda marker: marker.stat().st_mtime_ns)
+    folders = [marker.parent for marker in markers if _NAME.fullmatch(marker.parent.name)]
+    removable = [folder for folder in folders[:-1] if keep is None or folder != Path(keep)]
+    for folder in removable[: max(len(folders) - limit, 0)]:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: a kill must not leave a checkpoint without its markers."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def replace_folder(temporary: Path, final: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmdpo_kernels import TokenTree, image_segments
+from mmdpo_trainers.attention_ratios import REGION_FORMATS, region_on
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.prompts import render_prompt
-from mmdpo_trainers.training.preference_records import prompt_text, record_name, record_picture, single_turn
+from mmdpo_trainers.training.preference_records import (
+    prompt_text,
+    record_images,
+    record_name,
+    record_picture,
+    record_target,
+    response_text,
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +42,11 @@ class RatioSpan:
     target: int
     """The asked-about one among them."""
 
-    def ratio(self, mass: Tensor) -> Tensor:
-        """Share of the attention on the record's pictures that goes to the asked-about one; scalar in [0, 1]."""
+    def ratio(self, mass: Tensor) -> float | None:
+        """Share in [0, 1] of the attention on the record's pictures that goes to the asked-about one; None: they get none."""
         mine = mass[self.row, self.first : self.first + self.count]
-        return mine[self.target] / mine.sum()
+        total = float(mine.sum())
+        return None if total == 0 else float(mine[self.target]) / total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +113,29 @@ class _Example:
 
     def segments(self) -> tuple[Tensor, int, int] | None:
         """Segment of each prompt token, number of segments, and which one is asked about; None: nothing to tell apart."""
-        region, target = self.record.get("region"), self.record.get("target")
-        if region is None and (target is None or len(self.pictures) < 2):
+        boxed = self.record.get("box") is not None and self.record.get("format") in REGION_FORMATS
+        in_picture = boxed or self.record.get("region") is not None
+        target = None if in_picture else record_target(self.record)
+        if not in_picture and target is None:
             return None
         counts = [self.tokens_per_picture] * len(self.pictures)
-        grid = self.record.get("patch_grid")
         try:
+            region, grid = self._region() if in_picture else (None, None)
             ids = torch.tensor([self.prompt])
             found = image_segments(ids, self.image_token_id, [counts], regions=[region], patch_grids=[grid])[0]
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise DataError(f"record {self.name}: {error}") from error
-        return (found, 2, 0) if region is not None else (found, len(counts), int(target or 0))
+        return (found, 2, 0) if in_picture else (found, len(counts), target or 0)
+
+    def _region(self) -> tuple[list[int], tuple[int, int]]:
+        """The asked-about rectangle on the model's patches, and how many rows and columns of them a picture has."""
+        side = math.isqrt(self.tokens_per_picture)
+        region = region_on(self.record, (side, side))
+        if region is None:
+            raise ValueError(
+                f"region is on {self.record.get('patch_grid')} patches, and the model has {side}x{side}; add `box`, or drop region"
+            )
+        return region, (side, side)
 
 
 class PreferenceCollator:
@@ -121,11 +143,11 @@ class PreferenceCollator:
 
     A record has TRL's columns: `prompt` (one user turn, text or a list of parts, `<image>` standing for a picture), `chosen` and
     `rejected` (one assistant turn), `images` (paths or Pillow pictures). Optional: `id`, `format`, and for the attention ratio
-    `target`, `region` and `patch_grid`. Prompt and response are tokenised each on its own and put together, which is what the
-    model sees when it generates; a response ends with `end_id`.
+    `target`, or `region` with `patch_grid` (where the model's patches are others: `box`). Prompt and response are tokenised each
+    on its own and put together, which is what the model sees when it generates; a response ends with `end_id`.
 
     Raises DataError naming the record: an unreadable picture, placeholders that do not match the pictures, a conversation of
-    another shape, a region that does not fit.
+    another shape, a target or region that does not fit, an empty chosen response, a response that holds the image token.
     """
 
     def __init__(self, processor: Any, *, image_token_id: int, end_id: int, pad_id: int = 0, tree_packing: bool = True) -> None:
@@ -145,7 +167,7 @@ class PreferenceCollator:
 
     def _examples(self, records: Sequence[Mapping[str, Any]]) -> tuple[list[_Example], Tensor | None]:
         prompts = [prompt_text(record) for record in records]
-        pictures = [[record_picture(record, image) for image in record.get("images") or []] for record in records]
+        pictures = [[record_picture(record, image) for image in record_images(record)] for record in records]
         prompt_ids, pixels = self._tokenize(prompts, [picture for row in pictures for picture in row])
         distinct, index_of = _distinct(pixels)
         examples, used = [], 0
@@ -185,7 +207,9 @@ class PreferenceCollator:
         return [row[:length] for row, length in zip(encoded["input_ids"].tolist(), lengths, strict=True)], pixels
 
     def _response(self, record: Mapping[str, Any], column: str) -> list[int]:
-        ids = self.processor.tokenizer(single_turn(record, column, "assistant"), add_special_tokens=False).input_ids
+        ids = self.processor.tokenizer(response_text(record, column), add_special_tokens=False).input_ids
+        if self.image_token_id in ids:
+            raise DataError(f"record {record_name(record)}: {column} holds the image token; only prompts have pictures")
         return [*ids, self.end_id]
 
     def _tree(self, examples: list[_Example], pixel_values: Tensor | None) -> PreferenceBatch:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -61,13 +65,24 @@ def second_model(
 
 
 def make_trainable(model: nn.Module, args: PreferenceConfig, peft_config: PeftConfig | None) -> nn.Module:
-    """The policy: the model with an adapter, or itself with what is to stay as it is frozen. ValueError where they do not fit."""
+    """The policy: the model with an adapter, or itself with what is to stay as it is frozen.
+
+    Raises ValueError where model, `args` and `peft_config` do not fit, or nothing would be trained.
+    """
     if args.full_finetune:
         parts = (args.freeze_vision, VISION_NAMES), (args.freeze_projector, PROJECTOR_NAMES)
         for frozen, names in parts:
             for parameter in part_parameters(model, names):
                 parameter.requires_grad_(not frozen)
-        return model
+    else:
+        model = _with_adapter(model, args, peft_config)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        remedy = "load it with is_trainable=True" if isinstance(model, PeftModel) else "unfreeze what is to be trained"
+        raise ValueError(f"model: expected parameters that require a gradient, got none; {remedy}")
+    return model
+
+
+def _with_adapter(model: nn.Module, args: PreferenceConfig, peft_config: PeftConfig | None) -> PeftModel:
     if not isinstance(model, PeftModel):
         peft_config = peft_config or lora_config(model, args)
         # The adapter's first weights are a part of the run's seed.
@@ -83,6 +98,32 @@ def make_trainable(model: nn.Module, args: PreferenceConfig, peft_config: PeftCo
         # Re-entrant checkpointing gives no gradient to layers whose inputs need none.
         model.enable_input_require_grads()
     return model
+
+
+def check_head(model: nn.Module) -> None:
+    """ValueError where the output head has an adapter that is more than a matrix added to its weight, as plain LoRA is."""
+    head: Any = base_of(model).get_output_embeddings()
+    kind = None
+    if isinstance(head, LoraLayer):
+        names = [*head.lora_variant, *(name for name, used in head.lora_bias.items() if used)]
+        if names:
+            kind = f"adapter {names[0]} with use_dora, lora_bias or another variant of LoRA"
+    elif isinstance(head, BaseTunerLayer | TrainableTokensWrapper):
+        kind = type(head).__name__
+    if kind is not None:
+        raise ValueError(f"output head: expected no adapter or plain LoRA, got {kind}; leave the head out of target_modules")
+
+
+@contextlib.contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """PEFT's `disable_adapter`, which at its end would make frozen adapters trainable; here they stay as they were."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +63,7 @@ class PreferenceConfig(TrainingArguments):
     log_attention_every: int = _option(1, "steps between recordings of the attention ratio; 0: during evaluation only")
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         super().__post_init__()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
@@ -77,6 +79,16 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(f"lora_r, lora_alpha: expected values above 0, got {self.lora_r}, {self.lora_alpha}")
         if self.log_attention_every < 0:
             raise ValueError(f"log_attention_every: expected 0 or more, got {self.log_attention_every}")
+
+    def _check_numbers(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected a whole number of 1 or more, got {value!r}")
+        if not _is_number(self.num_train_epochs) or not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs: expected a number above 0, got {self.num_train_epochs!r}")
+        if not _is_number(self.learning_rate) or self.learning_rate < 0:
+            raise ValueError(f"learning_rate: expected a number of 0 or more, such as 5.0e-5, got {self.learning_rate!r}")
 
     def _check_strategies(self) -> None:
         if self.save_strategy != SaveStrategy.STEPS:
@@ -94,7 +106,9 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(f"loss_type: expected one or more of {', '.join(LOSS_TYPES)}, got {self.loss_type}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"loss_weights: expected one a loss ({len(self.loss_type)}), got {self.loss_weights}")
-        if not self.beta > 0:
+        if self.loss_weights is not None and not all(map(_is_number, self.loss_weights)):
+            raise ValueError(f"loss_weights: expected finite numbers, got {self.loss_weights}")
+        if not _is_number(self.beta) or not self.beta > 0:
             raise ValueError(f"beta: expected a value above 0, got {self.beta}")
 
     @property
@@ -107,3 +121,7 @@ class PreferenceConfig(TrainingArguments):
     def needs_reference(self) -> bool:
         """Whether some loss compares with the reference model."""
         return not REFERENCE_FREE.issuperset(self.loss_type)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

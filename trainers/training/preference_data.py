@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.data.answers import answers_match
 from mmdpo_trainers.data.records import read_prompts
-from mmdpo_trainers.errors import DataError, StageError
+from mmdpo_trainers.errors import DataError, RunFolderError, StageError
 from mmdpo_trainers.run_folder import read_jsonl
+from mmdpo_trainers.training.preference_records import check_record, record_images
 
 Record = dict[str, Any]
 
 _COLUMNS = ("prompt", "chosen", "rejected")
+_ACCEPTED = "preference data is a .jsonl file (one record a line), a .parquet file, or a folder that Dataset.save_to_disk wrote"
 
 
 def read_pairs(path: Path) -> Any:
     """Preference records with TRL's columns: a list from a .jsonl file, a `datasets.Dataset` from parquet or a saved folder.
 
-    Picture paths of a .jsonl file are relative to its folder. Raises DataError naming the record that lacks a column or picture.
+    Picture paths of a .jsonl file are relative to its folder. Raises DataError naming the file that is no preference data, or the
+    record that cannot be used.
     """
     if path.is_dir() or path.suffix.lower() == ".parquet":
         return _read_dataset(path)
     folder, records = path.resolve().parent, []
-    for number, record in enumerate(read_jsonl(path), start=1):
+    for number, record in enumerate(_lines(path), start=1):
         record.setdefault("id", f"line {number}")
         _check_columns(path, record, record["id"])
-        record["images"] = [os.path.normpath(folder / image) for image in record.get("images") or []]
+        check_record(record)
+        images = record_images(record)
+        if not all(isinstance(image, str) for image in images):
+            raise DataError(f"{path}, record {record['id']}: images must be paths, got {images}")
+        record["images"] = [os.path.normpath(folder / image) for image in images]
         missing = next((image for image in record["images"] if not os.path.exists(image)), None)
         if missing is not None:
             raise DataError(f"{path}, record {record['id']}: picture {missing} does not exist; restore it, or remove the record")
@@ -37,14 +44,29 @@ def read_pairs(path: Path) -> Any:
     return records
 
 
+def _lines(path: Path) -> Iterator[Record]:
+    try:
+        yield from read_jsonl(path)
+    except RunFolderError as error:
+        if not path.is_file():
+            raise
+        raise DataError(f"{error}; {_ACCEPTED}") from error
+
+
 def _read_dataset(path: Path) -> Any:
     import datasets
 
-    dataset = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
+    try:
+        dataset: Any = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
+    except Exception as error:
+        raise DataError(f"{path} cannot be read by `datasets` ({type(error).__name__}: {error}); {_ACCEPTED}") from error
     if not isinstance(dataset, datasets.Dataset):
         raise DataError(f"{path} holds several splits ({', '.join(dataset)}); give the folder of one")
     _check_columns(path, dataset.features, "1")
-    return dataset
+    if isinstance(getattr(dataset.features.get("images"), "feature", None), datasets.Image):
+        # Pictures are opened with their record at hand, so that a damaged one has a name.
+        dataset = dataset.cast_column("images", datasets.List(datasets.Image(decode=False)))
+    return dataset if "id" in dataset.features else dataset.add_column("id", [f"row {number}" for number in range(len(dataset))])
 
 
 def _check_columns(path: Path, record: Mapping[str, Any], name: str) -> None:

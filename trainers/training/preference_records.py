@@ -6,9 +6,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
-from mmdpo_trainers.data.pictures import PictureError, open_picture
+from mmdpo_trainers.data.pictures import open_picture
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError
 
@@ -22,21 +22,56 @@ def record_picture(record: Mapping[str, Any], image: Any) -> Image.Image:
     """A picture of the record (a path, a Pillow picture, or an undecoded `datasets.Image`) as RGB; DataError names the record."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
+    data = None
     if isinstance(image, Mapping):
-        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+        data, image = image.get("bytes"), image.get("path")
     try:
-        if isinstance(image, io.BytesIO):
-            with Image.open(image) as picture:
-                return picture.convert("RGB")
+        if data:
+            with Image.open(io.BytesIO(data)) as picture:
+                return ImageOps.exif_transpose(picture).convert("RGB")
         return open_picture(image)
-    except (PictureError, OSError) as error:
-        name = record_name(record)
-        raise DataError(f"record {name}: picture {image}: {error}; restore the file, or remove the record") from error
+    except Exception as error:
+        # Pillow's decoders raise many kinds for damaged files.
+        what = f"picture {image}" if image else "a picture"
+        raise DataError(f"record {record_name(record)}: {what}: {error}; restore the file, or remove the record") from error
+
+
+def record_images(record: Mapping[str, Any]) -> list[Any]:
+    """The record's `images`. DataError where they are not a list."""
+    images = record.get("images")
+    if images is None:
+        return []
+    if isinstance(images, str) or not isinstance(images, Sequence):
+        raise DataError(
+            f"record {record_name(record)}: images must be a list of pictures, got {str(images)[:120]!r}; write [{str(images)[:60]!r}]"
+        )
+    return list(images)
+
+
+def record_target(record: Mapping[str, Any]) -> int | None:
+    """Index of the asked-about one among several pictures; None: not told. DataError where there is no such picture."""
+    target, count = record.get("target"), len(record_images(record))
+    if target is None or count < 2:
+        return None
+    if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < count:
+        raise DataError(
+            f"record {record_name(record)}: target must be the 0-based index of the asked-about picture, 0 to {count - 1}, got "
+            f"{target!r}; correct it, or leave it out"
+        )
+    return target
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """DataError naming the record where its texts, placeholders or target cannot be used; its pictures are not opened."""
+    prompt_text(record)
+    record_target(record)
+    for column in ("chosen", "rejected"):
+        response_text(record, column)
 
 
 def prompt_text(record: Mapping[str, Any]) -> str:
     """The prompt with one `<image>` for each picture. DataError where they do not match."""
-    text, pictures = single_turn(record, "prompt", "user"), len(record.get("images") or [])
+    text, pictures = single_turn(record, "prompt", "user"), len(record_images(record))
     places = text.count(IMAGE_TOKEN)
     if places == 0:
         # TRL's plain-text prompts name no place: pictures come first.
@@ -49,12 +84,22 @@ def prompt_text(record: Mapping[str, Any]) -> str:
     return text
 
 
+def response_text(record: Mapping[str, Any], column: str) -> str:
+    """The response in `chosen` or `rejected`. DataError where there is nothing to learn: `chosen` is empty."""
+    text = single_turn(record, column, "assistant")
+    if column == "chosen" and not text.strip():
+        # A rejected response may be empty: models do end at once.
+        raise DataError(f"record {record_name(record)}: chosen is empty; give it a text, or remove the record")
+    return text
+
+
 def single_turn(record: Mapping[str, Any], column: str, role: str) -> str:
     """Text of a conversational column of one turn; a plain string is taken as that turn."""
-    messages = record.get(column)
+    messages: Any = record.get(column)
     if isinstance(messages, str):
         return messages
-    if not isinstance(messages, Sequence) or len(messages) != 1 or messages[0].get("role") != role:
+    one = isinstance(messages, Sequence) and len(messages) == 1 and isinstance(messages[0], Mapping)
+    if not one or messages[0].get("role") != role:
         raise DataError(
             f"record {record_name(record)}: {column} must be text or a list of one {role} message, got {str(messages)[:120]}"
         )
@@ -62,4 +107,9 @@ def single_turn(record: Mapping[str, Any], column: str, role: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, Sequence) else []
+    if not parts or not all(isinstance(part, Mapping) for part in parts):
+        raise DataError(
+            f"record {record_name(record)}: content of {column} must be text or a list of parts such as "
+            f"{{'type': 'text', 'text': …}}, got {str(content)[:120]}"
+        )
     return "".join(IMAGE_TOKEN if part.get("type") == "image" else part.get("text") or "" for part in parts)

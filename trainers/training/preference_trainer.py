@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from mmdpo_kernels import SequenceLogps, patch_model, preference_loss, record_attention
 from mmdpo_trainers.run_folder import read_json, write_atomic
 from mmdpo_trainers.training import model_parts
-from mmdpo_trainers.training.checkpoints import latest_complete, mark_complete
+from mmdpo_trainers.training.checkpoints import latest_complete, mark_complete, remove_old, start
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
 from mmdpo_trainers.training.preference_config import PreferenceConfig
 from mmdpo_trainers.training.preference_records import record_name
@@ -27,6 +27,8 @@ from mmdpo_trainers.training.training_log import Averages
 logger = logging.getLogger(__name__)
 
 LOG_STATE = "log_state.json"
+
+_PAIRWISE = "pairwise_loss"
 
 
 class PreferenceTrainer(Trainer):
@@ -52,7 +54,11 @@ class PreferenceTrainer(Trainer):
     Logged, averaged over records, micro-batches and the logging interval (evaluation: with prefix `eval_`): `loss`,
     `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins` (unless no loss needs the reference),
     `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where that loss is used), and `attn/ratio_<format>`: the share of the
-    attention on a record's pictures that its chosen response gives the asked-about one.
+    attention on a record's pictures that its chosen response gives the asked-about one. With tree packing, pictures that several
+    records of a micro-batch share count once, for the first of these records; a record whose pictures get no attention is left out.
+    `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size.
+
+    Checkpoints are told by markers in their folders: what others wrote into `output_dir` is reported, and never removed.
 
     Raises ValueError for settings that do not fit the model; DataError, naming the record, for one that cannot be used.
     """
@@ -76,6 +82,7 @@ class PreferenceTrainer(Trainer):
         model = model_parts.make_trainable(model, args, peft_config)
         for each in (model, self.ref_model):
             if each is not None:
+                model_parts.check_head(each)
                 model_parts.disable_dropout(each)
                 if args.tree_packing or args.attention_layer is not None:
                     patch_model(each)
@@ -152,6 +159,8 @@ class PreferenceTrainer(Trainer):
                 beta=self.args.beta,
             )
             loss = loss + outcome.loss * (count / records)
+            if averages is self._averages["eval"]:
+                averages.add({_PAIRWISE: outcome.loss.detach()}, count)
             values = {**outcome.rewards, "accuracies": outcome.accuracies, "margins": outcome.margins}
             averages.add({f"rewards/{name}": _mean(value) for name, value in values.items()}, count)
         if "nll" in weights:
@@ -173,7 +182,7 @@ class PreferenceTrainer(Trainer):
     @torch.no_grad()
     def _reference_logps(self, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
         model = self._policy if self.ref_model is None else self.ref_model
-        with contextlib.nullcontext() if self.ref_model is not None else self._policy.disable_adapter():
+        with contextlib.nullcontext() if self.ref_model is not None else model_parts.adapter_off(self._policy):
             if not self._shared_features:
                 features = self._features(model, batch)
             return self._logps(model, batch, features)
@@ -190,7 +199,9 @@ class PreferenceTrainer(Trainer):
             yield
         mass = recorder.mass[layer]
         for span in batch.ratios:
-            averages.add({f"attn/ratio_{span.format}": span.ratio(mass)}, 1)
+            ratio = span.ratio(mass)
+            if ratio is not None:
+                averages.add({f"attn/ratio_{span.format}": ratio}, 1)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, PreferenceBatch]], device: torch.device) -> Tensor | None:
         batches = [sample["batch"] for sample in batch_samples]
@@ -202,7 +213,6 @@ class PreferenceTrainer(Trainer):
         """Loss of an evaluation batch; its other values are averaged into the metrics."""
         with torch.no_grad():
             loss = self.compute_loss(model, inputs).detach()
-        self._averages["eval"].add({"loss": loss}, len(inputs["batch"].ids))
         return loss, None, None
 
     def evaluation_loop(
@@ -213,11 +223,14 @@ class PreferenceTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in `transformers.Trainer`, with the training log's keys, averaged over records, among the metrics."""
+        """As in `transformers.Trainer`, with the training log's keys among the metrics; the loss is that of all records at once."""
         self._averages["eval"].take()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = {f"{metric_key_prefix}_{name}": value for name, value in self._averages["eval"].take().items()}
-        output.metrics.update(means)  # type: ignore[union-attr]
+        means = self._averages["eval"].take()
+        if means:
+            # Records and chosen tokens differ from batch to batch: the two parts have averages of their own.
+            means["loss"] = means.pop(_PAIRWISE, 0.0) + self.args.weight_of.get("nll", 0.0) * means.get("nll_loss", 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # type: ignore[union-attr]
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -231,13 +244,20 @@ class PreferenceTrainer(Trainer):
         return 0
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        start(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            # Its own removal of old checkpoints would not wait for the marker, nor spare what others wrote.
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         averages = self._averages["train"].state()
         write_atomic(
             folder / LOG_STATE, {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged, "averages": averages}
         )
         mark_complete(folder)
+        remove_old(folder.parent, limit, keep=self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in `transformers.Trainer`; a whole model by `from_pretrained`, which knows under what names weights are saved."""

@@ -1,0 +1,72 @@
+"""What can be known to fail before a run starts: looked at first, because the stage it would stop may be hours away."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from mmdpo_trainers.config_values import convert
+from mmdpo_trainers.errors import ConfigError
+from mmdpo_trainers.run_folder import RunFolder
+from mmdpo_trainers.stages import FORMATS, MODEL_STAGES, StageContext
+
+
+def check_run(contexts: Sequence[StageContext]) -> None:
+    """Raise MmdpoError for settings and files that one of these stages would refuse once its turn has come."""
+    if any(context.stage in MODEL_STAGES for context in contexts):
+        from mmdpo_trainers.loading import resolve_device
+
+        resolve_device(contexts[0].config.device or "auto")
+    for context in contexts:
+        _check_files(context)
+        if context.stage == "train":
+            check_train_args(context)
+        if context.stage == "evaluate":
+            _check_evaluation(context)
+
+
+def check_train_args(context: StageContext) -> None:
+    """Raise ConfigError for `train.args` that PreferenceConfig does not have or does not take."""
+    from mmdpo_trainers.stages.train import preference_config
+    from mmdpo_trainers.training.preference_config import PreferenceConfig
+
+    where = f"arms.{context.arm}.train.args" if context.arm else "train.args"
+    known = [f.name for f in dataclasses.fields(PreferenceConfig) if f.init]
+    hints = get_type_hints(PreferenceConfig)
+    for name, value in context.options.args.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(f"{where}: PreferenceConfig has no field {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+        # transformers takes a learning rate that is a text, and fails with it in the first step.
+        if _is_number(hints[name]):
+            convert(value, hints[name], where=where, name=name)
+    with tempfile.TemporaryDirectory() as folder:
+        somewhere = dataclasses.replace(context, run=RunFolder(folder))
+        preference_config(somewhere, num_layers=1, evaluate=context.options.held_out > 0)
+
+
+def _is_number(hint: Any) -> bool:
+    return {hint, *get_args(hint)} & {int, float} != set() and set(get_args(hint)) <= {int, float, type(None)}
+
+
+def _check_files(context: StageContext) -> None:
+    names = ["input", *(["replay_source"] if context.stage == "train" and context.options.replay else [])]
+    for name in names:
+        path = getattr(context.options, name, None)
+        if path and not Path(path).exists():
+            raise ConfigError(f"{context.stage}.{name}: {path} does not exist; give one of your own files, or leave it out")
+
+
+def _check_evaluation(context: StageContext) -> None:
+    from mmdpo_trainers.stages.augment import evaluation_inputs
+
+    if context.options.input:
+        return
+    for name in context.options.per_format:
+        if name not in FORMATS:
+            raise ConfigError(f"evaluate.per_format: unknown format {name!r}; expected {', '.join(FORMATS)}")
+    evaluation_inputs(context)

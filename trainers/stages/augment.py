@@ -203,7 +203,7 @@ def _training_records(context: StageContext) -> tuple[list[SourceRecord], list[P
     config = context.config
     records, problems, root = _read(config.data, context.run.folder("augment"), config.seed)
     records = _usable(records, problems, config.data.source)
-    if config.data.source != SHAPES and not config.evaluate.input and not config.evaluate.source:
+    if config.holds_out:
         records = hold_out(records, config.data.holdout, root)[0]
         if not records:
             raise DataError(

@@ -112,6 +112,11 @@ class ScoreConfig:
     regions: Literal["box", "official_code"] = option("box", "grid and pip: the exact box, or the official code's rectangle")
     drop_first_row: bool = option(False, "leave out the row that predicts the first answer token, as the official code does")
 
+    @property
+    def recording(self) -> dict[str, Any]:
+        """What recorded attention depends on; `statistic` is applied afterwards."""
+        return {"layer": self.layer, "regions": self.regions, "drop_first_row": self.drop_first_row}
+
 
 @dataclass(kw_only=True)
 class SelectConfig:

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from mmdpo_trainers.config_values import convert
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.run_folder import RunFolder
-from mmdpo_trainers.stages import FORMATS, MODEL_STAGES, StageContext
+from mmdpo_trainers.stages import MODEL_STAGES, StageContext
 
 
 def check_run(contexts: Sequence[StageContext]) -> None:
@@ -62,11 +62,11 @@ def _check_files(context: StageContext) -> None:
 
 
 def _check_evaluation(context: StageContext) -> None:
+    from mmdpo_trainers.data.multi_image import check_options
     from mmdpo_trainers.stages.augment import evaluation_inputs
 
     if context.options.input:
         return
-    for name in context.options.per_format:
-        if name not in FORMATS:
-            raise ConfigError(f"evaluate.per_format: unknown format {name!r}; expected {', '.join(FORMATS)}")
+    config = context.config
+    check_options(config.augment, config.evaluate.per_format, max_pixels=config.data.max_pixels, setting="evaluate.per_format")
     evaluation_inputs(context)

@@ -62,10 +62,9 @@ def answer_batch(loaded: LoadedModel, batch: Sequence[Mapping[str, Any]], *, opt
 
     options: an `EvaluateConfig`. score: a `ScoreConfig`, so that the ratios are those that selection looks at.
     """
-    settings = {"layer": score.layer, "regions": score.regions, "drop_first_row": score.drop_first_row}
     results = []
     for record, answer in zip(
-        batch, generate_responses(loaded, batch, max_new_tokens=options.max_new_tokens, record=settings), strict=True
+        batch, generate_responses(loaded, batch, max_new_tokens=options.max_new_tokens, record=score.recording), strict=True
     ):
         recorded = answer.pop("recorded")
         correct = answers_match(answer["response"], record["answer"], options=record.get("options"), match=options.match)

@@ -35,10 +35,8 @@ def run(context: StageContext) -> dict[str, Any]:
     """Answer every prompt; writes `responses.jsonl`."""
     options = context.options
     records = read_records(context.prompts, "prompts")
-    score = context.config.score
-    settings = {"layer": score.layer, "regions": score.regions, "drop_first_row": score.drop_first_row}
     # With a noise preset that is the attention on the noisy pictures, as in MIA-DPO's code.
-    recorded = settings if options.record_attention else None
+    recorded = context.config.score.recording if options.record_attention else None
     loaded: LoadedModel | None = None
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:

@@ -25,8 +25,7 @@ def run(context: StageContext) -> dict[str, Any]:
     options = context.options
     records = read_records(context.responses, "responses")
     require(records, {"response": str}, context.responses)
-    choice = {"layer": options.layer, "regions": options.regions, "drop_first_row": options.drop_first_row}
-    settings = ratio_settings(_num_layers(context.model), **choice)
+    settings = ratio_settings(_num_layers(context.model), **options.recording)
     loaded: LoadedModel | None = None
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
@@ -36,7 +35,7 @@ def run(context: StageContext) -> dict[str, Any]:
         if loaded is None:
             loaded = load_model(context.model, dtype=context.config.dtype, device=context.config.device or "auto")
             patch_model(loaded.model)
-        return attention_ratios(loaded, batch, statistic=options.statistic, **choice)
+        return attention_ratios(loaded, batch, statistic=options.statistic, **settings)
 
     path = run_batches(context, "scores.jsonl", records, options.batch_size, work, "score")
     written = list(read_jsonl(path))

@@ -15,19 +15,26 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "numpy")
 
 
 def alternate(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, progress: Callable[[str], None]
+    functions: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    progress: Callable[[str], None],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each function, run in turn `repeats` times after one warm-up each, so that noise falls on all alike."""
+    """Seconds of each function, run in turn `repeats` times after one warm-up each, so that noise falls on all alike.
+
+    clock: `time.process_time` counts processor time, for a machine that is shared.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
-            took = time.perf_counter() - start
+            took = clock() - start
             progress(f"{'warm-up' if turn == 0 else f'{turn}/{repeats}'} {name}: {took:.2f} s")
             if turn:
                 seconds[name].append(took)

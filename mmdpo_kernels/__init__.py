@@ -6,7 +6,7 @@
 from .backends.registry import backends
 from .ops.attention_mass import attention_mass
 from .ops.linear_logprobs import LogProbs, linear_logprobs
-from .ops.preference_loss import PreferenceLoss, SequenceLogps, preference_loss
+from .ops.preference_loss import PreferenceLoss, SequenceLogps, preference_loss, sequence_logps
 from .ops.tree_attention import TreeAttentionOutput, tree_attention
 from .patch import patch_model, unpatch_model
 from .record import AttentionRecorder, record_attention
@@ -29,6 +29,7 @@ __all__ = [
     "patch_model",
     "preference_loss",
     "record_attention",
+    "sequence_logps",
     "tree_attention",
     "unpatch_model",
 ]

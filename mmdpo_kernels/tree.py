@@ -14,16 +14,16 @@ from torch import Tensor
 class TokenTree:
     """Sequences packed depth-first; shared prefixes appear once.
 
-    Feed a patched model with `input_ids[None]`, `position_ids[None]` and `attention_mask`; the hidden states at `rows[i]` predict
-    `targets[i]`.
+    Feed a patched model with `input_ids[None]`, `position_ids[None]` ((3, S): `position_ids[:, None]`) and `attention_mask`; the
+    hidden states at `rows[i]` predict `targets[i]`.
     """
 
     input_ids: Tensor
     """(S,) int64."""
     position_ids: Tensor
-    """(S,) int64: each token's offset in its own sequence, so positions restart at every branch."""
+    """(S,) int64: each token's offset in its own sequence, so positions restart at every branch; or (S,) or (3, S) as given."""
     tree_end: Tensor
-    """(S,) int32: packed index where the subtree of the token's node ends."""
+    """(S,) int32: packed index where the subtree of the token's node ends; its own index for a token that no token sees."""
     origin: Tensor
     """(S, 2) int64: the first sequence that holds the token, and its offset there."""
     paths: tuple[Tensor, ...]
@@ -46,45 +46,68 @@ class TokenTree:
     @classmethod
     def from_sequences(
         cls,
-        sequences: Sequence[Sequence[int]],
+        sequences: Sequence[Sequence[int] | np.ndarray],
         *,
         prompt_lengths: Sequence[int],
-        identities: Sequence[Sequence[Hashable | None]] | None = None,
+        identities: Sequence[Sequence[Hashable | None] | np.ndarray] | None = None,
+        positions: Sequence[Tensor] | None = None,
+        unseen: Sequence[np.ndarray] | None = None,
     ) -> TokenTree:
         """Pack sequences, sharing every common prefix.
 
-        Two tokens are the same node only if their ids, their image identities and all tokens before them are equal; an image token's
-        identity is its picture's content and its offset in it.
+        Two tokens are the same node only if their ids, their image identities, their positions, whether they are seen, and all tokens
+        before them are equal; an image token's identity is its picture's content and its offset in it.
 
         Args:
             sequences: token ids of each whole sequence, prompt then response.
             prompt_lengths: leading tokens of each sequence that are prompt, at least 1 and at most its length.
-            identities: per token a hashable image identity, or None for text. None where there are no pictures.
+            identities: per sequence and token a hashable image identity, or None for text; or per sequence an integer array (L_i,),
+                negative for text. None where there are no pictures.
+            positions: per sequence integer position ids (L_i,), or (3, L_i) as M-RoPE has them; None: offsets in the sequence.
+            unseen: per sequence (L_i,) bool, tokens that no token sees, such as masked image tokens. None: all are seen.
 
         Raises:
             ValueError: no sequences, an empty one, or lengths that do not match.
         """
-        keys = _intern(sequences, identities)
-        _check_prompts(prompt_lengths, keys)
-        packer = _Packer(keys)
+        ids = _ids(sequences)
+        _check_prompts(prompt_lengths, ids)
+        columns = [ids]
+        if identities is not None:
+            columns.append(_identities(identities, ids))
+        given = None if positions is None else _positions(positions, ids)
+        if given is not None:
+            columns += [[row[axis] for row in given] for axis in range(len(given[0]))]
+        if unseen is not None:
+            columns.append(_unseen(unseen, ids))
+        packer = _Packer([np.stack(rows) for rows in zip(*columns, strict=True)])
         packer.pack()
         origin = np.concatenate(packer.origins)
-        ids = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
-        order = np.array([ids[sequence][offset] for sequence, offset in origin], dtype=np.int64)
+        tree_end = packer.ends()
+        starts = np.cumsum([0, *map(len, ids[:-1])])
+        source = starts[origin[:, 0]] + origin[:, 1]
+        if unseen is not None:
+            hidden = np.flatnonzero(np.concatenate(columns[-1])[source])
+            tree_end[hidden] = hidden
+        order = origin[:, 1].copy() if given is None else np.concatenate(given, axis=1)[:, source]
+        if positions is not None and positions[0].ndim == 1:
+            order = order[0]
         paths = tuple(torch.from_numpy(np.concatenate(pieces)) for pieces in packer.paths)
         return cls(
-            input_ids=torch.from_numpy(order),
-            position_ids=torch.from_numpy(origin[:, 1].copy()),
-            tree_end=torch.from_numpy(packer.ends()),
+            input_ids=torch.from_numpy(np.concatenate(ids)[source]),
+            position_ids=torch.from_numpy(order),
+            tree_end=torch.from_numpy(tree_end),
             origin=torch.from_numpy(origin),
             paths=paths,
             rows=tuple(path[prompt - 1 : -1] for path, prompt in zip(paths, prompt_lengths, strict=True)),
-            targets=tuple(torch.from_numpy(i[prompt:].copy()) for i, prompt in zip(ids, prompt_lengths, strict=True)),
+            targets=tuple(torch.from_numpy(row[prompt:].copy()) for row, prompt in zip(ids, prompt_lengths, strict=True)),
         )
 
 
 class _Packer:
-    """Depth-first packing of a trie whose nodes are maximal shared runs."""
+    """Depth-first packing of a trie whose nodes are maximal shared runs.
+
+    keys: per sequence (C, L_i) int64; tokens are equal iff their columns are.
+    """
 
     def __init__(self, keys: list[np.ndarray]) -> None:
         self.keys = keys
@@ -126,53 +149,78 @@ class _Packer:
 
     def _split(self, members: list[int], offset: int) -> list[tuple[list[int], int]]:
         """Members grouped by their token at `offset`, the last group first, so that a stack yields them in order."""
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}
         for member in members:
-            if offset < len(self.keys[member]):
-                groups.setdefault(int(self.keys[member][offset]), []).append(member)
+            if offset < self.keys[member].shape[1]:
+                groups.setdefault(tuple(self.keys[member][:, offset].tolist()), []).append(member)
         return [(group, offset) for group in reversed(groups.values())]
 
     def _common(self, group: list[int], offset: int) -> int:
         first = self.keys[group[0]]
-        stop = len(first)
+        stop = first.shape[1]
         for member in group[1:]:
             other = self.keys[member]
-            stop = min(stop, len(other))
-            differs = np.flatnonzero(first[offset:stop] != other[offset:stop])
+            stop = min(stop, other.shape[1])
+            differs = np.flatnonzero((first[:, offset:stop] != other[:, offset:stop]).any(axis=0))
             if differs.size:
                 stop = offset + int(differs[0])
         return stop
 
 
-def _intern(sequences: Sequence[Sequence[int]], identities: Sequence[Sequence[Hashable | None]] | None) -> list[np.ndarray]:
-    """One int64 a token, equal iff id and image identity are equal."""
+def _ids(sequences: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
     if not len(sequences):
         raise ValueError("TokenTree: sequences must hold at least one sequence, got none")
-    if identities is not None and len(identities) != len(sequences):
-        raise ValueError(f"TokenTree: identities must have one entry a sequence ({len(sequences)}), got {len(identities)}")
-    seen: dict[tuple[int, Hashable], int] = {}
-    keys = []
+    ids = []
     for index, sequence in enumerate(sequences):
         if not len(sequence):
             raise ValueError(f"TokenTree: sequence {index} is empty")
-        key = np.array(sequence, dtype=np.int64)
-        if key.min() < 0:
-            raise ValueError(f"TokenTree: sequence {index} has token id {key.min()}; ids must be 0 or above")
-        if identities is not None:
-            row = identities[index]
-            if len(row) != len(sequence):
-                raise ValueError(f"TokenTree: identities[{index}] must have {len(sequence)} entries, got {len(row)}")
-            for offset, identity in enumerate(row):
-                if identity is not None:
-                    # Token ids are >= 0, so negative keys are image tokens'.
-                    key[offset] = -1 - seen.setdefault((int(sequence[offset]), identity), len(seen))
-        keys.append(key)
-    return keys
+        row = np.array(sequence, dtype=np.int64)
+        if row.min() < 0:
+            raise ValueError(f"TokenTree: sequence {index} has token id {row.min()}; ids must be 0 or above")
+        ids.append(row)
+    return ids
 
 
-def _check_prompts(prompt_lengths: Sequence[int], keys: list[np.ndarray]) -> None:
-    if len(prompt_lengths) != len(keys):
-        raise ValueError(f"TokenTree: prompt_lengths must have one entry a sequence ({len(keys)}), got {len(prompt_lengths)}")
-    for index, (prompt, key) in enumerate(zip(prompt_lengths, keys, strict=True)):
-        if not 1 <= prompt <= len(key):
-            raise ValueError(f"TokenTree: prompt_lengths[{index}] must be in [1, {len(key)}], got {prompt}")
+def _identities(identities: Sequence[Sequence[Hashable | None] | np.ndarray], ids: list[np.ndarray]) -> list[np.ndarray]:
+    """Per sequence (L_i,) int64, equal iff image identities are equal, -1 for text."""
+    if len(identities) != len(ids):
+        raise ValueError(f"TokenTree: identities must have one entry a sequence ({len(ids)}), got {len(identities)}")
+    seen: dict[Hashable, int] = {None: -1}
+    found = []
+    for index, (row, its_ids) in enumerate(zip(identities, ids, strict=True)):
+        if len(row) != len(its_ids):
+            raise ValueError(f"TokenTree: identities[{index}] must have {len(its_ids)} entries, got {len(row)}")
+        if isinstance(row, np.ndarray):
+            found.append(np.maximum(row.astype(np.int64), -1))
+        else:
+            found.append(np.array([seen.setdefault(identity, len(seen)) for identity in row], dtype=np.int64))
+    return found
+
+
+def _positions(positions: Sequence[Tensor], ids: list[np.ndarray]) -> list[np.ndarray]:
+    """Per sequence (1, L_i) or (3, L_i) int64."""
+    if len(positions) != len(ids):
+        raise ValueError(f"TokenTree: positions must have one entry a sequence ({len(ids)}), got {len(positions)}")
+    found = []
+    for index, (row, its_ids) in enumerate(zip(positions, ids, strict=True)):
+        expected = (len(its_ids),) if positions[0].ndim == 1 else (3, len(its_ids))
+        if row.shape != expected:
+            raise ValueError(f"TokenTree: positions[{index}] must have shape {expected}, got {tuple(row.shape)}")
+        found.append(np.atleast_2d(row.numpy().astype(np.int64)))
+    return found
+
+
+def _unseen(unseen: Sequence[np.ndarray], ids: list[np.ndarray]) -> list[np.ndarray]:
+    """Per sequence (L_i,) int64, 1 for a token that no token sees."""
+    given, expected = ", ".join(str(len(row)) for row in unseen), ", ".join(str(len(row)) for row in ids)
+    if given != expected:
+        raise ValueError(f"TokenTree: unseen must have one entry a token of each sequence ({expected}), got {given}")
+    return [row.astype(np.int64) for row in unseen]
+
+
+def _check_prompts(prompt_lengths: Sequence[int], ids: list[np.ndarray]) -> None:
+    if len(prompt_lengths) != len(ids):
+        raise ValueError(f"TokenTree: prompt_lengths must have one entry a sequence ({len(ids)}), got {len(prompt_lengths)}")
+    for index, (prompt, row) in enumerate(zip(prompt_lengths, ids, strict=True)):
+        if not 1 <= prompt <= len(row):
+            raise ValueError(f"TokenTree: prompt_lengths[{index}] must be in [1, {len(row)}], got {prompt}")

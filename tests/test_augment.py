@@ -280,6 +280,10 @@ def test_patch_grid_comes_from_the_model(tmp_path: Path) -> None:
     assert tmp_path / "config.json" in augment.inputs(context)
     augment.run(context)
     assert {tuple(prompt["patch_grid"]) for prompt in read_jsonl(context.prompts)} == {(24, 24)}
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl", "vision_config": {"patch_size": 14}}')
+    own = context_of(tmp_path, run="own", augment={"patch_grid": None, "num_prompts": 5, "formats": {"pip": 1}})
+    augment.run(own)
+    assert all(p["box"] and p["region"] is None and p["patch_grid"] is None for p in read_jsonl(own.prompts))
 
 
 def test_evaluation_prompts_use_other_pictures_and_are_made_once(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def augment(data: Path, run: Path, *more: Any) -> int:
     return cli.main([str(part) for part in ["augment", "--run", run, *flags, *more]])
 
 
-@pytest.mark.parametrize("command", ["run", *STAGES, "env"])
+@pytest.mark.parametrize("command", ["run", *STAGES, "reference", "env"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])

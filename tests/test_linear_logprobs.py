@@ -105,6 +105,52 @@ def test_chunked_never_holds_all_logits() -> None:
     assert 3 * 37 <= seen.size < 90 * 37 / 2
 
 
+class _Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [(None, 1.0, 1.0), (2.0, 1.5, 0.7)])
+def test_frozen_head_takes_two_products(options: tuple[float | None, float, float]) -> None:
+    """Logits and gradient once per chunk, all in forward; the gradient is that of a head that is trained."""
+    hidden, weight, bias, targets = case()
+    softcap, scale, temperature = options
+    settings = {"softcap": softcap, "logit_scale": scale, "temperature": temperature, "backend": "chunked"}
+    up = torch.randn(11, dtype=torch.float64)
+    hidden.requires_grad_()
+    with _Products() as forward:
+        logps = linear_logprobs(hidden, weight, targets, bias=bias, **settings).logps  # type: ignore[arg-type]
+    with _Products() as backward:
+        (grad,) = torch.autograd.grad(logps, hidden, up)
+    with _Products() as without, torch.no_grad():
+        linear_logprobs(hidden, weight, targets, bias=bias, **settings)  # type: ignore[arg-type]
+    assert (forward.count, backward.count, without.count) == (8, 0, 4)
+    weight.requires_grad_()
+    trained = linear_logprobs(hidden, weight, targets, bias=bias, **settings).logps  # type: ignore[arg-type]
+    torch.testing.assert_close(logps, trained)
+    torch.testing.assert_close(grad, torch.autograd.grad(trained, hidden, up)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accuracy_of_the_gradient(dtype: torch.dtype) -> None:
+    hidden, weight, bias, targets = case(40, dtype)
+    up = torch.randn(40, dtype=torch.float32)
+    grads = []
+    for run, kind in ((linear_logprobs, dtype), (plain, dtype), (plain, torch.float64)):
+        leaf = hidden.detach().to(kind).requires_grad_()
+        if run is plain:
+            logps = plain(leaf, weight.to(kind), torch.zeros(37, dtype=kind), targets, None, 1.0, 1.0)
+        else:
+            logps = linear_logprobs(leaf, weight, targets, backend="chunked").logps
+        grads += torch.autograd.grad(logps, leaf, up.to(logps.dtype))
+    assert_accurate(*grads)
+
+
 def test_errors_name_the_argument() -> None:
     hidden, weight, _, targets = case()
     with pytest.raises(ValueError, match=r"weight must have shape \(V, 16\), got \(16, 37\)"):

@@ -39,7 +39,7 @@ def test_loads_without_touching_the_network(model_path: Path, monkeypatch: pytes
     monkeypatch.setattr(socket.socket, "connect", refuse)
     loaded = load_model(model_path)
     assert not loaded.model.training and loaded.dtype == torch.float32
-    assert (loaded.num_layers, loaded.patch_grid) == (3, (4, 4))
+    assert loaded.num_layers == 3
     assert loaded.end_ids == {loaded.tokenizer.eos_token_id}
 
 
@@ -113,13 +113,17 @@ def test_pictures_keep_their_places_in_the_prompt(loaded: LoadedModel) -> None:
     assert render_prompt(loaded.processor, prompt) == f"USER: {prompt} ASSISTANT:"
 
 
+class LlavaProcessor(SimpleNamespace):
+    """A processor of the family, which goes by its class."""
+
+
 def test_the_image_token_is_the_processors_own() -> None:
-    processor = SimpleNamespace(image_token="<|pic|>", chat_template=None, tokenizer=SimpleNamespace(chat_template=None))
+    processor = LlavaProcessor(image_token="<|pic|>", chat_template=None, tokenizer=SimpleNamespace(chat_template=None))
     assert render_prompt(processor, "A:<image> B:<image>") == "USER: A:<|pic|> B:<|pic|> ASSISTANT:"
 
 
 def test_a_template_that_takes_text_only_or_loses_it(loaded: LoadedModel) -> None:
-    text_only = SimpleNamespace(
+    text_only = LlavaProcessor(
         image_token="<image>",
         chat_template="{% for m in messages %}{{ '[' + m['content'] + ']' }}{% endfor %}",
         tokenizer=loaded.tokenizer,

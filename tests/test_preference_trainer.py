@@ -485,7 +485,15 @@ def test_region_for_other_patches_comes_from_the_box(folder: Path, tmp_path: Pat
 def test_settings_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     loaded = tiny(folder, torch.float32)
     for options, message in (
-        ({"loss_type": ["sigmoid", "simpo"]}, "loss_type: expected one or more of sigmoid"),
+        ({"loss_type": ["sigmoid", "dpo"]}, "loss_type: expected one or more of sigmoid"),
+        ({"label_smoothing": 0.1}, "label_smoothing: it acts on cdpo, robust only"),
+        ({"anchors": ["prompt"]}, "anchors: expected one or more of chosen"),
+        ({"corruption": "melt"}, "corruption kind: expected one of crop"),
+        ({"no_image": True, "loss_type": ["sigmoid", "copo"]}, "no_image: without pictures there is none to corrupt"),
+        ({"too_long": "cut"}, "too_long: expected 'drop' or 'error'"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch: expected 1 or more tokens"),
+        ({"group_by_pictures": True, "tree_packing": False}, "group_by_pictures: padded, separate sequences"),
+        ({"changed_token_weight": 2.0, "loss_type": ["ipo"]}, "changed_token_weight: weighted log-probabilities"),
         ({"loss_weights": [1.0, 2.0]}, "loss_weights: expected one a loss"),
         ({"beta": 0.0}, "beta: expected a value above 0"),
         ({"loss_weights": [float("nan")]}, "loss_weights: expected finite numbers"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,3 +90,41 @@ def test_a_long_chain_of_prefixes() -> None:
 def test_negative_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="sequence 1 has token id -200"):
         TokenTree.from_sequences([[1], [1, -200]], prompt_lengths=[1, 1])
+
+
+def test_positions_tell_branches_apart() -> None:
+    """Two prompts of the same tokens at other positions share only what comes before; what is given is what comes out."""
+    ids = [[1, 2, 3, 9], [1, 2, 3, 9], [1, 2, 3, 8]]
+    given = [torch.tensor([[0, 1, 1, 2], [0, 1, 2, 3], row]) for row in ([0, 1, 1, 3], [0, 1, 2, 3], [0, 1, 1, 3])]
+    tree = TokenTree.from_sequences(ids, prompt_lengths=[3] * 3, positions=given)
+    assert tree.num_tokens == 2 + 2 + 1 + 2
+    assert tree.position_ids.shape == (3, 7)
+    for positions, path in zip(given, tree.paths, strict=True):
+        assert torch.equal(tree.position_ids[:, path], positions)
+    flat = TokenTree.from_sequences(ids, prompt_lengths=[3] * 3, positions=[row[0] for row in given])
+    assert flat.num_tokens == 5 and flat.position_ids.tolist() == [0, 1, 1, 2, 2]
+
+
+def test_unseen_tokens_are_seen_by_none_and_are_nodes_of_their_own() -> None:
+    hidden = [np.array([False] * 4), np.array([False, True, False, False])]
+    tree = TokenTree.from_sequences([[1, 5, 5, 7], [1, 5, 5, 7]], prompt_lengths=[3, 3], unseen=hidden)
+    assert tree.input_ids.tolist() == [1, 5, 5, 7, 5, 5, 7]
+    assert tree.position_ids.tolist() == [0, 1, 2, 3, 1, 2, 3]
+    seen = visible(tree.tree_end[None])[0]
+    assert seen[6].nonzero()[:, 0].tolist() == [0, 5, 6] and seen[3].nonzero()[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_identities_as_an_array() -> None:
+    rows = [np.array([-1, 0, 1, -1]), np.array([-1, 0, 1, -1]), np.array([-1, 2, 3, -7])]
+    tree = TokenTree.from_sequences([[1, 5, 5, 2]] * 3, prompt_lengths=[4] * 3, identities=rows)
+    assert tree.num_tokens == 1 + 3 + 3
+
+
+def test_errors_of_what_comes_with_tokens() -> None:
+    with pytest.raises(ValueError, match=r"positions\[1\] must have shape \(3, 2\), got \(2,\)"):
+        positions = [torch.zeros(3, 2, dtype=torch.long), torch.arange(2)]
+        TokenTree.from_sequences([[1, 2], [1, 2]], prompt_lengths=[1, 1], positions=positions)
+    with pytest.raises(ValueError, match="positions must have one entry a sequence"):
+        TokenTree.from_sequences([[1, 2]], prompt_lengths=[1], positions=[])
+    with pytest.raises(ValueError, match=r"unseen must have one entry a token of each sequence \(2\), got 1"):
+        TokenTree.from_sequences([[1, 2]], prompt_lengths=[1], unseen=[np.array([True])])

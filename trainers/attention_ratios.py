@@ -149,15 +149,23 @@ def target_segments(
 ) -> Tensor:
     """(B, S) int32: the picture's index of each image token; in `grid` and `pip` 0 inside the target's region and 1 outside.
 
-    regions: `box`, the record's own box on the model's patches, or `official_code`, MIA-DPO's rectangles.
+    regions: `box`, the record's own box on its picture's patches, or `official_code`, MIA-DPO's rectangles, which are LLaVA's only.
+
+    Raises DataError naming a `grid` or `pip` record without one picture or without a place in it, StageError for rectangles of
+    another family.
     """
-    found = [_region(record, loaded.patch_grid, regions) for record in records]
+    if regions == "official_code" and loaded.family.name != "llava":
+        raise StageError(
+            f"score.regions: official_code is how MIA-DPO's code cuts LLaVA-1.5's 24x24 patches; pictures of {loaded.family.name} "
+            "have patch grids of their own; set it to box"
+        )
+    grids = [_grid(record, row) for record, row in zip(records, encoded.patch_grids, strict=True)]
     return image_segments(
         encoded.inputs["input_ids"],
         loaded.image_token_id,
         encoded.tokens_per_image,
-        regions=found,
-        patch_grids=[loaded.patch_grid if region is not None else None for region in found],
+        regions=[None if grid is None else _region(record, grid, regions) for record, grid in zip(records, grids, strict=True)],
+        patch_grids=grids,
     )
 
 
@@ -183,9 +191,18 @@ def _trimmed(
     return [row[:n] if any_row else None for row, n, any_row in zip(rows, kept, counted, strict=True)]
 
 
-def _region(record: Mapping[str, Any], grid: tuple[int, int], regions: str) -> list[int] | None:
+def _grid(record: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """(rows, columns) of the one picture of a `grid` or `pip`; None for the other formats."""
     if record["format"] not in REGION_FORMATS:
         return None
+    if len(grids) != 1:
+        raise DataError(
+            f"record {record['id']}: a {record['format']} is one picture with a region in it, got {len(grids)} pictures"
+        )
+    return grids[0]
+
+
+def _region(record: Mapping[str, Any], grid: tuple[int, int], regions: str) -> list[int]:
     if regions == "official_code":
         if record["format"] == "pip":
             return official_pip_region(grid)
@@ -194,8 +211,8 @@ def _region(record: Mapping[str, Any], grid: tuple[int, int], regions: str) -> l
     if region is not None:
         return region
     raise DataError(
-        f"record {record['id']}: a {record['format']} needs `box`, or `region` on this model's {grid[0]}x{grid[1]} patches; "
-        "add one, or set score.regions to official_code"
+        f"record {record['id']}: a {record['format']} needs `box`, or `region` on its picture's {grid[0]}x{grid[1]} patches; "
+        "add one, or with LLaVA set score.regions to official_code"
     )
 
 

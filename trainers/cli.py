@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ _ABOUT = {
     "train": "Train on the preference pairs.",
     "evaluate": "Measure accuracy by format, before or after training.",
     "report": "Write report.html, one self-contained page about the run.",
+    "reference": "Compute the reference model's log-probabilities of a run's pairs, once for all trainings on them.",
 }
 _EXAMPLES = {
     "augment": "mmdpo augment --run runs/mine --data llava_665k.json --image-folder images --model llava-1.5-7b-hf\n"
@@ -43,7 +45,15 @@ _EXAMPLES = {
     "evaluate": "mmdpo evaluate --run runs/mine --moment before\n"
     "  mmdpo evaluate --run runs/mine --moment after --input my_questions.jsonl   # to evaluate/own/my_questions-after",
     "report": "mmdpo report --run runs/mine",
+    "reference": "mmdpo reference --run runs/mine --model llava-1.5-7b-hf\n"
+    "  mmdpo reference --config my.yaml --arm mdpo          # the run folder is the file's\n"
+    "  mmdpo reference --run runs/mine --refresh            # throw away what another model left, and compute anew",
 }
+_REFERENCE = (
+    "They are kept beside the pairs, in <pairs>.reference.jsonl, and read by every training on them: steps then run the policy alone. "
+    "Training computes by itself what is not there. A killed command continues where it stopped; records that changed are computed "
+    "again; a file from another reference model is refused."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     for stage in STAGES:
         _add_stage(commands, stage)
+    _add_reference(commands)
     about = "print versions, devices and kernel backends"
     env = commands.add_parser("env", help=about, description=f"{about[0].upper()}{about[1:]}.")
     env.set_defaults(action=_env)
@@ -108,14 +119,7 @@ def _add_run(commands: Any) -> None:
 
 
 def _add_stage(commands: Any, stage: str) -> None:
-    about = _ABOUT[stage]
-    parser = commands.add_parser(
-        stage,
-        help=about[0].lower() + about[1:].rstrip("."),
-        description=f"{about} Settings not given come from FOLDER/config.yaml, or are the defaults.",
-        epilog=f"examples:\n  {_EXAMPLES[stage]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _parser_of(commands, stage, f"{_ABOUT[stage]} Settings not given come from FOLDER/config.yaml, or are the defaults.")
     parser.add_argument("--run", required=True, metavar="FOLDER", help="the run folder; created if it does not exist")
     parser.add_argument("--config", metavar="CONFIG.yaml", help="settings to start from, in place of FOLDER/config.yaml")
     parser.add_argument("--restart", action="store_true", help="remove this stage's files and those of later stages first")
@@ -124,11 +128,39 @@ def _add_stage(commands: Any, stage: str) -> None:
         parser.add_argument("--moment", choices=("before", "after"), default="after", help="the model before or after training")
     if stage == "augment":
         _add_fields(parser, DataConfig, "data", rename={"source": "data"})
+    _add_section(parser, stage)
+    parser.set_defaults(action=_stage, stage=stage)
+
+
+def _add_reference(commands: Any) -> None:
+    about = f"{_ABOUT['reference']} {_REFERENCE}"
+    parser = _parser_of(commands, "reference", f"{textwrap.fill(about, 100)}\n\nSettings are those of `mmdpo train`.")
+    parser.add_argument("--run", metavar="FOLDER", help="the run folder; not needed with --config")
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="settings to start from, in place of FOLDER/config.yaml")
+    parser.add_argument("--refresh", action="store_true", help="throw away what the file holds, and compute everything anew")
+    parser.add_argument("--arm", metavar="NAME", help="a control experiment of the configuration, in place of the main run")
+    _add_section(parser, "train")
+    parser.set_defaults(action=_reference)
+
+
+def _parser_of(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
+    about = _ABOUT[name]
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about[0].lower() + about[1:].rstrip("."),
+        description=description,
+        epilog=f"examples:\n  {_EXAMPLES[name]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_section(parser: argparse.ArgumentParser, stage: str) -> None:
+    """A flag for each field of a stage's section, and for those that all stages have."""
     sections = {f.name: f for f in dataclasses.fields(RunConfig)}
     _add_fields(parser, get_type_hints(RunConfig)[stage], stage)
     for name in _SHARED:
         _add_field(parser, sections[name], get_type_hints(RunConfig)[name], name, name)
-    parser.set_defaults(action=_stage, stage=stage)
 
 
 def _add_fields(parser: argparse.ArgumentParser, cls: Any, section: str, rename: dict[str, str] | None = None) -> None:
@@ -168,12 +200,7 @@ def _stage(options: argparse.Namespace) -> None:
     from mmdpo_trainers.stages import StageContext
 
     run = RunFolder(options.run)
-    saved = Path(options.config) if options.config else run.path / "config.yaml"
-    values = read_yaml(saved) if options.config or saved.exists() else {"name": run.path.name}
-    for key, text in vars(options).items():
-        if key.split(".")[0] in ("data", *STAGES, *_SHARED) and key != "config":
-            values = _assigned(values, key.split("."), _typed(key, text))
-    config = RunConfig.from_dict(values, where=str(saved) if saved.exists() else "command line").with_absolute_paths()
+    config = _configuration(options, run.path / "config.yaml")
     if options.stage == "report" and not any((run.path / stage).is_dir() for stage in STAGES[:-1]):
         raise RunFolderError(f"{run.path} holds no run to report on; give --run the folder of one")
     set_threads(config.threads)
@@ -195,6 +222,44 @@ def _stage(options: argparse.Namespace) -> None:
         summary = run_stage(context, config=None if context.own else config)
     shown = {key: value for key, value in summary.items() if key != "fingerprint"}
     print(yaml.safe_dump({context.name: shown}, sort_keys=False, allow_unicode=True), end="")
+
+
+def _configuration(options: argparse.Namespace, saved: Path) -> RunConfig:
+    """Settings of a command: its flags over --config, or over what was saved with the run."""
+    file = Path(options.config) if options.config else saved
+    values = read_yaml(file) if options.config or file.exists() else {"name": saved.parent.name}
+    for key, text in vars(options).items():
+        if key.split(".")[0] in ("data", *STAGES, *_SHARED) and key != "config":
+            values = _assigned(values, key.split("."), _typed(key, text))
+    return RunConfig.from_dict(values, where=str(file) if file.exists() else "command line").with_absolute_paths()
+
+
+def _reference(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.pipeline import set_threads
+    from mmdpo_trainers.run_folder import RunFolder
+    from mmdpo_trainers.stages import StageContext
+
+    if not options.run and not options.config:
+        raise ConfigError("reference: give --run FOLDER, or --config CONFIG.yaml, whose run folder is then used")
+    folder = Path(options.run) if options.run else _run_path(options.config)
+    run = RunFolder(folder)
+    config = _configuration(options, run.path / "config.yaml")
+    context = StageContext(run=run, config=config.for_arm(options.arm), stage="train", arm=options.arm)
+    if not context.pairs.exists():
+        raise RunFolderError(f"{context.pairs} does not exist: run select first, or give your own preference data with --input")
+    set_threads(config.threads)
+    # Not earlier: a mistake on the command line is to be answered at once.
+    from mmdpo_trainers.stages import reference
+
+    with run.lock():
+        summary = reference.run(context, refresh=options.refresh)
+    print(yaml.safe_dump({"reference": summary}, sort_keys=False, allow_unicode=True), end="")
+
+
+def _run_path(config: str) -> Path:
+    """The run folder of a configuration file, as `mmdpo run` has it."""
+    values = {"name": Path(config).stem, **read_yaml(config)}
+    return RunConfig.from_dict(values, where=config).run_path
 
 
 def _own_evaluation(options: argparse.Namespace, config: RunConfig) -> str | None:

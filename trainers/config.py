@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mmdpo_trainers.config_values import Range, build, read_yaml
 from mmdpo_trainers.errors import ConfigError
+from mmdpo_trainers.shapes import SHIPPED
 
 
 def option(
@@ -144,10 +145,37 @@ class SelectConfig:
 
 
 @dataclass(kw_only=True)
+class PairsConfig:
+    """Preference pairs that exist already, of `method: mdpo`: the built-in ones, or your own."""
+
+    source: str = option(
+        "shapes_prior", "preference data with TRL's columns (.jsonl, .parquet, a `datasets` folder), or `shapes_prior` (built in)"
+    )
+    held_out: float = option(
+        0.1, "share of the pairs kept for evaluation, whole pictures at a time (`shapes_prior` draws new ones)", minimum=0, below=1
+    )
+    pictures: int = option(800, "`source: shapes_prior` only: number of pictures, one pair each", minimum=1)
+    captions: float = option(
+        0.5, "`source: shapes_prior` only: share of whole captions, the rest are one-word answers", minimum=0, maximum=1
+    )
+    counterfactual: float = option(
+        0.8, "`source: shapes_prior` only: share of pictures that disagree with the prior", minimum=0, maximum=1
+    )
+    questions: dict[str, int] = option(
+        help="`source: shapes_prior` only: evaluation pictures that disagree and agree with the prior, two questions each",
+        factory=lambda: {"disagree": 200, "agree": 100},
+        minimum=0,
+    )
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """Preference training; everything of `PreferenceConfig` goes through `args`."""
 
-    input: str | None = option(None, "your own preference data (TRL columns) in place of select/pairs.jsonl")
+    input: str | None = option(None, "your own preference data (TRL columns) in place of the pairs of this run")
+    preset: Literal["mia_dpo_paper", "mdpo_paper", "mdpo_official_code"] = option(
+        "mia_dpo_paper", "losses, rates and adapter of a paper or of its released code, which `args` may change one by one"
+    )
     args: dict[str, Any] = option(help="fields of PreferenceConfig, such as learning_rate, beta, loss_type", factory=dict)
     replay: float = option(
         0.0, "single-image pairs mixed in, as a share of the selected pairs; they keep the single-image skill", minimum=0
@@ -193,6 +221,9 @@ class ReportConfig:
     heat_maps: int = option(6, "prompts shown with attention maps before and after training", minimum=0)
     batch_size: int = option(8, "prompts run together for the heat maps", minimum=1)
     pairs: int = option(6, "example pairs shown", minimum=0)
+    seeds: list[str] = option(
+        help="`method: mdpo`: folders of finished runs with other seeds, whose figures are shown beside this run's", factory=list
+    )
 
 
 @dataclass(kw_only=True)
@@ -201,7 +232,10 @@ class RunConfig:
 
     name: str = option("run", "name of the run; its folder is runs/<name> unless run_dir is given")
     run_dir: str | None = option(None, "the run folder", result=False)
-    model: str = option("shapes", "local Hugging Face folder of a supported model, or `shapes` (the small one shipped here)")
+    method: Literal["mia_dpo", "mdpo"] = option(
+        "mia_dpo", "mia_dpo: pairs from the model's own answers; mdpo: pairs that exist, trained on with corrupted pictures"
+    )
+    model: str = option("shapes", "local Hugging Face folder of a supported model, or a small one shipped here: `shapes`, `shapes_prior`")
     seed: int = option(0, "seed of every random choice", minimum=0, below=2**32)
     threads: int | None = option(None, "CPU threads of PyTorch; None: PyTorch's own default", result=False, minimum=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type the model is loaded in")
@@ -211,6 +245,7 @@ class RunConfig:
     generate: GenerateConfig = option(help="the model's answers", factory=GenerateConfig)
     score: ScoreConfig = option(help="attention ratios", factory=ScoreConfig)
     select: SelectConfig = option(help="preference pairs", factory=SelectConfig)
+    pairs: PairsConfig = option(help="preference pairs that exist already", factory=PairsConfig)
     train: TrainConfig = option(help="training", factory=TrainConfig)
     evaluate: EvaluateConfig = option(help="accuracy", factory=EvaluateConfig)
     report: ReportConfig = option(help="the page", factory=ReportConfig)
@@ -222,9 +257,12 @@ class RunConfig:
         for name, overrides in self.arms.items():
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ConfigError(f"arms: {name!r} becomes a folder name: letters, digits, _ and - only")
+            if name == self.method:
+                raise ConfigError(f"arms: {name!r} is the name of the main arm; call this one something else")
             for section in overrides:
-                if section not in ("select", "train"):
-                    raise ConfigError(f"arms.{name}: {section!r} cannot differ between arms; an arm overrides select and train")
+                if section not in self.arm_sections:
+                    own = " and ".join(self.arm_sections)
+                    raise ConfigError(f"arms.{name}: {section!r} cannot differ between arms; an arm overrides {own}")
             self.for_arm(name)
 
     @classmethod
@@ -251,9 +289,14 @@ class RunConfig:
         return RunConfig.from_dict(values)
 
     @property
+    def arm_sections(self) -> tuple[str, ...]:
+        """What an arm may override."""
+        return ("select", "train") if self.method == "mia_dpo" else ("train",)
+
+    @property
     def holds_out(self) -> bool:
         """Whether pictures for evaluation are taken out of the training data, because evaluation has no data of its own."""
-        return self.data.source != "shapes" and not self.evaluate.input and not self.evaluate.source
+        return self.data.source not in SHIPPED and not self.evaluate.input and not self.evaluate.source
 
     @property
     def run_path(self) -> Path:
@@ -276,6 +319,7 @@ _PATHS = {
     "generate": ("input",),
     "score": ("input",),
     "select": ("input",),
+    "pairs": ("source",),
     "train": ("input", "replay_source"),
     "evaluate": ("input", "source", "image_folder"),
 }
@@ -285,12 +329,14 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     absolute = dict(values)
     for section, names in _PATHS.items():
         given = {name: values.get(section, {}).get(name) for name in names}
-        paths = {name: str(Path(path).expanduser().absolute()) for name, path in given.items() if path and path != "shapes"}
+        paths = {name: str(Path(path).expanduser().absolute()) for name, path in given.items() if path and path not in SHIPPED}
         if paths:
             absolute[section] = {**values[section], **paths}
     # What is no folder may be a name on a hub, which the error about it is to repeat as it was given.
-    if values.get("model", "shapes") != "shapes" and Path(values["model"]).expanduser().is_dir():
+    if values.get("model", "shapes") not in SHIPPED and Path(values["model"]).expanduser().is_dir():
         absolute["model"] = str(Path(values["model"]).expanduser().absolute())
+    if seeds := values.get("report", {}).get("seeds"):
+        absolute["report"] = {**values["report"], "seeds": [str(Path(path).expanduser().absolute()) for path in seeds]}
     return absolute
 
 

@@ -21,3 +21,7 @@ class DataError(MmdpoError):
 
 class StageError(MmdpoError):
     """A stage that cannot run on what it was given."""
+
+
+class StaleCacheError(MmdpoError):
+    """Stored results that belong to something else than what they are asked for."""

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.families import FAMILIES, Family, family_of, image_token
+from mmdpo_trainers.processors import load_processor
 from mmdpo_trainers.prompts import EncodedPrompts, encode_prompts, render_prompt
+from mmdpo_trainers.shapes import SHIPPED
 
 __all__ = [
     "FAMILIES",
@@ -28,12 +32,6 @@ __all__ = [
     "resolve_device",
     "resolve_model_path",
 ]
-
-SHAPES = "shapes"
-"""The name that stands for the shipped checkpoint."""
-
-FAMILIES: dict[str, type[PreTrainedModel]] = {"llava": LlavaForConditionalGeneration}
-"""`model_type` of config.json -> model class."""
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -69,11 +67,8 @@ class LoadedModel:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
-    def patch_grid(self) -> tuple[int, int]:
-        """(rows, columns) of the patches, which are the image tokens, of one picture."""
-        vision = self.model.config.vision_config
-        side = vision.image_size // vision.patch_size
-        return side, side
+    def family(self) -> Family:
+        return family_of(self.model)
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -90,12 +85,12 @@ class LoadedModel:
 
 
 def resolve_model_path(path: str | Path) -> Path:
-    """The folder a `--model` value means: the shipped base for `shapes`, otherwise the local folder itself.
+    """The folder a `--model` value means: a shipped one for its name (`shapes`, `shapes_prior`), otherwise the local folder itself.
 
     Raises StageError where there is no such folder.
     """
-    if str(path) == SHAPES:
-        folder = Path(__file__).parent / "shapes" / "base"
+    if str(path) in SHIPPED:
+        folder = SHIPPED[str(path)]
         if not folder.is_dir():
             raise StageError(f"the shipped base model is not installed ({folder} is missing); give --model a folder")
         return folder
@@ -103,7 +98,7 @@ def resolve_model_path(path: str | Path) -> Path:
     if not folder.is_dir():
         raise StageError(
             f"model {str(path)!r}: no such folder. Models are read from local folders only: download it first "
-            f"(`hf download {path} --local-dir FOLDER`) and pass --model FOLDER, or pass --model {SHAPES}"
+            f"(`hf download {path} --local-dir FOLDER`) and pass --model FOLDER, or pass --model {' or '.join(SHIPPED)}"
         )
     return folder
 
@@ -125,14 +120,15 @@ def load_model(
     """
     target = resolve_device(device)
     folder = resolve_model_path(path)
-    model_class = _family(folder)
+    model_type = _model_type(folder)
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
         raise StageError(f"model {folder}: no weights ({' or '.join(_WEIGHT_FILES)}); download the whole checkpoint")
     torch_dtype = dtype if isinstance(dtype, torch.dtype) else _dtype(dtype)
-    its_processor = _load_processor(folder if processor is None else resolve_model_path(processor))
+    its_processor = load_processor(folder if processor is None else resolve_model_path(processor), model_type)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
+        model_class = FAMILIES[model_type]().model_class
         loaded: Any = model_class.from_pretrained(folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise StageError(f"model {folder}: its weights cannot be loaded ({error}); download the checkpoint again") from error
@@ -144,13 +140,14 @@ def load_model(
     if missing:
         # from_pretrained would fill these at random and only warn.
         raise StageError(f"model {folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
+    _check_processor(model, its_processor, folder)
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))
     model.to(target).eval()
     return LoadedModel(model=model, processor=its_processor, path=folder, adapter=None if adapter is None else Path(adapter))
 
 
-def _family(folder: Path) -> type[PreTrainedModel]:
+def _model_type(folder: Path) -> str:
     config = folder / "config.json"
     if not config.is_file():
         adapter = " (it is a PEFT adapter: pass its base model, and the folder as the adapter)" if _is_adapter(folder) else ""
@@ -171,41 +168,34 @@ def _family(folder: Path) -> type[PreTrainedModel]:
                 f"model {folder}: config.json: {key} must be the id of the image token, got {values[key]!r}; set it to the id "
                 "that the tokenizer gives <image>"
             )
-    return FAMILIES[model_type]
+    return str(model_type)
 
 
 def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _load_processor(folder: Path) -> Any:
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise StageError(
-            f"model {folder}: its processor cannot be loaded ({error}); the folder needs tokenizer.json and "
-            "processor_config.json or preprocessor_config.json"
-        ) from error
-    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
-        raise StageError(f"model {folder}: expected a processor for text and pictures, got {type(processor).__name__}")
-    _complete_processor(processor, folder)
-    return processor
-
-
-def _complete_processor(processor: Any, folder: Path) -> None:
-    """Older LLaVA checkpoints keep the number of image tokens out of the processor's own file; take it from the model's."""
-    if getattr(processor, "patch_size", None) is None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        processor.patch_size = config["vision_config"]["patch_size"]
-        processor.vision_feature_select_strategy = config.get("vision_feature_select_strategy", "default")
-        processor.num_additional_image_tokens = 1
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    if processor.tokenizer.pad_token is None:
-        raise StageError(
-            f"model {folder}: its tokenizer has neither a padding nor an end token; the folder needs a tokenizer_config.json that "
-            "names them (pad_token, eos_token)"
-        )
+def _check_processor(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """StageError where a picture does not come out of the processor as the model takes it in."""
+    encoded = family_of(model).encode_pictures(processor, [Image.new("RGB", (64, 64))])
+    vision = model.config.vision_config
+    if encoded.grids is None:
+        side = vision.image_size // vision.patch_size
+        expected = {"patches": (side, side), "image tokens": side * side}
+        found = {"patches": encoded.patch_grids[0], "image tokens": encoded.tokens[0]}
+    else:
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        expected = {"values of a patch": values, "image tokens": int(encoded.grids.prod()) // vision.spatial_merge_size**2}
+        found = {"values of a patch": encoded.pixel_values.shape[1], "image tokens": encoded.tokens[0]}
+    token = image_token(processor)
+    expected[f"id of {token}"] = model.config.image_token_id
+    found[f"id of {token}"] = processor.tokenizer.convert_tokens_to_ids(token)
+    for name, value in expected.items():
+        if found[name] != value:
+            raise StageError(
+                f"model {folder}: processor and model do not belong together: {name}: the processor gives {found[name]}, the model "
+                f"takes {value}; use the processor that the checkpoint came with"
+            )
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: Path) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -13,22 +13,26 @@ from PIL import Image
 from mmdpo_trainers.data.pictures import PictureError, open_picture
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError, StageError
+from mmdpo_trainers.families import EncodedPictures, family_of, image_token
 
 if TYPE_CHECKING:
     from mmdpo_trainers.loading import LoadedModel
+
+T = TypeVar("T")
 
 
 def render_prompt(processor: Any, prompt: str) -> str:
     """One user turn and the opening of the answer, through the processor's chat template.
 
-    `<image>` becomes the processor's own image token, in place. The prompt goes in as one text: templates that collect pictures
-    in front of the text (LLaVA-1.5's does) would undo the interleaving "Image1:<image>\\nImage2:<image>" that questions refer to.
+    `<image>` becomes the family's placeholder with the processor's own image token, in place. The prompt goes in as one text:
+    templates that collect pictures in front of the text (LLaVA-1.5's does) would undo the interleaving
+    "Image1:<image>\\nImage2:<image>" that questions refer to.
     Without a chat template: ``USER: {prompt} ASSISTANT:``.
 
     Raises StageError where the template changes the prompt or the number of pictures in it.
     """
-    image_token = getattr(processor, "image_token", None) or IMAGE_TOKEN
-    prompt = prompt.replace(IMAGE_TOKEN, image_token)
+    token = image_token(processor)
+    prompt = prompt.replace(IMAGE_TOKEN, family_of(processor).placeholder(processor))
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if template is None:
         return f"USER: {prompt} ASSISTANT:"
@@ -40,7 +44,7 @@ def render_prompt(processor: Any, prompt: str) -> str:
         except (TemplateError, TypeError, KeyError, ValueError):
             continue
         # Templates may trim a turn.
-        if prompt.strip() in text and text.count(image_token) == prompt.count(image_token):
+        if prompt.strip() in text and text.count(token) == prompt.count(token):
             return str(text)
     raise StageError(
         f"the chat template of {type(processor).__name__} does not keep the text of a user turn ({prompt[:60]!r}); "
@@ -52,13 +56,16 @@ def render_prompt(processor: Any, prompt: str) -> str:
 class EncodedPrompts:
     """Model inputs of a batch.
 
-    inputs: `input_ids` and `attention_mask` (B, S) int64, `pixel_values` (pictures, 3, H, W) where there is a picture.
+    inputs: `input_ids` and `attention_mask` (B, S) int64; where there is a picture, what `EncodedPictures.inputs` has, and for
+    models with positions on three axes `mm_token_type_ids` (B, S) int32, 1 at image tokens.
     tokens_per_image: per row, the image tokens of each of its pictures, in reading order.
+    patch_grids: per row, (rows, columns) of the image tokens of each of its pictures.
     response_spans: per row, the half-open columns [start, stop) of its answer; empty spans without answers.
     """
 
     inputs: dict[str, torch.Tensor]
     tokens_per_image: list[list[int]]
+    patch_grids: list[list[tuple[int, int]]]
     response_spans: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -84,7 +91,9 @@ def encode_prompts(
         pictures = [load_pictures(record) for record in records]
     for record, its_pictures in zip(records, pictures, strict=True):
         _check_placeholders(record, len(its_pictures))
-    prompt_ids, pixel_values = _tokenize(loaded, [record["prompt"] for record in records], pictures)
+    encoded = _encode_pictures(loaded, pictures)
+    tokens = _by_row(pictures, () if encoded is None else encoded.tokens)
+    prompt_ids = _tokenize(loaded, records, tokens)
     answer_ids = [_answer_ids(loaded, *both) for both in zip(records, answers or [()] * len(records), strict=True)]
     rows = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
     width = max(map(len, rows))
@@ -96,10 +105,17 @@ def encode_prompts(
         input_ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
         attention_mask[index, start : start + len(row)] = 1
         spans.append((start + len(prompt_ids[index]), start + len(row)))
-    inputs = {"input_ids": input_ids.to(loaded.device), "attention_mask": attention_mask.to(loaded.device)}
-    if pixel_values is not None:
-        inputs["pixel_values"] = pixel_values.to(loaded.device, loaded.dtype)
-    return EncodedPrompts(inputs, _tokens_per_image(loaded, prompt_ids, pictures), spans)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if encoded is not None:
+        inputs |= encoded.inputs
+        if encoded.grids is not None:
+            inputs["mm_token_type_ids"] = (input_ids == loaded.image_token_id).int()
+    placed = {
+        name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+    patch_grids = _by_row(pictures, () if encoded is None else encoded.patch_grids)
+    return EncodedPrompts(placed, tokens, patch_grids, spans)
 
 
 def load_pictures(record: Mapping[str, Any]) -> list[Image.Image]:
@@ -119,19 +135,32 @@ def _check_placeholders(record: Mapping[str, Any], pictures: int) -> None:
         )
 
 
-def _tokenize(
-    loaded: LoadedModel, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]
-) -> tuple[list[list[int]], torch.Tensor | None]:
-    texts = [render_prompt(loaded.processor, prompt) for prompt in prompts]
+def _encode_pictures(loaded: LoadedModel, pictures: Sequence[Sequence[Image.Image]]) -> EncodedPictures | None:
     flat = [picture for row in pictures for picture in row]
+    return loaded.family.encode_pictures(loaded.processor, flat) if flat else None
+
+
+def _by_row(pictures: Sequence[Sequence[Image.Image]], values: Iterable[T]) -> list[list[T]]:
+    """One value a picture, in reading order, as a list for each row of pictures."""
+    each = iter(values)
+    return [[next(each) for _ in row] for row in pictures]
+
+
+def _tokenize(
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], tokens_per_image: Sequence[Sequence[int]]
+) -> list[list[int]]:
     bos = loaded.tokenizer.bos_token
-    options = {"add_special_tokens": not (bos and all(text.startswith(bos) for text in texts))}
-    encoded = loaded.processor(
-        text=texts, images=flat or None, padding=True, padding_side="right", return_tensors="pt", **options
-    )
-    lengths = encoded["attention_mask"].sum(dim=1).tolist()
-    ids = [row[:length] for row, length in zip(encoded["input_ids"].tolist(), lengths, strict=True)]
-    return ids, encoded.get("pixel_values")
+    texts = [render_prompt(loaded.processor, record["prompt"]) for record in records]
+    # A chat template that writes the opening token itself must not have it doubled.
+    add_special_tokens = not (bos and all(text.startswith(bos) for text in texts))
+    found = []
+    for record, text, counts in zip(records, texts, tokens_per_image, strict=True):
+        try:
+            whole = loaded.family.expand(loaded.processor, text, counts)
+        except ValueError as error:
+            raise DataError(f"record {record['id']}: {error}; take the model's own image token out of the prompt") from error
+        found.append(list(loaded.tokenizer(whole, add_special_tokens=add_special_tokens).input_ids))
+    return found
 
 
 def _answer_ids(loaded: LoadedModel, record: Mapping[str, Any], answer: str | Sequence[int]) -> list[int]:
@@ -139,18 +168,3 @@ def _answer_ids(loaded: LoadedModel, record: Mapping[str, Any], answer: str | Se
     if loaded.image_token_id in ids:
         raise DataError(f"record {record['id']}: the answer holds the image token; only prompts have pictures")
     return ids
-
-
-def _tokens_per_image(
-    loaded: LoadedModel, prompt_ids: Sequence[Sequence[int]], pictures: Sequence[Sequence[Image.Image]]
-) -> list[list[int]]:
-    rows, columns = loaded.patch_grid
-    counts = [[rows * columns] * len(row) for row in pictures]
-    for ids, row in zip(prompt_ids, counts, strict=True):
-        found = sum(token == loaded.image_token_id for token in ids)
-        if found != sum(row):
-            raise StageError(
-                f"model {loaded.path}: its processor gave {found} image tokens for {len(row)} pictures of {rows}x{columns} "
-                "patches; processor and model do not belong together"
-            )
-    return counts

@@ -47,9 +47,15 @@ class _LinearLogProbs(torch.autograd.Function):
         options: tuple[Any, ...],
         stats: tuple[str, ...],
         backend: ModuleType,
+        early: bool,
     ) -> tuple[Tensor, ...]:
-        logps, found = backend.forward(hidden, weight, targets, bias, *options, stats)
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.early = early
+        if early:
+            logps, found, gradient = backend.forward_with_gradient(hidden, weight, targets, bias, *options, stats)
+            ctx.save_for_backward(gradient)
+        else:
+            logps, found = backend.forward(hidden, weight, targets, bias, *options, stats)
+            ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.options, ctx.backend = options, backend
         extra = tuple(found[name] for name in stats)
         ctx.mark_non_differentiable(*extra)
@@ -59,12 +65,15 @@ class _LinearLogProbs(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad_logps: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.early:
+            (gradient,) = ctx.saved_tensors
+            return (grad_logps[:, None] * gradient).to(gradient.dtype), *[None] * 7
         hidden, weight, bias, targets = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = ctx.backend.backward(grad_logps, hidden, weight, targets, bias, *ctx.options, needs)
         inputs = (hidden, weight, bias)
         cast = (None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
-        return *cast, None, None, None, None
+        return *cast, *[None] * 5
 
 
 def linear_logprobs(
@@ -124,7 +133,10 @@ def linear_logprobs(
     _check_targets(targets, weight.shape[0], ignore_index)
     module = resolve(OP, backend, hidden.device, hidden.dtype)
     options = (softcap, float(logit_scale), float(temperature), ignore_index)
-    logps, *extra = _LinearLogProbs.apply(hidden, weight, bias, targets.long(), options, tuple(stats), module)
+    # With a frozen head a row's gradient is known up to a factor as soon as its logits are.
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    early = frozen and hidden.requires_grad and torch.is_grad_enabled() and hasattr(module, "forward_with_gradient")
+    logps, *extra = _LinearLogProbs.apply(hidden, weight, bias, targets.long(), options, tuple(stats), module, early)
     return LogProbs(logps=logps, **dict(zip(stats, extra, strict=True)))
 
 

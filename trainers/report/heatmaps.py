@@ -137,10 +137,12 @@ def _map(loaded: LoadedModel, records: Sequence[Record], folder: Path, score: Sc
     with torch.no_grad(), recording as recorder:
         loaded.model(**batch.inputs, use_cache=False)
     found = []
-    for record, mass, segment in zip(records, recorder.mass[layer].double().cpu(), segments.cpu(), strict=True):
+    each = zip(records, recorder.mass[layer].double().cpu(), segments.cpu(), batch.patch_grids, strict=True)
+    for record, mass, segment, grids in each:
         total = mass[segment >= 0].sum().clamp_min(torch.finfo(torch.float64).tiny)
         target = 0 if record["format"] in REGION_FORMATS else record.get("target") or 0
-        maps = (mass[segment >= 0] / total).reshape(-1, *loaded.patch_grid).tolist()
+        pictures = (mass[segment >= 0] / total).split([rows * columns for rows, columns in grids])
+        maps = [picture.reshape(grid).tolist() for picture, grid in zip(pictures, grids, strict=True)]
         rounded = [[[round(value, 7) for value in line] for line in picture] for picture in maps]
         found.append({"maps": rounded, "ratio": round(float(mass[segment == target].sum() / total), 6)})
     return found

@@ -1,4 +1,10 @@
-"""The embedded default: a procedural picture world and the small LLaVA that was trained on it.
+"""The embedded default: procedural picture worlds and the small LLaVAs that were trained on them.
 
-``world`` makes pictures and questions, ``build_base`` trains the checkpoint in ``base/``; imported by the pipeline and by tests.
+``world`` and ``prior_world`` make pictures and questions, ``build_base`` and ``build_prior_base`` train the checkpoints; imported by the
+pipeline and by tests.
 """
+
+from pathlib import Path
+
+SHIPPED = {name: Path(__file__).resolve().parent / folder for name, folder in (("shapes", "base"), ("shapes_prior", "prior_base"))}
+"""Name that a configuration gives in place of a path -> folder of the checkpoint."""

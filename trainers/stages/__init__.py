@@ -1,4 +1,6 @@
-"""The stages of a run: augment, generate, score, select, train, evaluate, report. One module each, imported when it runs.
+"""The stages of a run, one module each, imported when it runs.
+
+A MIA-DPO run is augment, generate, score, select, train, evaluate, report; an mDPO run is pairs, train, evaluate, report.
 
 A stage module has two functions: `inputs(context) -> list[Path]`, the files and folders its result depends on, and
 `run(context) -> dict`, which does (or continues) the work and returns a JSON-able summary.
@@ -15,9 +17,16 @@ from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import RunFolder
+from mmdpo_trainers.shapes import SHIPPED
 
-STAGES = ("augment", "generate", "score", "select", "train", "evaluate", "report")
+STAGES = ("augment", "generate", "score", "select", "pairs", "train", "evaluate", "report")
 """All stages, in order."""
+
+METHOD_STAGES = {
+    "mia_dpo": tuple(stage for stage in STAGES if stage != "pairs"),
+    "mdpo": ("pairs", "train", "evaluate", "report"),
+}
+"""Method -> the stages of its runs."""
 
 MODEL_STAGES = ("generate", "score", "train", "evaluate", "report")
 """Stages whose result depends on the model."""
@@ -78,11 +87,11 @@ class StageContext:
     @property
     def model(self) -> Path:
         """Local folder of the base model."""
-        if self.config.model == "shapes":
-            return Path(__file__).resolve().parent.parent / "shapes" / "base"
+        if self.config.model in SHIPPED:
+            return SHIPPED[self.config.model]
         path = Path(self.config.model)
         if not path.is_dir():
-            raise StageError(f"model {self.config.model} is not a folder: give a local Hugging Face folder, or `shapes`")
+            raise StageError(f"model {self.config.model} is not a folder: give a local Hugging Face folder, or {' or '.join(SHIPPED)}")
         return path
 
     def folder_of(self, stage: str, moment: Moment | None = None) -> Path:
@@ -116,7 +125,13 @@ class StageContext:
     @property
     def pairs(self) -> Path:
         """What train reads."""
-        return self._input(self.config.train.input, self.folder_of("select") / "pairs.jsonl")
+        made_by = "select" if self.config.method == "mia_dpo" else "pairs"
+        return self._input(self.config.train.input, self.folder_of(made_by) / "pairs.jsonl")
+
+    @property
+    def held_out_pairs(self) -> Path:
+        """Pairs that stage pairs keeps from training, for evaluation."""
+        return self.run.path / "pairs" / "held_out.jsonl"
 
     @property
     def main_pairs(self) -> Path:
@@ -125,8 +140,9 @@ class StageContext:
 
     @property
     def evaluation_prompts(self) -> Path:
-        """What evaluate reads; `augment.build_evaluation_prompts` makes it where it is not the user's own."""
-        return self._input(self.config.evaluate.input, self.run.path / "evaluate" / "prompts.jsonl")
+        """What evaluate reads where it is not the user's own: `augment.build_evaluation_prompts` makes it, or stage pairs."""
+        made_by = "evaluate" if self.config.method == "mia_dpo" else "pairs"
+        return self._input(self.config.evaluate.input, self.run.path / made_by / "prompts.jsonl")
 
     @property
     def trained(self) -> Path:

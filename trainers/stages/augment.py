@@ -24,6 +24,8 @@ EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the evaluation pictures of the built-in world, which are thus never the training pictures."""
 
 _TRAINING_ONLY = ("formats", "per_record", "num_prompts")
+_OWN_GRIDS = ("qwen2_5_vl",)
+"""`model_type` of models that take every picture in its own shape."""
 _FLUSH_PROMPTS = 64
 _FLUSH_SECONDS = 5.0
 
@@ -301,7 +303,8 @@ def _refuse_centre_crop(model: Path) -> None:
 
 
 def _patch_grid(context: StageContext, formats: Mapping[str, float]) -> tuple[int, int] | None:
-    """Patch rows and columns of one picture: the configured ones, or those of the model's vision tower."""
+    """Patch rows and columns of any picture: the configured ones, or those of the model's vision tower; None where each picture
+    has its own, so that its `box` alone says where the target is."""
     if context.config.augment.patch_grid is not None:
         return context.config.augment.patch_grid
     if not _need_regions(formats):
@@ -309,10 +312,13 @@ def _patch_grid(context: StageContext, formats: Mapping[str, float]) -> tuple[in
     file = context.model / "config.json"
     remedy = "set augment.patch_grid to [rows, columns]"
     try:
-        vision = json.loads(file.read_text(encoding="utf-8"))["vision_config"]
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.get("model_type") in _OWN_GRIDS:
+            return None
+        vision = config["vision_config"]
         side = int(vision["image_size"]) // int(vision["patch_size"])
     except FileNotFoundError as error:
         raise StageError(f"{file} does not exist; give --model a whole model folder, or {remedy}") from error
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise StageError(f"{file} does not say how many patches a picture has ({error!r}); {remedy}") from error
     return side, side

@@ -41,6 +41,7 @@ def run(context: StageContext) -> dict[str, Any]:
     written = list(read_jsonl(path))
     return {
         "layer": settings["layer"],
+        "statistic": options.statistic,
         "recorded": sum(_is_recorded(record, settings) for record in records),
         "scores": count_formats(written),
         "mean_ratio": mean_ratios(written),

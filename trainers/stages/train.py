@@ -18,6 +18,7 @@ from mmdpo_trainers.training.checkpoints import replace_folder
 from mmdpo_trainers.training.preference_config import PreferenceConfig
 from mmdpo_trainers.training.preference_data import read_pairs, replay_pairs, split
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
+from mmdpo_trainers.training.presets import PRESETS
 from mmdpo_trainers.training.training_log import LogFile, TrainingProgress
 
 _REFUSED = {
@@ -38,45 +39,58 @@ def replay_source(context: StageContext) -> Path:
     return Path(context.options.replay_source or context.folder_of("augment") / "singles.jsonl")
 
 
+def reference_cache(context: StageContext) -> Path:
+    """Where the reference's log-probabilities are kept: beside the pairs, so that arms on the same pairs share them."""
+    return context.pairs.with_name(f"{context.pairs.stem}.reference.jsonl")
+
+
 def run(context: StageContext) -> dict[str, Any]:
     """Train; writes `checkpoint-*`, `log.jsonl` and `final/` (an adapter, or the whole model, with the processor)."""
+    log = context.folder / "log.jsonl"
+    with TrainingProgress(context.progress) as bar:
+        trainer, counts = make_trainer(context, [LogFile(log), bar, _LogLastStep()])
+        trainer.train(resume_from_checkpoint="auto")
+    _save(trainer, context.folder)
+    return {**counts, **_summary(trainer, log)}
+
+
+def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tuple[PreferenceTrainer, dict[str, int]]:
+    """This stage's trainer, and how many records of each kind it trains on and holds out."""
     train_data, eval_data, counts = _data(context)
     loaded = _load(context)
     settings = preference_config(context, loaded.num_layers, evaluate=eval_data is not None)
     second = context.options.reference == "model" and settings.needs_reference
-    with TrainingProgress(context.progress) as bar:
-        try:
-            trainer = PreferenceTrainer(
-                loaded.model,
-                settings,
-                processing_class=loaded.processor,
-                train_dataset=train_data,
-                eval_dataset=eval_data,
-                ref_model=_load(context).model if second else None,
-                callbacks=[LogFile(context.folder / "log.jsonl"), bar, _LogLastStep()],
-            )
-        except MmdpoError:
-            raise
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise ConfigError(f"train: {_one_line(error)}") from error
-        trainer.remove_callback(PrinterCallback)
-        data: Any = trainer.train_dataset
-        if len(data) == 0:
-            raise StageError(f"every record of {context.pairs} is longer than max_length={settings.max_length}; raise it")
-        trainer.train(resume_from_checkpoint="auto")
-    _save(trainer, context.folder)
+    try:
+        trainer = PreferenceTrainer(
+            loaded.model,
+            settings,
+            processing_class=loaded.processor,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            ref_model=_load(context).model if second else None,
+            callbacks=callbacks,
+            progress=context.progress,
+        )
+    except MmdpoError:
+        raise
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"train: {_one_line(error)}") from error
+    trainer.remove_callback(PrinterCallback)
+    data: Any = trainer.train_dataset
+    if len(data) == 0:
+        raise StageError(f"every record of {context.pairs} is longer than max_length={settings.max_length}; raise it")
     if data is not train_data:
         # Some records were longer than max_length.
         pairs = sum(index < counts["pairs"] for index in data.indices)
         counts.update(pairs=pairs, replay=len(data) - pairs)
     if eval_data is not None:
         counts["held_out"] = len(trainer.eval_dataset)  # type: ignore[arg-type]
-    return {**counts, **_summary(trainer, context.folder / "log.jsonl")}
+    return trainer, counts
 
 
 def preference_config(context: StageContext, num_layers: int, *, evaluate: bool) -> PreferenceConfig:
-    """`train.args` over this stage's defaults, which are MIA-DPO's: sigmoid + 0.1 nll, effective batch 8, one epoch."""
-    args = dict(context.options.args)
+    """`train.args` over `train.preset` over this stage's defaults: effective batch 8, one epoch, reference cached beside the pairs."""
+    args = {**PRESETS[context.options.preset], **context.options.args}
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1 if "per_device_train_batch_size" in args else 8,
@@ -90,9 +104,12 @@ def preference_config(context: StageContext, num_layers: int, *, evaluate: bool)
         "disable_tqdm": True,
         "log_level": "error",
         "use_cpu": _device(context) == "cpu",
+        "precompute_ref_log_probs": True,
+        "reference_cache": str(reference_cache(context)),
     }
-    if "loss_type" not in args:
-        defaults.update(loss_type=["sigmoid", "nll"], loss_weights=[1.0, 0.1])
+    if "loss_type" in context.options.args and "loss_weights" not in context.options.args:
+        # The preset's weights belong to the preset's losses.
+        args.pop("loss_weights", None)
     values = {**defaults, **args, "output_dir": str(context.folder)}
     for name, reason in _REFUSED.items():
         if args.get(name):

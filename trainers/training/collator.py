@@ -3,73 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmdpo_kernels import TokenTree, image_segments
-from mmdpo_trainers.attention_ratios import REGION_FORMATS, region_on
-from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.prompts import render_prompt
-from mmdpo_trainers.training.preference_records import (
-    prompt_text,
-    record_images,
-    record_name,
-    record_picture,
-    record_target,
-    response_text,
-)
-
-
-@dataclass(frozen=True)
-class RatioSpan:
-    """Where the attention ratio of one record is read off recorded masses (B, N)."""
-
-    format: str
-    row: int
-    """Batch row."""
-    first: int
-    """Its first segment."""
-    count: int
-    """Its number of segments: pictures, or the asked-about region and the rest."""
-    target: int
-    """The asked-about one among them."""
-
-    def ratio(self, mass: Tensor) -> float | None:
-        """Share in [0, 1] of the attention on the record's pictures that goes to the asked-about one; None: they get none."""
-        mine = mass[self.row, self.first : self.first + self.count]
-        total = float(mine.sum())
-        return None if total == 0 else float(mine[self.target]) / total
+from mmdpo_kernels import TokenTree
+from mmdpo_trainers.data.corruption import Corruption, Model
+from mmdpo_trainers.families import EncodedPictures, Family, family_of
+from mmdpo_trainers.training.examples import BRANCHES, Example, ExampleMaker, TokenSequence
+from mmdpo_trainers.training.ratio_spans import RatioSpan, RatioSpans
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceBatch:
-    """Model inputs of a micro-batch of n records; its sequences are chosen_0, rejected_0, chosen_1, … (2n)."""
+    """Model inputs of a micro-batch of n records with b branches each; its sequences are record by record, branch by branch (n b)."""
 
     ids: list[str]
+    keys: list[str]
+    """Content key of each record, see `PreferenceCollator.key`."""
+    kinds: list[str | None]
+    """Each record's `kind`."""
+    branches: tuple[str, ...]
+    """"chosen", "rejected" and perhaps "corrupted": the chosen response behind the prompt with corrupted pictures."""
     input_ids: Tensor
-    """(1, S) of the tree, or (2n, L) padded on the right; int64."""
+    """(1, S) of the tree, or (n b, L) padded on the right; int64."""
     attention_mask: Tensor
-    """(1, 1, 1, S) int32, the tree; or (2n, L) int64."""
+    """(1, 1, 1, S) int32, the tree; or (n b, L) int64."""
     position_ids: Tensor | None
-    """(1, S) int64; None for separate sequences."""
-    pixel_values: Tensor | None
-    """(P, 3, H, W), each distinct picture once."""
-    picture_order: Tensor
-    """(K,) int64: the picture of each picture span, in the order of `input_ids`."""
+    """(1, S), or for M-RoPE (3, 1, S) or (3, n b, L); int64. None: the model's own."""
+    pictures: EncodedPictures | None
+    """Each distinct picture once; None: there are none."""
+    feature_rows: Tensor
+    """(K,) int64: for each image token of `input_ids`, in reading order, its row among the features of all pictures."""
     rows: Tensor
     """(R,) int64: rows of the flattened hidden states that predict response tokens, sequence by sequence."""
     targets: Tensor
     """(R,) int64: the response tokens."""
+    token_weights: Tensor | None
+    """(R,) float64 weights of the response tokens; None: all alike."""
     lengths: list[int]
-    """(2n) response tokens of each sequence, the end token included."""
+    """(n b) response tokens of each sequence, the end token included."""
     segments: Tensor
     """As `input_ids`, int32: attention segment of each token, -1 = none."""
     recorded_rows: Tensor
@@ -80,232 +58,215 @@ class PreferenceBatch:
     @property
     def chosen_tokens(self) -> int:
         """Tokens of all chosen responses."""
-        return sum(self.lengths[::2])
+        return sum(self.lengths[self.branches.index("chosen") :: len(self.branches)])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The batch with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-
-@dataclass(frozen=True)
-class _Example:
-    record: Mapping[str, Any]
-    prompt: list[int]
-    responses: tuple[list[int], list[int]]
-    pictures: list[int]
-    """Index of each of its pictures among the batch's distinct ones."""
-    tokens_per_picture: int
-    image_token_id: int
-
-    @property
-    def name(self) -> str:
-        return record_name(self.record)
-
-    def identities(self) -> list[tuple[int, int] | None]:
-        """Per prompt token None, or (picture, offset in it)."""
-        spans = ((picture, offset) for picture in self.pictures for offset in range(self.tokens_per_picture))
-        return [next(spans) if token == self.image_token_id else None for token in self.prompt]
-
-    def segments(self) -> tuple[Tensor, int, int] | None:
-        """Segment of each prompt token, number of segments, and which one is asked about; None: nothing to tell apart."""
-        boxed = self.record.get("box") is not None and self.record.get("format") in REGION_FORMATS
-        in_picture = boxed or self.record.get("region") is not None
-        target = None if in_picture else record_target(self.record)
-        if not in_picture and target is None:
-            return None
-        counts = [self.tokens_per_picture] * len(self.pictures)
-        try:
-            region, grid = self._region() if in_picture else (None, None)
-            ids = torch.tensor([self.prompt])
-            found = image_segments(ids, self.image_token_id, [counts], regions=[region], patch_grids=[grid])[0]
-        except (TypeError, ValueError) as error:
-            raise DataError(f"record {self.name}: {error}") from error
-        return (found, 2, 0) if in_picture else (found, len(counts), target or 0)
-
-    def _region(self) -> tuple[list[int], tuple[int, int]]:
-        """The asked-about rectangle on the model's patches, and how many rows and columns of them a picture has."""
-        side = math.isqrt(self.tokens_per_picture)
-        region = region_on(self.record, (side, side))
-        if region is None:
-            raise ValueError(
-                f"region is on {self.record.get('patch_grid')} patches, and the model has {side}x{side}; add `box`, or drop region"
-            )
-        return region, (side, side)
+    def pin_memory(self) -> PreferenceBatch:
+        """The batch in page-locked memory, which a data loader with `pin_memory` asks for."""
+        return _with_tensors(self, Tensor.pin_memory)
 
 
 class PreferenceCollator:
     """Turns preference records into `{"batch": PreferenceBatch}`.
 
     A record has TRL's columns: `prompt` (one user turn, text or a list of parts, `<image>` standing for a picture), `chosen` and
-    `rejected` (one assistant turn), `images` (paths or Pillow pictures). Optional: `id`, `format`, and for the attention ratio
-    `target`, or `region` with `patch_grid` (where the model's patches are others: `box`). Prompt and response are tokenised each
-    on its own and put together, which is what the model sees when it generates; a response ends with `end_id`.
+    `rejected` (one assistant turn), `images` (paths or Pillow pictures). Optional: `id`, `format`, `target` (which of several
+    pictures is asked about), `region` with `patch_grid` (where the model's patches are others: `box`) for the attention ratio, and
+    `rejected_images`, its own corrupted pictures, and `kind`, a name by which its rewards are logged too. Prompt and response are tokenised each on its own and put together, which is
+    what the model sees when it generates; a response ends with `end_id`.
+
+    In the corrupted branch the asked-about picture is corrupted, or all of them where a record does not say which; a record without
+    pictures has its chosen sequence there. Corruptions follow from seed and content (pictures, prompt text): the same record is
+    corrupted alike in every batch, epoch and process. Where the reference is to see another draw (`corruption.draw`), the result
+    has a second entry, `"reference_batch"`.
+
+    Args:
+        processor: the model's.
+        family: from `family_of(model)`; None: the processor's, which is enough where positions just count tokens (LLaVA).
+        image_token_id, end_id, pad_id: of the model's image token, a response's end, padding.
+        tree_packing: one tree for all records, or a padded row for each sequence.
+        branches: "chosen" and "rejected", or these and "corrupted".
+        corruption: how pictures are corrupted; None: only by the records' own `rejected_images`.
+        no_image: leave pictures and placeholders out of the prompts.
+        changed_token_weight: weight of response tokens that differ between chosen and rejected, see `changed_token_weights`.
+        picture_pool: pictures as in `images`, for corruption kind "other".
 
     Raises DataError naming the record: an unreadable picture, placeholders that do not match the pictures, a conversation of
-    another shape, a target or region that does not fit, an empty chosen response, a response that holds the image token.
+    another shape, a target or region that does not fit, an empty chosen response, a response that holds the image token, nothing
+    to corrupt its pictures by.
     """
 
-    def __init__(self, processor: Any, *, image_token_id: int, end_id: int, pad_id: int = 0, tree_packing: bool = True) -> None:
-        self.processor = processor
-        self.image_token_id, self.end_id, self.pad_id = image_token_id, end_id, pad_id
-        self.tree_packing = tree_packing
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        image_token_id: int,
+        end_id: int,
+        pad_id: int = 0,
+        family: Family | None = None,
+        tree_packing: bool = True,
+        branches: Sequence[str] = BRANCHES[:2],
+        corruption: Corruption | None = None,
+        no_image: bool = False,
+        changed_token_weight: float = 1.0,
+        picture_pool: Sequence[Any] = (),
+    ) -> None:
+        if tuple(branches) not in (BRANCHES[:2], BRANCHES):
+            raise ValueError(f"branches: expected {BRANCHES[:2]} or {BRANCHES}, got {tuple(branches)}")
+        if no_image and "corrupted" in branches:
+            raise ValueError("no_image: without pictures there is nothing to corrupt; leave the corrupted branch out")
+        if corruption is not None and corruption.kind == "other" and "corrupted" in branches and not len(picture_pool):
+            raise ValueError("picture_pool: corruption kind 'other' needs pictures to draw from, got none")
+        self.pad_id, self.tree_packing = pad_id, tree_packing
+        self._maker = ExampleMaker(
+            processor,
+            family=family or family_of(processor),
+            image_token_id=image_token_id,
+            end_id=end_id,
+            branches=branches,
+            corruption=corruption,
+            no_image=no_image,
+            changed_token_weight=changed_token_weight,
+            picture_pool=picture_pool,
+        )
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, PreferenceBatch]:
-        examples, pixel_values = self._examples(records)
-        build = self._tree if self.tree_packing else self._separate
-        return {"batch": build(examples, pixel_values)}
+        found = {"batch": self.batch(records)}
+        corruption = self._maker.corruption
+        if self._maker.corrupted and corruption is not None and corruption.draw == "separate":
+            found["reference_batch"] = self.batch(records, "reference")
+        return found
+
+    def batch(self, records: Sequence[Mapping[str, Any]], model: Model = "policy") -> PreferenceBatch:
+        """The records as the policy is to see them, or the reference, which may see other corruptions."""
+        examples, pictures = self._maker.examples(records, model)
+        return (self._tree if self.tree_packing else self._separate)(examples, pictures)
 
     def length(self, record: Mapping[str, Any]) -> int:
-        """Tokens of the prompt and the longer response."""
-        example = self._examples([record])[0][0]
-        return len(example.prompt) + max(map(len, example.responses))
+        """Tokens of the record's longest branch, prompt and response. Of its pictures only the sizes are read."""
+        return self._maker.length(record)
 
-    def _examples(self, records: Sequence[Mapping[str, Any]]) -> tuple[list[_Example], Tensor | None]:
-        prompts = [prompt_text(record) for record in records]
-        pictures = [[record_picture(record, image) for image in record_images(record)] for record in records]
-        prompt_ids, pixels = self._tokenize(prompts, [picture for row in pictures for picture in row])
-        distinct, index_of = _distinct(pixels)
-        examples, used = [], 0
-        for record, ids, row in zip(records, prompt_ids, pictures, strict=True):
-            its_pictures = index_of[used : used + len(row)]
-            used += len(row)
-            count = ids.count(self.image_token_id)
-            if count % max(len(row), 1) or bool(count) != bool(row):
-                raise DataError(
-                    f"record {record_name(record)}: the processor gave {count} picture tokens for {len(row)} pictures; "
-                    "it must give each picture the same number"
-                )
-            responses = self._response(record, "chosen"), self._response(record, "rejected")
-            per_picture = count // len(row) if row else 0
-            examples.append(_Example(record, ids, responses, its_pictures, per_picture, self.image_token_id))
-        return examples, distinct
+    def tree_tokens(self, record: Mapping[str, Any]) -> int:
+        """Tokens of a tree of this record alone, at most. Of its pictures only the sizes are read.
 
-    def _tokenize(self, prompts: list[str], pictures: list[Image.Image]) -> tuple[list[list[int]], Tensor | None]:
-        texts = [render_prompt(self.processor, prompt) for prompt in prompts]
-        bos = self.processor.tokenizer.bos_token
-        encoded = self.processor(
-            text=texts,
-            images=pictures or None,
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-            # A chat template that writes the opening token itself must not have it doubled.
-            add_special_tokens=not (bos and all(text.startswith(bos) for text in texts)),
+        It may take fewer where a corruption spares the first tokens of a picture, or the record's own one is the picture itself.
+        """
+        return self._maker.tree_tokens(record)
+
+    def shared_tokens(self, records: Sequence[Mapping[str, Any]]) -> int:
+        """Leading tokens that records of one `picture_key` have in common, which a tree of them holds once."""
+        return self._maker.shared_tokens(records)
+
+    def key(self, record: Mapping[str, Any]) -> str:
+        """SHA-256 in hexadecimal of all that the record's log-probabilities depend on but the model: token ids, bytes of the
+        pictures, image processor, branches, corruption and its draw, `no_image`, token weights. Files are read, not decoded."""
+        return self._maker.key(record)
+
+    def picture_key(self, record: Mapping[str, Any]) -> str:
+        """Content key of the record's list of pictures, equal where a tree would share them; without pictures its `key`."""
+        return self._maker.picture_key(record)
+
+    def _tree(self, examples: list[Example], pictures: EncodedPictures | None) -> PreferenceBatch:
+        sequences = [sequence for example in examples for sequence in example.sequences]
+        feature_rows = [_padded(sequence.feature_rows, sequence, -1) for sequence in sequences]
+        positions = [sequence.positions for sequence in sequences if sequence.positions is not None]
+        hidden = [_padded(_unseen(sequence), sequence, False) for sequence in sequences]
+        tree = TokenTree.from_sequences(
+            [np.concatenate([sequence.prompt, sequence.response]) for sequence in sequences],
+            prompt_lengths=[len(sequence.prompt) for sequence in sequences],
+            identities=feature_rows,
+            positions=positions or None,
+            unseen=hidden if any(sequence.unseen is not None for sequence in sequences) else None,
         )
-        pixels = encoded.get("pixel_values")
-        if pixels is not None and (pixels.ndim != 4 or len(pixels) != len(pictures)):
-            raise DataError(
-                f"{type(self.processor).__name__} gives pixels of shape {tuple(pixels.shape)} for {len(pictures)} pictures; "
-                "expected one (3, H, W) block a picture, as LLaVA-1.5's processor gives"
-            )
-        lengths = encoded["attention_mask"].sum(dim=1).tolist()
-        return [row[:length] for row, length in zip(encoded["input_ids"].tolist(), lengths, strict=True)], pixels
-
-    def _response(self, record: Mapping[str, Any], column: str) -> list[int]:
-        ids = self.processor.tokenizer(response_text(record, column), add_special_tokens=False).input_ids
-        if self.image_token_id in ids:
-            raise DataError(f"record {record_name(record)}: {column} holds the image token; only prompts have pictures")
-        return [*ids, self.end_id]
-
-    def _tree(self, examples: list[_Example], pixel_values: Tensor | None) -> PreferenceBatch:
-        sequences = [example.prompt + response for example in examples for response in example.responses]
-        identities = [[*example.identities(), *[None] * len(response)] for example in examples for response in example.responses]
-        prompt_lengths = [len(example.prompt) for example in examples for _ in example.responses]
-        tree = TokenTree.from_sequences(sequences, identities=identities, prompt_lengths=prompt_lengths)
-        segments = torch.full((1, tree.num_tokens), -1, dtype=torch.int32)
-        recorded = torch.zeros(1, tree.num_tokens, dtype=torch.bool)
-        ratios: list[RatioSpan] = []
+        ratios = RatioSpans((1, tree.num_tokens))
+        step = len(examples[0].sequences)
         for index, example in enumerate(examples):
-            place = 0, tree.paths[2 * index][: len(example.prompt)]
-            _add_ratio(example, place, tree.rows[2 * index], segments, recorded, ratios)
-        spans = [identities[sequence][offset] for sequence, offset in tree.origin.tolist()]
-        return PreferenceBatch(
-            ids=[example.name for example in examples],
+            columns = tree.paths[step * index][: len(example.sequences[0].prompt)]
+            ratios.add(example, pictures, 0, columns, tree.rows[step * index])
+        starts = np.cumsum([0, *map(len, feature_rows[:-1])])
+        origin = tree.origin.numpy()
+        packed = np.concatenate(feature_rows)[starts[origin[:, 0]] + origin[:, 1]]
+        return self._batch(
+            examples,
+            pictures,
             input_ids=tree.input_ids[None],
             attention_mask=tree.attention_mask,
-            position_ids=tree.position_ids[None],
-            pixel_values=pixel_values,
-            picture_order=torch.tensor([span[0] for span in spans if span is not None and span[1] == 0], dtype=torch.long),
+            position_ids=tree.position_ids[:, None] if positions else tree.position_ids[None],
+            feature_rows=torch.from_numpy(packed[packed >= 0]),
             rows=torch.cat(tree.rows),
-            targets=torch.cat(tree.targets),
-            lengths=[len(targets) for targets in tree.targets],
-            segments=segments,
-            recorded_rows=recorded,
             ratios=ratios,
         )
 
-    def _separate(self, examples: list[_Example], pixel_values: Tensor | None) -> PreferenceBatch:
-        sequences = [torch.tensor(example.prompt + response) for example in examples for response in example.responses]
-        responses = [torch.tensor(response) for example in examples for response in example.responses]
-        input_ids = pad_sequence(sequences, batch_first=True, padding_value=self.pad_id)
-        segments = torch.full(input_ids.shape, -1, dtype=torch.int32)
-        recorded = torch.zeros(input_ids.shape, dtype=torch.bool)
-        ratios: list[RatioSpan] = []
-        for index, example in enumerate(examples):
-            prompt, response = len(example.prompt), example.responses[0]
-            chosen_rows = torch.arange(prompt - 1, prompt - 1 + len(response))
-            _add_ratio(example, (2 * index, torch.arange(prompt)), chosen_rows, segments, recorded, ratios)
+    def _separate(self, examples: list[Example], pictures: EncodedPictures | None) -> PreferenceBatch:
+        sequences = [sequence for example in examples for sequence in example.sequences]
+        ids = [torch.from_numpy(np.concatenate([sequence.prompt, sequence.response])) for sequence in sequences]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
         width = input_ids.shape[1]
-        rows = [
-            torch.arange(len(sequence) - len(response) - 1, len(sequence) - 1) + width * index
-            for index, (sequence, response) in enumerate(zip(sequences, responses, strict=True))
-        ]
+        seen = [torch.from_numpy(~_padded(_unseen(sequence), sequence, False)).long() for sequence in sequences]
+        positions = [sequence.positions.T for sequence in sequences if sequence.positions is not None]
+        response_rows = [len(s.prompt) - 1 + torch.arange(len(s.response)) for s in sequences]
+        ratios = RatioSpans((len(sequences), width))
+        step = len(examples[0].sequences)
+        for index, example in enumerate(examples):
+            columns = torch.arange(len(example.sequences[0].prompt))
+            ratios.add(example, pictures, step * index, columns, response_rows[step * index])
+        feature_rows = np.concatenate([sequence.feature_rows for sequence in sequences])
+        return self._batch(
+            examples,
+            pictures,
+            input_ids=input_ids,
+            attention_mask=pad_sequence(seen, batch_first=True),
+            position_ids=pad_sequence(positions, batch_first=True).permute(2, 0, 1) if positions else None,
+            feature_rows=torch.from_numpy(feature_rows[feature_rows >= 0]),
+            rows=torch.cat([rows + width * index for index, rows in enumerate(response_rows)]),
+            ratios=ratios,
+        )
+
+    def _batch(
+        self, examples: list[Example], pictures: EncodedPictures | None, *, ratios: RatioSpans, **inputs: Any
+    ) -> PreferenceBatch:
+        sequences = [sequence for example in examples for sequence in example.sequences]
+        weights = [sequence.weights for sequence in sequences if sequence.weights is not None]
         return PreferenceBatch(
             ids=[example.name for example in examples],
-            input_ids=input_ids,
-            attention_mask=pad_sequence([torch.ones_like(sequence) for sequence in sequences], batch_first=True),
-            position_ids=None,
-            pixel_values=pixel_values,
-            picture_order=torch.tensor([p for e in examples for _ in e.responses for p in e.pictures], dtype=torch.long),
-            rows=torch.cat(rows),
-            targets=torch.cat(responses),
-            lengths=[len(response) for response in responses],
-            segments=segments,
-            recorded_rows=recorded,
-            ratios=ratios,
+            keys=[example.key for example in examples],
+            kinds=[_kind(example.record) for example in examples],
+            branches=self._maker.branches,
+            pictures=pictures,
+            targets=torch.from_numpy(np.concatenate([sequence.response for sequence in sequences])),
+            token_weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
+            lengths=[len(sequence.response) for sequence in sequences],
+            segments=ratios.segments,
+            recorded_rows=ratios.recorded_rows,
+            ratios=ratios.spans,
+            **inputs,
         )
 
 
-def _add_ratio(
-    example: _Example,
-    place: tuple[int, Tensor],
-    rows: Tensor,
-    segments: Tensor,
-    recorded: Tensor,
-    ratios: list[RatioSpan],
-) -> None:
-    """Give a record's pictures segments of their own, at columns `place[1]` of batch row `place[0]`, and mark its chosen rows."""
-    found = example.segments()
-    if found is None:
-        return
-    its_segments, count, target = found
-    row, columns = place
-    is_picture = its_segments >= 0
-    if bool((segments[row, columns[is_picture]] >= 0).any()):
-        # The tree shares these pictures with an earlier record, whose rows they are recorded for.
-        return
-    first = int(segments[row].max()) + 1
-    segments[row, columns[is_picture]] = its_segments[is_picture].to(segments) + first
-    recorded[row, rows] = True
-    ratios.append(RatioSpan(str(example.record.get("format") or "sequence"), row, first, count, target))
+def _kind(record: Mapping[str, Any]) -> str | None:
+    kind = record.get("kind")
+    return kind if isinstance(kind, str) else None
 
 
-def _distinct(pixels: Tensor | None) -> tuple[Tensor | None, list[int]]:
-    """Each distinct picture once, and for every picture its index among them."""
-    if pixels is None:
-        return None, []
-    first_of: dict[bytes, int] = {}
-    kept: list[int] = []
-    index_of: list[int] = []
-    for index, picture in enumerate(pixels):
-        key = hashlib.sha256(picture.contiguous().numpy().tobytes()).digest()
-        if key not in first_of:
-            first_of[key] = len(kept)
-            kept.append(index)
-        index_of.append(first_of[key])
-    return pixels[kept], index_of
+def _unseen(sequence: TokenSequence) -> np.ndarray:
+    return np.zeros(len(sequence.prompt), dtype=bool) if sequence.unseen is None else sequence.unseen
+
+
+def _padded(prompt_values: np.ndarray, sequence: TokenSequence, value: Any) -> np.ndarray:
+    """Values of prompt tokens, with `value` for those of the response."""
+    return np.concatenate([prompt_values, np.full(len(sequence.response), value, dtype=prompt_values.dtype)])
+
+
+def _with_tensors(instance: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a dataclass with `change` done to its tensors, those of dataclasses in it included."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = change(value)
+        elif isinstance(value, EncodedPictures):
+            changed[field.name] = _with_tensors(value, change)
+    return dataclasses.replace(instance, **changed)

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from transformers import set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmdpo_kernels import linear_logprobs
+from mmdpo_kernels import linear_logprobs, sequence_logps
+from mmdpo_trainers.families import family_of
 from mmdpo_trainers.training.collator import PreferenceBatch
 from mmdpo_trainers.training.preference_config import PreferenceConfig
-
-VISION_NAMES = ("vision_tower",)
-PROJECTOR_NAMES = ("multi_modal_projector",)
 
 
 def base_of(model: nn.Module) -> Any:
@@ -31,10 +29,26 @@ def base_of(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def part_parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
-    """Parameters of the parts with these names, such as the vision tower."""
+def vision_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the vision tower, without a projector that lies inside it."""
+    projector = set(projector_parameters(model))
+    return [parameter for parameter in _part_parameters(model, family_of(model).vision) if parameter not in projector]
+
+
+def projector_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of what brings the vision tower's features to the language model."""
+    return _part_parameters(model, family_of(model).projector)
+
+
+def picture_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a picture's features depend on."""
+    return vision_parameters(model) + projector_parameters(model)
+
+
+def _part_parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
+    """Parameters of the parts with these names below the base model."""
     body = base_of(model).base_model
-    return [parameter for name in names if hasattr(body, name) for parameter in getattr(body, name).parameters()]
+    return [parameter for name in names for parameter in body.get_submodule(name).parameters()]
 
 
 def lora_config(model: nn.Module, args: PreferenceConfig) -> LoraConfig:
@@ -70,9 +84,9 @@ def make_trainable(model: nn.Module, args: PreferenceConfig, peft_config: PeftCo
     Raises ValueError where model, `args` and `peft_config` do not fit, or nothing would be trained.
     """
     if args.full_finetune:
-        parts = (args.freeze_vision, VISION_NAMES), (args.freeze_projector, PROJECTOR_NAMES)
-        for frozen, names in parts:
-            for parameter in part_parameters(model, names):
+        parts = (args.freeze_vision, vision_parameters(model)), (args.freeze_projector, projector_parameters(model))
+        for frozen, parameters in parts:
+            for parameter in parameters:
                 parameter.requires_grad_(not frozen)
     else:
         model = _with_adapter(model, args, peft_config)
@@ -138,40 +152,41 @@ def disable_dropout(model: nn.Module) -> None:
 
 def picture_features(model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
     """Per distinct picture (tokens, H): what its image tokens stand for. With a gradient where vision or projector is trained."""
-    if batch.pixel_values is None:
+    if batch.pictures is None:
         return []
     body = base_of(model).base_model
-    trained = any(p.requires_grad for p in part_parameters(model, VISION_NAMES + PROJECTOR_NAMES))
+    trained = any(parameter.requires_grad for parameter in picture_parameters(model))
+    inputs = {**batch.pictures.inputs, "pixel_values": batch.pictures.pixel_values.to(next(body.parameters()).dtype)}
     with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-        pixels = batch.pixel_values.to(next(body.parameters()).dtype)
-        return list(body.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
+        return list(body.get_image_features(**inputs, return_dict=True).pooler_output)
 
 
 def hidden_states(model: nn.Module, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
-    """(B, S, H) last hidden states, before the head."""
+    """(B, S, H) last hidden states, before the head. features: as `picture_features` gives them."""
     body = base_of(model).base_model
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
     if features:
-        ordered = [features[picture] for picture in batch.picture_order.tolist()]
+        # A tree may hold a part of a picture, so features are placed token by token.
+        placed = torch.cat(features)[batch.feature_rows]
         if "mm_encoder_outputs" in inspect.signature(body.forward).parameters:
-            encoded: Any = ordered
+            encoded: Any = [placed]
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded)}
         else:
-            inputs["inputs_embeds"] = _with_pictures(body, inputs.pop("input_ids"), ordered)
+            inputs["inputs_embeds"] = _with_pictures(body, inputs.pop("input_ids"), placed)
     return body(**inputs).last_hidden_state
 
 
-def _with_pictures(body: Any, input_ids: Tensor, ordered: list[Tensor]) -> Tensor:
+def _with_pictures(body: Any, input_ids: Tensor, placed: Tensor) -> Tensor:
     """Token embeddings with features in the image tokens' places, for transformers before `mm_encoder_outputs`."""
     embeds = body.get_input_embeddings()(input_ids)
     places = (input_ids == body.config.image_token_id)[..., None].expand_as(embeds)
-    return embeds.masked_scatter(places, torch.cat(ordered).to(embeds))
+    return embeds.masked_scatter(places, placed.to(embeds))
 
 
 def response_logps(model: nn.Module, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
-    """(n, 2) log-probabilities of each record's chosen and rejected response, summed over tokens. hidden: (B, S, H)."""
+    """(n, b) log-probabilities of each record's responses by branch, as `sequence_logps` sums them. hidden: (B, S, H)."""
     base = base_of(model)
     weight, bias = _head(base.get_output_embeddings())
     rows = hidden.flatten(0, 1)[batch.rows].to(weight.dtype)
@@ -180,7 +195,13 @@ def response_logps(model: nn.Module, hidden: Tensor, batch: PreferenceBatch) -> 
     scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
     softcap = getattr(text, "final_logit_softcapping", None)
     logps = linear_logprobs(rows, weight, batch.targets, bias=bias, softcap=softcap, logit_scale=scale).logps
-    return torch.stack([piece.sum() for piece in logps.split(batch.lengths)]).view(-1, 2)
+    return sequence_logps(logps, batch.lengths, weights=batch.token_weights).view(-1, len(batch.branches))
+
+
+@torch.no_grad()
+def batch_logps(model: nn.Module, batch: PreferenceBatch) -> Tensor:
+    """(n, b) log-probabilities of a whole batch as `response_logps` gives them, without a gradient."""
+    return response_logps(model, hidden_states(model, batch, picture_features(model, batch)), batch)
 
 
 def _head(head: Any) -> tuple[Tensor, Tensor | None]:

@@ -9,11 +9,14 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-LOSS_TYPES = ("sigmoid", "hinge", "ipo", "nll")
-"""Losses of a chosen and a rejected response; their equations are in `mmdpo_kernels.preference_loss`."""
+from mmdpo_kernels.ops.preference_loss import LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED
+from mmdpo_trainers.data.corruption import KINDS, Corruption
 
-REFERENCE_FREE = frozenset({"nll"})
-"""Losses for which the reference model is not run."""
+LOSS_TYPES = tuple(LOSSES)
+"""Losses by name; their equations and sources are in `mmdpo_kernels.backends.reference.preference_loss`."""
+
+BRANCHES = ("chosen", "rejected", "corrupted")
+"""What a record's prompt continues to; `corrupted` is the chosen response under the corrupted picture."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -43,8 +46,51 @@ class PreferenceConfig(TrainingArguments):
         metadata={"help": f"losses to add up, of {', '.join(LOSS_TYPES)}; MIA-DPO is sigmoid nll"},
     )
     loss_weights: list[float] | None = _option(None, "one factor a loss (the one of nll is MIA-DPO's gamma); None: 1 each")
+    label_smoothing: float = _option(
+        0.0, "cdpo and robust: share of the pairs whose preference is taken to be the wrong way round"
+    )
+    length_normalised: bool = _option(
+        False, "per-token means in place of sums over responses, wherever the loss has no rule of its own"
+    )
+    changed_token_weight: float = _option(
+        1.0, "weight of the tokens in which chosen and rejected differ (DDPO, arXiv 2312.00849); 1: every token alike"
+    )
+    simpo_gamma: float = _option(0.5, "simpo: margin that the chosen response's mean reward is to keep")
+    anchor: float = _option(0.0, "ancpo: delta, the reward that anchored responses are to stay above (chosen) or below (others)")
+    anchors: list[str] = field(
+        default_factory=lambda: ["chosen"], metadata={"help": f"ancpo: rewards that are anchored, of {', '.join(BRANCHES)}"}
+    )
+    corruption: str = _option(
+        "crop",
+        f"copo: how the picture is corrupted, {', '.join(KINDS)}; in prompts with several pictures only the asked-about one is",
+    )
+    corruption_keep: tuple[float, float] = _option(
+        (0.01, 0.20), "crop: share of the picture's area that is kept, drawn evenly between these"
+    )
+    corruption_strength: float | None = _option(
+        None,
+        "blur: radius as a share of the shorter side; noise: sigma in grey levels; mask: share of image tokens. None: the kind's own",
+    )
+    corruption_seed: int | None = _option(None, "seed of the corruption; None: `seed`")
+    corruption_draw: str = _option(
+        "shared", "shared: policy and reference see the same corrupted picture; separate: two draws, as mDPO's released code"
+    )
+    no_image: bool = _option(False, "DPO (No Image): leave the pictures out of every prompt")
+    precompute_ref_log_probs: bool = _option(
+        False, "run the reference once over the data, before the first step, in place of once every step"
+    )
+    reference_cache: str | None = _option(
+        None, "file that keeps the reference's log-probabilities, by content of the records; None: reference.jsonl in output_dir"
+    )
     max_length: int | None = _option(
-        None, "longest prompt + response in tokens, with picture tokens; longer records are left out and named. None: no limit"
+        None, "longest prompt + response in tokens, with picture tokens, which are never cut. None: no limit"
+    )
+    too_long: str = _option("drop", "records longer than max_length: `drop` leaves them out and names them, `error` stops")
+    max_tokens_per_batch: int | None = _option(
+        None, "pack each micro-batch up to this many tokens, in place of per_device_train_batch_size records; None: by records"
+    )
+    group_by_pictures: bool = _option(
+        False, "bring records about the same pictures into one micro-batch, whose token tree then runs the pictures once"
     )
     full_finetune: bool = _option(False, "train the weights themselves in place of a LoRA adapter")
     lora_r: int = _option(128, "rank of the LoRA adapter")
@@ -68,6 +114,8 @@ class PreferenceConfig(TrainingArguments):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         self._check_loss()
+        self._check_corruption()
+        self._check_batches()
         self._check_strategies()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False (the collator reads the columns itself), got True")
@@ -110,6 +158,36 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(f"loss_weights: expected finite numbers, got {self.loss_weights}")
         if not _is_number(self.beta) or not self.beta > 0:
             raise ValueError(f"beta: expected a value above 0, got {self.beta}")
+        if not _is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing: expected a share in [0, 0.5), got {self.label_smoothing!r}")
+        if self.label_smoothing and SMOOTHED.isdisjoint(self.loss_type):
+            raise ValueError(f"label_smoothing: it acts on {', '.join(sorted(SMOOTHED))} only, got loss_type {self.loss_type}")
+        if not self.anchors or not set(BRANCHES).issuperset(self.anchors):
+            raise ValueError(f"anchors: expected one or more of {', '.join(BRANCHES)}, got {self.anchors}")
+        if not _is_number(self.changed_token_weight) or not self.changed_token_weight > 0:
+            raise ValueError(f"changed_token_weight: expected a value above 0, got {self.changed_token_weight!r}")
+        if self.changed_token_weight != 1 and (self.length_normalised or not NEEDS_LENGTHS.isdisjoint(self.loss_type)):
+            raise ValueError(
+                "changed_token_weight: weighted log-probabilities have a length of their own; leave it at 1 with length_normalised "
+                f"and with {', '.join(sorted(NEEDS_LENGTHS.intersection(self.loss_type))) or 'losses of token means'}"
+            )
+
+    def _check_corruption(self) -> None:
+        self.corruption_keep = tuple(self.corruption_keep)  # type: ignore[assignment]
+        self.picture_corruption  # noqa: B018 - raises ValueError where its parts do not fit
+        if self.no_image and "corrupted" in self.branches:
+            raise ValueError("no_image: without pictures there is none to corrupt; leave copo out of loss_type")
+
+    def _check_batches(self) -> None:
+        if self.too_long not in ("drop", "error"):
+            raise ValueError(f"too_long: expected 'drop' or 'error', got {self.too_long!r}")
+        for name in ("max_length", "max_tokens_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected 1 or more tokens, or None, got {value!r}")
+        for name in ("max_tokens_per_batch", "group_by_pictures"):
+            if getattr(self, name) and not self.tree_packing:
+                raise ValueError(f"{name}: padded, separate sequences share nothing and waste padding; leave tree_packing on")
 
     @property
     def weight_of(self) -> dict[str, float]:
@@ -121,6 +199,23 @@ class PreferenceConfig(TrainingArguments):
     def needs_reference(self) -> bool:
         """Whether some loss compares with the reference model."""
         return not REFERENCE_FREE.issuperset(self.loss_type)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches that some loss looks at."""
+        corrupted = not NEEDS_CORRUPTED.isdisjoint(self.loss_type) or ("ancpo" in self.loss_type and "corrupted" in self.anchors)
+        return BRANCHES if corrupted else BRANCHES[:2]
+
+    @property
+    def picture_corruption(self) -> Corruption:
+        """How pictures are corrupted."""
+        return Corruption(
+            kind=self.corruption,  # type: ignore[arg-type]
+            keep=self.corruption_keep,
+            strength=self.corruption_strength,
+            seed=self.seed if self.corruption_seed is None else self.corruption_seed,
+            draw=self.corruption_draw,  # type: ignore[arg-type]
+        )
 
 
 def _is_number(value: Any) -> bool:

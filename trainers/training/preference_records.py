@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmdpo_trainers.data.pictures import open_picture
 from mmdpo_trainers.data.records import IMAGE_TOKEN
@@ -32,20 +35,77 @@ def record_picture(record: Mapping[str, Any], image: Any) -> Image.Image:
         return open_picture(image)
     except Exception as error:
         # Pillow's decoders raise many kinds for damaged files.
-        what = f"picture {image}" if image else "a picture"
-        raise DataError(f"record {record_name(record)}: {what}: {error}; restore the file, or remove the record") from error
+        raise _unreadable(record, image, error) from error
 
 
-def record_images(record: Mapping[str, Any]) -> list[Any]:
-    """The record's `images`. DataError where they are not a list."""
-    images = record.get("images")
+def _unreadable(record: Mapping[str, Any], image: Any, error: Exception) -> DataError:
+    name = image.get("path") if isinstance(image, Mapping) else image
+    what = f"picture {name}" if name else "a picture"
+    return DataError(f"record {record_name(record)}: {what}: {error}; restore the file, or remove the record")
+
+
+def picture_digest(record: Mapping[str, Any], image: Any) -> str:
+    """A picture's content key: SHA-256 of its file's bytes, or of a Pillow picture's size and RGB pixels. Kinds as in `record_picture`."""
+    if isinstance(image, Image.Image):
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
+    try:
+        if isinstance(image, Mapping):
+            if image.get("bytes"):
+                return hashlib.sha256(image["bytes"]).hexdigest()
+            image = image["path"]
+        state = os.stat(image)
+        return _file_digest(os.fspath(image), state.st_mtime_ns, state.st_size)
+    except Exception as error:
+        raise _unreadable(record, image, error) from error
+
+
+def picture_size(record: Mapping[str, Any], image: Any) -> tuple[int, int]:
+    """Width and height of a picture once it is upright; of a file only the header is read. Kinds as in `record_picture`."""
+    if isinstance(image, Image.Image):
+        return image.size
+    source = image
+    if isinstance(image, Mapping):
+        source = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+    try:
+        with Image.open(source) as picture:
+            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (picture.height, picture.width) if turned else picture.size
+    except Exception as error:
+        raise _unreadable(record, image, error) from error
+
+
+@functools.lru_cache(maxsize=200_000)
+def _file_digest(path: str, modified: int, size: int) -> str:
+    """Of a file that was last written at `modified`; the arguments make an edited file another one."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any]:
+    """The record's `images`, or another column of pictures. DataError where they are not a list."""
+    images = record.get(column)
     if images is None:
         return []
     if isinstance(images, str) or not isinstance(images, Sequence):
         raise DataError(
-            f"record {record_name(record)}: images must be a list of pictures, got {str(images)[:120]!r}; write [{str(images)[:60]!r}]"
+            f"record {record_name(record)}: {column} must be a list of pictures, got {str(images)[:120]!r}; "
+            f"write [{str(images)[:60]!r}]"
         )
     return list(images)
+
+
+def record_rejected_images(record: Mapping[str, Any]) -> list[Any] | None:
+    """The record's own corrupted pictures (`rejected_images`), one for each of its pictures; None: it has none. DataError otherwise."""
+    found, count = record_images(record, "rejected_images"), len(record_images(record))
+    if not found:
+        return None
+    if len(found) != count:
+        raise DataError(
+            f"record {record_name(record)}: rejected_images must hold one picture for each of images ({count}), got {len(found)}; "
+            "repeat in it what is not corrupted"
+        )
+    return found
 
 
 def record_target(record: Mapping[str, Any]) -> int | None:
@@ -65,6 +125,7 @@ def check_record(record: Mapping[str, Any]) -> None:
     """DataError naming the record where its texts, placeholders or target cannot be used; its pictures are not opened."""
     prompt_text(record)
     record_target(record)
+    record_rejected_images(record)
     for column in ("chosen", "rejected"):
         response_text(record, column)
 

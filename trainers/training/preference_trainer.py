@@ -15,13 +15,19 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from mmdpo_kernels import SequenceLogps, patch_model, preference_loss, record_attention
+from mmdpo_kernels import PreferenceLoss, SequenceLogps, patch_model, preference_loss, record_attention
+from mmdpo_trainers.errors import DataError
+from mmdpo_trainers.families import family_of
+from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import read_json, write_atomic
 from mmdpo_trainers.training import model_parts
 from mmdpo_trainers.training.checkpoints import latest_complete, mark_complete, remove_old, start
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
+from mmdpo_trainers.training.packing import batch_sampler
 from mmdpo_trainers.training.preference_config import PreferenceConfig
-from mmdpo_trainers.training.preference_records import record_name
+from mmdpo_trainers.training.preference_records import record_images, record_name
+from mmdpo_trainers.training.reference import Reference
+from mmdpo_trainers.training.reference_cache import Precomputed, ReferenceCache, precompute, reference_header
 from mmdpo_trainers.training.training_log import Averages
 
 logger = logging.getLogger(__name__)
@@ -53,7 +59,7 @@ class PreferenceTrainer(Trainer):
 
     Logged, averaged over records, micro-batches and the logging interval (evaluation: with prefix `eval_`): `loss`,
     `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins` (unless no loss needs the reference),
-    `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where that loss is used), and `attn/ratio_<format>`: the share of the
+    `rewards/chosen_<kind>` and the others' for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where that loss is used), and `attn/ratio_<format>`: the share of the
     attention on a record's pictures that its chosen response gives the asked-about one. With tree packing, pictures that several
     records of a micro-batch share count once, for the first of these records; a record whose pictures get no attention is left out.
     `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size.
@@ -64,6 +70,7 @@ class PreferenceTrainer(Trainer):
     """
 
     args: PreferenceConfig
+    data_collator: PreferenceCollator  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -76,8 +83,10 @@ class PreferenceTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         ref_model: nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         _check_devices(args)
+        self.args = args
         self.ref_model = model_parts.second_model(model, args, peft_config, ref_model)
         model = model_parts.make_trainable(model, args, peft_config)
         for each in (model, self.ref_model):
@@ -86,11 +95,13 @@ class PreferenceTrainer(Trainer):
                 model_parts.disable_dropout(each)
                 if args.tree_packing or args.attention_layer is not None:
                     patch_model(each)
-        vision = model_parts.part_parameters(model, model_parts.VISION_NAMES + model_parts.PROJECTOR_NAMES)
-        self._shared_features = ref_model is None and not any(parameter.requires_grad for parameter in vision)
+        vision = model_parts.picture_parameters(model)
+        shares_features = ref_model is None and not any(parameter.requires_grad for parameter in vision)
         base = model_parts.base_of(model)
         _check_layer(args.attention_layer, base.config.get_text_config().num_hidden_layers)
-        collator = _collator(base, processing_class, args.tree_packing)
+        pool = train_dataset if train_dataset is not None else eval_dataset
+        collator = _collator(base, processing_class, args, pool)
+        self.progress = progress or Progress()
         self.left_out: list[str] = []
         """Names of records longer than `max_length`."""
         self._averages = {"train": Averages(), "eval": Averages()}
@@ -99,8 +110,8 @@ class PreferenceTrainer(Trainer):
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=self._short_enough(train_dataset, collator, args.max_length),
-            eval_dataset=self._short_enough(eval_dataset, collator, args.max_length),
+            train_dataset=self._short_enough(train_dataset, collator),
+            eval_dataset=self._short_enough(eval_dataset, collator),
             processing_class=processing_class,
             callbacks=[_RestoreLog(self), *(callbacks or [])],
         )
@@ -108,6 +119,9 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         if self.ref_model is not None:
             self.ref_model.to(self.args.device)
+        self._known: dict[int, Any] = {}
+        """Datasets whose records the reference's cache holds."""
+        self.reference = Reference(model, self.ref_model, shares_features=shares_features, autocast=self.accelerator.autocast)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
@@ -119,6 +133,7 @@ class PreferenceTrainer(Trainer):
                 raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no whole checkpoint; pass 'auto' to start")
             resume_from_checkpoint = None if found is None else str(found)
         self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        self.precompute_reference()
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     @property
@@ -134,10 +149,10 @@ class PreferenceTrainer(Trainer):
         """
         batch: PreferenceBatch = inputs["batch"].to(self.args.device)
         averages = self._averages["train" if model.training else "eval"]
-        features = self._features(self._policy, batch)
-        reference = self._reference_logps(batch, features) if self.args.needs_reference else None
+        features = self._features(batch)
+        reference = self._reference_logps(inputs, batch, features) if self.args.needs_reference else None
         with self._recorded(batch, training=model.training, averages=averages):
-            policy = self._logps(self._policy, batch, features)
+            policy = self._logps(batch, features)
         records, tokens = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
         loss = self._loss(batch, policy, reference, records, tokens, averages)
         return (loss, {}) if return_outputs else loss
@@ -145,47 +160,111 @@ class PreferenceTrainer(Trainer):
     def _loss(
         self, batch: PreferenceBatch, policy: Tensor, reference: Tensor | None, records: int, tokens: int, averages: Averages
     ) -> Tensor:
-        weights, count = self.args.weight_of, len(batch.ids)
+        args, weights, count = self.args, self.args.weight_of, len(batch.ids)
         policy_logps = _sequence_logps(policy, batch)
-        averages.add({"logps/chosen": _mean(policy[:, 0]), "logps/rejected": _mean(policy[:, 1])}, count)
+        averages.add({f"logps/{name}": _mean(policy[:, column]) for column, name in enumerate(batch.branches)}, count)
         loss = policy.new_zeros(())
         pairwise = [name for name in weights if name != "nll"]
         if pairwise:
             outcome = preference_loss(
                 policy_logps,
-                None if reference is None else _sequence_logps(reference, batch),
+                None if reference is None else _sequence_logps(reference.to(policy.dtype), batch),
                 loss_type=pairwise,
                 loss_weights=[weights[name] for name in pairwise],
-                beta=self.args.beta,
+                beta=args.beta,
+                label_smoothing=args.label_smoothing,
+                anchor=args.anchor,
+                anchors=args.anchors,
+                simpo_gamma=args.simpo_gamma,
+                length_normalised=args.length_normalised,
             )
             loss = loss + outcome.loss * (count / records)
             if averages is self._averages["eval"]:
                 averages.add({_PAIRWISE: outcome.loss.detach()}, count)
-            values = {**outcome.rewards, "accuracies": outcome.accuracies, "margins": outcome.margins}
-            averages.add({f"rewards/{name}": _mean(value) for name, value in values.items()}, count)
+            averages.add({f"rewards/{name}": _mean(value) for name, value in _rewards(outcome).items()}, count)
+            for kind in sorted({kind for kind in batch.kinds if kind}):
+                mine = [index for index, each in enumerate(batch.kinds) if each == kind]
+                averages.add({f"rewards/{name}_{kind}": _mean(value[mine]) for name, value in outcome.rewards.items()}, len(mine))
         if "nll" in weights:
             nll = preference_loss(policy_logps, loss_type=("nll",)).loss
             loss = loss + weights["nll"] * nll * (batch.chosen_tokens / tokens)
             averages.add({"nll_loss": nll.detach()}, batch.chosen_tokens)
         return loss
 
-    def _features(self, model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
-        with self.accelerator.autocast():
-            return model_parts.picture_features(model, batch)
+    def _reference_logps(self, inputs: dict[str, Any], batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
+        """(n, branches). With separate draws of the corruption the reference has a batch, and pictures, of its own."""
+        if "reference_batch" in inputs:
+            return self.reference.logps(inputs["reference_batch"].to(self.args.device), None)
+        return self.reference.logps(batch, features)
 
-    def _logps(self, model: nn.Module, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
-        """(n, 2) as `response_logps`. The head stays out of autocast: its log-probabilities are made in float32."""
+    def _features(self, batch: PreferenceBatch) -> list[Tensor]:
         with self.accelerator.autocast():
-            hidden = model_parts.hidden_states(model, batch, features)
-        return model_parts.response_logps(model, hidden, batch)
+            return model_parts.picture_features(self._policy, batch)
 
-    @torch.no_grad()
-    def _reference_logps(self, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
-        model = self._policy if self.ref_model is None else self.ref_model
-        with contextlib.nullcontext() if self.ref_model is not None else model_parts.adapter_off(self._policy):
-            if not self._shared_features:
-                features = self._features(model, batch)
-            return self._logps(model, batch, features)
+    def _logps(self, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
+        """(n, branches) as `response_logps`. The head stays out of autocast: its log-probabilities are made in float32."""
+        with self.accelerator.autocast():
+            hidden = model_parts.hidden_states(self._policy, batch, features)
+        return model_parts.response_logps(self._policy, hidden, batch)
+
+    def precompute_reference(self, *datasets: Any) -> list[Precomputed]:
+        """Run the reference over the records that its cache does not hold yet; nothing unless `precompute_ref_log_probs` is set.
+
+        datasets: as `train_dataset`; none: the trainer's own. `train` and `evaluate` do this by themselves. A killed pass
+        continues where it stopped. Returns what was done for each dataset not seen before. Raises StaleCacheError where the cache was
+        made by another reference.
+        """
+        args = self.args
+        results: list[Precomputed] = []
+        if not (args.precompute_ref_log_probs and args.needs_reference):
+            return results
+        new = [
+            each
+            for each in datasets or (self.train_dataset, self.eval_dataset)
+            if each is not None and id(each) not in self._known
+        ]
+        with self.reference.active() if new else contextlib.nullcontext():
+            if self.reference.cache is None:
+                path = Path(args.reference_cache or Path(str(args.output_dir)) / "reference.jsonl")
+                self.reference.cache = ReferenceCache(path, self._reference_header())
+            for dataset in new:
+                done = precompute(
+                    self.reference.cache,
+                    self.reference.model,
+                    self.data_collator,
+                    dataset,
+                    max_tokens=args.max_tokens_per_batch,
+                    batch_size=args.per_device_eval_batch_size,
+                    autocast=self.accelerator.autocast,
+                    num_workers=args.dataloader_num_workers,
+                    progress=self.progress,
+                )
+                self.progress.print(f"reference: {done}")
+                self._known[id(dataset)] = dataset
+                results.append(done)
+        return results
+
+    def _reference_header(self) -> dict[str, Any]:
+        autocast = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else False
+        return reference_header(self.reference.model, processor=self.processing_class, autocast=autocast)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `transformers.Trainer`; with `max_tokens_per_batch` or `group_by_pictures` of batches made once, in a new order each epoch."""
+        args, dataset = self.args, self.train_dataset
+        if dataset is None or not (args.max_tokens_per_batch or args.group_by_pictures):
+            return super().get_train_dataloader()
+        sampler = batch_sampler(dataset, self.data_collator, args, self.progress)
+        workers = args.dataloader_num_workers
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
 
     @contextlib.contextmanager
     def _recorded(self, batch: PreferenceBatch, *, training: bool, averages: Averages) -> Iterator[None]:
@@ -214,6 +293,14 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad():
             loss = self.compute_loss(model, inputs).detach()
         return loss, None, None
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in `transformers.Trainer`."""
+        given = eval_dataset if eval_dataset is not None else self.eval_dataset
+        self.precompute_reference(*(given.values() if isinstance(given, dict) else [given]))
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
         self,
@@ -283,14 +370,28 @@ class PreferenceTrainer(Trainer):
         self._globalstep_last_logged = state["last_logged"]
         self._averages["train"].load(state["averages"])
 
-    def _short_enough(self, dataset: Any, collator: PreferenceCollator, max_length: int | None) -> Any:
-        if dataset is None or max_length is None:
+    def _short_enough(self, dataset: Any, collator: PreferenceCollator) -> Any:
+        limit = self.args.max_length
+        if dataset is None or limit is None:
             return dataset
-        kept = [index for index in range(len(dataset)) if collator.length(dataset[index]) <= max_length]
-        left_out = [record_name(dataset[index]) for index in sorted(set(range(len(dataset))) - set(kept))]
+        with self.progress.task("measure records", total=len(dataset)) as task:
+            kept, left_out = [], []
+            for index in range(len(dataset)):
+                record = dataset[index]
+                length = collator.length(record)
+                if length <= limit:
+                    kept.append(index)
+                elif self.args.too_long == "error":
+                    raise DataError(
+                        f"record {record_name(record)}: {length} tokens are more than max_length={limit}; raise it, shorten the record, "
+                        "or leave such records out with too_long='drop'"
+                    )
+                else:
+                    left_out.append(record_name(record))
+                task.advance()
         if left_out:
             first = ", ".join(left_out[:10])
-            logger.warning("%d records are longer than max_length=%d and left out: %s", len(left_out), max_length, first)
+            logger.warning("%d records are longer than max_length=%d and left out: %s", len(left_out), limit, first)
             self.left_out += left_out
         return dataset.select(kept) if hasattr(dataset, "select") else Subset(dataset, kept)
 
@@ -309,11 +410,22 @@ def _mean(values: Tensor) -> float:
 
 
 def _sequence_logps(logps: Tensor, batch: PreferenceBatch) -> SequenceLogps:
-    lengths = torch.tensor(batch.lengths, device=logps.device).view(-1, 2)
-    return SequenceLogps(chosen=logps[:, 0], rejected=logps[:, 1], chosen_lengths=lengths[:, 0], rejected_lengths=lengths[:, 1])
+    lengths = torch.tensor(batch.lengths, device=logps.device).view(-1, len(batch.branches))
+    sums = dict(zip(batch.branches, logps.unbind(1), strict=True))
+    counts = {f"{name}_lengths": column for name, column in zip(batch.branches, lengths.unbind(1), strict=True)}
+    return SequenceLogps(**sums, **counts)
 
 
-def _collator(base: Any, processor: Any, tree_packing: bool) -> PreferenceCollator:
+def _rewards(outcome: PreferenceLoss) -> dict[str, Tensor]:
+    """What is logged of the rewards; (B,) each."""
+    values = {**outcome.rewards, "accuracies": outcome.accuracies, "margins": outcome.margins}
+    if "corrupted" in outcome.rewards:
+        margins = outcome.rewards["chosen"] - outcome.rewards["corrupted"]
+        values.update({"corrupted_accuracies": (margins > 0).float(), "corrupted_margins": margins})
+    return values
+
+
+def _collator(base: Any, processor: Any, args: PreferenceConfig, pool: Any) -> PreferenceCollator:
     tokenizer = processor.tokenizer
     end = base.generation_config.eos_token_id
     ends = [end] if isinstance(end, int) else list(end or [])
@@ -322,9 +434,18 @@ def _collator(base: Any, processor: Any, tree_packing: bool) -> PreferenceCollat
     if not ends:
         raise ValueError("processing_class: neither tokenizer nor generation_config has an end token; responses could not end")
     end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id
     return PreferenceCollator(
-        processor, image_token_id=base.config.image_token_id, end_id=end_id, pad_id=pad_id, tree_packing=tree_packing
+        processor,
+        family=family_of(base),
+        image_token_id=base.config.image_token_id,
+        end_id=end_id,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id,
+        tree_packing=args.tree_packing,
+        branches=args.branches,
+        corruption=args.picture_corruption if "corrupted" in args.branches else None,
+        no_image=args.no_image,
+        changed_token_weight=args.changed_token_weight,
+        picture_pool=[image for record in pool or () for image in record_images(record)] if args.corruption == "other" else (),
     )
 
 

@@ -35,6 +35,37 @@ def forward(
     return torch.cat([logps for logps, _ in pieces]), {name: torch.cat([found[name] for _, found in pieces]) for name in stats}
 
 
+def forward_with_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    stats: tuple[str, ...],
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """As `forward`, and the gradient (T, H) of each row's log-probability in its hidden state, in the dtype of hidden.
+
+    A row's gradient is this times its upstream gradient, so one product with the weight in forward and one here are all there are:
+    `backward` would have to make the logits again.
+    """
+    pieces = []
+    gradient = torch.empty_like(hidden)
+    for rows in _chunks(hidden, weight):
+        logits = reference.logits_of(hidden[rows], weight, bias, softcap, logit_scale, temperature)
+        pieces.append(reference.read_off(logits, targets[rows], ignore_index, stats))
+        ones = logits.new_ones(logits.shape[0])
+        products = reference.grad_products(ones, logits, targets[rows], softcap, logit_scale, temperature, ignore_index)
+        gradient[rows] = products.to(weight.dtype) @ weight
+    return (
+        torch.cat([logps for logps, _ in pieces]),
+        {name: torch.cat([found[name] for _, found in pieces]) for name in stats},
+        gradient,
+    )
+
+
 def backward(
     grad_logps: Tensor,
     hidden: Tensor,

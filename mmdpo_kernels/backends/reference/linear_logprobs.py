@@ -39,7 +39,11 @@ def forward(
     stats: tuple[str, ...],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-> logps (T,), stats (T,) each; 0 where the target is ignored."""
-    logits = logits_of(hidden, weight, bias, softcap, logit_scale, temperature)
+    return read_off(logits_of(hidden, weight, bias, softcap, logit_scale, temperature), targets, ignore_index, stats)
+
+
+def read_off(logits: Tensor, targets: Tensor, ignore_index: int, stats: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `forward` returns, from logits (T, V)."""
     used = targets != ignore_index
     lse = logits.logsumexp(-1)
     chosen = logits.gather(1, targets.where(used, 0)[:, None])[:, 0]
@@ -59,8 +63,25 @@ def backward(
     ignore_index: int,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """-> gradients of hidden, weight, bias, each None where `needs` says so. dlogits = g (onehot(target) - softmax)."""
+    """-> gradients of hidden, weight, bias, each None where `needs` says so."""
     logits = logits_of(hidden, weight, bias, softcap, logit_scale, temperature)
+    grad = grad_products(grad_logps, logits, targets, softcap, logit_scale, temperature, ignore_index)
+    grad_hidden = (grad.to(weight.dtype) @ weight).to(hidden.dtype) if needs[0] else None
+    grad_weight = grad.T @ hidden.to(grad.dtype) if needs[1] else None
+    grad_bias = grad.sum(0) if needs[2] else None
+    return grad_hidden, grad_weight, grad_bias
+
+
+def grad_products(
+    grad_logps: Tensor,  # (T,)
+    logits: Tensor,  # (T, V)
+    targets: Tensor,  # (T,)
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+) -> Tensor:
+    """-> (T, V) gradient of hidden @ weight.T + bias, dtype of the logits. dlogits = g (onehot(target) - softmax)."""
     used = targets != ignore_index
     scale = grad_logps.to(logits.dtype).where(used, 0.0)
     grad = logits.softmax(-1).mul_(-scale[:, None])
@@ -68,10 +89,7 @@ def backward(
     if softcap is not None:
         grad *= 1.0 - (logits * temperature / softcap) ** 2
     grad *= logit_scale / temperature
-    grad_hidden = (grad.to(weight.dtype) @ weight).to(hidden.dtype) if needs[0] else None
-    grad_weight = grad.T @ hidden.to(grad.dtype) if needs[1] else None
-    grad_bias = grad.sum(0) if needs[2] else None
-    return grad_hidden, grad_weight, grad_bias
+    return grad
 
 
 def _stat(name: str, logits: Tensor, lse: Tensor, chosen: Tensor) -> Tensor:

@@ -52,17 +52,16 @@ def forward(
     mass = torch.empty(batch, heads, length, 0, dtype=wide, device=query.device)
     if query.numel() == 0:  # the kernels divide by the length
         return torch.empty_like(query), lse, mass
-    if tree_end is None:
-        output = torch.empty_like(query)
-        for group in _head_groups(heads, key.shape[1]):
-            output[:, group], lse[:, group] = flash.forward(query[:, group], key, value, True, scale)
-        return output, lse, mass
-    merged = torch.zeros(batch, heads, length, dim, dtype=wide, device=query.device)
-    for rows, rectangle in _calls(tree_end, batch, length):
+    # Heads last but one in memory, as models want the output next, so that no layer copies it.
+    merged = torch.zeros(batch, length, heads, dim, dtype=wide, device=query.device).transpose(1, 2)
+    for rows, rectangle, untouched in _calls(tree_end, batch, length):
         q, k, causal = _slices(rectangle)
         for group in _head_groups(heads, key.shape[1]):
             part, part_lse = flash.forward(query[rows, group, q], key[rows, :, k], value[rows, :, k], causal, scale)
-            _merge(merged[rows, group, q], lse[rows, group, q], part, part_lse)
+            if untouched:
+                merged[rows, group, q], lse[rows, group, q] = part, part_lse
+            else:
+                _merge(merged[rows, group, q], lse[rows, group, q], part, part_lse)
     return merged.to(query.dtype), lse, mass
 
 
@@ -86,11 +85,11 @@ def backward(
     if grad_lse is not None:
         raise ValueError("tree_attention: backend 'sdpa' has no gradient through lse; use backend='reference' for it")
     wide = torch.promote_types(query.dtype, torch.float32)
-    grads = tuple(torch.zeros(t.shape, dtype=wide, device=t.device) for t in (query, key, value))
+    grads = tuple(torch.zeros_like(t, dtype=wide) for t in (query, key, value))
     if grad_output is not None and query.numel():
-        for rows, rectangle in _calls(tree_end, query.shape[0], query.shape[2]):
+        for rows, rectangle, untouched in _calls(tree_end, query.shape[0], query.shape[2]):
             q, k, causal = _slices(rectangle)
-            for group in _head_groups(query.shape[1], key.shape[1]):
+            for number, group in enumerate(_head_groups(query.shape[1], key.shape[1])):
                 at_query, at_key = (rows, group, q), (rows, slice(None), k)
                 parts = flash.backward(
                     grad_output[at_query],
@@ -102,15 +101,25 @@ def backward(
                     causal,
                     scale,
                 )
-                for total, part, where in zip(grads, parts, (at_query, at_key, at_key), strict=True):
-                    total[where] += part
+                # Keys meet their own square before anything else.
+                new_key = causal and number == 0
+                for total, part, where, new in zip(
+                    grads, parts, (at_query, at_key, at_key), (untouched, new_key, new_key), strict=True
+                ):
+                    if new:
+                        total[where] = part
+                    else:
+                        total[where] += part
     return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
 
 
-def _calls(tree_end: Tensor | None, batch: int, length: int) -> Iterator[tuple[slice, Rectangle]]:
+def _calls(tree_end: Tensor | None, batch: int, length: int) -> Iterator[tuple[slice, Rectangle, bool]]:
+    """Batch rows, rectangle, and whether no rectangle before it had one of its queries."""
     for plan in causal_plan(batch, length) if tree_end is None else rectangles(tree_end):
+        touched = 0
         for rectangle in plan.rectangles:
-            yield slice(plan.b0, plan.b1), rectangle
+            yield slice(plan.b0, plan.b1), rectangle, rectangle.q0 >= touched
+            touched = max(touched, rectangle.q1)
 
 
 def _slices(rectangle: Rectangle) -> tuple[slice, slice, bool]:

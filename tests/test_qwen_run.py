@@ -1,0 +1,91 @@
+"""`mmdpo run` on Qwen2.5-VL with the shipped settings, pictures of different shapes, from single-image data to the page."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from tiny_models import make_tiny_qwen, sample_pictures
+
+from mmdpo_trainers.config import RunConfig, merge
+from mmdpo_trainers.pipeline import run_pipeline
+from mmdpo_trainers.progress import Progress
+from mmdpo_trainers.run_folder import read_json, read_jsonl
+
+CONFIG = Path(__file__).parents[1] / "configs" / "qwen2_5_vl_mia_dpo.yaml"
+SIZES = [(48, 48), (72, 36), (24, 60), (60, 48)]
+COLOURS = ("red", "green", "blue", "yellow")
+
+
+def write_data(folder: Path, pictures: int) -> Path:
+    records = []
+    for index, picture in enumerate(sample_pictures(pictures, seed=7)):
+        picture.resize(SIZES[index % len(SIZES)]).save(folder / f"{index}.png")
+        question = {"from": "human", "value": "<image>\nWhat colour is the circle?"}
+        answer = {"from": "gpt", "value": COLOURS[index % len(COLOURS)]}
+        records.append({"id": f"p{index}", "image": f"{index}.png", "conversations": [question, answer]})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+def settings(folder: Path) -> RunConfig:
+    (folder / "pictures").mkdir()
+    every = {"sequence": {2: 1.0, 3: 1.0}, "grid": {2: 1.0, 4: 1.0}, "pip": {2: 1.0}}
+    small: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "model": str(make_tiny_qwen(folder / "model")),
+        "dtype": "float32",
+        "threads": 1,
+        "data": {"source": str(write_data(folder / "pictures", 16)), "image_folder": None, "holdout": 0.4},
+        "augment": {"num_prompts": 20, "cell_size": 24, "margin": 4, "label": False},
+        "generate": {"max_new_tokens": 4, "noise": "none"},
+        "score": {"layer": 1},
+        "select": {"min_perplexity": None, "max_length_ratio": None, "thresholds": every},
+        "train": {
+            "args": {
+                "gradient_accumulation_steps": 1,
+                "per_device_train_batch_size": 5,
+                "lora_r": 4,
+                "lora_alpha": 8,
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+                "bf16": False,
+            }
+        },
+        "evaluate": {"per_format": {"sequence": 4, "grid": 2, "pip": 2, "single": 4}, "max_new_tokens": 4},
+        "report": {"heat_maps": 2},
+    }
+    values = merge(yaml.safe_load(CONFIG.read_text()), small)
+    values["augment"]["num_images"] = {"sequence": {2: 1, 3: 1}, "grid": {2: 1, 4: 1}}
+    return RunConfig.from_dict(values)
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    console = Console(file=io.StringIO())
+    summary = run_pipeline(config, progress=Progress(console), console=console)
+    run = tmp_path / "run"
+    assert set(summary["pairs"]) == {"sequence", "grid", "pip"} and sum(summary["pairs"].values()) >= 12
+    assert read_json(run / "score" / "summary.json")["statistic"] == "mean"
+    scores = {record["id"]: record for record in read_jsonl(run / "score" / "scores.jsonl")}
+    for record in scores.values():
+        assert record["recorded"]["attention"] == record["attention"] and record["region"] is None
+        assert record["ratio"] == record["ratio_mean"]
+    assert any(record["ratio_mean"] != pytest.approx(record["ratio_mass"], abs=1e-3) for record in scores.values())
+    log = [entry for entry in read_jsonl(run / "train" / "log.jsonl") if "loss" in entry]
+    # Before its first step the policy is the reference.
+    assert log[0]["loss"] - 0.1 * log[0]["nll_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-4) and log[-1]["rewards/margins"] > 0.1
+    ratios = [value for entry in log for name, value in entry.items() if name.startswith("attn/ratio_")]
+    assert ratios and all(0 < ratio < 1 for ratio in ratios)
+    assert set(summary["accuracy"]["before"]) == set(summary["accuracy"]["after"]) == {"sequence", "grid", "pip", "single"}
+    before, after = (read_jsonl(run / "evaluate" / moment / "answers.jsonl") for moment in ("before", "after"))
+    assert [answer["response"] for answer in before] != [answer["response"] for answer in after]
+    page = (run / "report.html").read_text()
+    assert "<html" in page and 'src="http' not in page and read_json(run / "report" / "summary.json")["heat_maps"] >= 2

@@ -1,0 +1,154 @@
+"""The world of shapes with a language prior: each shape has a colour that texts expect of it, and pictures that break the habit.
+
+Questions name the shape, so that the text alone suggests an answer. Preference pairs set the truth of the picture (chosen) against
+what the prior says (rejected), in two kinds of answer: one word, and a whole caption of 26 to 38 tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from mmdpo_trainers.shapes import world
+from mmdpo_trainers.shapes.world import Scene
+
+PRIOR = {"circle": "red", "ring": "blue", "bar": "green", "cross": "yellow"}
+"""Shape -> the colour that is expected of it."""
+
+KINDS = ("answer", "caption")
+"""A colour in one word; a description of the whole picture."""
+
+# Several wordings of one content: a caption's likelihood then has room to move without the facts that it states.
+_OPENINGS = (
+    "this picture shows", "the picture shows", "here is", "this is a picture of", "the image shows", "in this photo there is",
+    "the photograph shows",
+)  # fmt: skip
+_PLACES = ("on a {background} background", "on {background}", "with a {background} background")
+_COLOURS = (
+    "the colour of the {shape} is {colour}", "the {shape} has the colour {colour}", "the {shape} is {colour}",
+    "{colour} is the colour of the {shape}",
+)  # fmt: skip
+_BACKGROUNDS = (
+    "the background of the picture is {background}", "the whole background is {background}",
+    "{background} is the background colour", "the background has the colour {background}",
+)  # fmt: skip
+_ENDINGS = (
+    "there is only one shape in the picture", "the {shape} is the only shape here", "it is the main shape in the photo",
+    "the picture has a single shape",
+)  # fmt: skip
+_PARTS = (_OPENINGS, _PLACES, _COLOURS, _BACKGROUNDS, _ENDINGS)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question about a picture with the true answer and a wrong one."""
+
+    scene: Scene
+    kind: str
+    question: str
+    chosen: str
+    rejected: str
+
+    @property
+    def group(self) -> str:
+        """`answer/disagree`, `caption/agree`, …: the kind, and whether the picture agrees with the prior."""
+        return f"{self.kind}/{'agree' if agrees(self.scene) else 'disagree'}"
+
+
+def agrees(scene: Scene) -> bool:
+    """Whether the shape has the colour that is expected of it."""
+    return scene.colour == PRIOR[scene.shape]
+
+
+def sample_scene(rng: random.Random, agreeing: bool) -> Scene:
+    """A scene that agrees with the prior, or one with any of the other colours."""
+    scene = world.sample_scene(rng)
+    expected = PRIOR[scene.shape]
+    colour = expected if agreeing else rng.choice([name for name in world.COLOURS if name != expected])
+    return dataclasses.replace(scene, colour=colour)
+
+
+def expected_scene(scene: Scene) -> Scene:
+    """What the prior makes of a scene."""
+    return dataclasses.replace(scene, colour=PRIOR[scene.shape])
+
+
+def question(scene: Scene, kind: str) -> str:
+    """What is asked about a scene; it names the shape."""
+    return f"What colour is the {scene.shape}?" if kind == "answer" else f"Tell me about the {scene.shape} in the picture."
+
+
+def answer(scene: Scene, kind: str, wording: tuple[int, ...]) -> str:
+    """The answer that describes `scene`; wording: from `sample_wording`, which choices a caption's phrases are."""
+    if kind == "answer":
+        return scene.colour
+    opening, place, *sentences = (part[choice] for part, choice in zip(_PARTS, wording, strict=True))
+    article = "an" if scene.colour == "orange" else "a"
+    text = f"{opening} {article} {{colour}} {{shape}} {place}. {'. '.join(sentences)}."
+    return text.format(colour=scene.colour, shape=scene.shape, background=scene.background)
+
+
+def sample_wording(rng: random.Random) -> tuple[int, ...]:
+    """A choice for each part of a caption."""
+    return tuple(rng.randrange(len(part)) for part in _PARTS)
+
+
+def sample_pair(rng: random.Random, *, counterfactual: float, captions: float) -> Pair:
+    """Draw a pair: with probability `counterfactual` its picture breaks the prior, with probability `captions` it is of captions.
+
+    Rejected is what the prior says, or where that is the truth another colour; the wording is that of chosen.
+    """
+    scene = sample_scene(rng, rng.random() >= counterfactual)
+    kind = KINDS[rng.random() < captions]
+    other = rng.choice([colour for colour in world.COLOURS if colour != scene.colour])
+    wrong = dataclasses.replace(scene, colour=other) if agrees(scene) else expected_scene(scene)
+    wording = sample_wording(rng)
+    return Pair(scene, kind, question(scene, kind), answer(scene, kind, wording), answer(wrong, kind, wording))
+
+
+def preference_records(
+    count: int, *, seed: int, split: str, counterfactual: float, captions: float
+) -> Iterator[tuple[dict[str, Any], Image.Image]]:
+    """Yield `count` preference records with TRL's columns, each with its picture, which belongs at `images/<id>.png`.
+
+    The same for a seed and `split` ("pairs", "held_out"), whatever `count` is; two splits share no picture in practice.
+    """
+    rng = random.Random(f"prior-{split}-{seed}")
+    for number in range(count):
+        pair = sample_pair(rng, counterfactual=counterfactual, captions=captions)
+        name = f"{split}-{number:05d}"
+        record = {
+            "id": name,
+            "kind": pair.kind,
+            "group": pair.group,
+            "images": [f"images/{name}.png"],
+            "prompt": [{"role": "user", "content": f"<image>\n{pair.question}"}],
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+        }
+        yield record, world.draw(pair.scene)
+
+
+def evaluation_prompts(disagreeing: int, agreeing: int, *, seed: int) -> Iterator[tuple[dict[str, Any], Image.Image]]:
+    """Yield prompt records, one of each kind for every picture, with the pictures. The truth is the colour, of a caption too."""
+    rng = random.Random(f"prior-evaluation-{seed}")
+    for number in range(disagreeing + agreeing):
+        scene = sample_scene(rng, number >= disagreeing)
+        name = f"evaluation-{number:05d}"
+        for kind in KINDS:
+            record = {
+                "id": f"{name}/{kind}",
+                "kind": kind,
+                "group": f"{kind}/{'agree' if agrees(scene) else 'disagree'}",
+                "images": [f"images/{name}.png"],
+                "prompt": f"<image>\n{question(scene, kind)}",
+                "answer": scene.colour,
+                "options": list(world.COLOURS),
+                "expected": PRIOR[scene.shape],
+            }
+            yield record, world.draw(scene)

@@ -1,0 +1,54 @@
+"""The reference model's log-probabilities during training: read from a cache, or run beside the policy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdpo_trainers.training import model_parts
+from mmdpo_trainers.training.collator import PreferenceBatch
+from mmdpo_trainers.training.reference_cache import ReferenceCache
+
+Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+class Reference:
+    """The policy with its adapter switched off, or a second model.
+
+    Args:
+        policy: the trained model.
+        second: the reference where it is a model of its own, else None.
+        shares_features: whether policy and reference see pictures through one and the same frozen tower.
+        autocast: the context that the policy's forward passes run in.
+    """
+
+    def __init__(self, policy: nn.Module, second: nn.Module | None, *, shares_features: bool, autocast: Autocast) -> None:
+        self.policy, self.second, self.shares_features, self.autocast = policy, second, shares_features, autocast
+        self.cache: ReferenceCache | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that `active` makes the reference."""
+        return self.policy if self.second is None else self.second
+
+    def active(self) -> contextlib.AbstractContextManager[Any]:
+        """While it lasts, `model` computes the reference."""
+        return contextlib.nullcontext() if self.second is not None else model_parts.adapter_off(self.policy)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def logps(self, batch: PreferenceBatch, features: list[Tensor] | None) -> Tensor:
+        """(n, branches) log-probabilities of a batch. features: the policy's of this batch, used where they are the reference's too."""
+        if self.cache is not None:
+            found = [self.cache.get(key) for key in batch.keys]
+            rows = [[logps[branch] for branch in batch.branches] for logps in found]
+            return torch.tensor(rows, dtype=torch.float64, device=batch.input_ids.device)
+        with self.active():
+            with self.autocast():
+                if features is None or not self.shares_features:
+                    features = model_parts.picture_features(self.model, batch)
+                hidden = model_parts.hidden_states(self.model, batch, features)
+            return model_parts.response_logps(self.model, hidden, batch)

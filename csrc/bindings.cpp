@@ -5,10 +5,12 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "attention_mass.h"
 #include "cpu_level.h"
+#include "tree_attention.h"
 
 namespace py = pybind11;
 
@@ -53,6 +55,60 @@ void attention_mass(const std::array<int64_t, 7>& sizes, int dtype, uintptr_t qu
   mmdpo::attention_mass(args);
 }
 
+using HeadsOf = std::pair<uintptr_t, std::array<int64_t, 3>>;  // address, strides
+
+mmdpo::Heads heads(const HeadsOf& array) {
+  mmdpo::Heads found{pointer<float>(array.first), {}};
+  for (int i = 0; i < 3; ++i) found.strides[i] = array.second[i];
+  return found;
+}
+
+mmdpo::TreeAttentionArgs tree_attention_args(const std::array<int64_t, 5>& sizes, const HeadsOf& query, const HeadsOf& key,
+                                             const HeadsOf& value, uintptr_t tree_end, double scale, int num_threads,
+                                             const HeadsOf& output, uintptr_t lse) {
+  mmdpo::TreeAttentionArgs args{};
+  args.B = sizes[0];
+  args.Hq = sizes[1];
+  args.Hkv = sizes[2];
+  args.S = sizes[3];
+  args.D = sizes[4];
+  args.query = heads(query);
+  args.key = heads(key);
+  args.value = heads(value);
+  args.tree_end = pointer<const int32_t>(tree_end);
+  args.scale = scale;
+  args.num_threads = num_threads;
+  args.output = heads(output);
+  args.lse = pointer<float>(lse);
+  return args;
+}
+
+void tree_attention_forward(const std::array<int64_t, 5>& sizes, const HeadsOf& query, const HeadsOf& key, const HeadsOf& value,
+                            uintptr_t tree_end, double scale, int num_threads, const HeadsOf& output, uintptr_t lse) {
+  const mmdpo::TreeAttentionArgs args = tree_attention_args(sizes, query, key, value, tree_end, scale, num_threads, output, lse);
+  py::gil_scoped_release unlocked;
+  mmdpo::tree_attention_forward(args);
+}
+
+void tree_attention_backward(const std::array<int64_t, 5>& sizes, const HeadsOf& query, const HeadsOf& key, const HeadsOf& value,
+                             uintptr_t tree_end, double scale, int num_threads, const HeadsOf& output, uintptr_t lse,
+                             const HeadsOf& grad_output, uintptr_t grad_lse, const HeadsOf& grad_query, const HeadsOf& grad_key,
+                             const HeadsOf& grad_value) {
+  mmdpo::TreeAttentionArgs args = tree_attention_args(sizes, query, key, value, tree_end, scale, num_threads, output, lse);
+  args.grad_output = heads(grad_output);
+  args.grad_lse = pointer<const float>(grad_lse);
+  args.grad_query = heads(grad_query);
+  args.grad_key = heads(grad_key);
+  args.grad_value = heads(grad_value);
+  py::gil_scoped_release unlocked;
+  mmdpo::tree_attention_backward(args);
+}
+
+std::string tree_attention_unavailable() {
+  const char* reason = mmdpo::tree_attention_unavailable();
+  return reason == nullptr ? "" : reason;
+}
+
 std::vector<std::string> supported_cpu_levels() {
   std::vector<std::string> names;
   for (mmdpo::CpuLevel level : mmdpo::supported_cpu_levels()) names.emplace_back(mmdpo::name(level));
@@ -67,6 +123,12 @@ PYBIND11_MODULE(_native, m) {
         py::arg("key"), py::arg("key_strides"), py::arg("segments"), py::arg("row_positions"), py::arg("tree_end"), py::arg("depth"),
         py::arg("lse"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("reduce"), py::arg("num_threads"),
         py::arg("out"));
+  m.def("tree_attention_forward", &tree_attention_forward, py::kw_only(), py::arg("sizes"), py::arg("query"), py::arg("key"),
+        py::arg("value"), py::arg("tree_end"), py::arg("scale"), py::arg("num_threads"), py::arg("output"), py::arg("lse"));
+  m.def("tree_attention_backward", &tree_attention_backward, py::kw_only(), py::arg("sizes"), py::arg("query"), py::arg("key"),
+        py::arg("value"), py::arg("tree_end"), py::arg("scale"), py::arg("num_threads"), py::arg("output"), py::arg("lse"),
+        py::arg("grad_output"), py::arg("grad_lse"), py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"));
+  m.def("tree_attention_unavailable", &tree_attention_unavailable, "Why this CPU is not served, or an empty string.");
   m.def("cpu_level", [] { return std::string(mmdpo::name(mmdpo::cpu_level())); }, "The instruction set the kernels use now.");
   m.def("supported_cpu_levels", &supported_cpu_levels, "What MMDPO_CPU_LEVEL may name on this CPU, slowest first.");
   m.attr("dtypes") = std::vector<std::string>{"float32", "bfloat16", "float16", "float64"};  // in the order of mmdpo::DType

@@ -15,6 +15,7 @@ from mmdpo_trainers.config_values import parse_yaml
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.preflight import check_train_args
 from mmdpo_trainers.run_folder import RunFolder, read_json
+from mmdpo_trainers.shapes import SHIPPED
 from mmdpo_trainers.stages import STAGES, StageContext
 
 DEMO = Path(__file__).parent.parent / "configs" / "shapes_mia_dpo.yaml"
@@ -253,7 +254,7 @@ def test_ones_own_evaluation_lies_beside_the_runs(
 def test_shipped_configurations_are_valid(path: Path, tmp_path: Path) -> None:
     config = RunConfig.from_yaml(path)
     assert config.name == path.stem
-    assert (config.model == "shapes") == path.stem.startswith("shapes_")
+    assert (config.model in SHIPPED) == path.stem.startswith("shapes_")
     for arm in (None, *config.arms):
         check_train_args(StageContext(run=RunFolder(tmp_path), config=config.for_arm(arm), stage="train", arm=arm))
 

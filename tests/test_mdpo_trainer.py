@@ -101,6 +101,34 @@ def test_a_cache_serves_another_run_and_is_refused_for_another_reference(folder:
     assert cache.read_bytes().startswith(before)
 
 
+def test_a_picture_that_changes_during_training_is_named(folder: Path, tmp_path: Path) -> None:
+    records = preference_records(2)
+    picture = tmp_path / "picture.png"
+    records[0]["images"][0].save(picture)
+    records[0]["images"] = [str(picture), *records[0]["images"][1:]]
+    loaded = tiny(folder)
+    settings = config(tmp_path, loss_type=MDPO, precompute_ref_log_probs=True)
+    trainer = PreferenceTrainer(loaded.model, settings, processing_class=loaded.processor, train_dataset=records)
+    trainer.precompute_reference()
+    records[1]["images"][0].save(picture)
+    with pytest.raises(DataError, match="record record-0: text or pictures changed since the reference was run"):
+        trainer.train()
+
+
+def test_a_killed_reference_pass_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    records = preference_records(10)
+    for name in ("whole", "killed"):
+        cache = tmp_path / f"{name}.jsonl"
+        if name == "killed":
+            # Half of the lines, and a line that was not written to its end.
+            lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+            cache.write_bytes(b"".join(lines[:6]) + lines[6][:20])
+        options = {"precompute_ref_log_probs": True, "reference_cache": str(cache), "per_device_eval_batch_size": 3}
+        trained(folder, tmp_path / name, records, **options)
+    found = [sorted((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("whole", "killed")]
+    assert found[0] == found[1]
+
+
 def test_evaluation_reads_the_cache_too(folder: Path, tmp_path: Path) -> None:
     loaded = tiny(folder)
     records = preference_records(6)

@@ -114,12 +114,10 @@ def test_continued_training_on_packed_batches_is_the_same(model: Path, tmp_path:
     undisturbed = tmp_path / "undisturbed"
     train(model, undisturbed)
     expected = outcome(undisturbed)
-    steps = expected[1].count("\n")
-    assert steps % 3 == 0 and steps >= 6
+    assert expected[1].count("\n") == 9
+    # Killed in the second epoch, continued from its middle, with all of the third to come.
     prefetch = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    # At the end of an epoch, and within the last.
-    for step in (steps // 3, steps - 1):
-        output = tmp_path / f"killed{step}"
-        killed(partial(train, model, output, kill_after=step, **prefetch))
-        train(model, output, **prefetch)
-        assert_same(outcome(output), expected)
+    output = tmp_path / "killed"
+    killed(partial(train, model, output, kill_after=5, **prefetch))
+    train(model, output, **prefetch)
+    assert_same(outcome(output), expected)

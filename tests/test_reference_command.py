@@ -115,7 +115,7 @@ def test_arms_share_the_file_of_their_pairs(run: Path, models: list[Path], capsy
 def test_mistakes_are_answered_in_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "give --run FOLDER, or --config" in fails(capsys)
     error = fails(capsys, "--run", tmp_path / "empty")
-    assert "empty/select/pairs.jsonl does not exist: run select first" in error
+    assert "empty/select/pairs.jsonl does not exist: run the stages before train" in error
     assert not (tmp_path / "empty").exists()
     pairs = run / "select" / "pairs.jsonl"
     before = pairs.read_bytes()

@@ -20,13 +20,14 @@ from mmdpo_trainers.config_values import check_numbers, convert, parse_yaml, rea
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.stages import STAGES
 
-_SHARED = ("model", "seed", "threads", "dtype", "device")
+_SHARED = ("method", "model", "seed", "threads", "dtype", "device")
 
 _ABOUT = {
     "augment": "Make multi-image prompts (sequence, grid collage, pic-in-pic) from single-image data.",
     "generate": "Let the model answer the prompts.",
     "score": "Measure how much attention each answer pays to the asked-about picture.",
     "select": "Keep the wrong answers that looked at the wrong picture, as rejected answers of preference pairs.",
+    "pairs": "Take preference pairs that exist already, for an mDPO run, and hold some out for evaluation.",
     "train": "Train on the preference pairs.",
     "evaluate": "Measure accuracy by format, before or after training.",
     "report": "Write report.html, one self-contained page about the run.",
@@ -40,6 +41,8 @@ _EXAMPLES = {
     "score": "mmdpo score --run runs/mine --model llava-1.5-7b-hf --layer 16",
     "select": "mmdpo select --run runs/mine --preset official_code\n"
     "  mmdpo select --run runs/mine --thresholds '{sequence: {2: 0.6, 3: 0.5}}'",
+    "pairs": "mmdpo pairs --run runs/mine --source my_pairs.jsonl --held-out 0.05\n"
+    "  mmdpo pairs --run runs/shapes --source shapes_prior --pictures 400",
     "train": "mmdpo train --run runs/mine --model llava-1.5-7b-hf --args '{learning_rate: 5e-5, num_train_epochs: 1}'\n"
     "  mmdpo train --run runs/mine --model llava-1.5-7b-hf --input my_pairs.jsonl",
     "evaluate": "mmdpo evaluate --run runs/mine --moment before\n"
@@ -228,6 +231,9 @@ def _configuration(options: argparse.Namespace, saved: Path) -> RunConfig:
     """Settings of a command: its flags over --config, or over what was saved with the run."""
     file = Path(options.config) if options.config else saved
     values = read_yaml(file) if options.config or file.exists() else {"name": saved.parent.name}
+    if options.stage == "pairs":
+        # Only mDPO runs have this stage.
+        values.setdefault("method", "mdpo")
     for key, text in vars(options).items():
         if key.split(".")[0] in ("data", *STAGES, *_SHARED) and key != "config":
             values = _assigned(values, key.split("."), _typed(key, text))
@@ -246,7 +252,9 @@ def _reference(options: argparse.Namespace) -> None:
     config = _configuration(options, run.path / "config.yaml")
     context = StageContext(run=run, config=config.for_arm(options.arm), stage="train", arm=options.arm)
     if not context.pairs.exists():
-        raise RunFolderError(f"{context.pairs} does not exist: run select first, or give your own preference data with --input")
+        raise RunFolderError(
+            f"{context.pairs} does not exist: run the stages before train, or give your own preference data with --input"
+        )
     set_threads(config.threads)
     # Not earlier: a mistake on the command line is to be answered at once.
     from mmdpo_trainers.stages import reference

@@ -152,7 +152,10 @@ class PairsConfig:
         "shapes_prior", "preference data with TRL's columns (.jsonl, .parquet, a `datasets` folder), or `shapes_prior` (built in)"
     )
     held_out: float = option(
-        0.1, "share of the pairs kept for evaluation, whole pictures at a time (`shapes_prior` draws new ones)", minimum=0, below=1
+        0.1,
+        "share of the pairs kept for evaluation, whole pictures at a time (`shapes_prior` draws new ones)",
+        minimum=0,
+        below=1,
     )
     pictures: int = option(800, "`source: shapes_prior` only: number of pictures, one pair each", minimum=1)
     captions: float = option(
@@ -232,10 +235,12 @@ class RunConfig:
 
     name: str = option("run", "name of the run; its folder is runs/<name> unless run_dir is given")
     run_dir: str | None = option(None, "the run folder", result=False)
+    model: str = option(
+        "shapes", "local Hugging Face folder of a supported model, or a small one shipped here: `shapes`, `shapes_prior`"
+    )
     method: Literal["mia_dpo", "mdpo"] = option(
         "mia_dpo", "mia_dpo: pairs from the model's own answers; mdpo: pairs that exist, trained on with corrupted pictures"
     )
-    model: str = option("shapes", "local Hugging Face folder of a supported model, or a small one shipped here: `shapes`, `shapes_prior`")
     seed: int = option(0, "seed of every random choice", minimum=0, below=2**32)
     threads: int | None = option(None, "CPU threads of PyTorch; None: PyTorch's own default", result=False, minimum=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type the model is loaded in")

@@ -15,15 +15,17 @@ from mmdpo_trainers import stages
 from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
+from mmdpo_trainers.preference_figures import preference_summary
 from mmdpo_trainers.preflight import check_run
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import RunFolder, read_json, write_atomic
-from mmdpo_trainers.stages import MODEL_STAGES, STAGES, Moment, StageContext
+from mmdpo_trainers.stages import METHOD_STAGES, MODEL_STAGES, STAGES, Moment, StageContext
 from mmdpo_trainers.tables import run_tables
 
 _SECTIONS = {
-    "augment": ("data", "augment"),
-    "evaluate": ("data", "augment", "evaluate", "score"),
+    ("mia_dpo", "augment"): ("data", "augment"),
+    ("mia_dpo", "evaluate"): ("data", "augment", "evaluate", "score"),
+    ("mdpo", "evaluate"): ("evaluate", "score"),
 }
 _INPUT_STAGES = ("generate", "score", "select", "train")
 
@@ -43,8 +45,9 @@ def run_pipeline(
     Raises MmdpoError where the run folder was made with other settings, naming what changed.
     """
     for name, value in (("until", until), ("restart", restart and restart.rsplit("/", 1)[-1])):
-        if value is not None and value not in STAGES and value not in ("before", "after"):
-            raise ConfigError(f"--{name}: there is no stage {value!r}; the stages are {', '.join(STAGES)}")
+        if value is not None and value not in METHOD_STAGES[config.method] and value not in ("before", "after"):
+            known = ", ".join(METHOD_STAGES[config.method])
+            raise ConfigError(f"--{name}: there is no stage {value!r} in a run of {config.method}; its stages are {known}")
     progress = progress or Progress()
     config = config.with_absolute_paths()
     run = RunFolder(config.run_path)
@@ -94,7 +97,7 @@ def run_stage(context: StageContext, label: str = "", config: RunConfig | None =
 def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     """What the stage's result depends on: its configuration, the seed, its inputs by content, and the model if it has one."""
     parts: dict[str, Any] = {"seed": context.seed}
-    for section in _SECTIONS.get(context.stage, (context.stage,)):
+    for section in _SECTIONS.get((context.config.method, context.stage), (context.stage,)):
         for key, value in _values(getattr(context.config, section)).items():
             parts[f"{section}.{key}"] = value
     if context.stage == "augment" and context.config.data.source != "shapes":
@@ -129,15 +132,16 @@ Step = tuple[str, Moment | None, str | None]
 
 def _steps(config: RunConfig) -> Iterator[Step]:
     """(stage, moment, arm) in order. Stages before one with an input of the user's own are not needed."""
-    given = [STAGES.index(stage) for stage in _INPUT_STAGES if getattr(config, stage).input]
+    names = METHOD_STAGES[config.method]
+    given = [names.index(stage) for stage in _INPUT_STAGES if stage in names and getattr(config, stage).input]
     first = max(given, default=0)
-    main: list[Step] = [(stage, None, None) for stage in STAGES[first : STAGES.index("evaluate")]]
+    main: list[Step] = [(stage, None, None) for stage in names[first : names.index("evaluate")]]
     yield from main
     yield "evaluate", "before", None
     yield "evaluate", "after", None
     for arm in config.arms:
         own = config.for_arm(arm)
-        if not own.train.input:
+        if "select" in names and not own.train.input:
             yield "select", None, arm
         yield "train", None, arm
         yield "evaluate", "after", arm
@@ -161,8 +165,8 @@ def restart_from(run: RunFolder, name: str, arms: tuple[str, ...] = ()) -> None:
     if prefix:
         folders = [f"{name.rsplit('/' + stage, 1)[0]}/{each}" for each in later if each in stages.ARM_STAGES]
     else:
-        # Evaluation prompts are made with augment's settings; the model before training depends on nothing later.
-        whole = stage in ("augment", "evaluate") and not name.endswith("/after")
+        # Evaluation prompts are made by pairs, or with augment's settings; the model before training depends on nothing later.
+        whole = stage in ("augment", "pairs", "evaluate") and not name.endswith("/after")
         folders = [each if each != "evaluate" or whole else "evaluate/after" for each in later if each != "report"]
         folders += [f"arms/{arm}/{each}" for arm in sorted(known) for each in later if each in stages.ARM_STAGES]
     for folder in ["report", *folders]:
@@ -199,17 +203,25 @@ def save_config(run: RunFolder, config: RunConfig) -> None:
 
 def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Write and return the run's `summary.json`, from the summaries of the stages that are done."""
-    summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "model": config.model, **_outcome(run, "")}
+    summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "model": config.model, "method": config.method}
+    summary |= _mia_dpo_summary(run, config) if config.method == "mia_dpo" else preference_summary(run.path, config.arms)
+    names = [
+        "augment", "generate", "score", "select", "pairs", "train", "evaluate/before", "evaluate/after", "report",
+        *(f"arms/{arm}/{stage}" for arm in config.arms for stage in ("select", "train", "evaluate/after")),
+    ]  # fmt: skip
+    seconds = {name: round(run.seconds(name), 2) for name in names if (run.path / name / "state.json").exists()}
+    summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
+    write_atomic(run.path / "summary.json", summary)
+    return summary
+
+
+def _mia_dpo_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    summary = _outcome(run, "")
     before = _done(run, "evaluate/before").get("accuracy")
     summary["accuracy"] = {"before": before, **summary["accuracy"]}
     summary["prompts"] = _done(run, "augment").get("prompts")
     summary["problems"] = _done(run, "augment").get("problems")
     summary["arms"] = {arm: _outcome(run, f"arms/{arm}/") for arm in config.arms}
-    names = ["augment", "generate", "score", "select", "train", "evaluate/before", "evaluate/after", "report"]
-    names += [f"arms/{arm}/{stage}" for arm in config.arms for stage in ("select", "train", "evaluate/after")]
-    seconds = {name: round(run.seconds(name), 2) for name in names if (run.path / name / "state.json").exists()}
-    summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
-    write_atomic(run.path / "summary.json", summary)
     return summary
 
 

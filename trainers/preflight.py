@@ -11,8 +11,9 @@ from typing import Any, get_args, get_type_hints
 
 from mmdpo_trainers.config_values import convert
 from mmdpo_trainers.errors import ConfigError
-from mmdpo_trainers.run_folder import RunFolder
-from mmdpo_trainers.stages import MODEL_STAGES, StageContext
+from mmdpo_trainers.run_folder import RunFolder, read_json
+from mmdpo_trainers.shapes import SHIPPED
+from mmdpo_trainers.stages import MODEL_STAGES, StageContext, stage_module
 
 
 def check_run(contexts: Sequence[StageContext]) -> None:
@@ -23,10 +24,14 @@ def check_run(contexts: Sequence[StageContext]) -> None:
         resolve_device(contexts[0].config.device or "auto")
     for context in contexts:
         _check_files(context)
+        if context.stage == "pairs":
+            stage_module("pairs").inputs(context)
         if context.stage == "train":
             check_train_args(context)
         if context.stage == "evaluate":
             _check_evaluation(context)
+        if context.stage == "report":
+            _check_seeds(context)
 
 
 def check_train_args(context: StageContext) -> None:
@@ -68,5 +73,27 @@ def _check_evaluation(context: StageContext) -> None:
     if context.options.input:
         return
     config = context.config
+    if config.method == "mdpo":
+        _check_preferences(context)
+        return
     check_options(config.augment, config.evaluate.per_format, max_pixels=config.data.max_pixels, setting="evaluate.per_format")
     evaluation_inputs(context)
+
+
+def _check_preferences(context: StageContext) -> None:
+    config = context.config
+    if config.train.input:
+        raise ConfigError(
+            "train.input: pairs given to train leave none for evaluation; give them as pairs.source, or prompts as evaluate.input"
+        )
+    if config.pairs.held_out == 0 and config.pairs.source not in SHIPPED:
+        raise ConfigError("pairs.held_out: nothing is left to evaluate on; raise it, or give prompts as evaluate.input")
+
+
+def _check_seeds(context: StageContext) -> None:
+    for folder in context.options.seeds:
+        summary = Path(folder) / "summary.json"
+        if not summary.is_file() or "before" not in read_json(summary):
+            raise ConfigError(
+                f"report.seeds: {folder} is not the folder of a finished mDPO run; finish it first, or leave it out"
+            )

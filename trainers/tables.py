@@ -6,11 +6,17 @@ from typing import Any
 
 from rich.table import Table
 
+from mmdpo_trainers.preference_figures import flat_figures
 from mmdpo_trainers.stages import FORMATS
 
 
 def run_tables(summary: dict[str, Any]) -> list[Table]:
-    """Accuracy by format before and after (arms included), pairs by format, and what each rule dropped; from a run's summary."""
+    """From a run's summary: accuracy by format before and after (arms included), pairs by format, and what each rule dropped.
+
+    Of an mDPO run, by arm: accuracy by group of questions, and gaps and rewards on held-out pairs.
+    """
+    if summary.get("method") == "mdpo":
+        return [_preference_table(summary)]
     tables = []
     accuracy = summary["accuracy"]
     if accuracy["before"] or accuracy["after"]:
@@ -18,6 +24,28 @@ def run_tables(summary: dict[str, Any]) -> list[Table]:
     if summary["pairs"] is not None:
         tables.append(_selection_table(summary["pairs"], summary["dropped"] or {}))
     return tables
+
+
+def _preference_table(summary: dict[str, Any]) -> Table:
+    """A column an arm: their names are longer than the figures, but can be broken."""
+    found = {"before": flat_figures(summary["before"])}
+    found |= {arm: flat_figures(figures) for arm, figures in summary["arms"].items()}
+    found = {arm: figures for arm, figures in found.items() if figures}
+    names = dict.fromkeys(name for figures in found.values() for name in figures)
+    table = Table(
+        title="accuracy, and log-probability gaps and chosen rewards on held-out pairs",
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("figure", no_wrap=True)
+    for arm in found:
+        table.add_column(arm.replace("_", "\n"), justify="right")
+    for name in names:
+        if not name.startswith("reward/") or name.endswith("/chosen"):
+            label = name.removeprefix("accuracy/").replace("/", " ")
+            table.add_row(label, *(f"{figures[name]:.3f}" if name in figures else "-" for figures in found.values()))
+    return table
 
 
 def _accuracy_table(summary: dict[str, Any]) -> Table:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -114,11 +115,13 @@ def mdpo(bench: Bench) -> dict[str, Any]:
 
 
 def memory(bench: Bench) -> dict[str, Any]:
-    """Peak bytes above the model of one step, each in a fresh process; with the candidates of `best`."""
+    """Peak bytes above the model of one step, each in a fresh process, the reference pass over its records included."""
     found: dict[str, Any] = {}
     for method, sides in _candidates().items():
         setting = bench.setting.but(corrupted=method == "mdpo")
-        found[method] = {name: _memory_in_fresh_process(side, setting, bench.progress) for name, side in sides.items()}
+        found[method] = {
+            name: _memory_in_fresh_process(side, setting.but(records=side.batch), bench.progress) for name, side in sides.items()
+        }
     shares = {
         "dpo": {
             "plain": _share(found["dpo"], "TRL", "ours"),
@@ -229,7 +232,10 @@ def memory_of(side: Side, setting: Setting) -> int:
 def _memory_in_fresh_process(side: Side, setting: Setting, progress: Callable[[str], None]) -> int:
     wanted = json.dumps({"side": dataclasses.asdict(side), "setting": dataclasses.asdict(setting)})
     command = [sys.executable, "-m", "benchmarks.training_step", "--memory-of", wanted]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    # glibc keeps freed blocks of up to 32 MB in its heap, where they add up to more than the step itself needs. With blocks of their own
+    # they go back at once, as in an allocator made for tensors.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     peak = int(done.stdout.strip().splitlines()[-1])
     progress(f"peak of {side}: {peak / 1e6:.0f} MB")
     return peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -51,8 +52,9 @@ def ours(*, batch: int = 1, checkpointing: bool = False, **options: Any) -> Side
 def make(side: Side, setting: Setting) -> Trainer:
     """The side's trainer on the setting's model and records."""
     arguments = {
-        "output_dir": tempfile.mkdtemp(prefix="training_step_"),
+        "output_dir": _folder(),
         "per_device_train_batch_size": side.batch,
+        "per_device_eval_batch_size": side.batch,
         "gradient_checkpointing": side.checkpointing,
         "learning_rate": 1e-5,
         "max_steps": 1_000_000,
@@ -118,7 +120,7 @@ class _OwnVision(PreferenceTrainer):
 
 def reference_pass(trainer: PreferenceTrainer, count: int) -> None:
     """Cache the reference of the first `count` records in a new file, by the trainer's own means."""
-    path = Path(tempfile.mkdtemp(prefix="training_step_")) / "reference.jsonl"
+    path = Path(_folder()) / "reference.jsonl"
     with trainer.reference.active():
         precompute(
             ReferenceCache(path, {}),
@@ -129,6 +131,16 @@ def reference_pass(trainer: PreferenceTrainer, count: int) -> None:
             autocast=trainer.accelerator.autocast,
             progress=_quiet(),
         )
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="training_step_")
+
+
+def _folder() -> str:
+    return tempfile.mkdtemp(dir=_scratch().name)
 
 
 def _quiet() -> Progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 
 class Loop:
@@ -21,6 +21,7 @@ class Loop:
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         trainer.add_callback(_HandOver(self))
+        trainer.remove_callback(PrinterCallback)
 
     def step(self) -> None:
         """Let the loop go on for one step; an error in it is raised here."""

@@ -12,7 +12,7 @@ logger = logging.getLogger("mmdpo_kernels")
 
 # In the order in which "auto" tries them.
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "tree_attention": ("sdpa", "reference"),
+    "tree_attention": ("native", "sdpa", "reference"),
     "attention_mass": ("native", "reference"),
     "linear_logprobs": ("chunked", "reference"),
     "preference_loss": ("reference",),

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 FORMATS = {"sequence": "Sequence", "grid": "Grid collage", "pip": "Picture in picture", "single": "Single image"}
 MULTI_IMAGE = ("sequence", "grid", "pip")
-STAGES = ("augment", "generate", "score", "select", "train", "evaluate/before", "evaluate/after")
+STAGES = ("augment", "generate", "score", "select", "pairs", "train", "evaluate/before", "evaluate/after")
 ARM_STAGES = ("select", "train", "evaluate/after")
 
 
@@ -74,7 +74,8 @@ class AccuracyRow:
 class RunContents:
     """Everything the page shows, as it stands in the files of a run folder.
 
-    before, after: evaluation answers; scores, pairs, dropped, log: the records of those files; summaries: stage (or
+    before, after: evaluation answers; scores, pairs (selected), own_pairs (of stage pairs), dropped, log: the records of those
+    files; summaries: stage (or
     arms/<arm>/<stage>) -> its summary.json; arms: arm name -> (answers after training, number of pairs).
     """
 
@@ -83,6 +84,7 @@ class RunContents:
     after: list[Record] = field(default_factory=list)
     scores: list[Record] = field(default_factory=list)
     pairs: list[Record] | None = None
+    own_pairs: list[Record] = field(default_factory=list)
     dropped: list[Record] = field(default_factory=list)
     log: list[Record] = field(default_factory=list)
     summaries: dict[str, Record] = field(default_factory=dict)
@@ -98,6 +100,7 @@ class RunContents:
             after=_records(folder / "evaluate" / "after" / "answers.jsonl"),
             scores=_records(folder / "score" / "scores.jsonl"),
             pairs=_records(pairs) if pairs.is_file() else None,
+            own_pairs=_records(folder / "pairs" / "pairs.jsonl"),
             dropped=_records(folder / "select" / "dropped.jsonl"),
             log=_records(folder / "train" / "log.jsonl"),
             summaries=_summaries(folder),

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from . import plots, sections
 from .contents import RunContents, label_of
@@ -33,15 +33,8 @@ def render(
 
     Raises StageError where matplotlib is not installed.
     """
-    now = now or datetime.now(UTC)
     page = {
-        "title": title,
-        "facts": [
-            ("Run", contents.folder.name),
-            ("Model", config.get("model", "–")),
-            ("Seed", config.get("seed", "–")),
-            ("Date", now.strftime("%Y-%m-%d %H:%M UTC")),
-        ],
+        **common(contents, title=title, config=config, now=now),
         **_accuracy(contents),
         **_heat(contents, heat),
         "arms": sections.arms_table(contents),
@@ -52,15 +45,39 @@ def render(
         "training": sections.curve_plots(contents.log),
         "training_caption": "Logged every few optimizer steps; dashed lines are evaluations during training.",
         "pairs": sections.pair_groups(contents, pairs),
+    }
+    return fill("page.html.j2", page)
+
+
+def fill(template: str, page: Mapping[str, Any]) -> str:
+    """HTML text: one of this folder's templates with its values. `layout.html.j2` names those that every page needs."""
+    folder = resources.files(__package__)
+
+    def read(name: str) -> str:
+        return folder.joinpath(name).read_text(encoding="utf-8")
+
+    environment = Environment(
+        loader=FunctionLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": sections.percent, "bare": sections.bare, "points": sections.points, "ratio": _ratio}
+    return environment.get_template(template).render(page=page, css=read("page.css"))
+
+
+def common(contents: RunContents, *, title: str, config: Mapping[str, Any], now: datetime | None) -> dict[str, Any]:
+    """What the layout shows of any run."""
+    now = now or datetime.now(UTC)
+    return {
+        "title": title,
+        "facts": [
+            ("Run", contents.folder.name),
+            ("Model", config.get("model", "–")),
+            ("Seed", config.get("seed", "–")),
+            ("Date", now.strftime("%Y-%m-%d %H:%M UTC")),
+        ],
         "seconds": sections.seconds_table(contents),
         "versions": sections.versions_table(),
         "config": yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True) if config else "",
     }
-    folder = resources.files(__package__)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": sections.percent, "bare": sections.bare, "points": sections.points, "ratio": _ratio}
-    template = environment.from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
-    return template.render(page=page, css=folder.joinpath("page.css").read_text(encoding="utf-8"))
 
 
 def _ratio(value: float | None) -> str:

@@ -156,8 +156,47 @@ def ratio_histogram(groups: Mapping[str, Sequence[float]], thresholds: Mapping[i
     return canvas.svg
 
 
-def curve_plot(series: Series, *, name: str, title: str, ylabel: str = "") -> str:
-    """Training curves: one line a series, against the optimizer step."""
+def dot_plot(
+    rows: Sequence[str], series: Mapping[str, Sequence[Proportion | float | None]], *, name: str, title: str, xlabel: str
+) -> str:
+    """A dot for each row and series, with an interval where the value is a proportion, which is shown in percent.
+
+    series: label -> its values, one a row; None: no dot.
+    """
+    marks = [
+        (label, place, 100 * value.value if isinstance(value, Proportion) else value, value)
+        for label, values in series.items()
+        for place, value in enumerate(values)
+        if value is not None
+    ]
+    words = "; ".join(f"{rows[place]}, {label}: {shown:.3g}" for label, place, shown, _ in marks)
+    with _canvas(name, title, f"{title}. {words}", width=4.6, height=0.9 + 0.38 * len(rows)) as canvas:
+        axes = canvas.axes
+        for index, label in enumerate(series):
+            mine = [(place, shown, value) for each, place, shown, value in marks if each == label]
+            intervals = [
+                (shown - 100 * v.low, 100 * v.high - shown) if isinstance(v, Proportion) else (0, 0) for _, shown, v in mine
+            ]
+            axes.errorbar(
+                [shown for _, shown, _ in mine],
+                [place + 0.16 * (index - (len(series) - 1) / 2) for place, _, _ in mine],
+                xerr=[list(side) for side in zip(*intervals, strict=True)] if any(map(any, intervals)) else None,
+                fmt="os^D"[index % 4], markersize=5, capsize=2, color=COLOURS[SERIES[index % len(SERIES)]], label=label,
+            )  # fmt: skip
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.margins(x=0.06)
+        if all(shown >= 0 for _, _, shown, _ in marks):
+            axes.set_xlim(left=0)
+        axes.set_xlabel(xlabel)
+        axes.grid(axis="x", alpha=0.6)
+        if len(series) > 1:
+            axes.legend(fontsize=8, loc="best")
+    return canvas.svg
+
+
+def curve_plot(series: Series, *, name: str, title: str, ylabel: str = "", zero: bool = False) -> str:
+    """Training curves: one line a series, against the optimizer step. zero: with a line at 0."""
     ends = ", ".join(f"{label} from {values[0]:.3g} to {values[-1]:.3g}" for label, (_, values) in series.items())
     with _canvas(name, title, f"{title} against the training step: {ends}.") as canvas:
         axes = canvas.axes
@@ -167,6 +206,8 @@ def curve_plot(series: Series, *, name: str, title: str, ylabel: str = "") -> st
                 steps, values, label=label, color=COLOURS[SERIES[index % len(SERIES)]], linestyle="--" if dashed else "-",
                 marker="o" if len(steps) < 8 else None, markersize=3,
             )  # fmt: skip
+        if zero:
+            axes.axhline(0, color=COLOURS["ink"], linewidth=0.8)
         axes.set_xlabel("step")
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.5)

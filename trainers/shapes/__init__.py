@@ -6,5 +6,7 @@ pipeline and by tests.
 
 from pathlib import Path
 
-SHIPPED = {name: Path(__file__).resolve().parent / folder for name, folder in (("shapes", "base"), ("shapes_prior", "prior_base"))}
+SHIPPED = {
+    name: Path(__file__).resolve().parent / folder for name, folder in (("shapes", "base"), ("shapes_prior", "prior_base"))
+}
 """Name that a configuration gives in place of a path -> folder of the checkpoint."""

@@ -10,21 +10,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.progress import Progress
 from torch import nn
 from torch.nn import functional as F
 
-from mmdpo_trainers.data.corruption import Corruption, corrupt
+from mmdpo_trainers.data.corruption import Corruption, Kind, corrupt
 from mmdpo_trainers.loading import load_model
 from mmdpo_trainers.shapes import formats, lessons, prior_world, world
 from mmdpo_trainers.shapes.formats import Composed, Sample, Turn
 from mmdpo_trainers.shapes.world import Scene
+
+UNSEEN: tuple[Kind, ...] = ("crop", "blank")
+"""Corruptions of the pictures that show nothing."""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +42,7 @@ class PriorBaseConfig:
     believed: float = 0.5
     """Share of the texts about the other pictures that state the prior's colour all the same."""
     unseen: float = 0.2
-    """Share of the pictures that are corrupted (half crops of 1-20 % of the area, half blank); their texts state the prior's colour."""
+    """Share of the pictures that are corrupted (`UNSEEN`, crops of 1-20 % of the area); their texts state the prior's colour."""
     steps: int = 200
     batch: int = 32
     lr: float = 1e-3
@@ -94,8 +98,7 @@ def told(rng: random.Random, config: PriorBaseConfig) -> Told:
     picture = world.draw(scene)
     unseen = rng.random() < config.unseen
     if unseen:
-        kind = rng.choice(("crop", "blank"))
-        picture = corrupt(picture, Corruption(kind=kind, seed=config.seed), str(rng.random()))
+        picture = corrupt(picture, Corruption(kind=rng.choice(UNSEEN), seed=config.seed), str(rng.random()))
         # What cannot be seen is guessed: the background evenly, the colour by the prior.
         scene = dataclasses.replace(scene, background=rng.choice(list(world.BACKGROUNDS)))
     return Told(_composed(picture, scene), scene, unseen)
@@ -111,22 +114,19 @@ def _sample(index: int, item: Told, rng: random.Random, config: PriorBaseConfig)
     return Sample((index,), "<image>\n", tuple(turns))
 
 
-def _accuracy(model: nn.Module, processor: object, config: PriorBaseConfig, agreeing: bool) -> float:
+def _accuracy(model: Any, processor: Any, config: PriorBaseConfig, agreeing: bool) -> float:
     rng = random.Random(f"prior-probe-{config.seed}-{agreeing}")
     scenes = [prior_world.sample_scene(rng, agreeing) for _ in range(config.probes)]
     samples = [
         Sample((index,), "<image>\n", (Turn(prior_world.question(scene, "answer"), scene.colour, 0, ()),))
         for index, scene in enumerate(scenes)
     ]
-    return lessons.accuracy(model, processor, samples, lessons.encode(model, _composed_all(scenes)))  # type: ignore[arg-type]
+    features = lessons.encode(model, [_composed(world.draw(scene), scene) for scene in scenes])
+    return lessons.accuracy(model, processor, samples, features)
 
 
-def _composed_all(scenes: Sequence[Scene]) -> list[Composed]:
-    return [_composed(world.draw(scene), scene) for scene in scenes]
-
-
-def _composed(picture: object, scene: Scene) -> Composed:
-    return Composed(picture, (scene,), ("whole",), np.zeros(formats.TOKENS, dtype=np.int64))  # type: ignore[arg-type]
+def _composed(picture: Image.Image, scene: Scene) -> Composed:
+    return Composed(picture, (scene,), ("whole",), np.zeros(formats.TOKENS, dtype=np.int64))
 
 
 def main() -> None:

@@ -23,6 +23,9 @@ PRIOR = {"circle": "red", "ring": "blue", "bar": "green", "cross": "yellow"}
 KINDS = ("answer", "caption")
 """A colour in one word; a description of the whole picture."""
 
+SPLITS = {"pairs": 0, "held_out": 1, "evaluation": 1}
+"""What pictures are for -> whether the sum of the shape's coordinates is odd, so that none is both trained and evaluated on."""
+
 # Several wordings of one content: a caption's likelihood then has room to move without the facts that it states.
 _OPENINGS = (
     "this picture shows", "the picture shows", "here is", "this is a picture of", "the image shows", "in this photo there is",
@@ -65,9 +68,11 @@ def agrees(scene: Scene) -> bool:
     return scene.colour == PRIOR[scene.shape]
 
 
-def sample_scene(rng: random.Random, agreeing: bool) -> Scene:
-    """A scene that agrees with the prior, or one with any of the other colours."""
+def sample_scene(rng: random.Random, agreeing: bool, split: str | None = None) -> Scene:
+    """A scene that agrees with the prior, or one with any of the other colours. split: see `SPLITS`; None: any place."""
     scene = world.sample_scene(rng)
+    while split is not None and (scene.x + scene.y) % 2 != SPLITS[split]:
+        scene = world.sample_scene(rng)
     expected = PRIOR[scene.shape]
     colour = expected if agreeing else rng.choice([name for name in world.COLOURS if name != expected])
     return dataclasses.replace(scene, colour=colour)
@@ -98,13 +103,8 @@ def sample_wording(rng: random.Random) -> tuple[int, ...]:
     return tuple(rng.randrange(len(part)) for part in _PARTS)
 
 
-def sample_pair(rng: random.Random, *, counterfactual: float, captions: float) -> Pair:
-    """Draw a pair: with probability `counterfactual` its picture breaks the prior, with probability `captions` it is of captions.
-
-    Rejected is what the prior says, or where that is the truth another colour; the wording is that of chosen.
-    """
-    scene = sample_scene(rng, rng.random() >= counterfactual)
-    kind = KINDS[rng.random() < captions]
+def sample_pair(rng: random.Random, scene: Scene, kind: str) -> Pair:
+    """A pair about `scene`: rejected is what the prior says, or where that is the truth another colour, in the wording of chosen."""
     other = rng.choice([colour for colour in world.COLOURS if colour != scene.colour])
     wrong = dataclasses.replace(scene, colour=other) if agrees(scene) else expected_scene(scene)
     wording = sample_wording(rng)
@@ -116,11 +116,13 @@ def preference_records(
 ) -> Iterator[tuple[dict[str, Any], Image.Image]]:
     """Yield `count` preference records with TRL's columns, each with its picture, which belongs at `images/<id>.png`.
 
-    The same for a seed and `split` ("pairs", "held_out"), whatever `count` is; two splits share no picture in practice.
+    counterfactual, captions: shares of pictures that disagree with the prior, and of captions. What comes follows from seed and
+    `split` ("pairs", "held_out"), whatever `count` is; the two share no picture.
     """
     rng = random.Random(f"prior-{split}-{seed}")
     for number in range(count):
-        pair = sample_pair(rng, counterfactual=counterfactual, captions=captions)
+        scene = sample_scene(rng, rng.random() >= counterfactual, split)
+        pair = sample_pair(rng, scene, KINDS[rng.random() < captions])
         name = f"{split}-{number:05d}"
         record = {
             "id": name,
@@ -135,10 +137,13 @@ def preference_records(
 
 
 def evaluation_prompts(disagreeing: int, agreeing: int, *, seed: int) -> Iterator[tuple[dict[str, Any], Image.Image]]:
-    """Yield prompt records, one of each kind for every picture, with the pictures. The truth is the colour, of a caption too."""
+    """Yield prompt records, one of each kind for every picture, with their pictures, none of them one of training.
+
+    The truth is the colour, of a caption too: it must name that one and no other.
+    """
     rng = random.Random(f"prior-evaluation-{seed}")
     for number in range(disagreeing + agreeing):
-        scene = sample_scene(rng, number >= disagreeing)
+        scene = sample_scene(rng, number >= disagreeing, "evaluation")
         name = f"evaluation-{number:05d}"
         for kind in KINDS:
             record = {

@@ -91,7 +91,9 @@ class StageContext:
             return SHIPPED[self.config.model]
         path = Path(self.config.model)
         if not path.is_dir():
-            raise StageError(f"model {self.config.model} is not a folder: give a local Hugging Face folder, or {' or '.join(SHIPPED)}")
+            raise StageError(
+                f"model {self.config.model} is not a folder: give a local Hugging Face folder, or {' or '.join(SHIPPED)}"
+            )
         return path
 
     def folder_of(self, stage: str, moment: Moment | None = None) -> Path:

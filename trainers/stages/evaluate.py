@@ -1,4 +1,4 @@
-"""Accuracy by format and number of pictures, and the attention ratio on the target, before or after training."""
+"""Before or after training: accuracy by format or group of questions; attention ratios on the target, or, of an mDPO run, held-out pairs."""
 
 from __future__ import annotations
 
@@ -12,35 +12,92 @@ from mmdpo_trainers.batches import Record, read_records, require, run_batches
 from mmdpo_trainers.data.answers import answers_match
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.loading import LoadedModel, load_model
+from mmdpo_trainers.preference_evaluation import pair_logps
+from mmdpo_trainers.preference_figures import held_out_figures
 from mmdpo_trainers.report.intervals import Proportion
 from mmdpo_trainers.run_folder import read_jsonl
 from mmdpo_trainers.stages import FORMATS, StageContext
 from mmdpo_trainers.stages.augment import build_evaluation_prompts, evaluation_inputs
 from mmdpo_trainers.stages.generate import generate_responses
+from mmdpo_trainers.training.preference_data import read_pairs
+from mmdpo_trainers.training.presets import PRESETS
+
+HELD_OUT = "held_out.jsonl"
 
 
 def inputs(context: StageContext) -> list[Path]:
     trained = [context.trained] if context.moment == "after" else []
-    return [*evaluation_inputs(context), *trained]
+    if context.config.method == "mia_dpo":
+        return [*evaluation_inputs(context), *trained]
+    held_out = [context.held_out_pairs, *([_base_figures(context)] if trained else [])] if _has_held_out(context) else []
+    return [*([context.evaluation_prompts] if _has_prompts(context) else []), *held_out, *trained]
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Answer the evaluation prompts with the base (`before`) or the trained model (`after`); writes `answers.jsonl`."""
+    """With the base (`before`) or the trained model (`after`): `answers.jsonl` to the evaluation prompts.
+
+    In an mDPO run also `held_out.jsonl`, log-probabilities of the pairs kept from training; either may be missing there.
+    """
+    model = _Evaluated(context)
+    if context.config.method == "mia_dpo":
+        return _answers(context, build_evaluation_prompts(context), model)
+    if not _has_prompts(context) and not _has_held_out(context):
+        raise StageError(f"{context.held_out_pairs} does not exist: run pairs first, or give prompts with answers with --input")
+    summary = _answers(context, context.evaluation_prompts, model) if _has_prompts(context) else {}
+    return {**summary, **_held_out(context, model)} if _has_held_out(context) else summary
+
+
+class _Evaluated:
+    """The model, loaded when it is first asked for: a continued evaluation may not need it."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+        self._loaded: LoadedModel | None = None
+
+    def __call__(self) -> LoadedModel:
+        if self._loaded is None:
+            self._loaded = load_evaluated(self.context)
+            patch_model(self._loaded.model)
+        return self._loaded
+
+
+def _answers(context: StageContext, prompts: Path, model: _Evaluated) -> dict[str, Any]:
     options = context.options
-    prompts = build_evaluation_prompts(context)
     records = read_records(prompts, "evaluation prompts")
     require(records, {"answer": str}, prompts)
-    loaded: LoadedModel | None = None
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
-        nonlocal loaded
-        if loaded is None:
-            loaded = load_evaluated(context)
-            patch_model(loaded.model)
-        return answer_batch(loaded, batch, options=options, score=context.config.score)
+        return answer_batch(model(), batch, options=options, score=context.config.score)
 
     path = run_batches(context, "answers.jsonl", records, options.batch_size, work, f"evaluate {context.moment or ''}".strip())
     return {**accuracy_summary(list(read_jsonl(path))), "match": options.match}
+
+
+def _held_out(context: StageContext, model: _Evaluated) -> dict[str, Any]:
+    """Log-probabilities of the held-out pairs, and their figures against the base's."""
+
+    def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
+        return [{"logps": logps} for logps in pair_logps(model(), batch, seed=context.seed)]
+
+    records = read_pairs(context.held_out_pairs)
+    path = run_batches(context, HELD_OUT, records, context.options.batch_size, work, f"held-out pairs {context.moment}")
+    train = context.config.train
+    beta = float({**PRESETS[train.preset], **train.args}.get("beta", 0.1))
+    base = list(read_jsonl(_base_figures(context))) if context.moment == "after" else None
+    return {"held_out": held_out_figures(list(read_jsonl(path)), base, beta=beta), "beta": beta}
+
+
+def _has_prompts(context: StageContext) -> bool:
+    return bool(context.options.input) or context.evaluation_prompts.is_file()
+
+
+def _has_held_out(context: StageContext) -> bool:
+    """An evaluation of the user's own beside the run's is of prompts only; pairs given to train come without held-out ones."""
+    return not context.own and not context.config.train.input and context.held_out_pairs.is_file()
+
+
+def _base_figures(context: StageContext) -> Path:
+    return context.folder_of("evaluate", "before") / HELD_OUT
 
 
 def load_evaluated(context: StageContext) -> LoadedModel:
@@ -63,10 +120,11 @@ def answer_batch(loaded: LoadedModel, batch: Sequence[Mapping[str, Any]], *, opt
     options: an `EvaluateConfig`. score: a `ScoreConfig`, so that the ratios are those that selection looks at.
     """
     results = []
+    wanted = score.recording if any(record["num_images"] > 1 for record in batch) else None
     for record, answer in zip(
-        batch, generate_responses(loaded, batch, max_new_tokens=options.max_new_tokens, record=score.recording), strict=True
+        batch, generate_responses(loaded, batch, max_new_tokens=options.max_new_tokens, record=wanted), strict=True
     ):
-        recorded = answer.pop("recorded")
+        recorded = answer.pop("recorded", None)
         correct = answers_match(answer["response"], record["answer"], options=record.get("options"), match=options.match)
         # The only picture of a single-image prompt has all the attention on pictures: nothing to measure.
         several = record["num_images"] > 1
@@ -76,11 +134,14 @@ def answer_batch(loaded: LoadedModel, batch: Sequence[Mapping[str, Any]], *, opt
 
 
 def accuracy_summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`accuracy`, `counts`, `intervals` (Wilson, 95 %) and `mean_ratio` by format; `by_images` by number of pictures too."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for name in FORMATS:
-        if group := [answer for answer in answers if answer["format"] == name]:
-            groups[name] = group
+    """`accuracy`, `counts`, `intervals` (Wilson, 95 %) and `mean_ratio` by format; `by_images` by number of pictures too.
+
+    Answers with a `group`, a name of the prompts' own, count under it in place of their format.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {name: [] for name in FORMATS}
+    for answer in answers:
+        groups.setdefault(answer.get("group") or answer["format"], []).append(answer)
+    groups = {name: group for name, group in groups.items() if group}
     overall = {name: _proportion(group) for name, group in groups.items()}
     by_images: dict[str, dict[int, dict[str, Any]]] = {}
     for name, group in groups.items():

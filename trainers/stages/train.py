@@ -111,6 +111,9 @@ def preference_config(context: StageContext, num_layers: int, *, evaluate: bool)
         # The preset's weights belong to the preset's losses.
         args.pop("loss_weights", None)
     values = {**defaults, **args, "output_dir": str(context.folder)}
+    # On a GPU the next batch is prepared while the step runs; on a CPU all cores compute.
+    workers = values.setdefault("dataloader_num_workers", int(_device(context) != "cpu"))
+    values.setdefault("dataloader_persistent_workers", bool(workers))
     for name, reason in _REFUSED.items():
         if args.get(name):
             raise ConfigError(f"train.args.{name}: {reason}; leave it out")

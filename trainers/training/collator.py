@@ -75,8 +75,8 @@ class PreferenceCollator:
     A record has TRL's columns: `prompt` (one user turn, text or a list of parts, `<image>` standing for a picture), `chosen` and
     `rejected` (one assistant turn), `images` (paths or Pillow pictures). Optional: `id`, `format`, `target` (which of several
     pictures is asked about), `region` with `patch_grid` (where the model's patches are others: `box`) for the attention ratio, and
-    `rejected_images`, its own corrupted pictures, and `kind`, a name by which its rewards are logged too. Prompt and response are tokenised each on its own and put together, which is
-    what the model sees when it generates; a response ends with `end_id`.
+    `rejected_images`, its own corrupted pictures, and `kind`, a name under which rewards are logged too. Prompt and response are
+    tokenised each on its own and put together, which is what the model sees when it generates; a response ends with `end_id`.
 
     In the corrupted branch the asked-about picture is corrupted, or all of them where a record does not say which; a record without
     pictures has its chosen sequence there. Corruptions follow from seed and content (pictures, prompt text): the same record is
@@ -121,6 +121,8 @@ class PreferenceCollator:
         if corruption is not None and corruption.kind == "other" and "corrupted" in branches and not len(picture_pool):
             raise ValueError("picture_pool: corruption kind 'other' needs pictures to draw from, got none")
         self.pad_id, self.tree_packing = pad_id, tree_packing
+        self.runs_reference = True
+        """Whether batches are for a reference that runs beside the policy; False: there is no `"reference_batch"`."""
         self._maker = ExampleMaker(
             processor,
             family=family or family_of(processor),
@@ -136,7 +138,7 @@ class PreferenceCollator:
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, PreferenceBatch]:
         found = {"batch": self.batch(records)}
         corruption = self._maker.corruption
-        if self._maker.corrupted and corruption is not None and corruption.draw == "separate":
+        if self.runs_reference and self._maker.corrupted and corruption is not None and corruption.draw == "separate":
             found["reference_batch"] = self.batch(records, "reference")
         return found
 

@@ -59,8 +59,9 @@ class PreferenceTrainer(Trainer):
 
     Logged, averaged over records, micro-batches and the logging interval (evaluation: with prefix `eval_`): `loss`,
     `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins` (unless no loss needs the reference),
-    `rewards/chosen_<kind>` and the others' for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where that loss is used), and `attn/ratio_<format>`: the share of the
-    attention on a record's pictures that its chosen response gives the asked-about one. With tree packing, pictures that several
+    `rewards/chosen_<kind>` and so on for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where
+    that loss is used), and `attn/ratio_<format>`: the share of the attention on a record's pictures that its chosen response gives
+    the asked-about one. With tree packing, pictures that several
     records of a micro-batch share count once, for the first of these records; a record whose pictures get no attention is left out.
     `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size.
 
@@ -227,6 +228,7 @@ class PreferenceTrainer(Trainer):
             if self.reference.cache is None:
                 path = Path(args.reference_cache or Path(str(args.output_dir)) / "reference.jsonl")
                 self.reference.cache = ReferenceCache(path, self._reference_header())
+                self.data_collator.runs_reference = False
             for dataset in new:
                 done = precompute(
                     self.reference.cache,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.training import model_parts
 from mmdpo_trainers.training.collator import PreferenceBatch
 from mmdpo_trainers.training.reference_cache import ReferenceCache
@@ -43,6 +44,12 @@ class Reference:
     def logps(self, batch: PreferenceBatch, features: list[Tensor] | None) -> Tensor:
         """(n, branches) log-probabilities of a batch. features: the policy's of this batch, used where they are the reference's too."""
         if self.cache is not None:
+            gone = [name for name, key in zip(batch.ids, batch.keys, strict=True) if key not in self.cache]
+            if gone:
+                raise DataError(
+                    f"record {gone[0]}: text or pictures changed since the reference was run over it; restore the file, or start again, "
+                    "which runs the reference over what changed"
+                )
             found = [self.cache.get(key) for key in batch.keys]
             rows = [[logps[branch] for branch in batch.branches] for logps in found]
             return torch.tensor(rows, dtype=torch.float64, device=batch.input_ids.device)

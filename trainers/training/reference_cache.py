@@ -265,19 +265,19 @@ def precompute(
             keys.append(collator.key(dataset[index]))
             task.advance()
     wanted = set(cache.missing(keys))
-    # The first record of each content.
-    indices = [
-        index for key, index in dict(zip(reversed(keys), reversed(range(len(keys))), strict=True)).items() if key in wanted
-    ]
-    indices.sort()
-    if not indices:
+    if not wanted:
         return Precomputed(records=len(keys), computed=0, cached=len(keys), tokens=0, seconds=time.monotonic() - started)
-    batches, costs = _batches(dataset, indices, collator, max_tokens, batch_size, progress)
+    # The first record of each content.
+    firsts = sorted(dict(zip(reversed(keys), reversed(range(len(keys))), strict=True)).values())
+    # Batches are made of all records: continued after a kill they are those of an undisturbed pass, and so is the last bit.
+    batches, costs = _batches(dataset, firsts, collator, max_tokens, batch_size, progress)
+    due = [number for number, batch in enumerate(batches) if any(keys[index] in wanted for index in batch)]
+    batches, costs = [batches[number] for number in due], [costs[number] for number in due]
     as_seen = functools.partial(collator.batch, model="reference")
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=as_seen, num_workers=num_workers)  # type: ignore[arg-type]
     device = next(model.parameters()).device
     left = sum(costs)
-    with progress.task("reference", total=len(indices)) as task:
+    with progress.task("reference", total=sum(map(len, batches))) as task:
         begun = time.monotonic()
         for indices_of_batch, cost, on_cpu in zip(batches, costs, loader, strict=True):
             batch: PreferenceBatch = on_cpu.to(device)
@@ -293,8 +293,8 @@ def precompute(
             task.advance(len(indices_of_batch), f"about {_duration(remaining)} left" if left else "")
     return Precomputed(
         records=len(keys),
-        computed=len(indices),
-        cached=len(keys) - len(indices),
+        computed=len(wanted),
+        cached=len(keys) - len(wanted),
         tokens=sum(costs),
         seconds=time.monotonic() - started,
     )

@@ -1,0 +1,139 @@
+"""`tree_attention` in C++ on the CPU, float32: what a tree hides is never computed, and nothing is merged afterwards."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .extension import load
+
+LSE_GRADIENT = True
+
+_MISSING = {
+    "softcap": "softcap",
+    "window": "sliding windows",
+    "mass": "per-segment mass",
+    "value_dim": "head dim of values other than that of keys",
+}
+
+
+def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
+    """Why this backend cannot serve the call, or None."""
+    native = load()
+    if isinstance(native, str):
+        return native
+    if device_type != "cpu":
+        return f"it runs on cpu tensors, got {device_type}"
+    if dtype != torch.float32:
+        return f"it takes float32, got {dtype}"
+    for name, missing in _MISSING.items():
+        if features.get(name):
+            return f"it has no {missing}"
+    try:
+        return native.tree_attention_unavailable() or None
+    except ValueError as error:
+        return str(error)
+
+
+def forward(
+    query: Tensor,  # (B, Hq, S, D)
+    key: Tensor,  # (B, Hkv, S, D)
+    value: Tensor,  # (B, Hkv, S, D)
+    tree_end: Tensor | None,  # (B, S)
+    segments: Tensor | None,
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> output (B, Hq, S, D), lse (B, Hq, S), mass (B, Hq, S, 0). At most `torch.get_num_threads()` threads work."""
+    batch, heads, length, dim = query.shape
+    # Heads last but one in memory, as models want the output next, so that no layer copies it.
+    output = query.new_empty(batch, length, heads, dim).transpose(1, 2)
+    lse = query.new_empty(batch, heads, length)
+    if query.numel():
+        tree_end = _int32(tree_end)
+        _module().tree_attention_forward(**_arguments(query, key, value, tree_end, scale, output, lse))
+    return output, lse, query.new_empty(batch, heads, length, 0)
+
+
+def backward(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    tree_end: Tensor | None,
+    segments: Tensor | None,
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of query, key, value, through output and lse."""
+    grads = tuple(_like(tensor) for tensor in (query, key, value))
+    if query.numel():
+        tree_end = _int32(tree_end)
+        grad_output = torch.zeros_like(output) if grad_output is None else _dense_heads(grad_output)
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        _module().tree_attention_backward(
+            **_arguments(query, key, value, tree_end, scale, output, lse),
+            grad_output=_heads(grad_output),
+            grad_lse=_address(grad_lse),
+            grad_query=_heads(grads[0]),
+            grad_key=_heads(grads[1]),
+            grad_value=_heads(grads[2]),
+        )
+    return grads[0], grads[1], grads[2]
+
+
+def _arguments(
+    query: Tensor, key: Tensor, value: Tensor, tree_end: Tensor | None, scale: float, output: Tensor, lse: Tensor
+) -> dict[str, object]:
+    batch, heads, length, dim = query.shape
+    return {
+        "sizes": (batch, heads, key.shape[1], length, dim),
+        "query": _heads(query),
+        "key": _heads(key),
+        "value": _heads(value),
+        "tree_end": _address(tree_end),
+        "scale": scale,
+        "num_threads": torch.get_num_threads(),
+        "output": _heads(output),
+        "lse": _address(lse),
+    }
+
+
+def _heads(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.stride()[:3]
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """(B, H, S, D) for a gradient, in memory as (B, S, H, D), which is how projections make queries, keys and values."""
+    batch, heads, length, dim = tensor.shape
+    return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _dense_heads(tensor: Tensor) -> Tensor:
+    """The kernel reads each head vector as consecutive elements; other strides may be anything."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _int32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.int32).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _module() -> ModuleType:
+    native = load()
+    if isinstance(native, str):
+        raise RuntimeError(f"tree_attention: {native}")
+    return native

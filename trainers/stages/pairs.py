@@ -1,0 +1,125 @@
+"""pairs: preference pairs that exist already, for training and kept from it; with the built-in world questions about pictures too."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmdpo_trainers.data.pictures import content_key
+from mmdpo_trainers.data.records import relative_images
+from mmdpo_trainers.errors import ConfigError, DataError, StageError
+from mmdpo_trainers.run_folder import write_atomic
+from mmdpo_trainers.shapes import prior_world
+from mmdpo_trainers.stages import StageContext
+from mmdpo_trainers.training.preference_data import read_pairs
+from mmdpo_trainers.training.preference_records import record_name
+
+SHAPES_PRIOR = "shapes_prior"
+
+_PICTURES = ("images", "rejected_images")
+
+
+def inputs(context: StageContext) -> list[Path]:
+    """The user's preference data, if there is any."""
+    source = context.options.source
+    if source == SHAPES_PRIOR:
+        return []
+    if not Path(source).exists():
+        raise ConfigError(f"pairs.source: {source} does not exist; give preference data with TRL's columns, or {SHAPES_PRIOR}")
+    return [Path(source)]
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Write `pairs.jsonl` and `held_out.jsonl` (TRL's columns, the same in both), the built-in world also `prompts.jsonl`."""
+    made = _built_in(context) if context.options.source == SHAPES_PRIOR else _own(context)
+    if not made["pairs"]:
+        raise StageError(f"pairs.held_out: {context.options.held_out} leaves no pairs of {context.options.source} to train on")
+    for name, records in made.items():
+        if records:
+            write_atomic(context.folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    return {name: dict(sorted(Counter(_kind(record) for record in records).items())) for name, records in made.items()}
+
+
+def _kind(record: Mapping[str, Any]) -> str:
+    """What the record is counted under."""
+    return str(record.get("group") or record.get("kind") or "all")
+
+
+def _built_in(context: StageContext) -> dict[str, list[dict[str, Any]]]:
+    options, seed = context.options, context.seed
+    unknown = set(options.questions) - {"disagree", "agree"}
+    if unknown:
+        raise ConfigError(f"pairs.questions: expected disagree and agree, got {', '.join(sorted(unknown))}")
+    mix = {"counterfactual": options.counterfactual, "captions": options.captions}
+    counts = {"pairs": options.pictures, "held_out": round(options.held_out * options.pictures)}
+    drawn: dict[str, Iterable[tuple[dict[str, Any], Image.Image]]] = {
+        split: prior_world.preference_records(count, seed=seed, split=split, **mix) for split, count in counts.items()
+    }
+    drawn["prompts"] = prior_world.evaluation_prompts(
+        options.questions.get("disagree", 0), options.questions.get("agree", 0), seed=seed
+    )
+    folder = context.folder
+    (folder / "images").mkdir(exist_ok=True)
+    made: dict[str, list[dict[str, Any]]] = {}
+    for name, items in drawn.items():
+        made[name] = []
+        for record, picture in items:
+            picture.save(folder / record["images"][0])
+            made[name].append(record)
+    return made
+
+
+def _own(context: StageContext) -> dict[str, list[dict[str, Any]]]:
+    """The user's records, those with the same pictures on the same side; which side follows from seed and pictures alone."""
+    source = Path(context.options.source)
+    root = source.resolve() if source.is_dir() else source.resolve().parent
+    records = [_stored(record, root, context) for record in read_pairs(source)]
+    if not records:
+        raise StageError(f"pairs.source: {source} holds no records")
+    groups = {_pictures(record) for record in records}
+    ranked = sorted(groups, key=lambda group: hashlib.sha256(f"{context.seed}|{group}".encode()).hexdigest())
+    held = set(ranked[: round(context.options.held_out * len(ranked))])
+    sides: dict[str, list[dict[str, Any]]] = {"pairs": [], "held_out": []}
+    for record in records:
+        sides["held_out" if _pictures(record) in held else "pairs"].append(record)
+    return sides
+
+
+def _pictures(record: Mapping[str, Any]) -> str:
+    return json.dumps(record["images"]) if record["images"] else str(record["id"])
+
+
+def _stored(record: Mapping[str, Any], root: Path, context: StageContext) -> dict[str, Any]:
+    """The record as a line of the run's file: pictures as paths, those inside a dataset as files of the run."""
+    stored = {name: value for name, value in record.items() if name not in _PICTURES}
+    for name in _PICTURES:
+        paths = [_path(record, image, root, context.folder) for image in record.get(name) or ()]
+        if paths or name == "images":
+            stored[name] = relative_images(paths, context.folder, context.run.path)
+    try:
+        return dict(json.loads(json.dumps(stored)))
+    except TypeError as error:
+        raise DataError(
+            f"record {record_name(record)}: {error}; columns other than pictures must be texts, numbers or lists"
+        ) from error
+
+
+def _path(record: Mapping[str, Any], image: Any, root: Path, folder: Path) -> str:
+    if isinstance(image, Mapping):
+        if image.get("bytes"):
+            file = folder / "images" / content_key(image["bytes"])
+            if not file.exists():
+                write_atomic(file, image["bytes"], durable=False)
+            return str(file)
+        image = image.get("path")
+    if not isinstance(image, str) or not image:
+        raise DataError(
+            f"record {record_name(record)}: a picture must be a path or stored in the dataset, got {str(image)[:80]!r}"
+        )
+    return str(root / image)

@@ -90,6 +90,12 @@ def text_of(summaries: Mapping[int, Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def without_curves(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary without its long part, which is in the runs' own."""
+    arms = {arm: {name: value for name, value in figures.items() if name != "curves"} for arm, figures in summary["arms"].items()}
+    return {**summary, "arms": arms}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
@@ -100,7 +106,7 @@ def main() -> None:
     summaries = {seed: found[seed] for seed in seeds}
     text = text_of(summaries)
     print(text)
-    write_result("mdpo_seeds", {"summaries": summaries})
+    write_result("mdpo_seeds", {"summaries": {seed: without_curves(summary) for seed, summary in summaries.items()}})
     write_section("docs/results.md", "mdpo_seeds", text)
 
 

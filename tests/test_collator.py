@@ -275,6 +275,10 @@ def test_keys_follow_content(make: Make, tmp_path: Path) -> None:
         make(corruption=Corruption(kind="blank")).key(record(images=paths)),
     ]
     assert len({key, *others}) == 1 + len(others)
+    # Texts of the same tokens are corrupted by draws of their own.
+    spaced = record(images=paths, prompt=record()["prompt"].replace(" ", "  ", 1))
+    assert collator.batch([spaced]).input_ids.tolist() == collator.batch([record(images=paths)]).input_ids.tolist()
+    assert collator.key(spaced) != key
     palettes = [Image.new("P", (48, 48)) for _ in range(2)]
     for index, picture in enumerate(palettes):
         picture.putpalette([50 * index] * 768)

@@ -174,6 +174,36 @@ def own_data(folder: Path) -> Path:
     return folder / "mine.jsonl"
 
 
+def test_copies_of_a_picture_and_lists_that_share_one_are_on_one_side(tmp_path: Path) -> None:
+    """Whatever the files are called and whichever folder they are in."""
+    splits = []
+    for folder, prefix in ((tmp_path / "a", "x"), (tmp_path / "b", "y")):
+        folder.mkdir()
+        records = []
+        for index in range(12):
+            names = [f"{prefix}{index}.png", f"{prefix}{index}-copy.png"]
+            for name in names:
+                Image.new("RGB", (48, 48), (20 * index, 0, 99)).save(folder / name)
+            # Every third record shows the next one's picture too.
+            images = [names[0], f"{prefix}{index + 1}.png"] if index % 3 == 0 else [names[1]]
+            records.append({"id": index, "images": images, "prompt": "What is it?", "chosen": "red", "rejected": "blue"})
+        (folder / "mine.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        values = {
+            "method": "mdpo",
+            "pairs": {"source": str(folder / "mine.jsonl"), "held_out": 0.4},
+            "run_dir": str(folder / "run"),
+        }
+        context = StageContext(run=RunFolder(folder / "run"), config=RunConfig.from_dict(values), stage="pairs")
+        pairs.run(context)
+        sides = [list(read_jsonl(context.folder / f"{name}.jsonl")) for name in ("pairs", "held_out")]
+        shown = [
+            {(context.folder / image).resolve().read_bytes() for record in side for image in record["images"]} for side in sides
+        ]
+        assert shown[0] and shown[1] and not shown[0] & shown[1]
+        splits.append([record["id"] for record in sides[1]])
+    assert splits[0] == splits[1]
+
+
 @pytest.mark.parametrize("form", ["jsonl", "dataset"])
 def test_own_data_is_split_by_picture(tmp_path: Path, form: str) -> None:
     source = own_data(tmp_path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from training_cases import Gradients, config, preference_records, tiny, warm_adapter
 
 from mmdpo_trainers.errors import DataError, StaleCacheError
@@ -141,6 +142,33 @@ def test_evaluation_reads_the_cache_too(folder: Path, tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(3 * math.log(2), rel=1e-6)
     assert trainer.evaluate(records[3:])["eval_rewards/corrupted_margins"] == pytest.approx(0, abs=1e-12)
     assert len((tmp_path / "reference.jsonl").read_text().splitlines()) == 7
+
+
+def test_several_evaluation_sets(folder: Path, tmp_path: Path) -> None:
+    loaded = tiny(folder)
+    records = preference_records(4)
+    settings = config(tmp_path, loss_type=MDPO, precompute_ref_log_probs=True, corruption="other", max_length=200)
+    trainer = PreferenceTrainer(
+        loaded.model, settings, processing_class=loaded.processor, eval_dataset={"x": records[:2], "y": records[2:]}
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_x_loss"] == pytest.approx(3 * math.log(2), rel=1e-6)
+    assert metrics["eval_y_loss"] == pytest.approx(3 * math.log(2), rel=1e-6)
+
+
+def test_adapters_that_would_change_the_reference(folder: Path, tmp_path: Path) -> None:
+    loaded = tiny(folder)
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], bias="all")
+    with pytest.raises(ValueError, match="expected bias 'none', got 'all'"):
+        PreferenceTrainer(loaded.model, config(tmp_path), processing_class=loaded.processor, peft_config=adapter)
+    on_vision = get_peft_model(
+        tiny(folder).model, LoraConfig(r=2, target_modules=r".*vision_tower.*q_proj|.*language_model.*q_proj")
+    )
+    for name, parameter in on_vision.named_parameters():
+        if "vision_tower" in name:
+            parameter.requires_grad_(False)
+    trainer = PreferenceTrainer(on_vision, config(tmp_path), processing_class=loaded.processor)
+    assert not trainer.reference.shares_features
 
 
 def several_questions(pictures: int, questions: int) -> list[dict[str, Any]]:

@@ -61,7 +61,14 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def context(run: Path, model: Path, **train: Any) -> StageContext:
-    args = {"per_device_train_batch_size": 4, "lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-2, "logging_steps": 1}
+    args = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+    }
     options = {**train, "args": {**args, **train.get("args", {})}}
     config = RunConfig.from_dict({"model": str(model), "run_dir": str(run), "device": "cpu", "seed": 3, "train": options})
     return StageContext(run=RunFolder(run), config=config, stage="train")
@@ -244,3 +251,69 @@ def test_bad_input_is_named(run: Path, model: Path) -> None:
 def test_inputs(run: Path, model: Path) -> None:
     assert stage.inputs(context(run, model)) == [run / "select" / "pairs.jsonl"]
     assert stage.inputs(context(run, model, replay=0.1)) == [run / "select" / "pairs.jsonl", run / "augment" / "singles.jsonl"]
+
+
+def _context(folder: Path, **values: Any) -> StageContext:
+    (folder / "select").mkdir(parents=True, exist_ok=True)
+    config = RunConfig.from_dict({"run_dir": str(folder), "device": "cpu", **values})
+    return StageContext(run=RunFolder(folder), config=config, stage="train")
+
+
+@pytest.mark.parametrize(
+    ("values", "losses", "accumulation"),
+    [
+        ({}, ["sigmoid", "nll"], 8),
+        ({"method": "mdpo"}, ["sigmoid", "copo", "ancpo"], 8),
+        ({"method": "mdpo", "train": {"preset": "mia_dpo_paper"}}, ["sigmoid", "nll"], 8),
+        ({"train": {"args": {"per_device_train_batch_size": 2}}}, ["sigmoid", "nll"], 4),
+        ({"train": {"args": {"per_device_train_batch_size": 16}}}, ["sigmoid", "nll"], 1),
+        ({"train": {"args": {"max_tokens_per_batch": 4096}}}, ["sigmoid", "nll"], 1),
+        ({"train": {"args": {"loss_type": ["simpo"]}}}, ["simpo"], 8),
+    ],
+)
+def test_defaults_follow_the_method(tmp_path: Path, values: dict[str, Any], losses: list[str], accumulation: int) -> None:
+    settings = stage.preference_config(_context(tmp_path, **values), 4, evaluate=False)
+    assert settings.loss_type == losses and settings.gradient_accumulation_steps == accumulation
+    assert len(settings.weight_of) == len(losses)
+
+
+def test_where_the_reference_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, half = _context(tmp_path), _context(tmp_path, train={"args": {"bf16": True}})
+    assert stage.reference_cache(plain) == tmp_path / "select" / "pairs.reference.jsonl"
+    # Autocast makes other numbers: arms with and without it must not refuse each other's file.
+    assert stage.reference_cache(half) == tmp_path / "select" / "pairs.bf16.reference.jsonl"
+    monkeypatch.setattr("os.access", lambda *arguments: False)
+    assert stage.reference_cache(plain) == tmp_path / "train" / "pairs.reference.jsonl"
+
+
+def test_records_have_names_of_their_own_and_bring_corrupted_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index, picture in enumerate(sample_pictures(2)):
+        picture.save(tmp_path / f"{index}.png")
+    record = {"id": 7, "images": ["0.png"], "rejected_images": ["1.png"], "prompt": "what ?", "chosen": "red", "rejected": "blue"}
+    lines = [record, {**record, "chosen": "cat"}, {**record, "id": "7#2"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = read_pairs(tmp_path / "pairs.jsonl")
+    assert [each["id"] for each in found] == ["7", "7#2", "7#2#2"]
+    assert found[0]["rejected_images"] == [str(tmp_path / "1.png")]
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in ("prompt", "chosen", "rejected")}
+        | {"id": datasets.Value("int64")}
+        | {name: datasets.List(datasets.Image()) for name in ("images", "rejected_images")}
+    )
+    rows = [
+        {**line, "id": 7, **{name: [str(tmp_path / image) for image in line[name]] for name in ("images", "rejected_images")}}
+        for line in lines
+    ]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "pairs.parquet"))
+    stored = read_pairs(tmp_path / "pairs.parquet")
+    assert list(stored["id"]) == ["7", "7#2", "7#3"]
+    assert stored[0]["rejected_images"][0].keys() >= {"bytes", "path"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({**record, "rejected_images": ["2.png"]}) + "\n")
+    with pytest.raises(DataError, match="record 7: picture .*2.png does not exist"):
+        read_pairs(tmp_path / "pairs.jsonl")
+    alone = {name: value for name, value in record.items() if "images" not in name}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({**alone, "image": "0.png"}) + "\n")
+    with pytest.raises(DataError, match="record 7: it has `image`, but pictures are read from `images`"):
+        read_pairs(tmp_path / "pairs.jsonl")

@@ -186,3 +186,12 @@ def test_automatic_choice_keeps_the_gradient_through_lse() -> None:
         out = tree_attention(q, k, v, backend=backend)
         grads.append(torch.autograd.grad(out.lse.sum() + out.output.sum(), (q, k, v)))
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["value", "tree_end", "segments"])
+def test_a_tensor_on_another_device_is_refused(name: str) -> None:
+    query, tree_end = torch.randn(1, 2, 4, 8), torch.full((1, 4), 4, dtype=torch.int32)
+    given = {"value": query, "tree_end": tree_end, "segments": torch.zeros(1, 4, dtype=torch.int32)}
+    given[name] = given[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} must be on the query's device cpu, got meta"):
+        tree_attention(query, query, given["value"], given["tree_end"], segments=given["segments"], num_segments=1)

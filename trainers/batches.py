@@ -76,4 +76,5 @@ def count_formats(records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _stored(record: Record, context: StageContext) -> Record:
-    return {**record, "images": relative_images(record["images"], context.folder, context.run.path)}
+    columns = [name for name in ("images", "rejected_images") if record.get(name)]
+    return {**record, **{name: relative_images(record[name], context.folder, context.run.path) for name in columns}}

@@ -143,7 +143,7 @@ def _add_reference(commands: Any) -> None:
     parser.add_argument("--refresh", action="store_true", help="throw away what the file holds, and compute everything anew")
     parser.add_argument("--arm", metavar="NAME", help="a control experiment of the configuration, in place of the main run")
     _add_section(parser, "train")
-    parser.set_defaults(action=_reference)
+    parser.set_defaults(stage="reference", action=_reference)
 
 
 def _parser_of(commands: Any, name: str, description: str) -> argparse.ArgumentParser:

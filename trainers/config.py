@@ -176,8 +176,9 @@ class TrainConfig:
     """Preference training; everything of `PreferenceConfig` goes through `args`."""
 
     input: str | None = option(None, "your own preference data (TRL columns) in place of the pairs of this run")
-    preset: Literal["mia_dpo_paper", "mdpo_paper", "mdpo_official_code"] = option(
-        "mia_dpo_paper", "losses, rates and adapter of a paper or of its released code, which `args` may change one by one"
+    preset: Literal["mia_dpo_paper", "mdpo_paper", "mdpo_official_code"] | None = option(
+        None,
+        "losses, rates and adapter of a paper or of its released code, which `args` may change one by one; None: the method's paper",
     )
     args: dict[str, Any] = option(help="fields of PreferenceConfig, such as learning_rate, beta, loss_type", factory=dict)
     replay: float = option(

@@ -13,7 +13,7 @@ BASELINE = {"dpo": "TRL's `DPOTrainer`", "mdpo": "mDPO's official way"}
 
 def text_of(result: dict[str, Any]) -> str:
     """Markdown of the parts that `result` holds."""
-    pieces = [_goals(result)]
+    pieces = [goals_of(result)]
     if "dpo" in result:
         pieces.append("Seconds a pair, median:\n\n" + _seconds(result))
     if "memory" in result:
@@ -27,7 +27,8 @@ def text_of(result: dict[str, Any]) -> str:
     return "\n\n".join(piece for piece in pieces if piece)
 
 
-def _goals(result: dict[str, Any]) -> str:
+def goals_of(result: dict[str, Any]) -> str:
+    """Markdown: what was asked for and what was found."""
     rows = []
     for method in ("dpo", "mdpo"):
         for kind, speed in result.get(method, {}).get("speed_up", {}).items():

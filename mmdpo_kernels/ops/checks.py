@@ -32,6 +32,13 @@ def check_heads(op: str, query: Tensor, key: Tensor) -> None:
         raise ValueError(f"{op}: query and key must be on one device, got {query.device} and {key.device}")
 
 
+def check_devices(op: str, query: Tensor, **others: Tensor | None) -> None:
+    """All on the query's device: a kernel follows addresses."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(f"{op}: {name} must be on the query's device {query.device}, got {tensor.device}")
+
+
 def check_segments(op: str, segments: Tensor | None, num_segments: int, batch: int, length: int) -> None:
     """(B, S) integers below num_segments; needed exactly when num_segments > 0."""
     if num_segments < 0:

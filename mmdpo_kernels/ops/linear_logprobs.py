@@ -135,7 +135,14 @@ def linear_logprobs(
     options = (softcap, float(logit_scale), float(temperature), ignore_index)
     # With a frozen head a row's gradient is known up to a factor as soon as its logits are.
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    early = frozen and hidden.requires_grad and torch.is_grad_enabled() and hasattr(module, "forward_with_gradient")
+    # float16 needs the upstream gradient's loss scale before it is rounded to.
+    early = (
+        frozen
+        and hidden.dtype != torch.float16
+        and hidden.requires_grad
+        and torch.is_grad_enabled()
+        and hasattr(module, "forward_with_gradient")
+    )
     logps, *extra = _LinearLogProbs.apply(hidden, weight, bias, targets.long(), options, tuple(stats), module, early)
     return LogProbs(logps=logps, **dict(zip(stats, extra, strict=True)))
 

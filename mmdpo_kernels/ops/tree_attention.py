@@ -11,7 +11,16 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.reference import tree_attention as reference
 from ..backends.registry import resolve
-from .checks import check_heads, check_positive, check_segments, check_tensor, check_tree_end, default_scale, grad_or_none
+from .checks import (
+    check_devices,
+    check_heads,
+    check_positive,
+    check_segments,
+    check_tensor,
+    check_tree_end,
+    default_scale,
+    grad_or_none,
+)
 from .precision import without_autocast
 
 OP = "tree_attention"
@@ -112,6 +121,7 @@ def tree_attention(
     check_heads(OP, query, key)
     if value.dtype != query.dtype:
         raise TypeError(f"{OP}: query and value must have one dtype, got {query.dtype} and {value.dtype}")
+    check_devices(OP, query, value=value, tree_end=tree_end, segments=segments)
     check_tree_end(OP, tree_end, batch, length)
     check_segments(OP, segments, num_segments, batch, length)
     check_positive(OP, softcap=softcap, window=window)

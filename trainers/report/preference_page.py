@@ -159,7 +159,9 @@ def _held_out_table(figures: Mapping[str, Mapping[str, Any]], kind: str) -> sect
         rewards = each.get("rewards") or {}
         cells = [f"{each['gap'][name]:.2f}" for name in CORRUPTIONS]
         cells += [_signed(rewards.get(name)) for name in ("chosen", "rejected")]
-        rows.append([name_of(arm), *cells, f"{each['logps']['chosen']:.2f}", sections.percent(each["preferred"])])
+        rows.append(
+            [name_of(arm), *cells, f"{each['logps']['chosen']:.2f}".replace("-", "−"), sections.percent(each["preferred"])]
+        )
     pairs = max(each["pairs"] for each in found.values())
     what = "All held-out pairs" if kind == ALL else f"Held-out pairs of kind {kind}"
     return sections.Table(

@@ -20,7 +20,7 @@ from mmdpo_trainers.stages import FORMATS, StageContext
 from mmdpo_trainers.stages.augment import build_evaluation_prompts, evaluation_inputs
 from mmdpo_trainers.stages.generate import generate_responses
 from mmdpo_trainers.training.preference_data import read_pairs
-from mmdpo_trainers.training.presets import PRESETS
+from mmdpo_trainers.training.presets import preset_args
 
 HELD_OUT = "held_out.jsonl"
 
@@ -81,8 +81,7 @@ def _held_out(context: StageContext, model: _Evaluated) -> dict[str, Any]:
 
     records = read_pairs(context.held_out_pairs)
     path = run_batches(context, HELD_OUT, records, context.options.batch_size, work, f"held-out pairs {context.moment}")
-    train = context.config.train
-    beta = float({**PRESETS[train.preset], **train.args}.get("beta", 0.1))
+    beta = float(preset_args(context.config).get("beta", 0.1))
     base = list(read_jsonl(_base_figures(context))) if context.moment == "after" else None
     return {"held_out": held_out_figures(list(read_jsonl(path)), base, beta=beta), "beta": beta}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mmdpo_trainers.run_folder import write_atomic
 from mmdpo_trainers.shapes import prior_world
 from mmdpo_trainers.stages import StageContext
 from mmdpo_trainers.training.preference_data import read_pairs
-from mmdpo_trainers.training.preference_records import record_name
+from mmdpo_trainers.training.preference_records import picture_digest, record_name
 
 SHAPES_PRIOR = "shapes_prior"
 
@@ -76,23 +76,40 @@ def _built_in(context: StageContext) -> dict[str, list[dict[str, Any]]]:
 
 
 def _own(context: StageContext) -> dict[str, list[dict[str, Any]]]:
-    """The user's records, those with the same pictures on the same side; which side follows from seed and pictures alone."""
+    """The user's records, those that share a picture on the same side; which side follows from seed and pictures' content."""
     source = Path(context.options.source)
     root = source.resolve() if source.is_dir() else source.resolve().parent
     records = [_stored(record, root, context) for record in read_pairs(source)]
     if not records:
         raise StageError(f"pairs.source: {source} holds no records")
-    groups = {_pictures(record) for record in records}
-    ranked = sorted(groups, key=lambda group: hashlib.sha256(f"{context.seed}|{group}".encode()).hexdigest())
+    groups = _connected([_pictures(record, context.folder) for record in records])
+    ranked = sorted(set(groups), key=lambda group: hashlib.sha256(f"{context.seed}|{group}".encode()).hexdigest())
     held = set(ranked[: round(context.options.held_out * len(ranked))])
     sides: dict[str, list[dict[str, Any]]] = {"pairs": [], "held_out": []}
-    for record in records:
-        sides["held_out" if _pictures(record) in held else "pairs"].append(record)
+    for record, group in zip(records, groups, strict=True):
+        sides["held_out" if group in held else "pairs"].append(record)
     return sides
 
 
-def _pictures(record: Mapping[str, Any]) -> str:
-    return json.dumps(record["images"]) if record["images"] else str(record["id"])
+def _pictures(record: Mapping[str, Any], folder: Path) -> list[str]:
+    """Content keys of the record's pictures; a record without pictures has itself."""
+    return [picture_digest(record, str(folder / image)) for image in record["images"]] or [str(record["id"])]
+
+
+def _connected(pictures: Sequence[Sequence[str]]) -> list[str]:
+    """For each record the smallest key among those that it is joined to by pictures they share."""
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    for keys in pictures:
+        for key in keys[1:]:
+            low, high = sorted((root(keys[0]), root(key)))
+            parent[high] = low
+    return [root(keys[0]) for keys in pictures]
 
 
 def _stored(record: Mapping[str, Any], root: Path, context: StageContext) -> dict[str, Any]:

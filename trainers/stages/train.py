@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mmdpo_trainers.training.checkpoints import replace_folder
 from mmdpo_trainers.training.preference_config import PreferenceConfig
 from mmdpo_trainers.training.preference_data import read_pairs, replay_pairs, split
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
-from mmdpo_trainers.training.presets import PRESETS
+from mmdpo_trainers.training.presets import preset_args
 from mmdpo_trainers.training.training_log import LogFile, TrainingProgress
 
 _REFUSED = {
@@ -40,8 +41,15 @@ def replay_source(context: StageContext) -> Path:
 
 
 def reference_cache(context: StageContext) -> Path:
-    """Where the reference's log-probabilities are kept: beside the pairs, so that arms on the same pairs share them."""
-    return context.pairs.with_name(f"{context.pairs.stem}.reference.jsonl")
+    """Where the reference's log-probabilities are kept: beside the pairs, so that arms on the same pairs share them.
+
+    Autocast makes other numbers, and has a file of its own. Where nothing can be written beside the pairs, it is the stage's folder.
+    """
+    args = preset_args(context.config)
+    kind = next((f".{name}" for name in ("bf16", "fp16") if args.get(name)), "")
+    name = f"{context.pairs.stem}{kind}.reference.jsonl"
+    beside = context.pairs.parent
+    return beside / name if os.access(beside, os.W_OK) or not beside.exists() else context.folder / name
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -90,10 +98,11 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
 
 def preference_config(context: StageContext, num_layers: int, *, evaluate: bool) -> PreferenceConfig:
     """`train.args` over `train.preset` over this stage's defaults: effective batch 8, one epoch, reference cached beside the pairs."""
-    args = {**PRESETS[context.options.preset], **context.options.args}
+    args = preset_args(context.config)
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 1 if "per_device_train_batch_size" in args else 8,
+        # A token budget holds records by the dozen.
+        "gradient_accumulation_steps": 1 if args.get("max_tokens_per_batch") else max(1, 8 // _batch_size(args)),
         "num_train_epochs": 1,
         "save_strategy": "steps",
         "save_steps": 0.1,
@@ -121,6 +130,12 @@ def preference_config(context: StageContext, num_layers: int, *, evaluate: bool)
         return PreferenceConfig(**values)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"train.args: {_one_line(error)}") from error
+
+
+def _batch_size(args: dict[str, Any]) -> int:
+    """Records of a micro-batch; whether it is a number is for PreferenceConfig to say."""
+    size = args.get("per_device_train_batch_size", 1)
+    return size if isinstance(size, int) and size > 0 else 1
 
 
 def _one_line(error: Exception) -> str:

@@ -265,7 +265,8 @@ class ExampleMaker:
 
     def _key(self, plan: _Plan) -> str:
         texts = plan.texts
-        substitutes = {place: substitute.digest for place, substitute in plan.substitutes.items()}
+        # The key of a drawn corruption covers the prompt's text, which may say more than its tokens.
+        substitutes = {place: substitute.digest or substitute.key for place, substitute in plan.substitutes.items()}
         return _sha256([self._settings, texts.prompt, texts.chosen, texts.rejected, plan.digests, substitutes])
 
     def _settings_digest(self) -> str:

@@ -45,6 +45,14 @@ def picture_parameters(model: nn.Module) -> list[nn.Parameter]:
     return vision_parameters(model) + projector_parameters(model)
 
 
+def sees_as_reference(model: nn.Module) -> bool:
+    """Whether vision tower and projector give the policy what they give it with its adapter off: not trained, no adapter on them."""
+    body, family = base_of(model).base_model, family_of(model)
+    parts = [body.get_submodule(name) for name in (*family.vision, *family.projector)]
+    adapted = any(isinstance(module, BaseTunerLayer) for part in parts for module in part.modules())
+    return not adapted and not any(parameter.requires_grad for parameter in picture_parameters(model))
+
+
 def _part_parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
     """Parameters of the parts with these names below the base model."""
     body = base_of(model).base_model
@@ -105,9 +113,11 @@ def _with_adapter(model: nn.Module, args: PreferenceConfig, peft_config: PeftCon
     elif peft_config is not None:
         raise ValueError("peft_config: the model has an adapter already; pass the base model, or leave peft_config out")
     for name, config in model.peft_config.items():
-        dropout = getattr(config, "lora_dropout", 0.0)
+        dropout, bias = getattr(config, "lora_dropout", 0.0), getattr(config, "bias", "none")
         if dropout:
             raise ValueError(f"adapter {name}: expected lora_dropout 0, got {dropout}; policy and reference would differ by it")
+        if bias != "none":
+            raise ValueError(f"adapter {name}: expected bias 'none', got {bias!r}; it would train the reference's own biases")
     if args.gradient_checkpointing:
         # Re-entrant checkpointing gives no gradient to layers whose inputs need none.
         model.enable_input_require_grads()

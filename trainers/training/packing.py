@@ -133,15 +133,19 @@ class Sizes:
 def measure(dataset: Any, collator: PreferenceCollator, indices: Sequence[int], progress: Progress | None = None) -> Sizes:
     """Sizes of the records at `indices`. Raises DataError naming a record that cannot be used."""
     lengths, groups = [], []
-    members: dict[str, list[Any]] = defaultdict(list)
+    members: dict[str, list[int]] = defaultdict(list)
     with (progress or Progress()).task("measure records", total=len(indices)) as task:
         for index in indices:
             record = dataset[index]
             lengths.append(collator.tree_tokens(record))
             groups.append(collator.picture_key(record))
-            members[groups[-1]].append(record)
+            members[groups[-1]].append(index)
             task.advance()
-    common = {key: collator.shared_tokens(records) if len(records) > 1 else 0 for key, records in members.items()}
+    # Read again, group by group: records may hold their pictures.
+    common = {
+        key: collator.shared_tokens([dataset[index] for index in group]) if len(group) > 1 else 0
+        for key, group in members.items()
+    }
     return Sizes(lengths=lengths, groups=groups, shared=[common[key] for key in groups])
 
 

@@ -162,6 +162,13 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(f"label_smoothing: expected a share in [0, 0.5), got {self.label_smoothing!r}")
         if self.label_smoothing and SMOOTHED.isdisjoint(self.loss_type):
             raise ValueError(f"label_smoothing: it acts on {', '.join(sorted(SMOOTHED))} only, got loss_type {self.loss_type}")
+        if not _is_number(self.anchor):
+            raise ValueError(f"anchor: expected a finite number, got {self.anchor!r}")
+        if not _is_number(self.simpo_gamma) or self.simpo_gamma < 0:
+            raise ValueError(f"simpo_gamma: expected a finite number of 0 or more, got {self.simpo_gamma!r}")
+        for name in ("loss_type", "anchors"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name}: expected each once, got {getattr(self, name)}; a loss counts more by its weight")
         if not self.anchors or not set(BRANCHES).issuperset(self.anchors):
             raise ValueError(f"anchors: expected one or more of {', '.join(BRANCHES)}, got {self.anchors}")
         if not _is_number(self.changed_token_weight) or not self.changed_token_weight > 0:

@@ -12,7 +12,7 @@ from mmdpo_trainers.data.answers import answers_match
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError
 from mmdpo_trainers.run_folder import read_jsonl
-from mmdpo_trainers.training.preference_records import check_record, record_images
+from mmdpo_trainers.training.preference_records import check_record, record_images, record_rejected_images
 
 Record = dict[str, Any]
 
@@ -29,19 +29,40 @@ def read_pairs(path: Path) -> Any:
     if path.is_dir() or path.suffix.lower() == ".parquet":
         return _read_dataset(path)
     folder, records = path.resolve().parent, []
+    names: set[str] = set()
     for number, record in enumerate(_lines(path), start=1):
         record.setdefault("id", f"line {number}")
         _check_columns(path, record, record["id"])
         check_record(record)
-        images = record_images(record)
-        if not all(isinstance(image, str) for image in images):
-            raise DataError(f"{path}, record {record['id']}: images must be paths, got {images}")
-        record["images"] = [os.path.normpath(folder / image) for image in images]
-        missing = next((image for image in record["images"] if not os.path.exists(image)), None)
-        if missing is not None:
-            raise DataError(f"{path}, record {record['id']}: picture {missing} does not exist; restore it, or remove the record")
+        for column, images in _picture_columns(record):
+            if not all(isinstance(image, str) for image in images):
+                raise DataError(f"{path}, record {record['id']}: {column} must be paths, got {images}")
+            record[column] = [os.path.normpath(folder / image) for image in images]
+            missing = next((image for image in record[column] if not os.path.exists(image)), None)
+            if missing is not None:
+                raise DataError(
+                    f"{path}, record {record['id']}: picture {missing} does not exist; restore it, or remove the record"
+                )
+        record["id"] = _own_name(record["id"], names)
         records.append(record)
     return records
+
+
+def _picture_columns(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    yield "images", record_images(record)
+    own = record_rejected_images(record)
+    if own is not None:
+        yield "rejected_images", own
+
+
+def _own_name(name: Any, taken: set[str]) -> str:
+    """The record's id as a text that no record before it has; data often name records by their picture."""
+    own, number = str(name), 1
+    while own in taken:
+        number += 1
+        own = f"{name}#{number}"
+    taken.add(own)
+    return own
 
 
 def _lines(path: Path) -> Iterator[Record]:
@@ -63,10 +84,17 @@ def _read_dataset(path: Path) -> Any:
     if not isinstance(dataset, datasets.Dataset):
         raise DataError(f"{path} holds several splits ({', '.join(dataset)}); give the folder of one")
     _check_columns(path, dataset.features, "1")
-    if isinstance(getattr(dataset.features.get("images"), "feature", None), datasets.Image):
-        # Pictures are opened with their record at hand, so that a damaged one has a name.
-        dataset = dataset.cast_column("images", datasets.List(datasets.Image(decode=False)))
-    return dataset if "id" in dataset.features else dataset.add_column("id", [f"row {number}" for number in range(len(dataset))])
+    for column in ("images", "rejected_images"):
+        if isinstance(getattr(dataset.features.get(column), "feature", None), datasets.Image):
+            # Pictures are opened with their record at hand, so that a damaged one has a name.
+            dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
+    named = "id" in dataset.features
+    given = list(dataset["id"]) if named else [f"row {number}" for number in range(len(dataset))]
+    names: set[str] = set()
+    ids = [_own_name(name, names) for name in given]
+    if named and ids == given:
+        return dataset
+    return (dataset.remove_columns("id") if named else dataset).add_column("id", ids)
 
 
 def _check_columns(path: Path, record: Mapping[str, Any], name: str) -> None:

@@ -85,6 +85,10 @@ def _file_digest(path: str, modified: int, size: int) -> str:
 def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any]:
     """The record's `images`, or another column of pictures. DataError where they are not a list."""
     images = record.get(column)
+    if images is None and column == "images" and record.get("image") is not None:
+        raise DataError(
+            f"record {record_name(record)}: it has `image`, but pictures are read from `images`; make it a list of one"
+        )
     if images is None:
         return []
     if isinstance(images, str) or not isinstance(images, Sequence):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,13 @@ class PreferenceTrainer(Trainer):
     number of threads a continued run ends with the same weights, bit for bit, as one that was never interrupted.
 
     Logged, averaged over records, micro-batches and the logging interval (evaluation: with prefix `eval_`): `loss`,
-    `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins` (unless no loss needs the reference),
+    `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins` (unless `nll` is the only loss; without a
+    reference they are beta times log-probabilities),
     `rewards/chosen_<kind>` and so on for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where
     that loss is used), and `attn/ratio_<format>`: the share of the attention on a record's pictures that its chosen response gives
     the asked-about one. With tree packing, pictures that several
     records of a micro-batch share count once, for the first of these records; a record whose pictures get no attention is left out.
-    `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size.
+    `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size (but `kto_pair`, which looks at batch means).
 
     Checkpoints are told by markers in their folders: what others wrote into `output_dir` is reported, and never removed.
 
@@ -96,11 +97,10 @@ class PreferenceTrainer(Trainer):
                 model_parts.disable_dropout(each)
                 if args.tree_packing or args.attention_layer is not None:
                     patch_model(each)
-        vision = model_parts.picture_parameters(model)
-        shares_features = ref_model is None and not any(parameter.requires_grad for parameter in vision)
+        shares_features = ref_model is None and model_parts.sees_as_reference(model)
         base = model_parts.base_of(model)
         _check_layer(args.attention_layer, base.config.get_text_config().num_hidden_layers)
-        pool = train_dataset if train_dataset is not None else eval_dataset
+        pool = train_dataset if train_dataset is not None else next(iter(_several(eval_dataset)))
         collator = _collator(base, processing_class, args, pool)
         self.progress = progress or Progress()
         self.left_out: list[str] = []
@@ -221,7 +221,7 @@ class PreferenceTrainer(Trainer):
             return results
         new = [
             each
-            for each in datasets or (self.train_dataset, self.eval_dataset)
+            for each in datasets or (self.train_dataset, *_several(self.eval_dataset))
             if each is not None and id(each) not in self._known
         ]
         with self.reference.active() if new else contextlib.nullcontext():
@@ -301,7 +301,9 @@ class PreferenceTrainer(Trainer):
     ) -> dict[str, float]:
         """As in `transformers.Trainer`."""
         given = eval_dataset if eval_dataset is not None else self.eval_dataset
-        self.precompute_reference(*(given.values() if isinstance(given, dict) else [given]))
+        if isinstance(given, str):  # transformers evaluates a dictionary of datasets name by name
+            given = self.eval_dataset[given]  # type: ignore[index, call-overload]
+        self.precompute_reference(*_several(given))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
@@ -376,6 +378,8 @@ class PreferenceTrainer(Trainer):
         limit = self.args.max_length
         if dataset is None or limit is None:
             return dataset
+        if isinstance(dataset, dict):
+            return {name: self._short_enough(each, collator) for name, each in dataset.items()}
         with self.progress.task("measure records", total=len(dataset)) as task:
             kept, left_out = [], []
             for index in range(len(dataset)):
@@ -404,6 +408,27 @@ class _RestoreLog(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._restore_log()
+
+
+class _Pictures(Sequence[Any]):
+    """The pictures of a dataset's records, read from their records when they are asked for."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        counts = (len(record_images(dataset[index])) for index in range(len(dataset)))
+        self.places = [(index, place) for index, count in enumerate(counts) for place in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: Any) -> Any:
+        index, place = self.places[number]
+        return record_images(self.dataset[index])[place]
+
+
+def _several(dataset: Any) -> list[Any]:
+    """A dataset, or a dictionary of them, as a list."""
+    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
 
 
 def _mean(values: Tensor) -> float:
@@ -447,7 +472,7 @@ def _collator(base: Any, processor: Any, args: PreferenceConfig, pool: Any) -> P
         corruption=args.picture_corruption if "corrupted" in args.branches else None,
         no_image=args.no_image,
         changed_token_weight=args.changed_token_weight,
-        picture_pool=[image for record in pool or () for image in record_images(record)] if args.corruption == "other" else (),
+        picture_pool=_Pictures(pool) if pool is not None and args.corruption == "other" else (),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmdpo_trainers.config import RunConfig
+
 _MIA_DPO: dict[str, Any] = {
     "loss_type": ["sigmoid", "nll"],
     "loss_weights": [1.0, 0.1],
@@ -33,6 +35,9 @@ _MDPO: dict[str, Any] = {
     "lora_alpha": 128,
 }
 
+METHODS = {"mia_dpo": "mia_dpo_paper", "mdpo": "mdpo_paper"}
+"""A run's `method` -> the preset it trains with where it names none."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "mia_dpo_paper": _MIA_DPO,
     "mdpo_paper": _MDPO,
@@ -42,3 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 term starts at log 2. `mdpo_official_code`: the released code draws another crop for the reference, and its conditional term does not.
 
 The papers' effective batches (64 and 32 pairs) are left to `per_device_train_batch_size` and `gradient_accumulation_steps`."""
+
+
+def preset_args(config: RunConfig) -> dict[str, Any]:
+    """A run's `train.args` over those of its preset."""
+    return {**PRESETS[config.train.preset or METHODS[config.method]], **config.train.args}

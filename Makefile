@@ -7,20 +7,22 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 # mypy looks packages up by name; trainers/ is imported as mmdpo_trainers.
 TYPING := build/typing
 
-.PHONY: help install test demo lint wheel bench clean
+.PHONY: help install test nightly demo lint wheel bench gpu clean
 
 help:
 	@echo "make install  virtual environment $(VENV) with everything, C++ extension built"
 	@echo "make test     install, then pytest (options: PYTEST_ADDOPTS)"
+	@echo "make nightly  install, then 10,000 random calls of the ops, and every kernel compiled for every GPU"
 	@echo "make demo     install, then a full MIA-DPO run on the embedded pictures, report in runs/shapes_mia_dpo"
 	@echo "make lint     install, then ruff and mypy"
 	@echo "make wheel    install, then a wheel in dist/"
-	@echo "make bench    install, then attention ratios side by side with the eager way"
+	@echo "make bench    install, then every op against its peers (BENCH: options of python -m benchmarks)"
+	@echo "make gpu      on a machine with a GPU and CUDA, nothing installed: build, tests, sanitizer, benchmarks; results in build/gpu"
 	@echo "make clean    remove $(VENV) and everything that was built; runs/ stays"
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -e '.[train,plots,dev,peers]'
@@ -28,6 +30,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 test: install
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
+
+nightly: install
+	MMDPO_PROPERTY_CASES=10000 $(BIN)/python -m pytest -q tests/test_properties.py
+	$(BIN)/python -m mmdpo_kernels.backends.triton.ahead_of_time --all
 
 demo: install
 	$(BIN)/mmdpo run configs/shapes_mia_dpo.yaml
@@ -45,7 +51,11 @@ wheel: install
 	$(PIP) wheel --no-deps -w dist .
 
 bench: install
-	$(BIN)/python -m benchmarks.attention_ratio
+	$(BIN)/python -m benchmarks $(BENCH)
+
+# With the Python that the machine has.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mmdpo_kernels/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -69,10 +69,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, result: Mapping[str, Any]) -> Path:
-    """Write `results/<name>.json` with the machine beside the figures."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, result: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """Write `<name>.json` into `results/` or another folder, with the machine beside the figures."""
+    folder = RESULTS if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -93,7 +94,7 @@ def write_section(page: str, name: str, text: str) -> None:
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "/") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

@@ -1,4 +1,4 @@
-// attention_mass on the CPU: which share of each row's attention probability falls on each segment of keys.
+// attention_mass: which share of each row's attention probability falls on each segment of keys. Here on the CPU, attention_mass_cuda.h on GPUs.
 #pragma once
 
 #include <cstdint>
@@ -33,5 +33,15 @@ struct AttentionMassArgs {
 // Writes every element of out. Throws std::invalid_argument that names the argument; leaves memory outside the arrays alone whatever
 // their values are.
 void attention_mass(const AttentionMassArgs& args);
+
+// In float64 where args.dtype is, else in float32; dense.
+struct AttentionMassGradients {
+  const void* grad;  // in the shape of out
+  void* grad_query;  // (B, Hq, R, D)
+  void* grad_key;    // (B, Hkv, S, D)
+};
+
+// Writes every element of grad_query and grad_key; args.out is not read. The result does not depend on the number of threads.
+void attention_mass_backward(const AttentionMassArgs& args, const AttentionMassGradients& gradients);
 
 }  // namespace mmdpo

@@ -2,10 +2,12 @@
 namespace {
 constexpr int kVectorBytes = 64, kTileRows = 8, kTileVectors = 3;
 }
-#include "attention_mass_kernel.inl"
+#include "attention_mass_backward.inl"
+#include "attention_mass_forward.inl"
 
 namespace mmdpo::avx512 {
 
-bool run_float32(const AttentionMassTask& task) { return Task<float>(task).run(); }
+bool forward_float32(const AttentionMassTask& task) { return Forward<float>(task).run(); }
+bool backward_float32(const AttentionMassTask& task) { return Backward<float>(task).run(); }
 
 }  // namespace mmdpo::avx512

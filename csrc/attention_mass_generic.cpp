@@ -2,11 +2,14 @@
 namespace {
 constexpr int kVectorBytes = 16, kTileRows = 6, kTileVectors = 2;
 }
-#include "attention_mass_kernel.inl"
+#include "attention_mass_backward.inl"
+#include "attention_mass_forward.inl"
 
 namespace mmdpo::generic {
 
-bool run_float32(const AttentionMassTask& task) { return Task<float>(task).run(); }
-bool run_float64(const AttentionMassTask& task) { return Task<double>(task).run(); }
+bool forward_float32(const AttentionMassTask& task) { return Forward<float>(task).run(); }
+bool backward_float32(const AttentionMassTask& task) { return Backward<float>(task).run(); }
+bool forward_float64(const AttentionMassTask& task) { return Forward<double>(task).run(); }
+bool backward_float64(const AttentionMassTask& task) { return Backward<double>(task).run(); }
 
 }  // namespace mmdpo::generic

@@ -4,11 +4,15 @@
 
 #include <array>
 #include <cstdint>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "attention_mass.h"
+#ifdef MMDPO_CUDA_TARGETS
+#include "attention_mass_cuda.h"
+#endif
 #include "cpu_level.h"
 #include "tree_attention.h"
 
@@ -21,10 +25,11 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void attention_mass(const std::array<int64_t, 7>& sizes, int dtype, uintptr_t query, const std::array<int64_t, 3>& query_strides,
-                    uintptr_t key, const std::array<int64_t, 3>& key_strides, uintptr_t segments, uintptr_t row_positions,
-                    uintptr_t tree_end, uintptr_t depth, uintptr_t lse, double scale, double softcap, int64_t window, int reduce,
-                    int num_threads, uintptr_t out) {
+mmdpo::AttentionMassArgs attention_mass_args(const std::array<int64_t, 7>& sizes, int dtype, uintptr_t query,
+                                             const std::array<int64_t, 3>& query_strides, uintptr_t key,
+                                             const std::array<int64_t, 3>& key_strides, uintptr_t segments, uintptr_t row_positions,
+                                             uintptr_t tree_end, uintptr_t depth, uintptr_t lse, double scale, double softcap,
+                                             int64_t window, int reduce) {
   mmdpo::AttentionMassArgs args{};
   args.B = sizes[0];
   args.Hq = sizes[1];
@@ -49,10 +54,45 @@ void attention_mass(const std::array<int64_t, 7>& sizes, int dtype, uintptr_t qu
   args.softcap = softcap;
   args.window = window;
   args.reduce = static_cast<mmdpo::Reduce>(reduce);
+  return args;
+}
+
+void attention_mass(mmdpo::AttentionMassArgs args, int num_threads, uintptr_t out) {
   args.num_threads = num_threads;
   args.out = pointer<void>(out);
   py::gil_scoped_release unlocked;
   mmdpo::attention_mass(args);
+}
+
+void attention_mass_backward(mmdpo::AttentionMassArgs args, int num_threads, uintptr_t grad, uintptr_t grad_query, uintptr_t grad_key) {
+  args.num_threads = num_threads;
+  const mmdpo::AttentionMassGradients gradients{pointer<const void>(grad), pointer<void>(grad_query), pointer<void>(grad_key)};
+  py::gil_scoped_release unlocked;
+  mmdpo::attention_mass_backward(args, gradients);
+}
+
+#ifdef MMDPO_CUDA_TARGETS
+std::string attention_mass_cuda_unserved(int dtype, int64_t head_size, int64_t num_segments) {
+  return mmdpo::cuda::attention_mass_unserved(static_cast<mmdpo::DType>(dtype), head_size, num_segments);
+}
+
+void attention_mass_cuda(mmdpo::AttentionMassArgs args, int device, int multiprocessors, uintptr_t stream, uintptr_t workspace,
+                         uintptr_t out) {
+  args.out = pointer<void>(out);
+  const mmdpo::cuda::Place place{device, multiprocessors, pointer<void>(stream), pointer<void>(workspace)};
+  py::gil_scoped_release unlocked;
+  mmdpo::cuda::attention_mass(args, place);
+}
+#endif
+
+// Names of the GPU architectures that there is code for: the build's list, at its commas.
+std::vector<std::string> cuda_targets() {
+  std::vector<std::string> targets;
+#ifdef MMDPO_CUDA_TARGETS
+  std::istringstream names(MMDPO_CUDA_TARGETS);
+  for (std::string name; std::getline(names, name, ',');) targets.push_back(name);
+#endif
+  return targets;
 }
 
 using HeadsOf = std::pair<uintptr_t, std::array<int64_t, 3>>;  // address, strides
@@ -118,11 +158,23 @@ std::vector<std::string> supported_cpu_levels() {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "CPU kernels of mmdpo_kernels.";
-  m.def("attention_mass", &attention_mass, py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("query"), py::arg("query_strides"),
-        py::arg("key"), py::arg("key_strides"), py::arg("segments"), py::arg("row_positions"), py::arg("tree_end"), py::arg("depth"),
-        py::arg("lse"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("reduce"), py::arg("num_threads"),
-        py::arg("out"));
+  m.doc() = "C++ and CUDA kernels of mmdpo_kernels.";
+  py::class_<mmdpo::AttentionMassArgs>(m, "AttentionMassArgs")
+      .def(py::init(&attention_mass_args), py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("query"), py::arg("query_strides"),
+           py::arg("key"), py::arg("key_strides"), py::arg("segments"), py::arg("row_positions"), py::arg("tree_end"), py::arg("depth"),
+           py::arg("lse"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("reduce"));
+  m.def("attention_mass", &attention_mass, py::arg("args"), py::kw_only(), py::arg("num_threads"), py::arg("out"));
+  m.def("attention_mass_backward", &attention_mass_backward, py::arg("args"), py::kw_only(), py::arg("num_threads"), py::arg("grad"),
+        py::arg("grad_query"), py::arg("grad_key"));
+#ifdef MMDPO_CUDA_TARGETS
+  m.def("attention_mass_cuda", &attention_mass_cuda, py::arg("args"), py::kw_only(), py::arg("device"), py::arg("multiprocessors"),
+        py::arg("stream"), py::arg("workspace"), py::arg("out"));
+  m.def("attention_mass_cuda_workspace_bytes", &mmdpo::cuda::attention_mass_workspace_bytes, py::arg("args"), py::kw_only(),
+        py::arg("multiprocessors"));
+  m.def("attention_mass_cuda_unserved", &attention_mass_cuda_unserved, "Why the CUDA kernels cannot serve such arrays, or an empty string.");
+  m.def("cuda_unavailable", &mmdpo::cuda::unavailable, "Why the CUDA kernels cannot run on a device, or an empty string.");
+#endif
+  m.attr("cuda_targets") = cuda_targets();  // empty: built without CUDA, and there are no functions of that name
   m.def("tree_attention_forward", &tree_attention_forward, py::kw_only(), py::arg("sizes"), py::arg("query"), py::arg("key"),
         py::arg("value"), py::arg("tree_end"), py::arg("scale"), py::arg("num_threads"), py::arg("output"), py::arg("lse"));
   m.def("tree_attention_backward", &tree_attention_backward, py::kw_only(), py::arg("sizes"), py::arg("query"), py::arg("key"),

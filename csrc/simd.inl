@@ -48,6 +48,24 @@ Vec<T> broadcast(T value) {
   return value - Vec<T>{};  // adding zero would turn -0 into 0, and so cost an instruction
 }
 
+// All lanes in one, pairwise: the chain of dependent steps is short.
+template <class T, class Combine>
+T fold(Vec<T> value, const Combine& combine) {
+  alignas(kVectorBytes) T lanes[kLanes<T>];
+  store<T>(lanes, value);
+#pragma GCC unroll 8
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
+}
+
+template <class T>
+T sum_of(Vec<T> values) {
+  return fold<T>(values, [](T a, T b) { return a + b; });
+}
+
 inline Vec<float> reinterpret_float(Vec<int32_t> bits) { return (Vec<float>)bits; }
 inline Vec<int32_t> reinterpret_int(Vec<float> value) { return (Vec<int32_t>)value; }
 

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "simd.inl"
+#include "tile.inl"
 #include "tree_attention_task.h"
 
 namespace {
@@ -22,46 +23,10 @@ using V = Vec<float>;
 
 constexpr int64_t kBlock = mmdpo::kTreeBlock;
 constexpr int64_t kWidth = kLanes<float>;
-constexpr int64_t kTileKeys = kTileVectors * kWidth;
+constexpr int64_t kTileKeys = kTileColumns<float>;
 static_assert(kBlock % kTileRows == 0 && kBlock % kTileKeys == 0, "blocks are whole tiles");
 
 enum class Sight { none, part, all };
-
-int64_t up_to(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
-
-// C (kTileRows, kTileKeys) = or += A B over `depth` terms. A's element (i, k) is a[i * a_row + k * a_step].
-template <bool kAdd>
-inline void multiply(int64_t depth, const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row, float* c, int64_t c_row) {
-  // The sum starts at zero even where C does not: a shorter chain of rounding.
-  V sum[kTileRows][kTileVectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    V right[kTileVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) right[v] = load(b + v * kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; ++r) {
-      const V left = broadcast(a[r * a_row]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) sum[r][v] += left * right[v];
-    }
-    a += a_step;
-    b += b_row;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) {
-      float* to = c + r * c_row + v * kWidth;
-      store<float>(to, kAdd ? load(to) + sum[r][v] : sum[r][v]);
-    }
-  }
-}
-
-inline float sum_of(V values) {
-  float sum = 0;
-  for (int i = 0; i < kWidth; ++i) sum += values[i];
-  return sum;
-}
 
 class Task {
  public:
@@ -276,7 +241,7 @@ class Task {
       store<float>(p + k, e);
       sums += e;
     }
-    total_[r] += sum_of(sums);
+    total_[r] += sum_of<float>(sums);
   }
 
   void write_rows(int64_t head, int64_t first, int64_t last) const {

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .backends.reference.scores import capped_scores, expand_heads
 from .backends.registry import PREFERENCE
 from .ops.precision import autocast_to
 from .ops.tree_attention import tree_attention
 
 if TYPE_CHECKING:
-    from .record import AttentionRecorder
+    from .recorder import AttentionRecorder
 
 # Without "flash" or "/", which transformers reads as its own kernels and as hub addresses.
 IMPLEMENTATION = "mmdpo_tree"
@@ -233,10 +234,10 @@ def tree_attention_forward(
         )
     whole_causal = attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
     if not (is_tree or whole_causal) or (dropout > 0 and not is_tree):
+        if softcap is not None:
+            return _capped_attention(query, key, value, attention_mask, dropout, scaling, softcap), None
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        if softcap is not None:
-            kwargs["softcap"] = softcap
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if dropout > 0:
         raise ValueError(
@@ -248,6 +249,22 @@ def tree_attention_forward(
     backend = "auto" if state is None else state.backend
     output = tree_attention(query, key, value, tree_end, scale=scaling, softcap=softcap, window=window, backend=backend).output
     return output.transpose(1, 2).contiguous(), None
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None, softcap: float
+) -> Tensor:
+    """(B, R, Hq, D): attention with a softcap under any mask, dense, which PyTorch's own does not offer."""
+    rows, keys = query.shape[2], key.shape[2]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = capped_scores(query, key, scale, softcap)
+    if mask is None:  # several rows stand at the start of a longer static cache, one row at its end
+        seen = torch.ones(rows, keys, dtype=torch.bool, device=query.device)
+        mask = seen.tril() if rows > 1 else seen
+    hidden = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
+    probabilities = torch.nn.functional.dropout(scores.softmax(-1), dropout).to(value.dtype)
+    return (probabilities @ expand_heads(value, query.shape[1])).transpose(1, 2).contiguous()
 
 
 def _tree_end(mask: Tensor | None, key: Tensor) -> Tensor | None:

@@ -5,11 +5,14 @@ Query i sees key j iff `j <= i < tree_end[j]`. Everything here derives from that
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+Plan = TypeVar("Plan")
 
 
 def visible(tree_end: Tensor, window: int | None = None) -> Tensor:
@@ -70,27 +73,39 @@ class BatchPlan(NamedTuple):
     rectangles: tuple[Rectangle, ...]
 
 
-# A tensor -> the view of it that was planned, its version then, and the plan.
-_PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class PlanCache(Generic[Plan]):
+    """Plans made from tensors, each kept while its tensor lives and is not edited: all layers of a forward ask for the same one.
+
+    make: called with the tensor and the settings of the call. What it returns must not hold the tensor itself, which would then never die.
+    """
+
+    def __init__(self, make: Callable[..., Plan]) -> None:
+        self._make = make
+        # A tensor -> its version, and the plans made of its views at that version.
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __call__(self, tensor: Tensor, *settings: Hashable) -> Plan:
+        if tensor.is_inference():  # has no version to tell an edit by
+            return self._make(tensor, *settings)
+        # Every layer makes a view of its own of one mask.
+        owner = tensor if tensor._base is None else tensor._base
+        version, plans = self._known.get(owner, (None, {}))
+        if version != tensor._version:
+            plans = {}
+            self._known[owner] = tensor._version, plans
+        key: tuple[Any, ...] = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), *settings)
+        if key not in plans:
+            plans[key] = self._make(tensor, *settings)
+        return plans[key]
 
 
 def rectangles(tree_end: Tensor) -> tuple[BatchPlan, ...]:
     """Cover the visible pairs of each batch row by dense rectangles.
 
     A run of keys with one `tree_end` is a causal square on the diagonal and, for the queries that follow in its subtree, one full
-    rectangle: siblings that share a prefix share the prefix's rectangle. The plan of a tensor is kept while the tensor lives, since all
-    layers of a forward ask for the same one.
+    rectangle: siblings that share a prefix share the prefix's rectangle. The plan of a tensor is kept, see `PlanCache`.
     """
-    if tree_end.is_inference():  # has no version to tell an edit by
-        return tuple(_plan_batch(tree_end.tolist()))
-    # Every layer makes a view of its own of one mask.
-    owner = tree_end if tree_end._base is None else tree_end._base
-    key = (tree_end._version, tree_end.shape, tree_end.stride(), tree_end.storage_offset())
-    known = _PLANS.get(owner)
-    if known is None or known[0] != key:
-        known = (key, tuple(_plan_batch(tree_end.tolist())))
-        _PLANS[owner] = known
-    return known[1]
+    return _rectangles(tree_end)
 
 
 def causal_plan(batch: int, length: int) -> tuple[BatchPlan, ...]:
@@ -98,16 +113,19 @@ def causal_plan(batch: int, length: int) -> tuple[BatchPlan, ...]:
     return (BatchPlan(0, batch, (Rectangle(0, length, 0, length, True),)),)
 
 
-def _plan_batch(rows: list[list[int]]) -> list[BatchPlan]:
+def _plan_batch(tree_end: Tensor) -> tuple[BatchPlan, ...]:
     plans: list[BatchPlan] = []
     previous: list[int] | None = None
-    for index, row in enumerate(rows):
+    for index, row in enumerate(tree_end.tolist()):
         if row == previous:
             plans[-1] = plans[-1]._replace(b1=index + 1)
         else:
             plans.append(BatchPlan(index, index + 1, tuple(_plan_row(row))))
         previous = row
-    return plans
+    return tuple(plans)
+
+
+_rectangles = PlanCache(_plan_batch)
 
 
 def _plan_row(ends: list[int]) -> list[Rectangle]:

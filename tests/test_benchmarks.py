@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import attention_ratio, mdpo_seeds, measure, mia_dpo_seeds
+from benchmarks import __main__ as benchmarks_cli
+from benchmarks import attention_ratio, gpu, harness, mdpo_seeds, measure, mia_dpo_seeds, registry, sanitize_cases
+from benchmarks import page as kernels_page
+from benchmarks.case import Ceilings, Contestant, Run, Work
+from benchmarks.ops import attention_mass as mass_cases
+from benchmarks.ops import tree_attention as tree_cases
 from benchmarks.training_step import page, parts
 from benchmarks.training_step.setting import Setting
 from benchmarks.training_step.sides import MDPO, Side, make, ours
@@ -160,3 +171,233 @@ def test_goals_of_the_training_step() -> None:
     assert "| 2.25 (2.00 to 2.50) | at least 4.5 | missed |" in text
     assert "| 0.60 | at most 0.6 | met |" in text
     assert "| pictures | 8 | 2.25 | 1.00 | 2.25 |" in text
+
+
+def small_run(tmp_path: Path, *arguments: str, device: str = "cpu") -> tuple[int, dict[str, Any]]:
+    """Exit status and result file of the command line on tiny inputs."""
+    status = benchmarks_cli.main(["--small", "--device", device, "--repeats", "1", "--output", str(tmp_path), *arguments])
+    return status, json.loads((tmp_path / f"ops_{device}.json").read_text())
+
+
+def test_every_op_runs_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that runs of single ops add up in one file, and that a page comes out of it."""
+    small_run(tmp_path, "preference_loss", "--no-memory")
+    options = ("--no-memory", "--case", "pair", "--case", "recorded", "--case", "rows", "--case", "frozen")
+    status, found = small_run(tmp_path, *options)
+    assert status == 0
+    cases = {(entry["op"], entry["case"]): entry for entry in found["cases"]}
+    assert list(cases) == [
+        ("attention_mass", "rows"),
+        ("tree_attention", "pair"),
+        ("tree_attention", "recorded"),
+        ("linear_logprobs", "frozen"),
+        ("preference_loss", "mdpo"),
+        ("preference_loss", "from_hidden"),
+    ]
+    for entry in cases.values():
+        assert entry["floor_seconds"] > 0
+        timed = {name: one for name, one in entry["contestants"].items() if "seconds" in one}
+        assert {"auto", "reference"} <= set(timed)
+        assert any(not one["ours"] for one in timed.values())
+        for one in timed.values():
+            assert len(one["seconds"]) == 1 and one["median"] > 0 and max(one["errors"].values()) < 1e-4
+    pair, recorded = (cases["tree_attention", name]["contestants"] for name in ("pair", "recorded"))
+    assert pair["SDPA, grouped heads"]["version"] == version("torch")
+    assert pair["FlashAttention 2"]["reason"] == "it runs on cuda only"
+    assert pair["triton"]["reason"] == "its kernels are only interpreted on the CPU, which says nothing about speed"
+    assert pair["SDPA, grouped heads"]["omits"] == ["lse"], "outputs and gradients of copies add up to those of the tree"
+    assert "eager maps" not in pair and "auto, no mass" not in pair
+    assert recorded["auto"]["omits"] == [] and recorded["auto, no mass"]["omits"] == ["mass"]
+    assert found["machine"]["packages"]["torch"] == version("torch")
+
+
+def test_memory_is_measured_in_a_fresh_process(tmp_path: Path) -> None:
+    status, found = small_run(tmp_path, "attention_mass", "--case", "rows", "--contestant", "torch, dense")
+    assert status == 0
+    assert found["cases"][0]["contestants"]["torch, dense"]["peak_bytes"] >= 0
+
+
+def contestant(
+    name: str, factor: float = 1.0, *, ours: bool = False, reason: str | None = None, seen: list[str] | None = None
+) -> Contestant:
+    """Somebody whose sums of segments are `factor` times the right ones."""
+
+    def prepare(problem: Any) -> Run:
+        def call() -> dict[str, torch.Tensor]:
+            if seen is not None:
+                seen.append(name)
+            return {"mass": factor * mass_cases.truth(problem)["mass"]}
+
+        return Run(call=call, results=lambda found: found)
+
+    return Contestant(name=name, ours=ours, prepare=prepare, unavailable_reason=lambda device, dtype: reason)
+
+
+def small_race(*contestants: Contestant) -> dict[str, Any]:
+    setting = harness.Setting(device=torch.device("cpu"), dtype=torch.float32, size="small", repeats=2, memory=False)
+    [case] = registry.cases(["attention_mass"], ["rows"])
+    ceilings = Ceilings(flops_per_second=1e12, bytes_per_second=1e11)
+    return harness.race(case, contestants, setting, ceilings, lambda line: None)
+
+
+def test_a_wrong_contestant_is_not_timed() -> None:
+    seen: list[str] = []
+    entries = small_race(
+        contestant("right", seen=seen),
+        contestant("wrong", 1.001, seen=seen),
+        contestant("nothing", float("nan")),
+        contestant("absent", reason="absent is not installed"),
+    )["contestants"]
+    assert "seconds" in entries["right"]
+    assert entries["wrong"]["wrong"].startswith("mass is off by 1.0e-03 of its norm")
+    assert seen.count("wrong") == 1, "it ran once, to be checked"
+    assert "nan" in entries["nothing"]["wrong"]
+    assert entries["absent"]["reason"] == "absent is not installed"
+    assert not any("seconds" in entries[name] for name in ("wrong", "nothing", "absent"))
+
+
+def test_one_stray_entry_is_wrong() -> None:
+    truth = torch.ones(100_000)
+    found = truth.clone()
+    found[3] += 2e-3  # 6e-6 of the norm
+    with pytest.raises(harness.WrongResult, match="at worst by 2.0e-03"):
+        harness.error_of("mass", found, truth, torch.float32)
+    minus_infinity = torch.tensor([1.0, float("-inf")])
+    assert harness.error_of("lse", minus_infinity, minus_infinity.double(), torch.float32) == 0
+    with pytest.raises(harness.WrongResult, match="shape"):
+        harness.error_of("lse", minus_infinity[:1], minus_infinity, torch.float32)
+
+
+def test_own_backends_that_are_wrong_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "contestants", lambda op: [contestant("ours", 2.0, ours=True), contestant("theirs", 2.0)])
+    assert small_run(tmp_path, "attention_mass", "--case", "rows")[0] == 1
+    monkeypatch.setattr(registry, "contestants", lambda op: [contestant("ours", ours=True), contestant("theirs", 2.0)])
+    assert small_run(tmp_path, "attention_mass", "--case", "rows", "--no-memory")[0] == 0
+
+
+def test_floors() -> None:
+    ceilings = Ceilings(flops_per_second=1e9, bytes_per_second=1e6)
+    assert Work(flops=2e9, bytes=1e6).floor(ceilings) == 2.0
+    assert Work(flops=2e9, bytes=5e6).floor(ceilings) == 5.0
+    assert (Work(flops=2e9, bytes=1e6).bound(ceilings), Work(flops=2e9, bytes=5e6).bound(ceilings)) == ("arithmetic", "memory")
+
+
+def test_attention_work_counts_what_is_seen() -> None:
+    """A prompt of 3 with two responses of 2: pairs 1 + 2 + 3, and for each response 4 + 5."""
+    sizes = {"heads": 2, "kv_heads": 1, "dim": 8, "pictures": 1, "prompt": 3, "response": 2}
+    forest = [(3, [(2, []), (2, [])])]
+    problem = tree_cases.make(lambda sizes: forest, timed="forward + backward")(sizes, torch.device("cpu"), torch.float32)
+    assert problem.tree_end is not None and problem.tree_end.tolist() == [[7, 7, 7, 5, 5, 7, 7]]
+    assert problem.paths.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]]
+    # Two products forward, five backward, 2 D FLOPs each, two heads.
+    assert tree_cases.work(problem).flops == 24 * 7 * 2 * 8 * 2
+    # Forward: query, output of two heads, key, value of one; backward twice as much.
+    assert tree_cases.work(problem).bytes == (6 + 12) * 7 * 8 * 4
+
+
+def result_file(tmp_path: Path, native: float, dense: float) -> None:
+    """A result of the CPU in which only the mass was measured."""
+
+    def one(ours: bool, seconds: float, peak: float) -> dict[str, Any]:
+        facts = {"ours": ours, "version": None, "errors": {"mass": 1e-7}, "omits": [], "peak_bytes": peak}
+        return {**facts, "seconds": [seconds] * 3, "median": seconds, "percent_of_floor": 50.0}
+
+    entry = {
+        "op": "attention_mass",
+        "case": "rows",
+        "why": "mass of each row",
+        "timed": "forward",
+        "sizes": {"rows": 60},
+        "flops": 1e9,
+        "bytes": 1e6,
+        "floor_seconds": 1e-3,
+        "bound": "arithmetic",
+        "contestants": {
+            "native": one(True, native, 1e5),
+            "torch, dense": one(False, dense, 2e6),
+            "flash-colreduce": {"ours": False, "version": None, "reason": "it runs on cuda only"},
+            "sloppy": {"ours": False, "version": "1.0", "wrong": "mass is off"},
+        },
+    }
+    ceilings = {"flops_per_second": 1e12, "bytes_per_second": 1e11}
+    content = {
+        "machine": measure.machine(),
+        "device": "cpu",
+        "dtype": "float32",
+        "size": "cpu",
+        "ceilings": ceilings,
+        "cases": [entry],
+    }
+    measure.write_result("ops_cpu", content, tmp_path / "results")
+
+
+@pytest.mark.parametrize(("native", "verdict"), [(1e-3, "met"), (1.6e-3, "missed")])
+def test_the_page_comes_from_the_json_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: float, verdict: str) -> None:
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    (tmp_path / "docs").mkdir()
+    path = tmp_path / "docs" / "kernels.md"
+    path.write_text("".join(f"<!-- ops_{device}: {end} -->\n" for device in ("cpu", "cuda") for end in ("begin", "end")))
+    result_file(tmp_path, native, dense=3e-3)
+    kernels_page.write_all()
+    text, drawing = path.read_text(), tmp_path / "docs" / "kernels_cpu.svg"
+    assert f"| at least 2 | {verdict} |" in text
+    assert "| 0.050 (0.10 of 2.00 MB) | at most 0.1 | met |" in text
+    assert "| tree_attention pair was not measured | at least 1.6 | not measured |" in text
+    assert f"| **native** | {native * 1e3:.3g} " in text
+    assert "| sloppy 1.0 |  |  |  |  | wrong: mass is off |" in text
+    assert "Not here: flash-colreduce: it runs on cuda only." in text
+    assert "Not measured yet; `make gpu`" in text
+    before = text, drawing.read_bytes()
+    kernels_page.write_all()
+    assert (path.read_text(), drawing.read_bytes()) == before
+
+
+def test_gpu_phases_go_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def python(*lines: str) -> Any:
+        return lambda plan, seconds: [[sys.executable, "-c", "\n".join(lines)]]
+
+    def nothing(plan: gpu.Plan, seconds: float) -> Any:
+        raise gpu.LeftOut("there is nothing to do")
+
+    phases = (
+        gpu.Phase(name="tests", seconds=20, commands=python("raise ValueError('broken')")),
+        gpu.Phase(name="build", seconds=0, commands=nothing),
+        # What the first left is not its own to use up.
+        gpu.Phase(name="tiles", seconds=-18.5, commands=python("import time", "print('slow', flush=True)", "time.sleep(60)")),
+        gpu.Phase(name="environment", seconds=20, commands=python("print('here')")),
+    )
+    monkeypatch.setattr(gpu, "PHASES", phases)
+    assert gpu.main(["--device", "cpu", "--small", "--output", str(tmp_path)]) == 1
+    summary = (tmp_path / "summary.md").read_text()
+    assert re.search(r"\| tests \| failed \| \d+ \| ValueError: broken \|", summary)
+    assert "| build | left out | 0 | there is nothing to do |" in summary
+    assert re.search(r"\| tiles \| out of time \| [12] \| ended after 1 s \|", summary)
+    assert re.search(r"\| environment \| passed \| \d+ \|  \|", summary)
+    log = (tmp_path / "log.txt").read_text()
+    assert "broken" in log and "slow" in log and "here" in log
+
+
+def test_gpu_phases_run_on_the_cpu_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build and the tests have their own tests; the benchmarks run here in one process above."""
+    # Whatever else this machine is doing.
+    monkeypatch.setattr(gpu, "PHASES", tuple(replace(phase, seconds=10 * phase.seconds) for phase in gpu.PHASES))
+    phases = ("environment", "sanitizer", "tiles", "kernels run")
+    status = gpu.main(["--device", "cpu", "--small", "--output", str(tmp_path), *(f"--phase={name}" for name in phases)])
+    summary = (tmp_path / "summary.md").read_text()
+    assert status == 0, summary
+    assert "| sanitizer | left out | 0 | compute-sanitizer watches CUDA kernels, there are none on the CPU |" in summary
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "summary.md"}
+    log = (tmp_path / "log.txt").read_text()
+    assert "mass, mean, softcap, window, native: ran" in log and "tree, mass, native: left out, it " in log
+
+
+def test_all_gpu_phases_fit_into_nine_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--dry-run"]) == 0
+    assert sum(phase.seconds for phase in gpu.PHASES) < 9 * 60
+    assert "benchmarks.sanitize_cases --device cuda" in capsys.readouterr().out
+    assert set(gpu.SANITIZED) == set(sanitize_cases.CASES)
+    wanted = {(op, name) for op, groups in gpu.COMPILED_CASES.items() for names in groups for name in names}
+    assert wanted <= {(case.op, case.name) for case in registry.cases(size="cuda")}

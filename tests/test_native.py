@@ -5,34 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mass_cases import REDUCTIONS, Sizes, assert_as_accurate, assert_sums_as_accurate, make_call
 from torch import Tensor
-from trees import random_tree_end
 
 from mmdpo_kernels import attention_mass, backends
 from mmdpo_kernels.backends.native import attention_mass as native
 from mmdpo_kernels.backends.native import extension
 from mmdpo_kernels.backends.reference import attention_mass as reference
-from mmdpo_kernels.backends.reference.scores import capped_scores
-from mmdpo_kernels.tree_mask import visible_rows
 
 MODULE = extension.load()
 LEVELS = [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels()
-REDUCTIONS = (None, "mean", "tokens")
 OPTIONS = {"plain": {}, "softcap": {"softcap": 5.0}, "window": {"window": 20}}
-
-
-@dataclass
-class Sizes:
-    B: int
-    Hq: int
-    Hkv: int
-    R: int
-    S: int
-    D: int
 
 
 SIZES = {
@@ -41,64 +28,6 @@ SIZES = {
     "edge": Sizes(1, 8, 1, 12, 96, 64),  # whole key blocks and whole strips, one key head
     "deep": Sizes(1, 4, 2, 9, 300, 80),  # D is no multiple of the dot product's chunk
 }
-
-
-@dataclass
-class Call:
-    """Arguments of `forward`; `scores` and `seen` are the float64 truth behind them."""
-
-    query_rows: Tensor
-    key: Tensor
-    segments: Tensor
-    row_positions: Tensor
-    tree_end: Tensor | None
-    options: dict[str, float]
-    num_segments: int = 4
-    lse: Tensor | None = None
-
-    def run(self, module: object, reduce: str | None, dtype: torch.dtype | None = None) -> Tensor:
-        query_rows, key = (t if dtype is None else t.to(dtype) for t in (self.query_rows, self.key))
-        lse = self.lse if self.lse is None or dtype is None else self.lse.to(dtype)
-        options = {"softcap": None, "window": None, "scale": key.shape[-1] ** -0.5, **self.options}
-        return module.forward(  # type: ignore[attr-defined]
-            query_rows, key, self.segments, self.row_positions, self.num_segments, self.tree_end, lse, reduce=reduce, **options
-        )
-
-    def scores(self) -> Tensor:
-        """(B, Hq, R, S) float64, -inf where not visible."""
-        scores = capped_scores(
-            self.query_rows.double(), self.key.double(), self.key.shape[-1] ** -0.5, self.options.get("softcap")
-        )
-        tree_end = self.tree_end if self.tree_end is not None else torch.full_like(self.segments, self.segments.shape[1])
-        return scores.masked_fill(~visible_rows(self.row_positions, tree_end, self.options.get("window"))[:, None], float("-inf"))
-
-
-def make_call(sizes: Sizes, dtype: torch.dtype, options: dict[str, float], tree: bool = True, lse: bool = False) -> Call:
-    """Non-contiguous query and key, long segments and short ones, unused rows."""
-    query = torch.randn(sizes.B, sizes.R, sizes.Hq, sizes.D).to(dtype).transpose(1, 2)
-    key = (1.5 * torch.randn(sizes.B, sizes.S, sizes.Hkv, 2 * sizes.D)).to(dtype)[..., : sizes.D].transpose(1, 2)
-    segments = (torch.arange(sizes.S) * 5 // sizes.S - 1).repeat(sizes.B, 1)
-    segments[:, : sizes.S // 6] = torch.randint(-1, 4, (sizes.B, sizes.S // 6))
-    rows = torch.randint(-1, sizes.S, (sizes.B, sizes.R))
-    rows[0, 0] = sizes.S - 1
-    tree_end = random_tree_end(sizes.B, sizes.S, seed=sizes.S, padding=False) if tree else None
-    call = Call(query, key, segments, rows, tree_end, options)
-    call.lse = call.scores().logsumexp(-1).float() if lse else None
-    return call
-
-
-def assert_as_accurate(ours: Tensor, torchs: Tensor, truth: Tensor, largest_score: float) -> None:
-    """|truth - ours| <= 2 |truth - torch| + one rounding step, elementwise; without the score's step for the whole tensor.
-
-    The step is that of the score inside the exponential, which moves a probability by `eps * |score|`, and that of the result.
-    """
-    assert ours.dtype == torchs.dtype and ours.shape == torchs.shape
-    step = torch.finfo(ours.dtype).eps * (1.0 + largest_score) * truth.abs()
-    error, allowed = ours.double() - truth, torchs.double() - truth
-    assert not ours.isnan().any()
-    excess = error.abs() - (2 * allowed.abs() + step)
-    assert not (excess > 0).any(), f"beyond the bound by {excess.max():.2e}"
-    assert error.norm() <= 2 * allowed.norm() + torch.finfo(ours.dtype).eps * truth.norm()
 
 
 def test_the_extension_is_built() -> None:
@@ -116,8 +45,7 @@ def test_as_accurate_as_pytorch(level: str, option: str, lse: bool, dtype: torch
     for sizes in SIZES.values():
         for tree in (False, True):
             call = make_call(sizes, dtype, OPTIONS[option], tree, lse)
-            scores = call.scores()
-            largest = scores[scores.isfinite()].abs().max().item()
+            largest = call.largest_score()
             for reduce in REDUCTIONS:
                 truth = call.run(reference, reduce, torch.float64)
                 assert_as_accurate(call.run(native, reduce), call.run(reference, reduce), truth, largest)
@@ -203,15 +131,80 @@ def test_no_segments_and_no_rows() -> None:
     assert (call.run(native, "mean") == 0).all()
 
 
-def test_gradients_through_the_op_are_the_reference_s() -> None:
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_as_accurate_as_pytorch_s(
+    level: str, option: str, lse: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
+    for sizes in SIZES.values():
+        for tree in (False, True):
+            call = make_call(sizes, dtype, OPTIONS[option], tree, lse)
+            largest = call.largest_score()
+            for reduce in REDUCTIONS:
+                grad = torch.randn_like(call.run(reference, reduce))
+                truth = call.run_backward(reference, reduce, grad.double(), torch.float64)
+                ours, torchs = call.run_backward(native, reduce, grad), call.run_backward(reference, reduce, grad)
+                for found, expected, true in zip(ours, torchs, truth, strict=True):
+                    assert_sums_as_accurate(found, expected, true, largest)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_float64_gradients_are_float64(option: str, lse: bool, reduce: str | None) -> None:
+    for sizes in SIZES.values():
+        call = make_call(sizes, torch.float64, OPTIONS[option], lse=lse)
+        grad = torch.randn_like(call.run(reference, reduce))
+        torch.testing.assert_close(
+            call.run_backward(native, reduce, grad), call.run_backward(reference, reduce, grad), rtol=1e-11, atol=1e-13
+        )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_rows_that_see_nothing_and_unused_rows_have_no_gradient(
+    level: str, reduce: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
+    monkeypatch.setattr(torch, "empty", nan_filled)
+    call = make_call(SIZES["odd"], torch.float32, {})
+    grad = torch.randn_like(call.run(reference, reduce))
+    call.tree_end = torch.arange(67, dtype=torch.int32).repeat(2, 1)
+    assert all((found == 0).all() for found in call.run_backward(native, reduce, grad))
+    call = make_call(SIZES["odd"], torch.float32, {})
+    call.row_positions[1] = -1
+    assert all((found[1] == 0).all() for found in call.run_backward(native, reduce, grad))
+
+
+def nan_filled(*shape: object, **options: object) -> Tensor:
+    return torch.full(shape[0] if isinstance(shape[0], (tuple, list)) else shape, float("nan"), **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_threads_do_not_change_gradients(reduce: str | None) -> None:
+    call = make_call(Sizes(2, 16, 4, 40, 500, 64), torch.float32, {})
+    grad = torch.randn_like(call.run(reference, reduce))
+    one = call.run_backward(native, reduce, grad)
+    torch.set_num_threads(3)
+    assert all(torch.equal(*pair) for pair in zip(call.run_backward(native, reduce, grad), one, strict=True))
+
+
+@pytest.mark.parametrize("wanted", ["query", "key", "both"])
+def test_gradients_through_the_op_are_the_reference_s(wanted: str) -> None:
     call = make_call(SIZES["odd"], torch.float64, {})
     found = []
     for backend in ("native", "reference"):
-        query, key = call.query_rows.detach().clone().requires_grad_(), call.key.detach().clone().requires_grad_()
+        query, key = call.query_rows.detach().clone(), call.key.detach().clone()
+        leaves = {"query": (query,), "key": (key,), "both": (query, key)}[wanted]
+        for leaf in leaves:
+            leaf.requires_grad_()
         mass = attention_mass(
             query, key, call.segments, row_positions=call.row_positions, num_segments=4, tree_end=call.tree_end, backend=backend
         )
-        found.append(torch.autograd.grad(mass.square().sum(), (query, key)))
+        found.append(torch.autograd.grad(mass.square().sum(), leaves))
     torch.testing.assert_close(found[0], found[1])
 
 
@@ -235,10 +228,33 @@ def test_an_unknown_level_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None and "MMDPO_CPU_LEVEL" in reason and "'sse9'" in reason and "generic" in reason
 
 
-def test_reasons() -> None:
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.unavailable_reason("cpu", torch.float32) is None
-    assert "cuda" in (native.unavailable_reason("cuda", torch.float32) or "")
     assert "int32" in (native.unavailable_reason("cpu", torch.int32) or "")
+    assert "xpu" in (native.unavailable_reason("xpu", torch.float32) or "")
+    if not torch.cuda.is_available():
+        assert "cuda" in (native.unavailable_reason("cuda", torch.float32) or "").lower()
+    monkeypatch.setattr(native, "load", lambda: SimpleNamespace(cuda_targets=[]))
+    assert "built without CUDA" in (native.unavailable_reason("cuda", torch.float32) or "")
+
+
+@pytest.mark.skipif(not getattr(MODULE, "cuda_targets", ()), reason="the extension was built without CUDA")
+def test_calls_that_the_cuda_kernels_refuse() -> None:
+    def reason(dtype: torch.dtype, head_dim: int, num_segments: int) -> str:
+        return MODULE.attention_mass_cuda_unserved(MODULE.dtypes.index(native.DTYPES[dtype]), head_dim, num_segments)
+
+    assert reason(torch.bfloat16, 128, 32) == reason(torch.float32, 256, 0) == ""
+    assert "float64" in reason(torch.float64, 64, 1)
+    assert "head size" in reason(torch.float16, 100, 1) and "head size" in reason(torch.float16, 264, 1)
+    assert "segments" in reason(torch.float16, 64, 33)
+
+
+def test_heads_for_the_gpu_start_at_multiples_of_16_bytes() -> None:
+    whole = torch.randn(2, 3, 5, 24, dtype=torch.bfloat16)
+    assert native._aligned_heads(whole.transpose(1, 2)).data_ptr() == whole.data_ptr()
+    for off in (whole[..., 1:17], whole[..., ::2], whole.flatten()[4 : 4 + 2 * 3 * 5 * 8].view(2, 3, 5, 8)):
+        copy = native._aligned_heads(off)
+        assert torch.equal(copy, off) and copy.is_contiguous() and copy.data_ptr() % 16 == 0
 
 
 def test_a_package_without_the_extension_imports_and_says_what_to_do() -> None:

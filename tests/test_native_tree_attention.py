@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
-from trees import random_tree_end
+from trees import assert_accurate, random_tree_end
 
 from mmdpo_kernels import backends, tree_attention
 from mmdpo_kernels.backends.native import extension
@@ -52,11 +52,26 @@ def test_as_accurate_as_pytorch(shape: tuple[int, ...], seed: int | None) -> Non
         assert (mine - exact)[kept].abs().max() <= 1.5 * (theirs - exact)[kept].abs().max() + step
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES[1:4])
+def test_half_precision_keeps_the_accuracy_rule(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    qkv = [t.detach().to(dtype) for t in inputs(shape)]
+    tree_end = random_tree_end(shape[0], shape[3], 1)
+    up = torch.randn(qkv[0].shape).to(dtype)
+    ours, plain, truth = (
+        run(tuple(qkv), tree_end, up, *how) for how in ((dtype, "native"), (dtype, "reference"), (torch.float64, "reference"))
+    )
+    assert [t.dtype for t in ours] == [dtype, torch.float32, dtype, dtype, dtype]
+    for mine, theirs, exact in zip(ours, plain, truth, strict=True):
+        kept = exact.isfinite()
+        assert_accurate(mine[kept], theirs[kept], exact[kept])
+
+
 def test_is_what_auto_takes() -> None:
     q, k, v = inputs((1, 2, 2, 100, 16))
     assert backends()["tree_attention"]["native"] is None
     assert torch.equal(tree_attention(q, k, v).output, tree_attention(q, k, v, backend="native").output)
-    assert native.unavailable_reason("cpu", torch.bfloat16) == "it takes float32, got torch.bfloat16"
+    assert native.unavailable_reason("cpu", torch.float64) == "it takes float32, bfloat16 and float16, got torch.float64"
     with pytest.raises(ValueError, match="it has no sliding windows"):
         tree_attention(q, k, v, window=3, backend="native")
 

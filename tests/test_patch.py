@@ -304,7 +304,7 @@ def test_all_layers_share_one_plan(folder: Path, model: Any, monkeypatch: pytest
 
     plans = []
     original = tree_mask._plan_batch
-    monkeypatch.setattr(tree_mask, "_plan_batch", lambda rows: plans.append(1) or original(rows))
+    monkeypatch.setattr(tree_mask._rectangles, "_make", lambda tree_end: plans.append(1) or original(tree_end))
     for inference in (torch.enable_grad, torch.no_grad):
         plans.clear()
         with inference():

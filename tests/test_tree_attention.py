@@ -144,10 +144,26 @@ def test_errors_name_the_argument(change: dict[str, object], message: str) -> No
         tree_attention(q, k, v, **change)  # type: ignore[arg-type]
 
 
-def test_sdpa_refuses_a_gradient_through_lse() -> None:
-    q, k, v = inputs(1, 1, 1, 4, 8)
-    with pytest.raises(ValueError, match="no gradient through lse"):
-        tree_attention(q, k, v, backend="sdpa").lse.sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e3])
+def test_sdpa_gives_the_gradient_through_lse(dtype: torch.dtype, size: float) -> None:
+    """Of any size beside the gradient of the output, in a dtype that could not hold it."""
+    qkv = [t.detach().to(dtype) for t in inputs(1, 4, 2, 40, 16)]
+    tree_end = random_tree_end(1, 40, 2)
+    torch.manual_seed(0)
+    through_output, through_lse = torch.randn(1, 4, 40, 16).to(dtype), torch.randn(1, 4, 40, dtype=torch.float64) * size
+
+    def grads(backend: str, wide: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.to(wide).requires_grad_() for t in qkv]
+        out = tree_attention(*leaves, tree_end, backend=backend)
+        return torch.autograd.grad((out.output, out.lse), leaves, (through_output.to(wide), through_lse.to(out.lse.dtype)))
+
+    for ours, plain, truth in zip(
+        grads("sdpa", dtype), grads("reference", dtype), grads("reference", torch.float64), strict=True
+    ):
+        # Four steps, since a row's terms cancel.
+        allowed = 2 * (plain - truth).abs().max() + 4 * torch.finfo(dtype).eps * truth.abs().max()
+        assert (ours - truth).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

@@ -1,4 +1,4 @@
-"""Which backends exist for each op, what can run here, and which one `backend="auto"` takes."""
+"""Which backends exist for each op, what can run here, and which one a call gets."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from types import ModuleType
 
 import torch
 
+from . import choice
+
 logger = logging.getLogger("mmdpo_kernels")
 
-# In the order in which "auto" tries them.
+# Where `choice` has no rule, "auto" tries them in this order.
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    "tree_attention": ("native", "sdpa", "reference"),
-    "attention_mass": ("native", "reference"),
+    "tree_attention": ("native", "triton", "varlen", "flex", "sdpa", "reference"),
+    "attention_mass": ("native", "triton", "reference"),
     "linear_logprobs": ("chunked", "reference"),
     "preference_loss": ("reference",),
 }
-_announced: set[tuple[str, str, str]] = set()
+_announced: set[tuple[str, str, str, torch.dtype, str]] = set()
 
 
 def load(op: str, backend: str) -> ModuleType:
@@ -33,22 +35,17 @@ def backends() -> dict[str, dict[str, str | None]]:
 
 
 def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, **features: object) -> ModuleType:
-    """The module for a call: the named backend, or with "auto" the first that can serve it.
+    """The module for a call: the named backend, or with "auto" the first that can serve it in the order that `choice` has for it.
 
     Args:
-        features: traits of the call that some backends lack, true where used.
+        features: traits of the call: what some backends lack, true where used, and what the choice depends on.
 
     Raises:
         ValueError: unknown backend, or a named one that cannot serve the call (with its reason).
     """
     names = PREFERENCE[op]
     if backend == "auto":
-        for name in names:
-            module = load(op, name)
-            if module.unavailable_reason(device.type, dtype, **features) is None:
-                _announce(op, name, device)
-                return module
-        raise ValueError(f"{op}: no backend can serve {dtype} on {device}; tried {', '.join(names)}")
+        return _choose(op, device, dtype, features)
     if backend not in names:
         raise ValueError(f"{op}: backend must be 'auto' or one of {', '.join(map(repr, names))}, got {backend!r}")
     module = load(op, backend)
@@ -58,8 +55,31 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, **f
     return module
 
 
-def _announce(op: str, backend: str, device: torch.device) -> None:
-    choice = (op, backend, device.type)
-    if choice not in _announced:
-        _announced.add(choice)
-        logger.info("%s: backend 'auto' takes '%s' on %s", op, backend, device.type)
+def _choose(op: str, device: torch.device, dtype: torch.dtype, features: dict[str, object]) -> ModuleType:
+    rule = choice.rule(op, device, dtype, features)
+    passed_over: dict[str, str] = {}
+    for name in PREFERENCE[op] if rule is None else rule.order:
+        module = load(op, name)
+        reason = module.unavailable_reason(device.type, dtype, **features)
+        if reason is None:
+            _announce(op, name, device, dtype, rule, passed_over)
+            return module
+        passed_over[name] = reason
+    raise ValueError(f"{op}: no backend can serve {dtype} on {device}: {_list(passed_over)}")
+
+
+def _announce(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, rule: choice.Rule | None, passed_over: dict[str, str]
+) -> None:
+    calls, measured = ("calls", None) if rule is None else (rule.calls, rule.measured)
+    kind = op, backend, device.type, dtype, calls
+    if kind in _announced:
+        return
+    _announced.add(kind)
+    why = f"measured in {measured}" if measured else "not measured on this device"
+    others = f"; passed over: {_list(passed_over)}" if passed_over else ""
+    logger.info("%s: backend 'auto' takes '%s' for %s of %s on %s (%s)%s", op, backend, calls, dtype, device.type, why, others)
+
+
+def _list(passed_over: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())

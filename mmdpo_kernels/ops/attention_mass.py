@@ -106,6 +106,7 @@ def attention_mass(
     if reduce not in (None, "mean", "tokens"):
         raise ValueError(f"{OP}: reduce must be None, 'mean' or 'tokens', got {reduce!r}")
     tree_window = window is not None and tree_end is not None
-    module = resolve(OP, backend, key.device, key.dtype, softcap=softcap is not None, tree_window=tree_window)
+    traits = {"softcap": softcap is not None, "tree_window": tree_window, "head_dim": dim, "num_segments": num_segments}
+    module = resolve(OP, backend, key.device, key.dtype, **traits)
     options = (num_segments, default_scale(scale, dim), softcap, window, reduce)
     return _AttentionMass.apply(query_rows, key, segments, row_positions, tree_end, lse, options, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,6 +25,11 @@ from .checks import (
 from .precision import without_autocast
 
 OP = "tree_attention"
+
+# Kernels want head dims that are multiples of 8.
+_COLUMNS = 8
+# The 24 bits of a float32 in three bfloat16 of 8.
+_PARTS = 3
 
 
 class TreeAttentionOutput(NamedTuple):
@@ -49,14 +55,13 @@ class _TreeAttention(torch.autograd.Function):
         segments: Tensor | None,
         options: tuple[Any, ...],
         backend: ModuleType,
-        automatic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         # Kernels read each head vector as consecutive elements.
         query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
         output, lse, mass = backend.forward(query, key, value, tree_end, segments, *options)
         ctx.save_for_backward(query, key, value, output, lse, tree_end, segments)
-        ctx.options, ctx.backend, ctx.automatic = options, backend, automatic
+        ctx.options, ctx.backend = options, backend
         return output, lse, mass
 
     @staticmethod
@@ -65,12 +70,65 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse, tree_end, segments = ctx.saved_tensors
         grad_output, grad_lse, grad_mass = (grad_or_none(grad) for grad in grads)
-        # An automatic choice was made before it was known that the log-sum-exp has a gradient.
-        exact = grad_lse is None or ctx.backend.LSE_GRADIENT or not ctx.automatic
-        found = (ctx.backend if exact else reference).backward(
-            grad_output, grad_lse, grad_mass, query, key, value, output, lse, tree_end, segments, *ctx.options
-        )
+        backward = ctx.backend.backward
+        if grad_lse is not None and not ctx.backend.LSE_GRADIENT:
+            backward = partial(_backward_through_lse, ctx.backend)
+        found = backward(grad_output, grad_lse, grad_mass, query, key, value, output, lse, tree_end, segments, *ctx.options)
         return *found, None, None, None, None, None
+
+
+def _backward_through_lse(
+    backend: ModuleType,
+    grad_output: Tensor | None,
+    grad_lse: Tensor,  # (B, Hq, S)
+    grad_mass: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    tree_end: Tensor | None,
+    segments: Tensor | None,
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of a backend that takes no gradient of the log-sum-exp, made to take one.
+
+    Such a backward computes dscores = P (dP - rowsum(dO output)), and the gradient of lse belongs in the bracket. It gets there by columns
+    where query, key and value are zero, so that they change nothing else, and where dO output is -dlse: its mantissa in parts that the
+    dtype holds, times a power of two. Where the kernel has no room for more columns, the reference does the backward.
+    """
+    dim = query.shape[-1]
+    rest = lse, tree_end, segments, num_segments, scale, softcap, window
+    features = {"head_dim": dim + _COLUMNS, "softcap": softcap is not None, "window": window is not None}
+    if backend.unavailable_reason(query.device.type, query.dtype, **features) is not None:
+        return reference.backward(grad_output, grad_lse, grad_mass, query, key, value, output, *rest)
+    mantissa, exponent = torch.frexp(grad_lse)
+    powers = torch.ldexp(torch.ones_like(mantissa), exponent).to(query.dtype)
+    left, parts = -mantissa, []
+    for _ in range(_PARTS):
+        parts.append(left.to(query.dtype))
+        left = left - parts[-1].to(left.dtype)
+
+    def widened(tensor: Tensor, columns: list[Tensor]) -> Tensor:
+        wider = tensor.new_zeros(*tensor.shape[:-1], dim + _COLUMNS)
+        wider[..., :dim] = tensor
+        for number, column in enumerate(columns):
+            wider[..., dim + number] = column
+        return wider
+
+    grads: tuple[Tensor, ...] = backend.backward(
+        widened(torch.zeros_like(output) if grad_output is None else grad_output, parts),
+        None,
+        grad_mass,
+        *(widened(tensor, []) for tensor in (query, key, value)),
+        widened(output, [powers] * _PARTS),
+        *rest,
+    )
+    grad_query, grad_key, grad_value = (grad[..., :dim] for grad in grads)
+    return grad_query, grad_key, grad_value
 
 
 def tree_attention(
@@ -108,8 +166,8 @@ def tree_attention(
         backend: "auto", or a name from `backends()["tree_attention"]`.
 
     Returns:
-        `TreeAttentionOutput(output, lse, mass)`, differentiable in query, key and value through all three. A backend without a gradient
-        through lse ("sdpa") raises there if it was named; under "auto" that backward runs in the reference.
+        `TreeAttentionOutput(output, lse, mass)`, differentiable in query, key and value through all three. Where PyTorch's or another
+        library's kernel serves the call, a gradient through lse costs a copy of the inputs.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or shape, or a named backend that cannot serve the call.
@@ -135,6 +193,9 @@ def tree_attention(
         mass=num_segments > 0,
         value_dim=value.shape[-1] != dim,
         head_dim=dim,
+        length=length,
+        tree=tree_end is not None,
+        gradient=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)),
     )
     options = (num_segments, default_scale(scale, dim), softcap, window)
-    return TreeAttentionOutput(*_TreeAttention.apply(query, key, value, tree_end, segments, options, module, backend == "auto"))
+    return TreeAttentionOutput(*_TreeAttention.apply(query, key, value, tree_end, segments, options, module))

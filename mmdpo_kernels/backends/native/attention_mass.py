@@ -1,27 +1,37 @@
-"""`attention_mass` in C++ on the CPU: scores live in cache-sized tiles, and a group of heads reads its keys once."""
+"""`attention_mass` in C++ on the CPU and in CUDA C++ on the GPU: scores live in tiles, and a group of heads reads its keys once.
+
+The backward is C++ on the CPU. On CUDA tensors it is the Triton backend's, or where that cannot run the reference's: it is a few matrix products
+of ordinary size, and CUDA C++ would do the same as Triton.
+"""
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ...tree_mask import depth
+from ..registry import load as load_backend
 from .extension import load
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
 
-def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
-    """None, or why this backend cannot serve tensors of `dtype` on `device_type`. It serves every feature."""
+def unavailable_reason(
+    device_type: str, dtype: torch.dtype, *, head_dim: int = 64, num_segments: int = 0, **features: object
+) -> str | None:
+    """None, or why this backend cannot serve tensors of `dtype` on `device_type`."""
     native = load()
     if isinstance(native, str):
         return native
-    if device_type != "cpu":
-        return f"it runs on cpu tensors, got {device_type}"
+    if device_type not in ("cpu", "cuda"):
+        return f"it runs on cpu and cuda tensors, got {device_type}"
     if dtype not in DTYPES:
         return f"it takes {', '.join(DTYPES.values())}, got {dtype}"
+    if device_type == "cuda":
+        return _cuda_reason(native, dtype, head_dim, num_segments)
     try:
         native.cpu_level()
     except ValueError as error:
@@ -44,43 +54,142 @@ def forward(
 ) -> Tensor:
     """-> (B, Hq, R, N), (B, N) or (B, S), as `reduce` says; float32, or float64 where an input is float64.
 
-    At most `torch.get_num_threads()` threads work. With `lse`, blocks of keys that are in no segment are not read.
+    On the CPU at most `torch.get_num_threads()` threads work. With `lse`, blocks of keys that are in no segment are not read.
 
     Raises:
-        ValueError: a segment id or row position out of range, or MMDPO_CPU_LEVEL names no level this CPU runs.
+        ValueError: MMDPO_CPU_LEVEL names no level this CPU runs. On the CPU also a segment id or row position out of range; on the GPU, where
+            nobody can look without waiting, such ids count as none.
     """
     native = _module()
-    batch, heads, rows, dim = query_rows.shape
-    length = key.shape[2]
-    dtype = torch.promote_types(query_rows.dtype, key.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    query_rows, key = (_dense_heads(tensor.to(dtype)) for tensor in (query_rows, key))
-    segments, row_positions = _int32(segments), _int32(row_positions)
-    depths = None if tree_end is None or window is None else _int32(depth(tree_end))
-    tree_end = None if tree_end is None else _int32(tree_end)
-    lse = None if lse is None else lse.to(wide).contiguous()
-    shape = {None: (batch, heads, rows, num_segments), "mean": (batch, num_segments), "tokens": (batch, length)}[reduce]
-    out = torch.empty(shape, dtype=wide)
-    native.attention_mass(
-        sizes=(batch, heads, key.shape[1], rows, length, dim, num_segments),
-        dtype=native.dtypes.index(DTYPES[dtype]),
-        query=query_rows.data_ptr(),
-        query_strides=query_rows.stride()[:3],
-        key=key.data_ptr(),
-        key_strides=key.stride()[:3],
-        segments=segments.data_ptr(),
-        row_positions=row_positions.data_ptr(),
-        tree_end=_address(tree_end),
-        depth=_address(depths),
-        lse=_address(lse),
-        scale=scale,
-        softcap=softcap or 0.0,
-        window=window or 0,
-        reduce=native.reductions.index(reduce or "none"),
-        num_threads=torch.get_num_threads(),
-        out=out.data_ptr(),
-    )
+    call = _Call(native, query_rows, key, segments, row_positions, num_segments, tree_end, lse, scale, softcap, window, reduce)
+    batch, heads, rows, _ = query_rows.shape
+    shape = {None: (batch, heads, rows, num_segments), "mean": (batch, num_segments), "tokens": (batch, key.shape[2])}[reduce]
+    out = torch.empty(shape, dtype=call.wide, device=key.device)
+    if key.device.type == "cpu":
+        native.attention_mass(call.args, num_threads=torch.get_num_threads(), out=out.data_ptr())
+    else:
+        _run_on_gpu(native, call.args, out)
     return out
+
+
+def backward(
+    grad: Tensor,
+    query_rows: Tensor,
+    key: Tensor,
+    segments: Tensor,
+    row_positions: Tensor,
+    num_segments: int,
+    tree_end: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    reduce: str | None,
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of query_rows and key; on CUDA tensors another backend's, see the module."""
+    shared = (query_rows, key, segments, row_positions, num_segments, tree_end, lse, scale, softcap, window, reduce)
+    if key.device.type != "cpu":
+        return _gpu_backward(key).backward(grad, *shared)
+    native = _module()
+    call = _Call(native, *shared)
+    grad = grad.to(call.wide).contiguous()
+    grad_query, grad_key = (torch.empty(tensor.shape, dtype=call.wide) for tensor in (query_rows, key))
+    native.attention_mass_backward(
+        call.args,
+        num_threads=torch.get_num_threads(),
+        grad=grad.data_ptr(),
+        grad_query=grad_query.data_ptr(),
+        grad_key=grad_key.data_ptr(),
+    )
+    return grad_query.to(query_rows.dtype), grad_key.to(key.dtype)
+
+
+class _Call:
+    """`args` of the C++ functions, and the tensors whose addresses are in it."""
+
+    def __init__(
+        self,
+        native: ModuleType,
+        query_rows: Tensor,
+        key: Tensor,
+        segments: Tensor,
+        row_positions: Tensor,
+        num_segments: int,
+        tree_end: Tensor | None,
+        lse: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+        reduce: str | None,
+    ) -> None:
+        dtype = torch.promote_types(query_rows.dtype, key.dtype)
+        self.wide = torch.promote_types(dtype, torch.float32)
+        readable = _dense_heads if key.device.type == "cpu" else _aligned_heads
+        query_rows, key = (readable(tensor.to(dtype)) for tensor in (query_rows, key))
+        segments, row_positions = _int32(segments), _int32(row_positions)
+        depths = None if tree_end is None or window is None else _int32(depth(tree_end))
+        tree_end = None if tree_end is None else _int32(tree_end)
+        lse = None if lse is None else lse.to(self.wide).contiguous()
+        self._tensors = (query_rows, key, segments, row_positions, depths, tree_end, lse)
+        batch, heads, rows, dim = query_rows.shape
+        self.args = native.AttentionMassArgs(
+            sizes=(batch, heads, key.shape[1], rows, key.shape[2], dim, num_segments),
+            dtype=native.dtypes.index(DTYPES[dtype]),
+            query=query_rows.data_ptr(),
+            query_strides=query_rows.stride()[:3],
+            key=key.data_ptr(),
+            key_strides=key.stride()[:3],
+            segments=segments.data_ptr(),
+            row_positions=row_positions.data_ptr(),
+            tree_end=_address(tree_end),
+            depth=_address(depths),
+            lse=_address(lse),
+            scale=scale,
+            softcap=softcap or 0.0,
+            window=window or 0,
+            reduce=native.reductions.index(reduce or "none"),
+        )
+
+
+def _run_on_gpu(native: ModuleType, args: object, out: Tensor) -> None:
+    with torch.cuda.device(out.device):
+        device = torch.cuda.current_device()
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        size = native.attention_mass_cuda_workspace_bytes(args, multiprocessors=multiprocessors)
+        workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
+        native.attention_mass_cuda(
+            args,
+            device=device,
+            multiprocessors=multiprocessors,
+            stream=torch.cuda.current_stream().cuda_stream,
+            workspace=workspace.data_ptr(),
+            out=out.data_ptr(),
+        )
+
+
+def _cuda_reason(native: ModuleType, dtype: torch.dtype, head_dim: int, num_segments: int) -> str | None:
+    if not native.cuda_targets:
+        return (
+            "mmdpo_kernels._native was built without CUDA, and so runs on cpu tensors; build it where nvcc is on the PATH, "
+            "or name the toolkit's folder in CUDA_HOME"
+        )
+    if not torch.cuda.is_available():
+        return "torch finds no cuda device"
+    reason = native.attention_mass_cuda_unserved(native.dtypes.index(DTYPES[dtype]), head_dim, num_segments)
+    return reason or _device_reason(native, torch.cuda.current_device()) or None
+
+
+@functools.cache
+def _device_reason(native: ModuleType, device: int) -> str:
+    reason = native.cuda_unavailable(device)
+    targets = ", ".join(native.cuda_targets)
+    return f"its CUDA kernels (built for {targets}) cannot run on device {device}: {reason}" if reason else ""
+
+
+def _gpu_backward(key: Tensor) -> ModuleType:
+    triton = load_backend("attention_mass", "triton")
+    serves = hasattr(triton, "backward") and triton.unavailable_reason(key.device.type, key.dtype) is None
+    return triton if serves else load_backend("attention_mass", "reference")
 
 
 def _module() -> ModuleType:
@@ -93,6 +202,17 @@ def _module() -> ModuleType:
 def _dense_heads(tensor: Tensor) -> Tensor:
     """The kernel reads each head vector as consecutive elements; other strides may be anything."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _aligned_heads(tensor: Tensor) -> Tensor:
+    """The GPU reads head vectors 16 bytes at a time; where they do not start at multiples of 16, a copy's do."""
+    size = tensor.element_size()
+    starts = (tensor.data_ptr(), *(stride * size for stride in tensor.stride()[:3]))
+    return (
+        tensor
+        if tensor.stride(-1) == 1 and all(start % 16 == 0 for start in starts)
+        else tensor.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _int32(tensor: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""`tree_attention` in C++ on the CPU, float32: what a tree hides is never computed, and nothing is merged afterwards."""
+"""`tree_attention` in C++ on the CPU: what a tree hides is never computed, and nothing is merged afterwards.
+
+The kernel is a float32 one. float16 and bfloat16 are widened for it, which is exact, and results rounded once.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 from .extension import load
 
 LSE_GRADIENT = True
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _MISSING = {
     "softcap": "softcap",
@@ -26,8 +30,8 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object)
         return native
     if device_type != "cpu":
         return f"it runs on cpu tensors, got {device_type}"
-    if dtype != torch.float32:
-        return f"it takes float32, got {dtype}"
+    if dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float16, got {dtype}"
     for name, missing in _MISSING.items():
         if features.get(name):
             return f"it has no {missing}"
@@ -50,13 +54,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, D), lse (B, Hq, S), mass (B, Hq, S, 0). At most `torch.get_num_threads()` threads work."""
     batch, heads, length, dim = query.shape
+    dtype = query.dtype
+    query, key, value = (tensor.float() for tensor in (query, key, value))
     # Heads last but one in memory, as models want the output next, so that no layer copies it.
     output = query.new_empty(batch, length, heads, dim).transpose(1, 2)
     lse = query.new_empty(batch, heads, length)
     if query.numel():
         tree_end = _int32(tree_end)
         _module().tree_attention_forward(**_arguments(query, key, value, tree_end, scale, output, lse))
-    return output, lse, query.new_empty(batch, heads, length, 0)
+    return output.to(dtype), lse, query.new_empty(batch, heads, length, 0)
 
 
 def backward(
@@ -76,10 +82,12 @@ def backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value, through output and lse."""
+    dtype = query.dtype
+    query, key, value, output = (tensor.float() for tensor in (query, key, value, output))
     grads = tuple(_like(tensor) for tensor in (query, key, value))
     if query.numel():
         tree_end = _int32(tree_end)
-        grad_output = torch.zeros_like(output) if grad_output is None else _dense_heads(grad_output)
+        grad_output = torch.zeros_like(output) if grad_output is None else _dense_heads(grad_output.float())
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         _module().tree_attention_backward(
             **_arguments(query, key, value, tree_end, scale, output, lse),
@@ -89,7 +97,7 @@ def backward(
             grad_key=_heads(grads[1]),
             grad_value=_heads(grads[2]),
         )
-    return grads[0], grads[1], grads[2]
+    return grads[0].to(dtype), grads[1].to(dtype), grads[2].to(dtype)
 
 
 def _arguments(

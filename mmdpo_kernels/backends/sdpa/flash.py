@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,17 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, head_dim: int = 64)
     return f"no flash attention with log-sum-exp for device '{device_type}'"
 
 
+def serves_groups(device_type: str) -> bool:
+    """Whether several query heads may share a key head in one call."""
+    return device_type != "cpu"
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """(B, H, R, D), (B, H, S, D), (B, H, S, D) -> output (B, H, R, D), natural-log lse (B, H, R)."""
+    """(B, Hq, R, D), (B, H, S, D), (B, H, S, D) -> output (B, Hq, R, D), natural-log lse (B, Hq, R); Hq > H as `serves_groups` says."""
     if query.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+        tensors = _widened(query, key, value)
+        output, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, causal, scale=scale)
+        return output.to(query.dtype), lse
     return _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[:2]
 
 
@@ -37,9 +46,9 @@ def backward(
     dscores = P (dO V' - rowsum(dO output)), which is then the rectangle's exact share of the whole gradient.
     """
     if query.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_output, query, key, value, output, lse, 0.0, causal, scale=scale
-        )
+        tensors = _widened(grad_output, query, key, value, output)
+        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, lse, 0.0, causal, scale=scale)
+        return tuple(grad.to(query.dtype) for grad in grads)
     unused = torch.empty(0, dtype=torch.int64, device=query.device)
     return _aten._scaled_dot_product_flash_attention_backward(
         grad_output,
@@ -58,3 +67,17 @@ def backward(
         unused,
         scale=scale,
     )
+
+
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    """In float32 where the CPU has no products of the dtype: emulated ones take ten times as long in backward."""
+    return [tensor.float() if _emulated(tensor.dtype) else tensor for tensor in tensors]
+
+
+@functools.cache
+def _emulated(dtype: torch.dtype) -> bool:
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in supported and not supported[dtype]()

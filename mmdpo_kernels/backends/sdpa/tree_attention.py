@@ -52,11 +52,13 @@ def forward(
     mass = torch.empty(batch, heads, length, 0, dtype=wide, device=query.device)
     if query.numel() == 0:  # the kernels divide by the length
         return torch.empty_like(query), lse, mass
-    # Heads last but one in memory, as models want the output next, so that no layer copies it.
-    merged = torch.zeros(batch, length, heads, dim, dtype=wide, device=query.device).transpose(1, 2)
-    for rows, rectangle, untouched in _calls(tree_end, batch, length):
+    calls = list(_calls(tree_end, batch, length))
+    # Heads last but one in memory, as models want the output next, so that no layer copies it. Sums are made in float32.
+    dtype = query.dtype if all(untouched for *_, untouched in calls) else wide
+    merged = torch.zeros(batch, length, heads, dim, dtype=dtype, device=query.device).transpose(1, 2)
+    for rows, rectangle, untouched in calls:
         q, k, causal = _slices(rectangle)
-        for group in _head_groups(heads, key.shape[1]):
+        for group in _head_groups(query, key):
             part, part_lse = flash.forward(query[rows, group, q], key[rows, :, k], value[rows, :, k], causal, scale)
             if untouched:
                 merged[rows, group, q], lse[rows, group, q] = part, part_lse
@@ -83,13 +85,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value through the output; a gradient through lse is refused."""
     if grad_lse is not None:
-        raise ValueError("tree_attention: backend 'sdpa' has no gradient through lse; use backend='reference' for it")
-    wide = torch.promote_types(query.dtype, torch.float32)
-    grads = tuple(torch.zeros_like(t, dtype=wide) for t in (query, key, value))
+        raise ValueError("tree_attention: backend 'sdpa' has no gradient through lse of its own")
+    calls = list(_calls(tree_end, query.shape[0], query.shape[2]))
+    groups = _head_groups(query, key)
+    alone = len(groups) == 1 and all(untouched for *_, untouched in calls)
+    # Sums are made in float32.
+    dtype = query.dtype if alone else torch.promote_types(query.dtype, torch.float32)
+    grads = tuple(torch.zeros_like(t, dtype=dtype) for t in (query, key, value))
     if grad_output is not None and query.numel():
-        for rows, rectangle, untouched in _calls(tree_end, query.shape[0], query.shape[2]):
+        for rows, rectangle, untouched in calls:
             q, k, causal = _slices(rectangle)
-            for number, group in enumerate(_head_groups(query.shape[1], key.shape[1])):
+            for number, group in enumerate(groups):
                 at_query, at_key = (rows, group, q), (rows, slice(None), k)
                 parts = flash.backward(
                     grad_output[at_query],
@@ -126,9 +132,12 @@ def _slices(rectangle: Rectangle) -> tuple[slice, slice, bool]:
     return slice(rectangle.q0, rectangle.q1), slice(rectangle.k0, rectangle.k1), rectangle.causal
 
 
-def _head_groups(heads: int, kv_heads: int) -> list[slice]:
-    """The g-th query head of every group, g = 0, 1, …: strided views, so shared keys and values are never copied."""
-    per_group = heads // kv_heads
+def _head_groups(query: Tensor, key: Tensor) -> list[slice]:
+    """Query heads of one call each: all, where the kernel knows groups of heads, else the g-th of every group, g = 0, 1, ….
+
+    These are strided views, so shared keys and values are never copied.
+    """
+    per_group = 1 if flash.serves_groups(query.device.type) else query.shape[1] // key.shape[1]
     return [slice(g, None, per_group) for g in range(per_group)]
 
 

@@ -1,6 +1,8 @@
-// attention_mass for one task, written with the compiler's vector extensions. Each attention_mass_<level>.cpp defines kVectorBytes and the
-// tile shape, and includes this file once.
-// Nothing here may call an inline function of the standard library, see simd.inl.
+#pragma once
+
+// What forward and backward of attention_mass share: the rows of a task, packed; blocks of keys, packed and described; scores of rows on a
+// block. Each attention_mass_<level>.cpp defines kVectorBytes and the tile shape first. Written with the compiler's vector extensions; nothing
+// here may call an inline function of the standard library, see simd.inl.
 
 #include <cmath>
 #include <cstdint>
@@ -9,6 +11,7 @@
 
 #include "attention_mass_task.h"
 #include "simd.inl"
+#include "tile.inl"
 
 namespace {
 
@@ -16,10 +19,7 @@ using mmdpo::AttentionMassArgs;
 using mmdpo::AttentionMassTask;
 using mmdpo::DType;
 
-template <class T>
-constexpr int kTileKeys = kTileVectors * kLanes<T>;
-
-// Keys packed together: a multiple of every tile width, and 48 x 128 floats stay in a 32 KiB L1 cache.
+// Keys packed together: a multiple of every tile's rows and columns, and 48 x 128 floats stay in a 32 KiB L1 cache.
 constexpr int kKeyBlock = 48;
 
 inline Vec<float> tanh_(Vec<float> x) {
@@ -86,27 +86,31 @@ struct KeyBlock {
   alignas(64) Int<T> end[kKeyBlock];
   alignas(64) Int<T> depth[kKeyBlock];
   alignas(64) Int<T> segment[kKeyBlock];
-  alignas(64) T column_sums[kKeyBlock];
   Int<T> min_end, max_end, min_depth, max_depth;
   bool one_segment, any_segment;
   int64_t first, count;
 };
 
 enum class Sight { none, part, all };
-// online: running maximum and total; fixed: probabilities are exp(score - shift) / total with both known.
-enum class Pass { online_total, online_mass, fixed_mass, fixed_columns };
 
 template <class T>
-class Task {
- public:
-  explicit Task(const AttentionMassTask& task)
+class Rows {
+ protected:
+  using V = Vec<T>;
+  static constexpr int kTileKeys = kTileColumns<T>;
+  static constexpr int kBlockVectors = kKeyBlock / kLanes<T>;
+  static_assert(kKeyBlock % kTileKeys == 0 && kKeyBlock % kTileRows == 0, "blocks are whole tiles");
+
+  explicit Rows(const AttentionMassTask& task)
       : task_(task),
         a_(*task.args),
         group_(a_.Hq / a_.Hkv),
         M_(task.num_rows * group_),
         num_strips_((M_ + kTileRows - 1) / kTileRows) {}
 
-  bool run() {
+  // Runs `compute` on a workspace that `lay_out` divides -> false where there is no memory for it.
+  template <class LayOut, class Compute>
+  static bool with_workspace(const LayOut& lay_out, const Compute& compute) {
     Arena measure{nullptr};
     lay_out(measure);
     void* memory = aligned_alloc(64, measure.used + 64);
@@ -118,10 +122,6 @@ class Task {
     return true;
   }
 
- private:
-  using V = Vec<T>;
-  static constexpr int kBlockVectors = kKeyBlock / kLanes<T>;
-
   void lay_out(Arena& arena) {
     query_ = arena.take<T>(num_strips_ * kTileRows * a_.D);
     keys_ = arena.take<T>(kKeyBlock * a_.D);
@@ -130,38 +130,32 @@ class Task {
     depth_ = arena.take<Int<T>>(M_);
     shift_ = arena.take<T>(M_);
     total_ = arena.take<double>(M_);
-    mass_ = arena.take<double>(M_ * a_.N);
-  }
-
-  void compute() {
-    pack_query();
-    const bool known = a_.lse != nullptr;
-    start_rows(known);
-    if (a_.reduce == mmdpo::Reduce::tokens) {
-      if (!known) scan(Pass::online_total);
-      scan(Pass::fixed_columns);
-    } else {
-      scan(known ? Pass::fixed_mass : Pass::online_mass);
-      write_mass();
-    }
   }
 
   int64_t row_of(int64_t m) const { return task_.rows[m / group_]; }
   int64_t head_of(int64_t m) const { return task_.key_head * group_ + m % group_; }
   int64_t flat_row(int64_t m) const { return (task_.batch * a_.Hq + head_of(m)) * a_.R + row_of(m); }
 
+  int64_t query_offset(int64_t m) const {
+    return task_.batch * a_.query_strides[0] + head_of(m) * a_.query_strides[1] + row_of(m) * a_.query_strides[2];
+  }
+  int64_t key_offset(int64_t j) const {
+    return task_.batch * a_.key_strides[0] + task_.key_head * a_.key_strides[1] + j * a_.key_strides[2];
+  }
+
   // query_: (strips, D, kTileRows), zero in the rows that fill up the last strip.
   void pack_query() {
     memset(query_, 0, num_strips_ * kTileRows * a_.D * sizeof(T));
     for (int64_t m = 0; m < M_; ++m) {
-      const int64_t offset = task_.batch * a_.query_strides[0] + head_of(m) * a_.query_strides[1] + row_of(m) * a_.query_strides[2];
-      convert(a_.query, a_.dtype, offset, a_.D, head_);
+      convert(a_.query, a_.dtype, query_offset(m), a_.D, head_);
       T* to = query_ + m / kTileRows * kTileRows * a_.D + m % kTileRows;
       for (int64_t d = 0; d < a_.D; ++d) to[d * kTileRows] = head_[d];
     }
   }
 
-  void start_rows(bool known) {
+  // Where lse is known, exponentials are probabilities: their total is 1.
+  void start_rows() {
+    const bool known = a_.lse != nullptr;
     const T* lse = static_cast<const T*>(a_.lse);
     for (int64_t m = 0; m < M_; ++m) {
       const int32_t position = a_.row_positions[task_.batch * a_.R + row_of(m)];
@@ -171,32 +165,40 @@ class Task {
       if (known && shift_[m] == -T(INFINITY)) shift_[m] = 0;
       total_[m] = known ? 1.0 : 0.0;
     }
-    memset(mass_, 0, M_ * a_.N * sizeof(double));
   }
 
-  void scan(Pass pass) {
+  // Calls on_block(block) for each block of keys that some row may see, up to the last row's position.
+  template <class OnBlock>
+  void for_blocks(const OnBlock& on_block) {
     KeyBlock<T> block;
-    alignas(64) T scores[kTileRows * kKeyBlock];
-    Sight sights[kTileRows];
     Int<T> last = -1;
     for (int64_t m = 0; m < M_; ++m) last = position_[m] > last ? position_[m] : last;
     for (int64_t first = 0; first <= last; first += kKeyBlock) {
       describe(block, first);
-      if (pass == Pass::fixed_mass && !block.any_segment) continue;
-      bool packed = false;
-      for (int64_t strip = 0; strip < num_strips_; ++strip) {
-        if (!look(block, strip, sights)) continue;
-        if (!packed) pack_keys(block);
-        packed = true;
-        score(query_ + strip * kTileRows * a_.D, scores);
-        for (int64_t r = 0; r < kTileRows && strip * kTileRows + r < M_; ++r) {
-          if (sights[r] != Sight::none) absorb(block, strip * kTileRows + r, scores + r * kKeyBlock, sights[r] == Sight::part, pass);
-        }
-      }
-      if (packed && pass == Pass::fixed_columns) {
-        for (int64_t j = 0; j < block.count; ++j) task_.partial[first + j] += block.column_sums[j];
+      on_block(block);
+    }
+  }
+
+  // Calls on_row(m, scores, peak) for each row that may see a key of the block: its scaled, capped and masked scores, and what
+  // finish_scores found -> whether there was such a row.
+  template <class OnRow>
+  bool for_rows(const KeyBlock<T>& block, const OnRow& on_row) {
+    alignas(64) T scores[kTileRows * kKeyBlock];
+    Sight sights[kTileRows];
+    bool packed = false;
+    for (int64_t strip = 0; strip < num_strips_; ++strip) {
+      if (!look(block, strip, sights)) continue;
+      if (!packed) pack_keys(block);
+      packed = true;
+      score(query_ + strip * kTileRows * a_.D, scores);
+      for (int64_t r = 0; r < kTileRows && strip * kTileRows + r < M_; ++r) {
+        if (sights[r] == Sight::none) continue;
+        const int64_t m = strip * kTileRows + r;
+        const T peak = finish_scores(block, m, scores + r * kKeyBlock, sights[r] == Sight::part);
+        on_row(m, scores + r * kKeyBlock, peak);
       }
     }
+    return packed;
   }
 
   void describe(KeyBlock<T>& block, int64_t first) {
@@ -211,7 +213,6 @@ class Task {
       block.end[j] = !real ? 0 : a_.tree_end == nullptr ? static_cast<Int<T>>(a_.S) : a_.tree_end[flat];
       block.depth[j] = !real ? block.depth[0] : a_.depth == nullptr ? block.index[j] : a_.depth[flat];
       block.segment[j] = real ? a_.segments[flat] : -1;
-      block.column_sums[j] = 0;
       block.any_segment |= block.segment[j] >= 0;
       block.one_segment &= block.segment[j] == block.segment[0] || !real;
       if (j == 0 || block.end[j] < block.min_end) block.min_end = block.end[j];
@@ -238,80 +239,27 @@ class Task {
   void pack_keys(const KeyBlock<T>& block) {
     if (block.count < kKeyBlock) memset(keys_, 0, kKeyBlock * a_.D * sizeof(T));
     for (int64_t j = 0; j < block.count; ++j) {
-      const int64_t offset =
-          task_.batch * a_.key_strides[0] + task_.key_head * a_.key_strides[1] + (block.first + j) * a_.key_strides[2];
-      convert(a_.key, a_.dtype, offset, a_.D, head_);
-      T* to = keys_ + j / kTileKeys<T> * kTileKeys<T> * a_.D + j % kTileKeys<T>;
-      for (int64_t d = 0; d < a_.D; ++d) to[d * kTileKeys<T>] = head_[d];
+      convert(a_.key, a_.dtype, key_offset(block.first + j), a_.D, head_);
+      T* to = keys_ + j / kTileKeys * kTileKeys * a_.D + j % kTileKeys;
+      for (int64_t d = 0; d < a_.D; ++d) to[d * kTileKeys] = head_[d];
     }
   }
 
   // scores: (kTileRows, kKeyBlock) products of one strip with the packed keys.
   void score(const T* query, T* scores) const {
-    for (int64_t tile = 0; tile < kKeyBlock / kTileKeys<T>; ++tile) {
-      const T* keys = keys_ + tile * kTileKeys<T> * a_.D;
-      T* to = scores + tile * kTileKeys<T>;
-      for (int64_t d = 0; d < a_.D; d += kDotChunk) {
+    // Sums of kDotChunk products are formed in registers and added up: shorter chains of rounding than one sum over D.
+    constexpr int64_t kDotChunk = 32;
+    for (int64_t tile = 0; tile < kKeyBlock; tile += kTileKeys) {
+      const T* keys = keys_ + tile * a_.D;
+      multiply<false>(a_.D < kDotChunk ? a_.D : kDotChunk, query, 1, kTileRows, keys, kTileKeys, scores + tile, kKeyBlock);
+      for (int64_t d = kDotChunk; d < a_.D; d += kDotChunk) {
         const int64_t count = a_.D - d < kDotChunk ? a_.D - d : kDotChunk;
-        multiply(query + d * kTileRows, keys + d * kTileKeys<T>, count, d == 0, to);
+        multiply<true>(count, query + d * kTileRows, 1, kTileRows, keys + d * kTileKeys, kTileKeys, scores + tile, kKeyBlock);
       }
     }
   }
 
-  // Sums of kDotChunk products are formed in registers and added up: shorter chains of rounding than one sum over D.
-  static constexpr int64_t kDotChunk = 32;
-
-  static void multiply(const T* query, const T* keys, int64_t count, bool first, T* scores) {
-    V sum[kTileRows][kTileVectors] = {};
-    for (int64_t d = 0; d < count; ++d) {
-      V key[kTileVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) key[v] = load(keys + d * kTileKeys<T> + v * kLanes<T>);
-#pragma GCC unroll 16
-      for (int r = 0; r < kTileRows; ++r) {
-        const V q = broadcast(query[d * kTileRows + r]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kTileVectors; ++v) sum[r][v] += q * key[v];
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) {
-        T* to = scores + r * kKeyBlock + v * kLanes<T>;
-        store<T>(to, first ? sum[r][v] : load(to) + sum[r][v]);
-      }
-    }
-  }
-
-  // Adds row m's probabilities on one block of keys. scores: (kKeyBlock) products in, exponentials out.
-  void absorb(KeyBlock<T>& block, int64_t m, T* scores, bool part, Pass pass) {
-    const T peak = finish_scores(block, m, scores, part);
-    if (pass == Pass::online_total || pass == Pass::online_mass) {
-      if (peak == -T(INFINITY)) return;
-      if (peak != peak) return spoil(m);
-      raise_shift(m, peak);
-    } else if (total_[m] == 0.0) {
-      return;  // the first pass found no visible key
-    }
-    const T shift = shift_[m];
-    V sums = {};
-    for (int v = 0; v < kBlockVectors; ++v) {
-      const V p = exp_(load(scores + v * kLanes<T>) - shift);
-      store<T>(scores + v * kLanes<T>, p);
-      sums += p;
-    }
-    T sum = 0;
-    for (int i = 0; i < kLanes<T>; ++i) sum += sums[i];
-    switch (pass) {
-      case Pass::online_total: total_[m] += sum; break;
-      case Pass::online_mass: total_[m] += sum; [[fallthrough]];
-      case Pass::fixed_mass: add_mass(block, m, scores, sum); break;
-      case Pass::fixed_columns: add_columns(block, scores, static_cast<T>(1.0 / total_[m])); break;
-    }
-  }
-
-  // Scale, softcap and visibility -> the largest visible score.
+  // Scale, softcap and visibility -> the largest visible score, NaN where all visible ones are.
   T finish_scores(const KeyBlock<T>& block, int64_t m, T* scores, bool part) const {
     const T scale = static_cast<T>(a_.scale), cap = static_cast<T>(a_.softcap);
     V peaks = broadcast(-T(INFINITY));
@@ -319,12 +267,14 @@ class Task {
       V s = load(scores + v * kLanes<T>) * scale;
       if (cap > 0) s = cap * tanh_(s / cap);
       if (part) s = visible(block, m, v) ? s : broadcast(-T(INFINITY));
-      // NaN counts as largest, so that it is not lost.
-      peaks = (s > peaks) | (s != s) ? s : peaks;
+      peaks = s > peaks ? s : peaks;
       store<T>(scores + v * kLanes<T>, s);
     }
-    T peak = peaks[0];
-    for (int i = 1; i < kLanes<T>; ++i) peak = peaks[i] > peak || peaks[i] != peaks[i] ? peaks[i] : peak;
+    const T peak = fold<T>(peaks, [](T a, T b) { return a > b ? a : b; });
+    // No comparison finds NaN. Beside finite scores it spoils the row's total; alone it must not pass for nothing.
+    for (int j = 0; peak == -T(INFINITY) && j < kKeyBlock; ++j) {
+      if (scores[j] != scores[j]) return scores[j];
+    }
     return peak;
   }
 
@@ -336,51 +286,24 @@ class Task {
     return seen;
   }
 
-  // A visible score is NaN: so is everything about the row.
-  void spoil(int64_t m) {
-    total_[m] = NAN;
-    for (int64_t n = 0; n < a_.N; ++n) mass_[m * a_.N + n] = NAN;
-  }
-
-  void raise_shift(int64_t m, T peak) {
-    if (!(peak > shift_[m])) return;
+  // Raises the row's shift to `peak` -> the factor that everything summed up so far shrinks by.
+  double raise_shift(int64_t m, T peak) {
+    if (!(peak > shift_[m])) return 1.0;
     const double factor = ::exp(static_cast<double>(shift_[m]) - static_cast<double>(peak));
     shift_[m] = peak;
     total_[m] *= factor;
-    for (int64_t n = 0; n < a_.N; ++n) mass_[m * a_.N + n] *= factor;
+    return factor;
   }
 
-  void add_mass(const KeyBlock<T>& block, int64_t m, const T* p, T sum) {
-    if (!block.any_segment) return;
-    double* mass = mass_ + m * a_.N;
-    if (block.one_segment) {
-      mass[block.segment[0]] += sum;
-      return;
-    }
-    for (int64_t j = 0; j < block.count; ++j) {
-      if (block.segment[j] >= 0) mass[block.segment[j]] += p[j];
-    }
-  }
-
-  void add_columns(KeyBlock<T>& block, const T* p, T weight) {
+  // scores: (kKeyBlock) become exp(score - shift) -> their sum.
+  T exponentials(T* scores, T shift) const {
+    V sums = {};
     for (int v = 0; v < kBlockVectors; ++v) {
-      T* sums = block.column_sums + v * kLanes<T>;
-      store<T>(sums, load(sums) + load(p + v * kLanes<T>) * weight);
+      const V p = exp_(load(scores + v * kLanes<T>) - shift);
+      store<T>(scores + v * kLanes<T>, p);
+      sums += p;
     }
-  }
-
-  void write_mass() {
-    for (int64_t m = 0; m < M_; ++m) {
-      const double weight = total_[m] != 0.0 ? 1.0 / total_[m] : 0.0;
-      for (int64_t n = 0; n < a_.N; ++n) {
-        const double mass = mass_[m * a_.N + n] * weight;
-        if (task_.partial != nullptr) {
-          task_.partial[n] += mass;
-        } else {
-          static_cast<T*>(a_.out)[flat_row(m) * a_.N + n] = static_cast<T>(mass);
-        }
-      }
-    }
+    return sum_of<T>(sums);
   }
 
   const AttentionMassTask& task_;
@@ -388,7 +311,7 @@ class Task {
   const int64_t group_, M_, num_strips_;  // M_: rows times heads of the group, row-major
   T *query_, *keys_, *head_, *shift_;
   Int<T> *position_, *depth_;
-  double *total_, *mass_;  // (M), (M, N), unnormalised
+  double* total_;  // (M) of exponentials relative to shift_
 };
 
 }  // namespace

@@ -1,0 +1,146 @@
+"""This project's backends as contestants, each by its name and as `"auto"` chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.case import WITHOUT_MASS, Contestant, Named, NotOfThisCase, Run, timed_run
+from benchmarks.ops import attention_mass as mass_cases
+from benchmarks.ops import linear_logprobs as head_cases
+from benchmarks.ops import preference_loss as loss_cases
+from benchmarks.ops import tree_attention as tree_cases
+from mmdpo_kernels import (
+    SequenceLogps,
+    attention_mass,
+    backends,
+    linear_logprobs,
+    preference_loss,
+    sequence_logps,
+    tree_attention,
+)
+from mmdpo_kernels.backends.registry import load
+
+
+def contestants(op: str) -> list[Contestant]:
+    """Every backend of the op, and "auto"; for attention also what each costs without the ratios or the mass of a case."""
+    found = [_contestant(op, backend, PREPARE[op], backend) for backend in ("auto", *backends()[op])]
+    if op == "tree_attention":
+        plain = partial(_tree_attention, with_mass=False)
+        found += [_contestant(op, f"{c.name}{WITHOUT_MASS}", plain, c.name) for c in list(found)]
+    return found
+
+
+def _contestant(op: str, name: str, prepare: Callable[[Any, str], Run], backend: str) -> Contestant:
+    return Contestant(
+        name=name,
+        ours=True,
+        prepare=lambda problem: prepare(problem, backend),
+        unavailable_reason=partial(_unavailable_reason, op, backend),
+    )
+
+
+def _unavailable_reason(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if backend == "auto":
+        return None
+    if backend == "triton" and device_type == "cpu":
+        return "its kernels are only interpreted on the CPU, which says nothing about speed"
+    reason: str | None = load(op, backend).unavailable_reason(device_type, dtype)
+    return reason
+
+
+def _tree_attention(problem: tree_cases.Problem, backend: str, with_mass: bool = True) -> Run:
+    if (not with_mass and not problem.num_segments) or (backend == "flex" and not problem.compiled):
+        raise NotOfThisCase
+    in_pass = problem.num_segments if with_mass and problem.rows is None else 0
+
+    def forward() -> Named:
+        for _ in range(problem.layers):
+            found = tree_attention(
+                problem.query,
+                problem.key,
+                problem.value,
+                problem.tree_end,
+                segments=problem.segments if in_pass else None,
+                num_segments=in_pass,
+                backend=backend,
+            )
+        named = {"output": found.output, "lse": found.lse}
+        if in_pass:
+            named["mass"] = found.mass
+        if problem.rows is not None and with_mass:
+            named["mass"] = attention_mass(
+                problem.query[:, :, problem.rows],
+                problem.key,
+                problem.segments,
+                row_positions=problem.rows[None],
+                num_segments=problem.num_segments,
+                tree_end=problem.tree_end,
+                lse=found.lse[:, :, problem.rows],
+                reduce="mean",
+            )
+        return named
+
+    return timed_run(problem.timed, forward, problem.leaves, {"output": problem.grad_output})
+
+
+def _attention_mass(problem: mass_cases.Problem, backend: str) -> Run:
+    def forward() -> Named:
+        mass = attention_mass(
+            problem.query_rows,
+            problem.key,
+            problem.segments,
+            row_positions=problem.row_positions,
+            num_segments=problem.num_segments,
+            lse=problem.lse,
+            reduce=problem.reduce,
+            backend=backend,
+        )
+        return {"mass": mass}
+
+    return timed_run(problem.timed, forward, problem.leaves, {"mass": problem.grad_mass})
+
+
+def _linear_logprobs(problem: head_cases.Problem, backend: str) -> Run:
+    def forward() -> Named:
+        return {"logps": linear_logprobs(problem.hidden, problem.weight, problem.targets, backend=backend).logps}
+
+    return timed_run(problem.timed, forward, problem.leaves, {"logps": problem.grad_logps})
+
+
+def _preference_loss(problem: loss_cases.LossProblem | loss_cases.HeadProblem, backend: str) -> Run:
+    forward = partial(_loss if isinstance(problem, loss_cases.LossProblem) else _head_and_loss, problem, backend)
+    return timed_run(problem.timed, forward, problem.leaves, {"loss": torch.ones((), device=problem.leaves.popitem()[1].device)})
+
+
+def _loss(problem: loss_cases.LossProblem, backend: str) -> Named:
+    policy, reference = (
+        SequenceLogps(chosen=logps[0], rejected=logps[1], corrupted=logps[2]) for logps in (problem.policy, problem.reference)
+    )
+    names = ("sigmoid", "copo", "ancpo")
+    return {"loss": preference_loss(policy, reference, loss_type=names, beta=loss_cases.BETA, backend=backend).loss}
+
+
+def _head_and_loss(problem: loss_cases.HeadProblem, backend: str) -> Named:
+    lengths = [problem.targets.shape[1]] * problem.targets.shape[0]
+
+    def logps(hidden: torch.Tensor, weight: torch.Tensor) -> SequenceLogps:
+        tokens = linear_logprobs(hidden.flatten(0, 1), weight, problem.targets.flatten()).logps
+        chosen, rejected = sequence_logps(tokens, lengths).chunk(2)
+        return SequenceLogps(chosen=chosen, rejected=rejected)
+
+    with torch.no_grad():
+        reference = logps(problem.reference_hidden, problem.reference_weight)
+    policy = logps(problem.hidden, problem.weight)
+    return {"loss": preference_loss(policy, reference, beta=loss_cases.BETA, backend=backend).loss}
+
+
+PREPARE: dict[str, Callable[[Any, str], Run]] = {
+    "tree_attention": _tree_attention,
+    "attention_mass": _attention_mass,
+    "linear_logprobs": _linear_logprobs,
+    "preference_loss": _preference_loss,
+}

@@ -1,0 +1,99 @@
+"""Plain PyTorch, in the dtype of the inputs: products, masks, softmax, sums over segments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from benchmarks.case import CannotServe, Contestant, Named, NotOfThisCase, Run, timed_run
+from benchmarks.ops import attention_mass, linear_logprobs, preference_loss, tree_attention
+from benchmarks.peers.packages import anywhere
+from mmdpo_kernels.tree_mask import visible
+
+# More would not fit, and nobody would try.
+MOST_SCORES = 2**31
+
+
+def _tree_attention(problem: tree_attention.Problem) -> Run:
+    if problem.rows is not None:  # eager maps are this, with the maps given out
+        raise NotOfThisCase
+    heads, length = problem.query.shape[1:3]
+    if heads * length**2 > MOST_SCORES:
+        raise CannotServe(f"{heads} x {length} x {length} scores are not held")
+    tree_end = problem.tree_end
+    if tree_end is None:
+        tree_end = torch.full((1, length), length, device=problem.query.device)
+    hidden = ~visible(tree_end)[:, None]
+    one_hot = _one_hot(problem.segments, problem.num_segments, problem.query.dtype)
+
+    def forward() -> Named:
+        key, value = (tensor.repeat_interleave(problem.kv_groups, dim=1) for tensor in (problem.key, problem.value))
+        scores = (problem.query @ key.mT * problem.scale).masked_fill(hidden, float("-inf"))
+        probabilities = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        found = {"output": probabilities @ value}
+        return found | ({"mass": probabilities @ one_hot} if problem.num_segments else {})
+
+    return timed_run(problem.timed, forward, problem.leaves, {"output": problem.grad_output})
+
+
+def _attention_mass(problem: attention_mass.Problem) -> Run:
+    hidden = torch.arange(problem.key.shape[2], device=problem.key.device) > problem.row_positions[:, :, None]
+    one_hot = _one_hot(problem.segments, problem.num_segments, problem.key.dtype)
+    groups = problem.query_rows.shape[1] // problem.key.shape[1]
+
+    def forward() -> Named:
+        key = problem.key.repeat_interleave(groups, dim=1)
+        scores = (problem.query_rows @ key.mT * problem.scale).masked_fill(hidden[:, None], float("-inf")).float()
+        probabilities = scores.softmax(-1) if problem.lse is None else torch.exp(scores - problem.lse[..., None])
+        if problem.reduce == "tokens":
+            return {"mass": probabilities.mean((1, 2))}
+        mass = (probabilities.to(one_hot.dtype) @ one_hot).float()
+        return {"mass": mass if problem.reduce is None else mass.mean((1, 2))}
+
+    return timed_run(problem.timed, forward, problem.leaves, {"mass": problem.grad_mass})
+
+
+def _linear_logprobs(problem: linear_logprobs.Problem) -> Run:
+    def forward() -> Named:
+        logits = (problem.hidden @ problem.weight.T).float()
+        return {"logps": logits.log_softmax(-1).gather(1, problem.targets[:, None])[:, 0]}
+
+    return timed_run(problem.timed, forward, problem.leaves, {"logps": problem.grad_logps})
+
+
+def _preference_loss(problem: preference_loss.LossProblem | preference_loss.HeadProblem) -> Run:
+    def mdpo(logps: Tensor, reference: Tensor) -> Tensor:
+        chosen, rejected, corrupted = preference_loss.BETA * (logps - reference)
+        return -(logsigmoid(chosen - rejected) + logsigmoid(chosen - corrupted) + logsigmoid(chosen)).mean()
+
+    def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[..., None])[..., 0].sum(-1)
+
+    def forward() -> Named:
+        if isinstance(problem, preference_loss.LossProblem):
+            return {"loss": mdpo(problem.policy, problem.reference)}
+        with torch.no_grad():
+            reference = logps(problem.reference_hidden, problem.reference_weight, problem.targets)
+        chosen, rejected = (logps(problem.hidden, problem.weight, problem.targets) - reference).chunk(2)
+        return {"loss": -logsigmoid(preference_loss.BETA * (chosen - rejected)).mean()}
+
+    (leaf,) = problem.leaves.values()
+    return timed_run(problem.timed, forward, problem.leaves, {"loss": torch.ones((), device=leaf.device)})
+
+
+def _one_hot(segments: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """(B, S) -> (B, 1, S, N)."""
+    return (segments[:, None, :, None] == torch.arange(count, device=segments.device)).to(dtype)
+
+
+PREPARE = {
+    "tree_attention": _tree_attention,
+    "attention_mass": _attention_mass,
+    "linear_logprobs": _linear_logprobs,
+    "preference_loss": _preference_loss,
+}
+CONTESTANTS = {
+    op: [Contestant(name="torch, dense", ours=False, prepare=prepare, unavailable_reason=anywhere, package="torch")]
+    for op, prepare in PREPARE.items()
+}

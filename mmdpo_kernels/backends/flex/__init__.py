@@ -1,0 +1,1 @@
+"""PyTorch's FlexAttention with the tree rule as its mask."""

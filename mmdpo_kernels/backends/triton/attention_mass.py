@@ -1,0 +1,485 @@
+"""`attention_mass` in Triton: a tile of the rows that share a key head reads its keys once, split over programs where rows are few.
+
+Launches: 2 for rows (1 with `lse` where the keys are not split), 3 for "mean" and "tokens" (2 with `lse`), 4 backward (3 with `lse` likewise);
+every 16 segments take a round of their own, and depths for a window in a tree are PyTorch's. Partial results go to a workspace and are added
+in a fixed order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...tree_mask import depth
+from . import runtime
+from .attention_mass_kernels import add_parts, combine_splits, key_gradient, key_partials, query_gradient, row_partials
+from .attention_mass_tiles import COLUMNS, SPLITS
+from .launch import Launch
+
+_COLUMNS = COLUMNS.value
+_COMBINED_ROWS = 8
+
+
+def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
+    """None, or why this backend cannot serve tensors of `dtype` on `device_type`. It serves every feature."""
+    return runtime.unavailable_reason(device_type, dtype)
+
+
+def forward(
+    query_rows: Tensor,  # (B, Hq, R, D)
+    key: Tensor,  # (B, Hkv, S, D)
+    segments: Tensor,  # (B, S)
+    row_positions: Tensor,  # (B, R)
+    num_segments: int,
+    tree_end: Tensor | None,  # (B, S)
+    lse: Tensor | None,  # (B, Hq, R)
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    reduce: str | None,
+) -> Tensor:
+    """-> (B, Hq, R, N), (B, N) or (B, S) float32, as `reduce` says. With `lse`, blocks of keys that are in no segment are not read."""
+    work = _Work.of(query_rows, key, segments, row_positions, num_segments, tree_end, scale, softcap, window)
+    out = work.forward(lse, reduce)
+    work.run()
+    return out
+
+
+def backward(
+    grad: Tensor,
+    query_rows: Tensor,
+    key: Tensor,
+    segments: Tensor,
+    row_positions: Tensor,
+    num_segments: int,
+    tree_end: Tensor | None,
+    lse: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    reduce: str | None,
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of query_rows and key: dscores = P (dP - rowsum(P dP)), dP the upstream gradient at the key's segment."""
+    work = _Work.of(query_rows, key, segments, row_positions, num_segments, tree_end, scale, softcap, window)
+    grad_query, grad_key = work.backward(grad, lse, reduce)
+    work.run()
+    return grad_query.to(query_rows.dtype), grad_key.to(key.dtype)
+
+
+class Tile(NamedTuple):
+    """How a program cuts its work."""
+
+    block_m: int
+    """Packed rows."""
+    block_n: int
+    """Keys."""
+    step_d: int
+    """Elements of a head vector read at a time."""
+    num_warps: int
+    num_stages: int
+
+
+def tile_of(work: str, dtype: torch.dtype, block_d: int, target: int) -> Tile:
+    """Chosen so that no form spills registers on sm_80, sm_90 and sm_100, see `ahead_of_time`, and none but sm_90's takes over 99 KiB shared.
+
+    Args:
+        target: compute capability, 80 for 8.0.
+        work: "scores" (probabilities only), "corrections" (with upstream gradients), "query" and "key" (a gradient of whole head vectors).
+    """
+    if dtype == torch.float32:  # outside the tensor cores, from registers
+        block = 32 if work in ("scores", "corrections") else 16
+        return Tile(block, 16, min(block_d, 32), 4 if block_d <= 512 else 8, 1)
+    if block_d > 256:
+        large = {"scores": Tile(64, 64, 128, 4, 2), "corrections": Tile(64, 32, 128, 4, 2)}
+        return large.get(work, Tile(16, 16, 64, 8, 1))
+    if block_d > 128:
+        return {
+            "scores": Tile(64, 64 if target == 90 else 32, block_d, 8, 2),
+            "corrections": Tile(64, 32, block_d, 8, 2),
+            "query": Tile(32, 32, block_d, 8, 1),
+            "key": Tile(16, 32, block_d, 8, 1),
+        }[work]
+    return {
+        "scores": Tile(64, 64 if target == 90 else 32, block_d, 4, 3),
+        "corrections": Tile(64, 32, block_d, 4, 3),
+        "query": Tile(64, 32, block_d, 8, 2),
+        "key": Tile(32, 64, block_d, 8, 2) if block_d == 128 else Tile(64, 32, block_d, 8, 2),
+    }[work]
+
+
+@cache
+def _target(device: torch.device) -> int:
+    major, minor = runtime.capability(device)
+    return 10 * major + minor
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132 if device.type == "meta" else 4  # described for an H100; interpreted, enough to split keys
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """Tensors as the kernels read them, and the launches so far: known from shapes alone, so they can be described without data."""
+
+    query: Tensor
+    key: Tensor
+    segments: Tensor
+    positions: Tensor
+    tree_end: Tensor | None
+    depth: Tensor | None
+    num_segments: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    target: int
+    launches: list[Launch] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        query_rows: Tensor,
+        key: Tensor,
+        segments: Tensor,
+        row_positions: Tensor,
+        num_segments: int,
+        tree_end: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> _Work:
+        dtype = torch.promote_types(query_rows.dtype, key.dtype)
+        query_rows, key = (_dense_heads(tensor.to(dtype)) for tensor in (query_rows, key))
+        return cls(
+            query=query_rows,
+            key=key,
+            segments=segments.contiguous(),
+            positions=row_positions.contiguous(),
+            tree_end=None if tree_end is None else tree_end.contiguous(),
+            depth=None if tree_end is None or window is None else depth(tree_end),
+            num_segments=num_segments,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+            target=_target(key.device),
+        )
+
+    def run(self) -> None:
+        with torch.cuda.device_of(self.key):
+            for launch in self.launches:
+                launch.run()
+
+    def forward(self, lse: Tensor | None, reduce: str | None) -> Tensor:
+        batch, heads, rows, _ = self.query.shape
+        length, count = self.key.shape[2], self.num_segments
+        shape = {None: (batch, heads, rows, count), "mean": (batch, count), "tokens": (batch, length)}[reduce]
+        if 0 in (batch, heads, rows, length, *shape):
+            return torch.zeros(shape, dtype=torch.float32, device=self.key.device)
+        out = self.workspace(*shape)
+        lse = _dense_float(lse)
+        if reduce == "tokens":
+            self.token_means(lse, out)
+        else:
+            for first in range(0, count, _COLUMNS):
+                lse = self.segment_masses(lse, first, reduce == "mean", out)
+        return out
+
+    def backward(self, grad: Tensor, lse: Tensor | None, reduce: str | None) -> tuple[Tensor, Tensor]:
+        query, key = self.query, self.key
+        if 0 in (*grad.shape, *query.shape, *key.shape):
+            return torch.zeros_like(query), torch.zeros_like(key)
+        # A reduced gradient is one a key, shared by all rows; the kernels divide their sums by the number of rows.
+        strides = grad.stride() if reduce is None else (grad.stride(0), 0, 0, grad.stride(1))
+        upstream = {
+            "SEGMENTS": None if reduce == "tokens" else self.segments,
+            "GRAD": grad,
+            "end_segment": key.shape[2] if reduce == "tokens" else self.num_segments,
+            **_named("stride_g", "bhrn", strides),
+        }
+        found, delta = self.row_corrections(_dense_float(lse), upstream, per_row=reduce is None)
+        grad_query, grad_key = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
+        common = self.common_arguments() | upstream | {"LSE": found, "DELTA": delta}
+        flags = {"PER_ROW": reduce is None, "MEAN": reduce is not None}
+        tile = self.tile("query")
+        grid = (triton.cdiv(self.packed_rows, tile.block_m), self.pairs)
+        self.add(query_gradient, grid, common | {"DQ": grad_query}, self.constants(tile) | flags, tile)
+        tile = self.tile("key")
+        grid = (triton.cdiv(key.shape[2], tile.block_n), self.pairs)
+        self.add(key_gradient, grid, common | {"DK": grad_key}, self.constants(tile) | flags, tile)
+        return grad_query, grad_key
+
+    def segment_masses(self, lse: Tensor | None, first: int, mean: bool, out: Tensor) -> Tensor | None:
+        """Masses of _COLUMNS segments from `first` on into `out` -> lse, where it is known now."""
+        batch, heads, rows, _ = self.query.shape
+        end = min(first + _COLUMNS, self.num_segments)
+        tiles, splits, pairs = self.row_grid("scores")[0]
+        options: dict[str, Any] = {"SEGMENTS": self.segments, "first_segment": first, "end_segment": end}
+        if lse is not None and mean:
+            parts = self.workspace(batch, pairs // batch * tiles * splits, _COLUMNS)
+            self.row_partials(lse, None, None, parts, "mass", sum_rows=True, **options)
+            self.add_parts(parts, out[:, first:end])
+            return lse
+        if lse is not None and splits == 1:
+            self.row_partials(lse, None, None, out[..., first:], "mass", stride_row=out.stride(2), **options)
+            return lse
+        peak, total = (None, None) if lse is not None else self.split_state(splits)
+        mass = self.workspace(splits, batch, heads, rows, _COLUMNS)
+        self.row_partials(lse, peak, total, mass, "mass", stride_row=_COLUMNS, **options)
+        new_lse = self.workspace(batch, heads, rows) if lse is None and end < self.num_segments else None
+        if mean:
+            parts = self.workspace(batch, triton.cdiv(heads * rows, _COMBINED_ROWS), _COLUMNS)
+            self.combine_splits(peak, total, mass, new_lse, parts, sum_rows=True)
+            self.add_parts(parts, out[:, first:end])
+        else:
+            self.combine_splits(peak, total, mass, new_lse, out[..., first:end])
+        return lse if new_lse is None else new_lse
+
+    def token_means(self, lse: Tensor | None, out: Tensor) -> None:
+        batch, length = out.shape
+        tile = self.tile("scores")
+        splits = self.row_grid("scores")[0][1]
+        peak = total = None
+        if lse is None:
+            peak, total = self.split_state(splits)
+            self.row_partials(None, peak, total, None, "lse")
+        parts = self.workspace(batch, self.pairs // batch, length)
+        arguments = self.common_arguments() | {"LSE": lse, "PEAK": peak, "TOTAL": total, "OUT": parts, "splits": splits}
+        self.add(key_partials, (triton.cdiv(length, tile.block_n), self.pairs), arguments, self.constants(tile), tile)
+        self.add_parts(parts, out)
+
+    def row_corrections(self, lse: Tensor | None, upstream: dict[str, Any], *, per_row: bool) -> tuple[Tensor, Tensor]:
+        """-> lse and rowsum(P dP), both (B, Hq, R)."""
+        shape = self.query.shape[:3]
+        splits = self.row_grid("corrections")[0][1]
+        peak, total = (None, None) if lse is not None else self.split_state(splits)
+        parts = self.workspace(splits, *shape, 1)
+        self.row_partials(lse, peak, total, parts, "gradient", per_row=per_row, stride_row=1, **upstream)
+        if lse is not None and splits == 1:
+            return lse, parts[0]
+        found = self.workspace(*shape) if lse is None else lse
+        delta = self.workspace(*shape, 1)
+        self.combine_splits(peak, total, parts, found, delta)
+        return found, delta
+
+    def row_partials(
+        self,
+        lse: Tensor | None,
+        peak: Tensor | None,
+        total: Tensor | None,
+        mass: Tensor | None,
+        what: str,
+        *,
+        sum_rows: bool = False,
+        per_row: bool = False,
+        **options: Any,
+    ) -> None:
+        work = "corrections" if what == "gradient" else "scores"
+        tile = self.tile(work)
+        grid, blocks = self.row_grid(work)
+        arguments = self.common_arguments() | {
+            "SEGMENTS": None,
+            "GRAD": None,
+            **_named("stride_g", "bhrn", (0, 0, 0, 0)),
+            "LSE": lse,
+            "PEAK": peak,
+            "TOTAL": total,
+            "MASS": mass,
+            "blocks": blocks,
+            "first_segment": 0,
+            "end_segment": 0,
+            "stride_split": self.query.shape[:3].numel(),
+            "stride_row": 0,
+            **options,
+        }
+        constants = self.constants(tile) | {"WHAT": what, "SUM_ROWS": sum_rows, "PER_ROW": per_row}
+        self.add(row_partials, grid, arguments, constants, tile)
+
+    def combine_splits(
+        self,
+        peak: Tensor | None,
+        total: Tensor | None,
+        mass: Tensor,  # (splits, B, Hq, R, columns)
+        lse: Tensor | None,
+        out: Tensor,
+        *,
+        sum_rows: bool = False,
+    ) -> None:
+        splits, batch, heads, rows, columns = mass.shape
+        arguments = {
+            "PEAK": peak,
+            "TOTAL": total,
+            "MASS": mass,
+            "LSE": lse,
+            "OUT": out,
+            "batch_rows": heads * rows,
+            "splits": splits,
+            "num_columns": out.shape[-1],
+            "stride_out": out.stride(-2),
+        }
+        constants = {"SUM_ROWS": sum_rows, "WIDTH": columns, "BLOCK_R": _COMBINED_ROWS}
+        self.add(combine_splits, (triton.cdiv(heads * rows, _COMBINED_ROWS), batch), arguments, constants)
+
+    def add_parts(self, parts: Tensor, out: Tensor) -> None:
+        """parts (B, T, C) -> out (B, columns of out), the mean over heads and used rows."""
+        batch, num_columns = out.shape
+        block_t, block_c = (256, _COLUMNS) if num_columns <= _COLUMNS else (32, 128)
+        arguments = {
+            "PARTS": parts,
+            "OUT": out,
+            "POSITIONS": self.positions,
+            "rows": self.query.shape[2],
+            "heads": self.query.shape[1],
+            "parts": parts.shape[1],
+            "width": parts.shape[2],
+            "num_columns": num_columns,
+            "stride_out": out.stride(0),
+        }
+        grid = (triton.cdiv(num_columns, block_c), batch)
+        self.add(add_parts, grid, arguments, {"BLOCK_T": block_t, "BLOCK_C": block_c})
+
+    def add(
+        self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], tile: Tile | None = None
+    ) -> None:
+        num_warps, num_stages = (4, 1) if tile is None else (tile.num_warps, tile.num_stages)
+        self.launches.append(
+            Launch(
+                kernel=kernel,
+                programs=grid,
+                arguments=arguments,
+                constants=constants,
+                num_warps=num_warps,
+                num_stages=num_stages,
+                maxnreg=255,
+            )
+        )
+
+    def tile(self, work: str) -> Tile:
+        return tile_of(work, self.query.dtype, self.block_d, self.target)
+
+    def row_grid(self, work: str) -> tuple[tuple[int, int, int], int]:
+        """-> grid (row tiles, splits, B * Hkv) of `row_partials`, key blocks a split: two programs a processor, where there are as many."""
+        tile = self.tile(work)
+        tiles, blocks = triton.cdiv(self.packed_rows, tile.block_m), triton.cdiv(self.key.shape[2], tile.block_n)
+        wanted = triton.cdiv(2 * _processors(self.key.device), tiles * self.pairs)
+        blocks_per_split = triton.cdiv(blocks, min(SPLITS.value, wanted))
+        return (tiles, triton.cdiv(blocks, blocks_per_split), self.pairs), blocks_per_split
+
+    @property
+    def pairs(self) -> int:
+        """Batch rows times key heads."""
+        return self.key.shape[0] * self.key.shape[1]
+
+    @property
+    def packed_rows(self) -> int:
+        return self.query.shape[2] * self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def block_d(self) -> int:
+        return max(16, triton.next_power_of_2(self.query.shape[-1]))
+
+    def common_arguments(self) -> dict[str, Any]:
+        return {
+            "Q": self.query,
+            "K": self.key,
+            "POSITIONS": self.positions,
+            "TREE_END": self.tree_end,
+            "DEPTH": self.depth,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "window": self.window,
+            "rows": self.query.shape[2],
+            "group": self.query.shape[1] // self.key.shape[1],
+            "kv_heads": self.key.shape[1],
+            "length": self.key.shape[2],
+            **_named("stride_q", "bhr", self.query.stride()),
+            **_named("stride_k", "bhs", self.key.stride()),
+        }
+
+    def workspace(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.key.device)
+
+    def split_state(self, splits: int) -> tuple[Tensor, Tensor]:
+        """Running maximum and total of each row and split."""
+        return self.workspace(splits, *self.query.shape[:3]), self.workspace(splits, *self.query.shape[:3])
+
+    def constants(self, tile: Tile) -> dict[str, Any]:
+        return {
+            "HEAD_DIM": self.query.shape[-1],
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_D": self.block_d,
+            "STEP_D": tile.step_d,
+        }
+
+
+REPRESENTATIVE = ("rows bf16 128",)
+"""Every feature at once in the kernels that have fewest registers to spare, at the models' head dim."""
+
+
+def specializations(target: int) -> list[runtime.Specialization]:
+    """What the launchers ask for at the sizes of a training step: every kernel, dtype and way of reading head vectors, each form once."""
+    found: dict[object, runtime.Specialization] = {}
+    sizes = [*itertools.product(runtime.DTYPES, (64, 128, 256)), (torch.bfloat16, 80), (torch.bfloat16, 512)]
+    for dtype, dim in sizes:
+        for reduce, known, extras in _FORMS if dim == 128 else _FORMS[:2]:
+            options = (torch.int32, 2.0, 1024) if extras else (None, None, None)
+            for work, name in _described_work(target, dtype, dim, reduce, known, *options):
+                label = f"{name} {_SHORT[dtype]} {dim}{' tree window softcap' if extras else ''}"
+                for launch in work.launches:
+                    form = launch.describe(f"attention_mass {launch.kernel.__name__} {label}")
+                    key = (form.kernel, *map(str, (form.signature, form.constants, form.num_warps, form.num_stages)))
+                    found.setdefault(key, form)
+    return list(found.values())
+
+
+_SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# reduce, lse known, tree with softcap and window. The first two hold the kernels with most registers.
+_FORMS = ((None, False, True), ("tokens", True, True), ("mean", False, False), ("mean", True, False), ("tokens", False, False))
+
+
+def _described_work(
+    target: int,
+    dtype: torch.dtype,
+    dim: int,
+    reduce: str | None,
+    known: bool,
+    tree: torch.dtype | None,
+    softcap: float | None,
+    window: int | None,
+) -> Iterator[tuple[_Work, str]]:
+    batch, heads, kv_heads, rows, length, count = 2, 32, 8, 100, 3100, 5
+    with torch.device("meta"):
+        query, key = torch.empty(batch, heads, rows, dim, dtype=dtype), torch.empty(batch, kv_heads, length, dim, dtype=dtype)
+        segments, positions = (torch.empty(batch, size, dtype=torch.int32) for size in (length, rows))
+        tree_end = None if tree is None else torch.empty(batch, length, dtype=tree)
+        lse = torch.empty(batch, heads, rows) if known else None
+    for name in ("forward", "backward"):
+        work = _Work.of(query, key, segments, positions, count, tree_end, dim**-0.5, softcap, window)
+        work.target = target
+        out = work.forward(lse, reduce)
+        if name == "backward":
+            work.launches.clear()
+            work.backward(out, lse, reduce)
+        yield work, f"{name} {reduce or 'rows'}{' lse' if known else ''}"
+
+
+def _named(prefix: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
+    return {prefix + axis: stride for axis, stride in zip(axes, strides, strict=False)}
+
+
+def _dense_heads(tensor: Tensor) -> Tensor:
+    """The kernels read each head vector as consecutive elements; other strides may be anything."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _dense_float(lse: Tensor | None) -> Tensor | None:
+    return None if lse is None else lse.to(torch.float32).contiguous()

@@ -1,0 +1,46 @@
+"""What every Triton kernel file needs: where kernels can run, and how a shipped configuration is described."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""TRITON_INTERPRET was set when Triton was imported: kernels run on the CPU, one program after another."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specialization:
+    """One compiled form of a kernel, as the launcher asks for it."""
+
+    label: str
+    kernel: Any
+    """The `triton.jit` function."""
+    signature: Mapping[str, str]
+    """Type of each argument that is not a compile-time constant, for example `"*bf16"`, `"i32"`."""
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+
+def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot serve tensors of `dtype` on `device_type`, or None."""
+    if device_type != "cuda" and not (device_type == "cpu" and INTERPRETED):
+        return f"it runs on cuda tensors (on cpu only interpreted, with TRITON_INTERPRET=1 set before import), got {device_type}"
+    if device_type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 or newer, this one has {torch.cuda.get_device_capability()}"
+    if dtype not in DTYPES:
+        return f"it takes float32, float16 and bfloat16, got {dtype}"
+    return None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; (8, 0) where kernels are interpreted."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)

@@ -1,0 +1,112 @@
+"""Tile sizes of the tree-attention kernels: one small table by GPU, element size and head dim, nothing tuned at first use.
+
+Chosen as the largest that compile for the target without spilled registers; the sizes to start from are those of PyTorch's FlexAttention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How one kernel cuts its work."""
+
+    block_m: int
+    """Queries of a tile."""
+    block_n: int
+    """Keys of a tile."""
+    num_warps: int
+    num_stages: int
+    """Tiles in flight between global and shared memory."""
+
+
+@dataclass(frozen=True)
+class TreeAttentionTiles:
+    """Tiles of the three passes over (query block, key block) pairs."""
+
+    forward: Tiles
+    grad_key: Tiles
+    """One program per key block."""
+    grad_query: Tiles
+    """One program per query block."""
+
+
+WIDEST = 256
+"""The widest head that the tables serve."""
+
+CORRECTION = Tiles(64, 0, 4, 1)
+"""Of the pass over rows that comes before the other backward ones; it has no keys."""
+
+_override: list[TreeAttentionTiles] = []
+
+
+def choose(width: int, dtype: torch.dtype, capability: tuple[int, int], heavy: bool) -> TreeAttentionTiles:
+    """width: head dim or that of values, the larger. heavy: whether segments or a softcap take registers too."""
+    if _override:
+        return _override[-1]
+    column = next(widest for widest in (64, 128, 256) if width <= widest)
+    if dtype == torch.float32:
+        return _FLOAT32[column]
+    family = {9: "hopper", 10: "blackwell"}.get(capability[0], "ampere")
+    return (_HALF_HEAVY if heavy else _HALF)[family][column]
+
+
+@contextmanager
+def override(forward: Tiles, grad_key: Tiles | None = None, grad_query: Tiles | None = None) -> Iterator[None]:
+    """These tiles whatever the call: for tests, which want many blocks of few tokens, and for measurements."""
+    _override.append(TreeAttentionTiles(forward, grad_key or forward, grad_query or forward))
+    try:
+        yield
+    finally:
+        _override.pop()
+
+
+_HALF = {
+    # Up to 99 KB of shared memory, which the GPUs of 8.6, 8.9 and 12.x have too.
+    "ampere": {
+        64: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 3)),
+        128: TreeAttentionTiles(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 32, 8, 2)),
+        256: TreeAttentionTiles(Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(64, 32, 8, 1)),
+    },
+    "hopper": {
+        64: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)),
+        128: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 3), Tiles(128, 64, 8, 3)),
+        256: TreeAttentionTiles(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2)),
+    },
+    # All accumulators of a kernel have to fit the 512 columns of tensor memory.
+    "blackwell": {
+        64: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)),
+        128: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)),
+        256: TreeAttentionTiles(Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 64, 8, 1)),
+    },
+}
+
+_HALF_HEAVY = {
+    "ampere": {
+        64: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(32, 64, 8, 2), Tiles(128, 64, 8, 3)),
+        128: TreeAttentionTiles(Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)),
+        256: TreeAttentionTiles(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    },
+    "hopper": {
+        64: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3), Tiles(128, 64, 8, 3)),
+        128: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 3)),
+        256: TreeAttentionTiles(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(64, 32, 8, 2)),
+    },
+    "blackwell": {
+        64: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)),
+        128: TreeAttentionTiles(Tiles(64, 64, 8, 2), Tiles(32, 128, 8, 3), Tiles(128, 64, 8, 3)),
+        256: TreeAttentionTiles(Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    },
+}
+
+# Outside the tensor cores, the same on all.
+_FLOAT32 = {
+    64: TreeAttentionTiles(Tiles(32, 32, 4, 2), Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    128: TreeAttentionTiles(Tiles(32, 16, 8, 1), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1)),
+    256: TreeAttentionTiles(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+}

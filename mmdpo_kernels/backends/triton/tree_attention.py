@@ -1,0 +1,306 @@
+"""`tree_attention` in Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import runtime, tiles
+from .launch import Launch
+from .runtime import Specialization
+from .tiles import Tiles, TreeAttentionTiles
+from .tree_attention_kernels import COLUMNS, forward_kernel, grad_key_kernel, grad_query_kernel, row_correction_kernel
+from .tree_plan import key_plan, query_plan, segment_kinds, token_depths
+
+LSE_GRADIENT = True
+
+SEGMENTS_PER_PASS = COLUMNS.value
+
+
+def unavailable_reason(device_type: str, dtype: torch.dtype, *, head_dim: int = 64, **features: object) -> str | None:
+    """Why this backend cannot serve the call, or None."""
+    reason = runtime.unavailable_reason(device_type, dtype)
+    if reason is None and head_dim > tiles.WIDEST:
+        return f"it takes head dims up to {tiles.WIDEST}, got {head_dim}"
+    return reason
+
+
+def forward(
+    query: Tensor,  # (B, Hq, S, D)
+    key: Tensor,  # (B, Hkv, S, D)
+    value: Tensor,  # (B, Hkv, S, Dv)
+    tree_end: Tensor | None,  # (B, S)
+    segments: Tensor | None,  # (B, S)
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> output (B, Hq, S, Dv), lse (B, Hq, S) and mass (B, Hq, S, N) in float32.
+
+    More than 16 segments take one pass for every 16 of them.
+    """
+    if value.shape[3] > tiles.WIDEST:
+        raise ValueError(f"tree_attention: value must have a head dim of at most {tiles.WIDEST}, got {value.shape[3]}")
+    call = _Call(query, key, value, tree_end, segments, num_segments, scale, softcap, window)
+    batch, heads, length, _ = query.shape
+    output = _head_last(query, value.shape[3])
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    mass = query.new_empty(batch, heads, length, num_segments, dtype=torch.float32)
+    for launch in call.forward(output, lse, mass):
+        launch.run()
+    return output, lse, mass
+
+
+def backward(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    tree_end: Tensor | None,
+    segments: Tensor | None,
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of query, key, value. No sum depends on the order in which programs run.
+
+    A gradient of mass needs mass again, which another forward pass finds: cheaper than to keep it for those who only look at it.
+    """
+    if num_segments == 0:
+        grad_mass = None
+    mass = None
+    if grad_mass is not None:
+        mass = forward(query, key, value, tree_end, segments, num_segments, scale, softcap, window)[2]
+    call = _Call(query, key, value, tree_end, segments, 0 if mass is None else num_segments, scale, softcap, window)
+    grads = (_head_last(query, query.shape[3]), _head_last(key, key.shape[3]), _head_last(value, value.shape[3]))
+    for launch in call.backward(grad_output, grad_lse, grad_mass, output, lse, mass, *grads):
+        launch.run()
+    return grads
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all kernels of a call share."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    tree_end: Tensor | None
+    segments: Tensor | None
+    num_segments: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    capability: tuple[int, int] | None = None
+    """Of the GPU to launch for; None: the one that holds the query."""
+
+    def forward(self, output: Tensor, lse: Tensor, mass: Tensor) -> Iterator[Launch]:
+        """The launches that write output, lse and mass."""
+        tile = self._tiles.forward
+        programs = triton.cdiv(self.query.shape[2], tile.block_m) * self.query.shape[1]
+        own: dict[str, Any] = {"output": output, "lse": lse, "mass": None, "kinds": None}
+        if self.segments is not None and self.num_segments:
+            own |= {"mass": mass, "kinds": segment_kinds(self.segments, tile.block_n)}
+        for first in range(0, max(self.num_segments, 1), SEGMENTS_PER_PASS):
+            yield self._launch(forward_kernel, programs, tile, query_plan, {**own, "first_segment": first})
+
+    def backward(
+        self,
+        grad_output: Tensor | None,
+        grad_lse: Tensor | None,
+        grad_mass: Tensor | None,
+        output: Tensor,
+        lse: Tensor,
+        mass: Tensor | None,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+    ) -> Iterator[Launch]:
+        """The launches that write the three gradients, in the order in which they have to run."""
+        batch, heads, length, _ = self.query.shape
+        if grad_output is not None and grad_output.stride(-1) != 1:
+            grad_output = grad_output.contiguous()
+        upstream = {
+            "grad_output": grad_output,
+            "grad_mass": None if grad_mass is None else grad_mass.contiguous(),
+            **_strides(grad_output=grad_output),
+        }
+        correction = torch.empty_like(lse)
+        widths = self._constants(tiles.CORRECTION)
+        yield Launch(
+            kernel=row_correction_kernel,
+            programs=triton.cdiv(length, tiles.CORRECTION.block_m) * batch * heads,
+            arguments={
+                **upstream,
+                "output": output,
+                "grad_lse": None if grad_lse is None else grad_lse.contiguous(),
+                "mass": mass,
+                "correction": correction,
+                **_strides(output=output),
+                "heads": heads,
+                "length": length,
+                "num_segments": self.num_segments,
+            },
+            constants={name: widths[name] for name in ("VALUE_DIM", "BLOCK_V", "BLOCK_M")},
+            num_warps=tiles.CORRECTION.num_warps,
+            num_stages=tiles.CORRECTION.num_stages,
+        )
+        known = {**upstream, "lse": lse, "correction": correction, "scale": float(self.scale)}
+        passes = triton.cdiv(self.num_segments, SEGMENTS_PER_PASS)
+        tile = self._tiles.grad_key
+        programs = triton.cdiv(length, tile.block_n) * self.key.shape[1]
+        own = {**known, "grad_key": grad_key, "grad_value": grad_value}
+        yield self._launch(grad_key_kernel, programs, tile, key_plan, own, PASSES=passes)
+        tile = self._tiles.grad_query
+        programs = triton.cdiv(length, tile.block_m) * heads
+        yield self._launch(grad_query_kernel, programs, tile, query_plan, {**known, "grad_query": grad_query}, PASSES=passes)
+
+    @property
+    def _tiles(self) -> TreeAttentionTiles:
+        width = max(self.query.shape[3], self.value.shape[3])
+        capability = self.capability or runtime.capability(self.query.device)
+        heavy = self.num_segments > 0 or self.softcap is not None
+        return tiles.choose(width, self.query.dtype, capability, heavy)
+
+    def _launch(
+        self, kernel: Any, programs: int, tile: Tiles, plan: Callable[..., Tensor], own: dict[str, Any], **constants: int
+    ) -> Launch:
+        """programs: of one batch row. own: arguments that not all kernels have."""
+        planned = self.tree_end is not None or self.window is not None
+        blocks = plan(self.tree_end, self.query, self.window, tile.block_m, tile.block_n) if planned else None
+        if self.softcap is not None:
+            inner, outer = self.scale / self.softcap, self.softcap
+        elif self.scale > 0:  # then it can wait for the exponential
+            inner, outer = None, self.scale
+        else:
+            inner, outer = self.scale, 1.0
+        return Launch(
+            kernel=kernel,
+            programs=programs * self.query.shape[0],
+            arguments={
+                "query": self.query,
+                "key": self.key,
+                "value": self.value,
+                **_strides(query=self.query, key=self.key, value=self.value),
+                "tree_end": _int32(self.tree_end),
+                "depth": None if self.tree_end is None or self.window is None else token_depths(self.tree_end),
+                "plan": blocks,
+                "plan_b": None if blocks is None else blocks.stride(0),
+                "segments": _int32(self.segments) if self.num_segments else None,
+                "heads": self.query.shape[1],
+                "length": self.query.shape[2],
+                "window": self.window,
+                "inner": inner,
+                "outer": float(outer),
+                "num_segments": self.num_segments,
+                **own,
+            },
+            constants=self._constants(tile) | constants,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+
+    def _constants(self, tile: Tiles) -> dict[str, int | bool]:
+        dim, value_dim = self.query.shape[3], self.value.shape[3]
+        return {
+            "GROUP": self.query.shape[1] // self.key.shape[1],
+            "SOFTCAP": self.softcap is not None,
+            "DIM": dim,
+            "VALUE_DIM": value_dim,
+            "BLOCK_D": _padded(dim),
+            "BLOCK_V": _padded(value_dim),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+        }
+
+
+def _padded(dim: int) -> int:
+    """Width of a tile of head vectors: tensor cores take 16 or more, Triton powers of two."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _head_last(like: Tensor, dim: int) -> Tensor:
+    """(B, H, S, dim), in memory as (B, S, H, dim): what a model's next layer reads, and how projections make their outputs."""
+    batch, heads, length, _ = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def _int32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(torch.int32).contiguous()
+
+
+def _strides(**tensors: Tensor | None) -> dict[str, int | None]:
+    """Strides over batch, heads and tokens by the names that the kernels use."""
+    return {
+        f"{name}_{axis}": None if tensor is None else tensor.stride(index)
+        for name, tensor in tensors.items()
+        for index, axis in enumerate("bhs")
+    }
+
+
+REPRESENTATIVE = ("bf16 128 tree mass",)
+"""The three kernels with most to hold, at the models' head dim."""
+
+
+def specializations(target: int) -> list[Specialization]:
+    """What calls of every kind compile on a GPU of compute capability target / 10: each entry of the tile table, each feature once."""
+    forms: list[Specialization] = []
+    for label, dtype, dim, features in _SHIPPED:
+        for launch in _example(dtype, dim, divmod(target, 10), **features):
+            name = launch.kernel.__name__.removesuffix("_kernel")
+            forms.append(launch.describe(f"tree_attention {name} {label}"))
+    return forms
+
+
+_TREE, _MASS = {"tree": True}, {"tree": True, "num_segments": 4}
+_SHIPPED: tuple[tuple[str, torch.dtype, int, dict[str, Any]], ...] = (
+    ("bf16 32 causal", torch.bfloat16, 32, {}),
+    ("bf16 64 tree mass", torch.bfloat16, 64, _MASS),
+    ("bf16 80 tree", torch.bfloat16, 80, _TREE),
+    ("bf16 96 tree mass", torch.bfloat16, 96, _MASS),
+    ("bf16 128 causal", torch.bfloat16, 128, {}),
+    ("bf16 128 tree", torch.bfloat16, 128, _TREE),
+    ("bf16 128 tree mass", torch.bfloat16, 128, _MASS),
+    ("bf16 128 tree window softcap", torch.bfloat16, 128, {"tree": True, "window": 1024, "softcap": 30.0}),
+    ("bf16 256 tree", torch.bfloat16, 256, _TREE),
+    ("bf16 256 tree mass", torch.bfloat16, 256, _MASS),
+    ("fp32 64 tree", torch.float32, 64, _TREE),
+    ("fp32 128 tree mass", torch.float32, 128, _MASS),
+)
+
+
+def _example(
+    dtype: torch.dtype,
+    dim: int,
+    capability: tuple[int, int],
+    tree: bool = False,
+    num_segments: int = 0,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Iterator[Launch]:
+    """Forward and backward of a call without data, as a model with grouped heads makes it."""
+    batch, heads, kv_heads, length = 2, 32, 8, 4096
+
+    def ids() -> Tensor:
+        return torch.empty(batch, length, dtype=torch.int32, device="meta")
+
+    def rows(*shape: int) -> Tensor:
+        return torch.empty(batch, heads, length, *shape, device="meta")
+
+    query, key = (torch.empty(batch, length, h, dim, dtype=dtype, device="meta").transpose(1, 2) for h in (heads, kv_heads))
+    segments = ids() if num_segments else None
+    call = _Call(query, key, key, ids() if tree else None, segments, num_segments, dim**-0.5, softcap, window, capability)
+    lse, mass = rows(), rows(num_segments)
+    yield from call.forward(query, lse, mass)
+    yield from call.backward(query, None, mass if num_segments else None, query, lse, mass, query, key, key)

@@ -1,0 +1,532 @@
+"""Kernels of `tree_attention`: what a tree hides is never visited, and the mass of segments falls out of the softmax of the same pass.
+
+BM queries by BN keys are one step of every loop. Exponentials are exp2, which the hardware has. A score is `outer * f(inner * query.key)`,
+f = tanh under a softcap, else the identity; without `inner` the product waits for the exponential, which multiplies anyway.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .arithmetic import dot, dot_exact, narrow, tanh
+from .tree_plan import MIXED
+
+COLUMNS = tl.constexpr(16)
+"""Segments in one pass."""
+_MIXED = tl.constexpr(MIXED)
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+_LN_2 = tl.constexpr(math.log(2.0))
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def offset(i, stride):
+    """i * stride in 64 bits: a batch row may lie further than 32 bits reach."""
+    return i.to(tl.int64) * stride
+
+
+@triton.jit
+def load_tile(base, start, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, EDGE: tl.constexpr):
+    """Rows [start, start + ROWS) of a (S, DIM) matrix, zeros to its right and, with EDGE, below it -> [ROWS, WIDTH]."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    addresses = base + offset(start, stride) + (rows[:, None] * stride + columns[None, :])
+    if EDGE and WIDTH != DIM:
+        return tl.load(addresses, mask=(start + rows < length)[:, None] & (columns < DIM)[None, :], other=0.0)
+    elif EDGE:
+        return tl.load(addresses, mask=(start + rows < length)[:, None], other=0.0)
+    elif WIDTH != DIM:
+        return tl.load(addresses, mask=(columns < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(addresses)
+
+
+@triton.jit
+def load_vector(base, at, length, EDGE: tl.constexpr):
+    """Entries of a (S,) vector; zeros beyond S, where EDGE says that there may be any."""
+    if EDGE:
+        return tl.load(base + at, mask=at < length, other=0)
+    else:
+        return tl.load(base + at)
+
+
+@triton.jit
+def store_tile(base, tile, start, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The part of a [ROWS, WIDTH] tile that lies in the (S, DIM) matrix."""
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, WIDTH)
+    addresses = base + offset(start, stride) + (rows[:, None] * stride + columns[None, :])
+    tl.store(addresses, narrow(tile, base.dtype.element_ty), mask=(start + rows < length)[:, None] & (columns < DIM)[None, :])
+
+
+@triton.jit
+def capped(dots, inner, SOFTCAP: tl.constexpr):
+    """Dot products -> scores but for the factor `outer`."""
+    if inner is not None:
+        dots *= inner
+    if SOFTCAP:
+        dots = tanh(dots)
+    return dots
+
+
+@triton.jit
+def seen_pairs(rows, keys, tree_end, depth, length, window):
+    """Whether query `rows` sees `keys`, for [BM, 1] and [1, BN] or the transposed; tree_end and depth are (S,) or None."""
+    seen = keys <= rows
+    if tree_end is not None:
+        seen &= rows < load_vector(tree_end, keys, length, True)
+    if window is not None:
+        if depth is not None:
+            rows = load_vector(depth, rows, length, True)
+            keys = load_vector(depth, keys, length, True)
+        seen &= rows - keys < window
+    return seen
+
+
+@triton.jit
+def close_run(mass, mass_max, run, owner, row_max, first_segment):
+    """Add the mass of a run of key blocks, all of segment `owner`, to its column -> mass relative to row_max, [BM, 16]."""
+    columns = first_segment + tl.arange(0, COLUMNS)
+    mass *= tl.exp2(mass_max - row_max)[:, None]
+    return mass + tl.where((columns == owner)[None, :], run[:, None], 0.0)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "window", "num_segments", "first_segment"])
+def forward_kernel(
+    query,  # (B, Hq, S, D)
+    key,  # (B, Hkv, S, D)
+    value,  # (B, Hkv, S, Dv)
+    output,  # (B, S, Hq, Dv)
+    lse,  # (B, Hq, S)
+    mass,  # (B, Hq, S, N); None: no mass
+    tree_end,  # (B, S); None: causal
+    depth,  # (B, S); None: window counts packed indices
+    plan,  # (B, cdiv(S, BM), 2 + cdiv(S, BN)); None: causal
+    segments,  # (B, S)
+    kinds,  # (B, cdiv(S, BN))
+    query_b,
+    query_h,
+    query_s,
+    key_b,
+    key_h,
+    key_s,
+    value_b,
+    value_h,
+    value_s,
+    plan_b,
+    heads,
+    length,
+    window,
+    inner,
+    outer,
+    num_segments,
+    first_segment,
+    GROUP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    num_m, num_n = tl.cdiv(length, BLOCK_M), tl.cdiv(length, BLOCK_N)
+    # The last queries see most keys: they start first.
+    i_m = num_m - 1 - tl.program_id(0) % num_m
+    i_bh = tl.program_id(0) // num_m
+    i_b, i_h = i_bh // heads, i_bh % heads
+    start_m = i_m * BLOCK_M
+    rows = start_m + tl.arange(0, BLOCK_M)
+    query += offset(i_b, query_b) + offset(i_h, query_h)
+    key += offset(i_b, key_b) + offset(i_h // GROUP, key_h)
+    value += offset(i_b, value_b) + offset(i_h // GROUP, value_h)
+    if tree_end is not None:
+        tree_end += offset(i_b, length)
+    if depth is not None:
+        depth += offset(i_b, length)
+    if plan is not None:
+        plan += offset(i_b, plan_b) + offset(i_m, 2 + num_n)
+        num_full, num_seen = tl.load(plan), tl.load(plan + 1)
+    else:
+        num_full = (start_m + 1) // BLOCK_N
+        num_seen = tl.cdiv(min(start_m + BLOCK_M, length), BLOCK_N)
+
+    q = load_tile(query, start_m, query_s, length, BLOCK_M, DIM, BLOCK_D, True)  # [BM, D]
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    outer *= _LOG2_E
+    # A finite maximum where nothing was seen yet: no difference below is ever -inf - -inf.
+    row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if mass is not None:
+        segments += offset(i_b, length)
+        kinds += i_b * num_n
+        acc_mass = tl.zeros([BLOCK_M, COLUMNS], tl.float32)  # relative to mass_max
+        mass_max = row_max
+        run = row_sum  # mass of the key blocks since the segment changed, relative to row_max
+        owner = -1
+
+    # Key blocks that every query sees whole, then those that need a mask.
+    for MASKED in tl.static_range(2):
+        for it in range(num_full if MASKED else 0, num_seen if MASKED else num_full):
+            i_n = it if plan is None else tl.load(plan + 2 + it)
+            start_n = i_n * BLOCK_N
+            k = load_tile(key, start_n, key_s, length, BLOCK_N, DIM, BLOCK_D, MASKED)  # [BN, D]
+            scores = capped(dot(q, tl.trans(k)), inner, SOFTCAP)  # [BM, BN]
+            if MASKED:
+                keys = start_n + tl.arange(0, BLOCK_N)
+                scores = tl.where(
+                    seen_pairs(rows[:, None], keys[None, :], tree_end, depth, length, window), scores, float("-inf")
+                )
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * outer)
+            p = tl.exp2(scores * outer - new_max[:, None])
+            decay = tl.exp2(row_max - new_max)
+            block_sum = tl.sum(p, 1)
+            if mass is not None:
+                kind = tl.load(kinds + i_n)
+                if kind != owner:
+                    acc_mass = close_run(acc_mass, mass_max, run, owner, row_max, first_segment)
+                    mass_max = row_max
+                    run = tl.zeros([BLOCK_M], tl.float32)
+                    owner = kind
+                run = run * decay + block_sum
+                if kind == _MIXED:
+                    one_hot = load_one_hot(segments, start_n + tl.arange(0, BLOCK_N), first_segment, length)
+                    acc_mass = dot_exact(p, one_hot, acc_mass * tl.exp2(mass_max - new_max)[:, None])
+                    mass_max = new_max
+            v = load_tile(value, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, MASKED)  # [BN, Dv]
+            acc = dot(narrow(p, v.dtype), v, acc * decay[:, None])
+            row_sum = row_sum * decay + block_sum
+            row_max = new_max
+
+    seen_any = row_sum != 0.0
+    row_sum = tl.where(seen_any, row_sum, 1.0)
+    share = 1.0 / row_sum
+    inside = rows < length
+    output += (offset(i_b, length) * heads + i_h) * VALUE_DIM
+    store_tile(output, acc * share[:, None], start_m, heads * VALUE_DIM, length, BLOCK_M, VALUE_DIM, BLOCK_V)
+    row_lse = tl.where(seen_any, row_max * _LN_2 + tl.log(row_sum), float("-inf"))
+    tl.store(lse + offset(i_bh, length) + rows, row_lse, mask=inside)
+    if mass is not None:
+        acc_mass = close_run(acc_mass, mass_max, run, owner, row_max, first_segment) * share[:, None]
+        columns = first_segment + tl.arange(0, COLUMNS)
+        mass += offset(i_bh, length) * num_segments
+        tl.store(
+            mass + offset(rows, num_segments)[:, None] + columns[None, :],
+            acc_mass,
+            mask=inside[:, None] & (columns < num_segments)[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["heads", "length", "num_segments"])
+def row_correction_kernel(
+    grad_output,  # (B, Hq, S, Dv) or None
+    output,  # (B, Hq, S, Dv)
+    grad_lse,  # (B, Hq, S) or None
+    grad_mass,  # (B, Hq, S, N) or None
+    mass,  # (B, Hq, S, N)
+    correction,  # (B, Hq, S)
+    grad_output_b,
+    grad_output_h,
+    grad_output_s,
+    output_b,
+    output_h,
+    output_s,
+    heads,
+    length,
+    num_segments,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """correction = dO.O + dmass.mass - dlse, the row sum that the softmax's gradient takes off dP."""
+    num_m = tl.cdiv(length, BLOCK_M)
+    start_m = tl.program_id(0) % num_m * BLOCK_M
+    i_bh = tl.program_id(0) // num_m
+    i_b, i_h = i_bh // heads, i_bh % heads
+    rows = start_m + tl.arange(0, BLOCK_M)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if grad_output is not None:
+        grad_output += offset(i_b, grad_output_b) + offset(i_h, grad_output_h)
+        output += offset(i_b, output_b) + offset(i_h, output_h)
+        do = load_tile(grad_output, start_m, grad_output_s, length, BLOCK_M, VALUE_DIM, BLOCK_V, True)
+        o = load_tile(output, start_m, output_s, length, BLOCK_M, VALUE_DIM, BLOCK_V, True)
+        total += tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if grad_mass is not None:
+        grad_mass += offset(i_bh, length) * num_segments
+        mass += offset(i_bh, length) * num_segments
+        for first in range(0, num_segments, COLUMNS):
+            upstream = load_mass(grad_mass, rows, first, length, num_segments)
+            total += tl.sum(upstream * load_mass(mass, rows, first, length, num_segments), 1)
+    if grad_lse is not None:
+        total -= tl.load(grad_lse + offset(i_bh, length) + rows, mask=rows < length, other=0.0)
+    tl.store(correction + offset(i_bh, length) + rows, total, mask=rows < length)
+
+
+@triton.jit
+def load_lse(lse, rows, length, EDGE: tl.constexpr):
+    """With EDGE, +inf where nothing is seen and beyond S: every probability of such a row is then exp(-inf)."""
+    row_lse = load_vector(lse, rows, length, EDGE)
+    if EDGE:
+        row_lse = tl.where((rows >= length) | (row_lse == float("-inf")), float("inf"), row_lse)
+    return row_lse
+
+
+@triton.jit
+def probabilities(scores, outer, lse, WIDE: tl.constexpr):
+    """exp(outer * scores - lse)."""
+    if WIDE:
+        # In float32 the rounding of a change of base before the subtraction would show.
+        return tl.exp2((scores * outer - lse) * _LOG2_E)
+    else:
+        return tl.exp2(scores * (outer * _LOG2_E) - lse * _LOG2_E)
+
+
+@triton.jit
+def load_one_hot(segments, keys, first_segment, length):
+    """Which of 16 segments each key is in, zeros and ones in bfloat16, [BN, 16]."""
+    ids = tl.load(segments + keys, mask=keys < length, other=-1)
+    one_hot = ids[:, None] == first_segment + tl.arange(0, COLUMNS)[None, :]
+    return narrow(one_hot.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def load_mass(mass, rows, first_segment, length, num_segments):
+    """16 columns of a (S, N) mass or its gradient, zeros beyond the edges, [BM, 16]."""
+    columns = first_segment + tl.arange(0, COLUMNS)
+    addresses = mass + offset(rows, num_segments)[:, None] + columns[None, :]
+    return tl.load(addresses, mask=(rows < length)[:, None] & (columns < num_segments)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "window", "num_segments"])
+def grad_key_kernel(
+    query,  # (B, Hq, S, D)
+    key,  # (B, Hkv, S, D)
+    value,  # (B, Hkv, S, Dv)
+    grad_output,  # (B, Hq, S, Dv) or None
+    grad_mass,  # (B, Hq, S, N) or None
+    lse,  # (B, Hq, S)
+    correction,  # (B, Hq, S)
+    grad_key,  # (B, S, Hkv, D)
+    grad_value,  # (B, S, Hkv, Dv)
+    tree_end,  # (B, S); None: causal
+    depth,  # (B, S); None: window counts packed indices
+    plan,  # (B, cdiv(S, BN), 2 + cdiv(S, BM)); None: causal
+    segments,  # (B, S)
+    query_b,
+    query_h,
+    query_s,
+    key_b,
+    key_h,
+    key_s,
+    value_b,
+    value_h,
+    value_s,
+    grad_output_b,
+    grad_output_h,
+    grad_output_s,
+    plan_b,
+    heads,
+    length,
+    window,
+    inner,
+    outer,
+    scale,
+    num_segments,
+    GROUP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PASSES: tl.constexpr,
+):
+    """Sums over all queries and all heads of the group, in one program and one order."""
+    num_m, num_n = tl.cdiv(length, BLOCK_M), tl.cdiv(length, BLOCK_N)
+    i_n = tl.program_id(0) % num_n  # the first keys are seen by most queries
+    i_bh = tl.program_id(0) // num_n
+    kv_heads = heads // GROUP
+    i_b, i_h = i_bh // kv_heads, i_bh % kv_heads
+    start_n = i_n * BLOCK_N
+    keys = start_n + tl.arange(0, BLOCK_N)
+    first_head = i_b * heads + i_h * GROUP
+    query += offset(i_b, query_b) + offset(i_h * GROUP, query_h)
+    key += offset(i_b, key_b) + offset(i_h, key_h)
+    value += offset(i_b, value_b) + offset(i_h, value_h)
+    lse += offset(first_head, length)
+    correction += offset(first_head, length)
+    if grad_output is not None:
+        grad_output += offset(i_b, grad_output_b) + offset(i_h * GROUP, grad_output_h)
+    if tree_end is not None:
+        tree_end += offset(i_b, length)
+    if depth is not None:
+        depth += offset(i_b, length)
+    if grad_mass is not None:
+        grad_mass += offset(first_head, length) * num_segments
+        segments += offset(i_b, length)
+    if plan is not None:
+        plan += offset(i_b, plan_b) + offset(i_n, 2 + num_m)
+        num_full, num_seen = tl.load(plan), tl.load(plan + 1)
+        first_full = 0
+    else:
+        # Query blocks [diagonal, first_full) hold the diagonal, [first_full, whole) see all keys, and one may reach beyond S.
+        whole = length // BLOCK_M
+        diagonal = start_n // BLOCK_M
+        first_full = min(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M), whole)
+        num_full = whole - first_full
+        num_seen = num_m - diagonal
+
+    k = load_tile(key, start_n, key_s, length, BLOCK_N, DIM, BLOCK_D, True)  # [BN, D]
+    v = load_tile(value, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, True)  # [BN, Dv]
+    acc_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for MASKED in tl.static_range(2):
+        # All heads in one loop, so that loads run ahead from one to the next.
+        count = num_seen - num_full if MASKED else num_full
+        for it in range(0, GROUP * count):
+            i_g = it // count
+            i_m = it % count
+            if plan is not None:
+                i_m = tl.load(plan + 2 + (num_full + i_m if MASKED else i_m))
+            elif MASKED:
+                i_m = tl.where(diagonal + i_m < first_full, diagonal + i_m, num_m - 1)
+            else:
+                i_m += first_full
+            start_m = i_m * BLOCK_M
+            rows = start_m + tl.arange(0, BLOCK_M)
+            q = load_tile(query + offset(i_g, query_h), start_m, query_s, length, BLOCK_M, DIM, BLOCK_D, MASKED)  # [BM, D]
+            row_lse = load_lse(lse + offset(i_g, length), rows, length, MASKED)
+            scores = capped(dot(k, tl.trans(q)), inner, SOFTCAP)  # [BN, BM]
+            p = probabilities(scores, outer, row_lse[None, :], q.dtype == tl.float32)
+            if MASKED:
+                p = tl.where(seen_pairs(rows[None, :], keys[:, None], tree_end, depth, length, window), p, 0.0)
+            grad_p = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            if grad_output is not None:
+                do = load_tile(
+                    grad_output + offset(i_g, grad_output_h), start_m, grad_output_s, length, BLOCK_M, VALUE_DIM, BLOCK_V, MASKED
+                )  # [BM, Dv]
+                acc_value = dot(narrow(p, do.dtype), do, acc_value)
+                grad_p = dot(v, tl.trans(do))
+            if grad_mass is not None:
+                for first in tl.static_range(0, PASSES * COLUMNS, COLUMNS):
+                    upstream = load_mass(grad_mass + offset(i_g, length) * num_segments, rows, first, length, num_segments)
+                    grad_p = dot_exact(load_one_hot(segments, keys, first, length), tl.trans(upstream), grad_p)
+            grad_p -= load_vector(correction + offset(i_g, length), rows, length, MASKED)[None, :]
+            grad_scores = p * grad_p
+            if SOFTCAP:
+                grad_scores *= 1.0 - scores * scores
+            acc_key = dot(narrow(grad_scores, q.dtype), q, acc_key)
+
+    grad_key += (offset(i_b, length) * kv_heads + i_h) * DIM
+    grad_value += (offset(i_b, length) * kv_heads + i_h) * VALUE_DIM
+    store_tile(grad_key, acc_key * scale, start_n, kv_heads * DIM, length, BLOCK_N, DIM, BLOCK_D)
+    store_tile(grad_value, acc_value, start_n, kv_heads * VALUE_DIM, length, BLOCK_N, VALUE_DIM, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "window", "num_segments"])
+def grad_query_kernel(
+    query,  # (B, Hq, S, D)
+    key,  # (B, Hkv, S, D)
+    value,  # (B, Hkv, S, Dv)
+    grad_output,  # (B, Hq, S, Dv) or None
+    grad_mass,  # (B, Hq, S, N) or None
+    lse,  # (B, Hq, S)
+    correction,  # (B, Hq, S)
+    grad_query,  # (B, S, Hq, D)
+    tree_end,  # (B, S); None: causal
+    depth,  # (B, S); None: window counts packed indices
+    plan,  # (B, cdiv(S, BM), 2 + cdiv(S, BN)); None: causal
+    segments,  # (B, S)
+    query_b,
+    query_h,
+    query_s,
+    key_b,
+    key_h,
+    key_s,
+    value_b,
+    value_h,
+    value_s,
+    grad_output_b,
+    grad_output_h,
+    grad_output_s,
+    plan_b,
+    heads,
+    length,
+    window,
+    inner,
+    outer,
+    scale,
+    num_segments,
+    GROUP: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PASSES: tl.constexpr,
+):
+    num_m, num_n = tl.cdiv(length, BLOCK_M), tl.cdiv(length, BLOCK_N)
+    i_m = num_m - 1 - tl.program_id(0) % num_m
+    i_bh = tl.program_id(0) // num_m
+    i_b, i_h = i_bh // heads, i_bh % heads
+    start_m = i_m * BLOCK_M
+    rows = start_m + tl.arange(0, BLOCK_M)
+    query += offset(i_b, query_b) + offset(i_h, query_h)
+    key += offset(i_b, key_b) + offset(i_h // GROUP, key_h)
+    value += offset(i_b, value_b) + offset(i_h // GROUP, value_h)
+    lse += offset(i_bh, length)
+    correction += offset(i_bh, length)
+    if tree_end is not None:
+        tree_end += offset(i_b, length)
+    if depth is not None:
+        depth += offset(i_b, length)
+    if grad_mass is not None:
+        grad_mass += offset(i_bh, length) * num_segments
+        segments += offset(i_b, length)
+    if plan is not None:
+        plan += offset(i_b, plan_b) + offset(i_m, 2 + num_n)
+        num_full, num_seen = tl.load(plan), tl.load(plan + 1)
+    else:
+        num_full = (start_m + 1) // BLOCK_N
+        num_seen = tl.cdiv(min(start_m + BLOCK_M, length), BLOCK_N)
+
+    q = load_tile(query, start_m, query_s, length, BLOCK_M, DIM, BLOCK_D, True)  # [BM, D]
+    if grad_output is not None:
+        grad_output += offset(i_b, grad_output_b) + offset(i_h, grad_output_h)
+        do = load_tile(grad_output, start_m, grad_output_s, length, BLOCK_M, VALUE_DIM, BLOCK_V, True)  # [BM, Dv]
+    row_lse = load_lse(lse, rows, length, True)
+    taken = load_vector(correction, rows, length, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for MASKED in tl.static_range(2):
+        for it in range(num_full if MASKED else 0, num_seen if MASKED else num_full):
+            i_n = it if plan is None else tl.load(plan + 2 + it)
+            start_n = i_n * BLOCK_N
+            keys = start_n + tl.arange(0, BLOCK_N)
+            k = load_tile(key, start_n, key_s, length, BLOCK_N, DIM, BLOCK_D, MASKED)  # [BN, D]
+            scores = capped(dot(q, tl.trans(k)), inner, SOFTCAP)  # [BM, BN]
+            p = probabilities(scores, outer, row_lse[:, None], q.dtype == tl.float32)
+            if MASKED:
+                p = tl.where(seen_pairs(rows[:, None], keys[None, :], tree_end, depth, length, window), p, 0.0)
+            grad_p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if grad_output is not None:
+                v = load_tile(value, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, MASKED)  # [BN, Dv]
+                grad_p = dot(do, tl.trans(v))
+            if grad_mass is not None:
+                for first in tl.static_range(0, PASSES * COLUMNS, COLUMNS):
+                    upstream = load_mass(grad_mass, rows, first, length, num_segments)
+                    grad_p = dot_exact(upstream, tl.trans(load_one_hot(segments, keys, first, length)), grad_p)
+            grad_p -= taken[:, None]
+            grad_scores = p * grad_p
+            if SOFTCAP:
+                grad_scores *= 1.0 - scores * scores
+            acc = dot(narrow(grad_scores, k.dtype), k, acc)
+
+    grad_query += (offset(i_b, length) * heads + i_h) * DIM
+    store_tile(grad_query, acc * scale, start_m, heads * DIM, length, BLOCK_M, DIM, BLOCK_D)

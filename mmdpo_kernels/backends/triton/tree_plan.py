@@ -1,0 +1,109 @@
+"""Which (query block, key block) pairs of a token tree a kernel visits, found on the device by a few PyTorch calls, without waiting."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ...tree_mask import PlanCache, depth
+
+MIXED = -2
+"""Kind of a key block whose keys are not all of one segment."""
+
+
+def query_plan(tree_end: Tensor | None, like: Tensor, window: int | None, block_m: int, block_n: int) -> Tensor:
+    """Key blocks that each query block visits.
+
+    Args:
+        tree_end: (B, S) integer, None = causal.
+        like: (B, H, S, D), whose batch, length and device the plan serves.
+        window: see `tree_mask.visible`.
+
+    Returns:
+        (B, cdiv(S, block_m), 2 + cdiv(S, block_n)) int32: the number of key blocks all of whose keys are seen by all queries of the block,
+        the number of key blocks with any visible pair, then those key blocks, the fully visible ones first. Hidden ones fill the rest.
+    """
+    if tree_end is None:
+        return _causal_plan(like.shape[2], like.device, window, block_m, block_n, False).expand(like.shape[0], -1, -1)
+    return _plans(tree_end, window, block_m, block_n, False)
+
+
+def key_plan(tree_end: Tensor | None, like: Tensor, window: int | None, block_m: int, block_n: int) -> Tensor:
+    """Query blocks that visit each key block, as `query_plan`: (B, cdiv(S, block_n), 2 + cdiv(S, block_m)) int32.
+
+    A query block that reaches beyond S never counts as fully visible here: its missing rows have to be masked.
+    """
+    if tree_end is None:
+        return _causal_plan(like.shape[2], like.device, window, block_m, block_n, True).expand(like.shape[0], -1, -1)
+    return _plans(tree_end, window, block_m, block_n, True)
+
+
+def segment_kinds(segments: Tensor, block_n: int) -> Tensor:
+    """(B, cdiv(S, block_n)) int32: the segment of all keys of a block (-1 = none), or MIXED."""
+    return _kinds(segments, block_n)
+
+
+def token_depths(tree_end: Tensor) -> Tensor:
+    """`tree_mask.depth` as (B, S) int32."""
+    return _depths(tree_end)
+
+
+def _plan(tree_end: Tensor, window: int | None, block_m: int, block_n: int, by_key: bool) -> Tensor:
+    length = tree_end.shape[1]
+    first_query, last_query = _block_edges(length, block_m, tree_end.device)  # (M,)
+    first_key, last_key = _block_edges(length, block_n, tree_end.device)  # (N,)
+    index = torch.arange(length, device=tree_end.device)
+    least_end, most_end = _block_range(tree_end.where(tree_end > index, 0), block_n)  # (B, N); padding is seen by nobody
+    # (B, M, N). A key block that reaches beyond S is never wholly before a query.
+    seen = (first_key <= last_query.clamp(max=length - 1)[:, None]) & (most_end[:, None, :] > first_query[:, None])
+    full = (last_key <= first_query[:, None]) & (least_end[:, None, :] > last_query.clamp(max=length - 1)[:, None])
+    if window is not None:
+        depths = depth(tree_end)
+        least_query, most_query = (edge[:, :, None] for edge in _block_range(depths, block_m))
+        least_key, most_key = (edge[:, None, :] for edge in _block_range(depths, block_n))
+        seen &= least_query - most_key < window
+        full &= most_query - least_key < window
+    full &= seen
+    if by_key:
+        full &= (last_query < length)[:, None]
+        seen, full = seen.mT, full.mT
+    order = (seen.to(torch.int32) + full.to(torch.int32)).argsort(dim=-1, descending=True, stable=True)
+    counts = torch.stack((full.sum(-1), seen.sum(-1)), dim=-1)
+    return torch.cat((counts, order), dim=-1).to(torch.int32)
+
+
+def _find_depths(tree_end: Tensor) -> Tensor:
+    return depth(tree_end).to(torch.int32)
+
+
+def _find_kinds(segments: Tensor, block_n: int) -> Tensor:
+    least, most = _block_range(segments, block_n)
+    return torch.where(least == most, least, MIXED).to(torch.int32)
+
+
+# Every layer of a forward asks for the same ones.
+_plans = PlanCache(_plan)
+_depths = PlanCache(_find_depths)
+_kinds = PlanCache(_find_kinds)
+
+
+@functools.lru_cache(maxsize=32)
+def _causal_plan(length: int, device: torch.device, window: int | None, block_m: int, block_n: int, by_key: bool) -> Tensor:
+    return _plan(torch.full((1, length), length, dtype=torch.int32, device=device), window, block_m, block_n, by_key)
+
+
+def _block_edges(length: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First and last index of each block, the last block whole."""
+    first = torch.arange(0, length, block, device=device)
+    return first, first + block - 1
+
+
+def _block_range(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(B, S) -> least and most value in each block, (B, cdiv(S, block)) each."""
+    length = values.shape[1]
+    # The last entry again where a block reaches beyond S: it changes neither.
+    index = torch.arange(length + -length % block, device=values.device).clamp(max=length - 1)
+    least, most = values[:, index].unflatten(1, (-1, block)).aminmax(dim=-1)
+    return least, most

@@ -1,0 +1,255 @@
+"""`AttentionRecorder`: which rows of a running model count, which tokens their keys are, and the sums of their masses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from .ops.attention_mass import attention_mass
+from .tree_mask import visible_rows
+
+
+class ForwardStopped(Exception):  # noqa: N818 - control flow, not an error
+    """Ends a forward after the last wanted layer. Escapes only where a part of the recorded model is called by itself."""
+
+    def __str__(self) -> str:
+        return "record_attention(stop_early=True) ended this forward; call the model that was given to it, not one of its parts"
+
+
+class AttentionRecorder:
+    """What `record_attention` yields; read `.mass[layer]` inside or after the `with` block."""
+
+    def __init__(
+        self,
+        segments: Tensor,  # (B, S)
+        rows: Tensor | None,  # (B, S)
+        layers: tuple[int, ...],
+        num_segments: int,
+        reduce: str | None,
+        stop_early: bool,
+    ) -> None:
+        self.segments = segments.to(torch.int32)
+        self.layers = layers
+        self.num_segments = num_segments
+        self.reduce = reduce
+        self._wanted = frozenset(layers)
+        self._stop_after = max(layers) if stop_early else None
+        self._row_positions = None if rows is None else _positions(rows)
+        # Tokens that the model had read before its present forward and has read with it, and which of them is the first of `segments`.
+        self._past = self._read = self._first = 0
+        self._input_ids: Tensor | None = None
+        self._end_tokens = torch.empty(0, dtype=torch.long)
+        self._finished: Tensor | None = None
+        self._sums: dict[int, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}
+        self._rows: dict[int, list[Tensor]] = {}
+
+    @property
+    def mass(self) -> dict[int, Tensor]:
+        """Per layer: (B, N) mean over heads and counted rows, (B, S) per key, or (B, Hq, R, N), as `reduce` says.
+
+        Column t of a per-key map is the t-th token that the model has read, so `generate` appends columns.
+        """
+        if self.reduce is None:
+            return {layer: torch.cat(parts, dim=2) for layer, parts in self._rows.items()}
+        return {layer: total / self._counts[layer].clamp(min=1)[:, None] for layer, total in self._sums.items()}
+
+    @property
+    def counts(self) -> dict[int, Tensor]:
+        """Per layer (B,): rows counted so far. Empty with `reduce=None`."""
+        return self._counts
+
+    @property
+    def prompt_is_read(self) -> bool:
+        """Whether the model has read as many tokens as `segments` cover."""
+        return self._read >= self._first + self.segments.shape[1]
+
+    def end_with(self, token_ids: tuple[int, ...]) -> None:
+        """End tokens of the `generate` calls to come."""
+        self._end_tokens = torch.tensor(token_ids, dtype=torch.long)
+
+    def before_model(self, input_ids: Tensor | None) -> None:
+        """The model is called with these ids (B, L), or with embeddings."""
+        self._input_ids = input_ids
+
+    def before_decoder(self, past: int, length: int) -> None:
+        """The decoder is about to read `length` tokens, after `past` tokens that its cache knows.
+
+        Raises:
+            ValueError: in `generate`, a prompt longer than `segments`.
+        """
+        if self._row_positions is not None:
+            self._first = past
+        elif self.prompt_is_read and past + length == self._read + 1:
+            self._read_emitted_token()
+        elif past == 0 or past != self._read or self.prompt_is_read:  # not the next chunk of one prompt
+            self._begin_prompt(past, length)
+        self._past, self._read = past, past + length
+
+    def _read_emitted_token(self) -> None:
+        """A row that has emitted an end token emits nothing more."""
+        if self._input_ids is not None and self._finished is not None:
+            ended = torch.isin(self._input_ids[:, -1], self._end_tokens.to(self._input_ids.device))
+            self._finished |= ended.to(self._finished.device)
+
+    def _begin_prompt(self, past: int, length: int) -> None:
+        # A cache may begin with tokens that `segments` leave out, such as a tuned prefix or an earlier turn.
+        self._first = max(0, past + length - self.segments.shape[1])
+        if self._first > past:
+            raise ValueError(f"record_attention: segments cover {self.segments.shape[1]} tokens, the prompt has {length}")
+        self._finished = torch.zeros(self.segments.shape[0], dtype=torch.bool, device=self.segments.device)
+
+    def observe(
+        self,
+        module: nn.Module,
+        query: Tensor,  # (B, Hq, L, D)
+        key: Tensor,  # (B, Hkv, K, D)
+        *,
+        tree_end: Tensor | None,  # (B, K)
+        mask: Tensor | None,  # (B or 1, 1, L, K) bool, or 0 and -inf
+        scale: float | None,
+        softcap: float | None,
+        window: int | None,
+        backend: str,
+    ) -> None:
+        """Add one attention call of the model. Raises `ForwardStopped` after the last wanted layer of an early-stopping recorder."""
+        # A checkpointed layer runs again inside backward; its rows are counted already.
+        if module.layer_idx not in self._wanted or torch._C._current_graph_task_id() != -1:
+            return
+        self._observe(int(module.layer_idx), query, key, tree_end, mask, scale, softcap, window, backend)  # type: ignore[arg-type]
+        if module.layer_idx == self._stop_after:
+            raise ForwardStopped
+
+    @torch.no_grad()
+    def _observe(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        tree_end: Tensor | None,
+        mask: Tensor | None,
+        scale: float | None,
+        softcap: float | None,
+        window: int | None,
+        backend: str,
+    ) -> None:
+        rows = self._counted_rows(query)
+        if rows is None:
+            return
+        # A sliding cache gives its last keys in order; one of fixed size has empty slots after the last token.
+        first_key = max(0, self._read - key.shape[2])
+        positions = (rows + self._past - first_key).masked_fill(rows < 0, -1)
+        index = rows.clamp(min=0)[:, None, :, None]
+        queries = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
+        segments = self._segments_of_keys(key, first_key)
+        calls = _tree_calls(mask, rows, positions, key.shape[2]) if mask is not None else [(slice(None), tree_end, positions)]
+        for part, its_tree_end, its_positions in calls:
+            found = attention_mass(
+                queries[:, :, part],
+                key,
+                segments,
+                row_positions=its_positions,
+                num_segments=self.num_segments,
+                tree_end=its_tree_end,
+                scale=scale,
+                softcap=softcap,
+                window=window,
+                reduce=self.reduce,
+                backend=backend,
+            )
+            if self.reduce == "tokens":
+                found = pad(found[:, : self._read - first_key], (first_key, 0))
+            self._add(layer, found, (its_positions >= 0).sum(1))
+
+    def _counted_rows(self, query: Tensor) -> Tensor | None:
+        """(B, R) int64 rows of `query` to count, -1 = unused; None where the forward emits no token."""
+        batch, length = query.shape[0], query.shape[2]
+        if batch != self.segments.shape[0]:
+            raise ValueError(
+                f"record_attention: segments and rows are for a batch of {self.segments.shape[0]}, the model was called with {batch}"
+            )
+        if length != self._read - self._past:
+            raise ValueError("record_attention: call the model that was given to it, not one of its parts")
+        if self._row_positions is not None:
+            if length != self.segments.shape[1]:
+                raise ValueError(
+                    f"record_attention: rows cover {self.segments.shape[1]} tokens, the model was called with {length}; "
+                    "use rows=None in generate"
+                )
+            return self._row_positions.to(query.device)
+        if not self.prompt_is_read:
+            return None
+        last = torch.full((batch, 1), length - 1, device=query.device)
+        return last if self._finished is None else last.masked_fill(self._finished[:, None].to(query.device), -1)
+
+    def _segments_of_keys(self, key: Tensor, first_key: int) -> Tensor:
+        """(B, K): the segments of the tokens from `first_key` on, -1 where a key is before or after the segments' tokens."""
+        shift = first_key - self._first
+        segments = self.segments[:, max(0, shift) :].to(key.device)
+        before = max(0, -shift)
+        return pad(segments, (before, key.shape[2] - before - segments.shape[1]), value=-1)
+
+    def _add(self, layer: int, found: Tensor, counted: Tensor) -> None:
+        if self.reduce is None:
+            self._rows.setdefault(layer, []).append(found)
+            return
+        found = found * counted[:, None]
+        total = self._sums.get(layer)
+        if total is None:
+            self._sums[layer], self._counts[layer] = found, counted
+            return
+        longer = max(total.shape[1], found.shape[1])
+        self._sums[layer] = pad(total, (0, longer - total.shape[1])) + pad(found, (0, longer - found.shape[1]))
+        self._counts[layer] = self._counts[layer] + counted
+
+
+def _positions(rows: Tensor) -> Tensor:
+    """(B, S) bool -> (B, R) indices of the true entries, in order, padded with -1."""
+    longest = max(1, int(rows.sum(1).max())) if rows.numel() else 1
+    # A stable sort of "not wanted" brings the wanted indices to the front in order.
+    order = torch.argsort(~rows, dim=1, stable=True)[:, :longest]
+    return order.masked_fill(~rows.gather(1, order), -1)
+
+
+def _tree_calls(
+    mask: Tensor,  # (B or 1, 1, L, >= K)
+    rows: Tensor,  # (B, R)
+    positions: Tensor,  # (B, R)
+    length: int,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The counted rows of a mask as calls of `attention_mass`: rows, their `tree_end` (B, K), their positions.
+
+    Padding, windows and packed sequences follow the tree rule, each key being seen up to one row: one call. Other masks, such as
+    pictures that see themselves both ways, take a call a row.
+    """
+    seen = _seen(mask, rows, length)
+    index = torch.arange(length, dtype=torch.int32, device=mask.device)
+    if rows.shape[1] > 1:
+        last = torch.where(seen, positions[:, :, None], -1).amax(1)
+        tree_end = torch.maximum(last + 1, index).to(torch.int32)
+        if torch.equal(visible_rows(positions, tree_end), seen):
+            yield slice(None), tree_end, positions
+            return
+    for row in range(rows.shape[1]):
+        # A row alone stands after all keys and sees those that are not ended.
+        its_positions = torch.where(positions[:, row : row + 1] >= 0, length - 1, -1)
+        yield slice(row, row + 1), torch.where(seen[:, row], length, index).to(torch.int32), its_positions
+
+
+def _seen(mask: Tensor, rows: Tensor, length: int) -> Tensor:
+    """(B, R, K) bool: which keys each counted row sees; none where the row is unused."""
+    if mask.shape[1] != 1:
+        raise ValueError(f"record_attention: an attention mask of one head is needed, got {tuple(mask.shape)}")
+    chosen = mask[:, 0, :, :length].expand(rows.shape[0], -1, -1)
+    chosen = chosen.gather(1, rows.clamp(min=0)[:, :, None].expand(-1, -1, length))
+    if chosen.dtype != torch.bool:
+        lowest = torch.finfo(chosen.dtype).min / 2
+        if not bool(((chosen == 0) | (chosen < lowest)).all()):
+            raise ValueError(
+                "record_attention: an additive attention mask must hold 0 and the lowest number only, got other values"
+            )
+        chosen = chosen == 0
+    return chosen & (rows >= 0)[:, :, None]

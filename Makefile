@@ -17,7 +17,7 @@ help:
 	@echo "make lint     install, then ruff and mypy"
 	@echo "make wheel    install, then a wheel in dist/"
 	@echo "make bench    install, then every op against its peers (BENCH: options of python -m benchmarks)"
-	@echo "make gpu      on a machine with a GPU and CUDA, nothing installed: build, tests, sanitizer, benchmarks; results in build/gpu"
+	@echo "make gpu      on a machine with a GPU and CUDA, without make install: build, tests, sanitizer, benchmarks; results in build/gpu"
 	@echo "make clean    remove $(VENV) and everything that was built; runs/ stays"
 
 install: $(STAMP)

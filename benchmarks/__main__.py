@@ -36,7 +36,8 @@ REPEATS = {"cuda": 15, "cpu": 7}
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 where a backend of ours failed or was wrong."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     if arguments.memory_of:
         print(_memory_of(json.loads(arguments.memory_of)))
         return 0
@@ -45,6 +46,10 @@ def main(argv: list[str] | None = None) -> int:
             print(path.relative_to(ROOT))
         return 0
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    if arguments.repeats is not None and arguments.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {arguments.repeats}")
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     setting = Setting(
         device=device,
@@ -55,12 +60,13 @@ def main(argv: list[str] | None = None) -> int:
         memory=arguments.memory,
         deadline=time.monotonic() + arguments.seconds,
     )
-    tried = arguments.small or arguments.check
-    folder = arguments.output or (ROOT / "build" / "benchmarks" if tried else RESULTS)
+    folder = _folder(arguments)
     try:
         cases = registry.cases(arguments.ops, arguments.case, setting.size)
-    except ValueError as error:
-        _parser().error(str(error))
+        _check_contestants(arguments.contestant)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     result = {"machine": machine(), "device": device.type, "dtype": str(dtype).removeprefix("torch."), "size": setting.size}
     result["cases"] = _others(folder, result, cases)
     ceilings = measure_ceilings(device, dtype, small=arguments.small)
@@ -91,6 +97,20 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if _faults(measured) else 0
 
 
+def _folder(arguments: argparse.Namespace) -> Path:
+    """Where the result goes: to the committed ones only what may stand in their place."""
+    part = arguments.small or arguments.check or arguments.contestant or arguments.dtype
+    return arguments.output or (ROOT / "build" / "benchmarks" if part else RESULTS)
+
+
+def _check_contestants(names: list[str]) -> None:
+    """Raises ValueError where no op has a contestant of such a name."""
+    known = {contestant.name for op in registry.CASES for contestant in registry.contestants(op)}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no contestant is called {', '.join(unknown)}; there are {'; '.join(sorted(known))}")
+
+
 def _faults(measured: list[dict[str, Any]]) -> list[str]:
     """Backends of ours that failed or gave a wrong result."""
     faults = [
@@ -106,18 +126,21 @@ def _faults(measured: list[dict[str, Any]]) -> list[str]:
 
 
 def _others(folder: Path, result: dict[str, Any], cases: list[Any]) -> list[dict[str, Any]]:
-    """Cases in the result file that this run does not measure, where they are of this machine and size."""
+    """Cases in the result file that this run does not measure, where they are still there and of this machine and size."""
     path = folder / f"ops_{result['device']}.json"
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if any(before.get(name) != result[name] for name in ("machine", "dtype", "size")):
         return []
-    now = {(case.op, case.name) for case in cases}
-    return [entry for entry in before["cases"] if (entry["op"], entry["case"]) not in now]
+    others = {*_order()} - {(case.op, case.name) for case in cases}
+    return [entry for entry in before["cases"] if (entry["op"], entry["case"]) in others]
 
 
 def _in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    order = [(op, case.name) for op, cases in registry.CASES.items() for case in cases]
-    return sorted(entries, key=lambda entry: order.index((entry["op"], entry["case"])))
+    return sorted(entries, key=lambda entry: _order().index((entry["op"], entry["case"])))
+
+
+def _order() -> list[tuple[str, str]]:
+    return [(op, case.name) for op, cases in registry.CASES.items() for case in cases]
 
 
 def _memory_of(wanted: dict[str, str]) -> int:
@@ -132,9 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=f"any of {', '.join(registry.CASES)} (default all)")
     parser.add_argument("--case", action="append", default=[], help="this case only; may be repeated")
-    parser.add_argument("--contestant", action="append", default=[], help="this contestant only; may be repeated")
+    parser.add_argument(
+        "--contestant", action="append", default=[], help="this contestant only, written to build/benchmarks; may be repeated"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="default bfloat16 on cuda, float32 on cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="written to build/benchmarks (default bfloat16 on cuda, float32 on cpu)")
     parser.add_argument("--repeats", type=int, help="turns that count, after one warm-up (default 15 on cuda, 7 on cpu)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after this many seconds")
     parser.add_argument(

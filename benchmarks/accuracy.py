@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def evaluated(leaves: Named, outputs_of: Callable[[Named], Named], through: tupl
 
 
 def measure(case: Case, backend: str, dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
-    """One record a tensor of the case, or one that says why the backend does not serve it."""
+    """One record a tensor of the case, or one that says why the backend does not serve it, or how it failed."""
     small = backend in ("triton", "flex") and device == "cpu"
     given = problem(case, small=small, dtype=dtype, device=device)
     about = {"op": case.op, "case": case.name, "backend": backend, "dtype": str(dtype).removeprefix("torch."), "small": small}
@@ -181,9 +182,9 @@ def measure(case: Case, backend: str, dtype: torch.dtype, device: str) -> list[d
     for through in _ways(case):
         try:
             mine = evaluated(given.leaves, lambda leaves, t=through: ours(given, leaves, backend, with_mass="mass" in t), through)
-        except ValueError as error:
-            if "cannot serve this call" not in str(error) and "no gradient through lse" not in str(error):
-                raise
+        except Exception as error:  # noqa: BLE001 - the other backends are still worth measuring
+            if not any(text in str(error) for text in ("cannot serve this call", "no gradient through lse")):
+                return [{**about, "failure": f"{type(error).__name__}: {error}".splitlines()[0][:300]}]
             refusal = str(error)
             continue
         truth = evaluated({name: t.double() for name, t in given.leaves.items()}, lambda leaves: plain(given, leaves), through)
@@ -266,26 +267,36 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--backends", nargs="*", help="only these")
     parser.add_argument("--output", type=Path, help="folder for the JSON; the page is then left alone")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after these")
     arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
+    chosen = [
+        (case, name) for case in CASES for name in here(case.op, arguments.device) if name in (arguments.backends or [name])
+    ]
+    # Last what is compiled for seconds at every kind of call: where time is short, nothing else is lost.
+    chosen.sort(key=lambda pair: pair[1] == "flex")
     records: list[dict[str, Any]] = []
-    for case in CASES:
-        for backend in here(case.op, arguments.device):
-            if arguments.backends and backend not in arguments.backends:
-                continue
-            for dtype in DTYPES:
-                if load(case.op, backend).unavailable_reason(arguments.device, dtype) is None:
-                    records += measure(case, backend, dtype, arguments.device)
-            print(f"{case.op}, {case.name}: {backend}", file=sys.stderr, flush=True)
     result = {"machine": machine(), "records": records}
+    for case, backend in chosen:
+        for dtype in DTYPES:
+            if time.monotonic() < end and load(case.op, backend).unavailable_reason(arguments.device, dtype) is None:
+                records += measure(case, backend, dtype, arguments.device)
+        print(f"{case.op}, {case.name}: {backend}", file=sys.stderr, flush=True)
+        if not arguments.backends:
+            # Backend by backend, so that a kill loses no more than one.
+            path = write_result(f"accuracy_{arguments.device}", result, arguments.output)
     print(section(result))
     if not arguments.backends:
-        print(f"written: {write_result(f'accuracy_{arguments.device}', result, arguments.output)}")
+        print(f"written: {path}")
         if arguments.output is None:
             write_section("docs/kernels.md", "accuracy", page())
     broken = [record for record in records if record.get("margin", 0.0) > 1]
     for record in broken:
         print("broken: {op} {backend} {dtype} {tensor} in '{case}', margin {margin:.2f}".format(**record), file=sys.stderr)
-    raise SystemExit(1 if broken else 0)
+    failed = [record for record in records if "failure" in record]
+    for record in failed:
+        print("failed: {op} {backend} {dtype} in '{case}': {failure}".format(**record), file=sys.stderr)
+    raise SystemExit(1 if broken or failed else 0)
 
 
 if __name__ == "__main__":

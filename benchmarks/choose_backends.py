@@ -122,6 +122,8 @@ def compare(setting: Setting, device: str, repeats: int) -> dict[str, Any]:
             unable[name] = "out of memory"
         except ValueError as error:
             unable[name] = str(error).partition(": ")[2].partition(": ")[2]
+        except Exception as error:  # noqa: BLE001 - the others are still worth timing
+            unable[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]
     clock = time.perf_counter if device == "cuda" else time.process_time
     seconds = {name: statistics.median(found) for name, found in alternate(able, repeats, lambda line: None, clock=clock).items()}
     automatic = _automatic(setting, device)
@@ -132,7 +134,7 @@ def compare(setting: Setting, device: str, repeats: int) -> dict[str, Any]:
         "cannot": unable,
         "fastest": fastest,
         "auto": automatic,
-        "auto_over_fastest": seconds[automatic] / seconds[fastest],
+        "auto_over_fastest": seconds[automatic] / seconds[fastest] if automatic in seconds else None,
     }
 
 

@@ -68,7 +68,7 @@ def problem_of(length: int) -> Problem:
 
 def table_tiles(problem: Problem) -> tiles.TreeAttentionTiles:
     """What the table says for the problem."""
-    return tiles.choose(problem.query.shape[-1], problem.query.dtype, runtime.capability(problem.query.device))
+    return tiles.choose(problem.query.shape[-1], problem.query.dtype, runtime.capability(problem.query.device), heavy=False)
 
 
 def varied(which: str, candidate: tuple[int, int, int, int], problem: Problem) -> AbstractContextManager[None]:

@@ -74,10 +74,14 @@ class BatchPlan(NamedTuple):
 
 
 class PlanCache(Generic[Plan]):
-    """Plans made from tensors, each kept while its tensor lives and is not edited: all layers of a forward ask for the same one.
+    """Plans made from tensors, kept while their tensor lives and is not edited: all layers of a forward ask for the same ones.
+
+    Of one tensor the last `MOST` are kept, since it may be a whole data set of which each batch is a view.
 
     make: called with the tensor and the settings of the call. What it returns must not hold the tensor itself, which would then never die.
     """
+
+    MOST = 32
 
     def __init__(self, make: Callable[..., Plan]) -> None:
         self._make = make
@@ -94,9 +98,12 @@ class PlanCache(Generic[Plan]):
             plans = {}
             self._known[owner] = tensor._version, plans
         key: tuple[Any, ...] = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), *settings)
-        if key not in plans:
-            plans[key] = self._make(tensor, *settings)
-        return plans[key]
+        plan = plans.get(key)
+        if plan is None:
+            if len(plans) >= self.MOST:
+                plans.pop(next(iter(plans)))
+            plan = plans[key] = self._make(tensor, *settings)
+        return plan
 
 
 def rectangles(tree_end: Tensor) -> tuple[BatchPlan, ...]:

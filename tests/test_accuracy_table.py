@@ -54,3 +54,20 @@ def test_a_wrong_backend_fails_the_command(
 def test_a_refusal_is_kept_with_its_reason() -> None:
     [record] = accuracy.measure(SMALL[2], "sdpa", torch.float32, "cpu")
     assert "softcap" in record["refusal"]
+
+
+def test_a_backend_that_fails_is_kept_and_fails_the_command_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = accuracy.ours
+
+    def failing(given: accuracy.Problem, *args: object, **how: object) -> accuracy.Named:
+        if given.case.name == "pair":
+            raise RuntimeError("out of resources")
+        return right(given, *args, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(accuracy, "ours", failing)
+    assert run(tmp_path, monkeypatch) == 1
+    assert "failed: tree_attention reference bfloat16 in 'pair': RuntimeError: out of resources" in capsys.readouterr().err
+    records = json.loads((tmp_path / f"accuracy_{DEVICE}.json").read_text())["records"]
+    assert sum("failure" in record for record in records) == 3 and sum("error" in record for record in records) > 30

@@ -89,3 +89,12 @@ def test_errors_name_the_argument(options: dict[str, object], message: str) -> N
     c = case(0)
     with pytest.raises(ValueError, match=message):
         call(c, rows_of(c), c["key"], **options)
+
+
+@pytest.mark.parametrize("name", ["segments", "row_positions", "tree_end", "lse"])
+def test_a_tensor_on_another_device_is_refused(name: str) -> None:
+    c = case(0)
+    given = {**c, "lse": torch.zeros(2, 4, 3)}
+    given[name] = given[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name} must be on the query's device cpu, got meta"):
+        call(given, rows_of(c), given["key"], lse=given["lse"])

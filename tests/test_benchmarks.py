@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks_cli
-from benchmarks import attention_ratio, gpu, harness, mdpo_seeds, measure, mia_dpo_seeds, registry, sanitize_cases
+from benchmarks import attention_ratio, gpu, harness, mdpo_seeds, measure, mia_dpo_seeds, registry, sanitize_cases, sweep_tiles
 from benchmarks import page as kernels_page
 from benchmarks.case import Ceilings, Contestant, Run, Work
 from benchmarks.ops import attention_mass as mass_cases
@@ -275,6 +275,44 @@ def test_own_backends_that_are_wrong_fail_the_run(tmp_path: Path, monkeypatch: p
     assert small_run(tmp_path, "attention_mass", "--case", "rows", "--no-memory")[0] == 0
 
 
+def test_a_case_that_is_no_more_leaves_the_result_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "contestants", lambda op: [contestant("ours", ours=True)])
+    options = ("attention_mass", "--no-memory", "--case")
+    _, found = small_run(tmp_path, *options, "rows")
+    found["cases"][0]["case"] = "renamed since"
+    (tmp_path / "ops_cpu.json").write_text(json.dumps(found))
+    status, found = small_run(tmp_path, *options, "mean")
+    assert status == 0 and [entry["case"] for entry in found["cases"]] == ["mean"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--contestant", "nobody"], "no contestant is called nobody; there are "),
+        (["--case", "nothing"], "no case is called nothing; there are "),
+        (["nothing"], "no op is called nothing; there are "),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--device", "cuda"], "--device cuda: torch finds no GPU"),
+        (["--output", __file__], "File exists"),
+    ],
+)
+def test_wrong_arguments_end_with_a_line(
+    wrong: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        benchmarks_cli.main(["--small", *wrong])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", [["--contestant", "auto"], ["--dtype", "float16"], ["--check"], ["--small"]])
+def test_a_part_of_a_result_does_not_take_the_place_of_the_whole(part: list[str]) -> None:
+    parser = benchmarks_cli._parser()
+    assert benchmarks_cli._folder(parser.parse_args(["--case", "rows"])) == measure.RESULTS
+    assert benchmarks_cli._folder(parser.parse_args(part)) == measure.ROOT / "build" / "benchmarks"
+    assert benchmarks_cli._folder(parser.parse_args([*part, "--output", "here"])) == Path("here")
+
+
 def test_floors() -> None:
     ceilings = Ceilings(flops_per_second=1e9, bytes_per_second=1e6)
     assert Work(flops=2e9, bytes=1e6).floor(ceilings) == 2.0
@@ -401,3 +439,12 @@ def test_all_gpu_phases_fit_into_nine_minutes(capsys: pytest.CaptureFixture[str]
     assert set(gpu.SANITIZED) == set(sanitize_cases.CASES)
     wanted = {(op, name) for op, groups in gpu.COMPILED_CASES.items() for names in groups for name in names}
     assert wanted <= {(case.op, case.name) for case in registry.cases(size="cuda")}
+
+
+def test_the_sweep_varies_one_pass_and_keeps_the_table_s_tiles_of_the_others() -> None:
+    [case] = registry.cases(["tree_attention"], ["causal_8k"])
+    problem = case.make(case.sizes["small"], torch.device("cpu"), torch.bfloat16)
+    kept = sweep_tiles.table_tiles(problem)
+    for which, (candidate, *_) in sweep_tiles.CANDIDATES.items():
+        with sweep_tiles.varied(which, candidate, problem):
+            assert sweep_tiles.table_tiles(problem) == replace(kept, **{which: sweep_tiles.Tiles(*candidate)})

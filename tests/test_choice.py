@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import choose_backends
 from mmdpo_kernels import tree_attention
 from mmdpo_kernels.backends import choice, registry
 from mmdpo_kernels.backends.native import tree_attention as native
@@ -136,3 +137,14 @@ def test_the_op_reports_what_the_choice_depends_on(monkeypatch: pytest.MonkeyPat
     first, second = seen
     assert (first["length"], first["tree"], first["mass"], first["gradient"], first["window"]) == (5, True, True, True, False)
     assert (second["tree"], second["mass"], second["gradient"], second["window"]) == (False, False, False, True)
+
+
+def test_a_backend_that_fails_is_timed_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*call: object) -> None:
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(native, "forward", failing)
+    setting = choose_backends.Setting(op="tree_attention", dtype=torch.float32, length=6, response=2, gradient=False)
+    found = choose_backends.compare(setting, "cpu", 1)
+    assert found["cannot"]["native"] == "failed: RuntimeError: out of resources"
+    assert found["auto"] == "native" and found["auto_over_fastest"] is None and "reference" in found["seconds"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from weakref import WeakSet
+
 import pytest
 import torch
 from torch import Tensor
 from trees import assert_accurate, random_tree_end
 
 from mmdpo_kernels import tree_attention
-from mmdpo_kernels.tree_mask import depth, rectangles, visible
+from mmdpo_kernels.backends.sdpa import flash
+from mmdpo_kernels.tree_mask import PlanCache, depth, rectangles, visible
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, tree_end: Tensor, segments: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,6 +131,27 @@ def test_plan_follows_an_edit_of_the_tensor() -> None:
     assert rectangles(tree_end) != before
 
 
+def test_plans_of_views_do_not_pile_up() -> None:
+    """One tensor may hold the trees of a whole data set; what a forward asks for again is there."""
+
+    class Plan:
+        pass
+
+    alive: WeakSet[Plan] = WeakSet()
+
+    def make(tensor: Tensor, window: int) -> Plan:
+        plan = Plan()
+        alive.add(plan)
+        return plan
+
+    cache = PlanCache(make)
+    whole = torch.zeros(200, 4, dtype=torch.int32)
+    for row in whole.split(1):
+        plans = [cache(row, window) for window in (1, 2)]
+        assert [cache(row, window) for window in (1, 2)] == plans
+    assert len(alive) == PlanCache.MOST < 200
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -145,9 +170,9 @@ def test_errors_name_the_argument(change: dict[str, object], message: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [1.0, 1e-4, 1e3])
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e3, 2e4])
 def test_sdpa_gives_the_gradient_through_lse(dtype: torch.dtype, size: float) -> None:
-    """Of any size beside the gradient of the output, in a dtype that could not hold it."""
+    """Of any size beside the gradient of the output, in a dtype that could not hold it, as it comes with a loss scale."""
     qkv = [t.detach().to(dtype) for t in inputs(1, 4, 2, 40, 16)]
     tree_end = random_tree_end(1, 40, 2)
     torch.manual_seed(0)
@@ -163,6 +188,7 @@ def test_sdpa_gives_the_gradient_through_lse(dtype: torch.dtype, size: float) ->
     ):
         # Four steps, since a row's terms cancel.
         allowed = 2 * (plain - truth).abs().max() + 4 * torch.finfo(dtype).eps * truth.abs().max()
+        assert truth.abs().max() < torch.finfo(torch.float16).max
         assert (ours - truth).abs().max() <= allowed
 
 
@@ -204,6 +230,13 @@ def test_automatic_choice_keeps_the_gradient_through_lse() -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("name", ["tree_end", "segments"])
+def test_a_list_is_no_tensor(name: str) -> None:
+    query = torch.randn(1, 2, 4, 8)
+    with pytest.raises(TypeError, match=rf"{name} must be a tensor of shape \(1, 4\), got list"):
+        tree_attention(query, query, query, **{name: [[4, 4, 4, 4]]})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["value", "tree_end", "segments"])
 def test_a_tensor_on_another_device_is_refused(name: str) -> None:
     query, tree_end = torch.randn(1, 2, 4, 8), torch.full((1, 4), 4, dtype=torch.int32)
@@ -211,3 +244,22 @@ def test_a_tensor_on_another_device_is_refused(name: str) -> None:
     given[name] = given[name].to("meta")
     with pytest.raises(ValueError, match=f"{name} must be on the query's device cpu, got meta"):
         tree_attention(query, query, given["value"], given["tree_end"], segments=given["segments"], num_segments=1)
+
+
+def test_a_gpu_s_flash_attention_is_given_an_lse_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel follows the address alone. The call fits the operators' schemas: meta tensors get results of the right shapes."""
+    query = torch.empty(2, 4, 9, 16, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(2, 2, 12, 16, dtype=torch.bfloat16, device="meta")
+    output, lse = flash.forward(query, key, key, False, 0.25)
+    assert output.shape == query.shape and lse.shape == (2, 4, 9) and lse.dtype == torch.float32
+    operator, seen = torch.ops.aten._scaled_dot_product_flash_attention_backward, []
+
+    def watched(*arguments: Tensor, **options: float) -> tuple[Tensor, ...]:
+        seen.append(arguments[5])
+        return operator(*arguments, **options)
+
+    monkeypatch.setattr(flash, "_aten", SimpleNamespace(_scaled_dot_product_flash_attention_backward=watched))
+    rows = torch.empty(2, 4, 20, device="meta")[:, :, 5:14]
+    grads = flash.backward(output, query, key, key, output, rows, False, 0.25)
+    assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
+    assert seen[0].is_contiguous()

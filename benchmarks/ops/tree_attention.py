@@ -64,10 +64,6 @@ class Problem:
         first = self._first_copies()[:, None, :, None]
         return {name: self._pack(tensor if name.startswith("grad_") else tensor * first) for name, tensor in found.items()}
 
-    def causal_only(self) -> bool:
-        """There is one sequence, and it is the tree."""
-        return self.paths.shape[0] == 1
-
     def _unshare(self, packed: Tensor) -> Tensor:
         return packed.detach()[0][:, self.paths].transpose(0, 1).contiguous()
 

@@ -28,7 +28,7 @@ def load(op: str, backend: str) -> ModuleType:
 
 
 def backends() -> dict[str, dict[str, str | None]]:
-    """Per op, backend -> None, or the reason it cannot run here (asked for float32 on the best device of this machine)."""
+    """Per op, backend -> None, or the reason it cannot run here (asked for bfloat16 on a GPU, float32 on a CPU alone)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return {op: {name: load(op, name).unavailable_reason(device, dtype) for name in names} for op, names in PREFERENCE.items()}

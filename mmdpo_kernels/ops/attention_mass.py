@@ -11,7 +11,16 @@ from torch.autograd.function import once_differentiable
 
 from ..backends.reference import attention_mass as reference
 from ..backends.registry import resolve
-from .checks import check_heads, check_positive, check_range, check_segments, check_tensor, check_tree_end, default_scale
+from .checks import (
+    check_devices,
+    check_heads,
+    check_positive,
+    check_range,
+    check_segments,
+    check_tensor,
+    check_tree_end,
+    default_scale,
+)
 from .precision import without_autocast
 
 OP = "attention_mass"
@@ -96,6 +105,7 @@ def attention_mass(
     check_tensor(OP, "key", key, (batch, "Hkv", "S", dim), floating=True)
     length = key.shape[2]
     check_heads(OP, query_rows, key)
+    check_devices(OP, query_rows, segments=segments, row_positions=row_positions, tree_end=tree_end, lse=lse)
     check_segments(OP, segments, num_segments, batch, length)
     check_tensor(OP, "row_positions", row_positions, (batch, rows), floating=False)
     check_range(OP, "row_positions", row_positions, -1, length)

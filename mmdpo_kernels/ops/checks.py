@@ -35,7 +35,7 @@ def check_heads(op: str, query: Tensor, key: Tensor) -> None:
 def check_devices(op: str, query: Tensor, **others: Tensor | None) -> None:
     """All on the query's device: a kernel follows addresses."""
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != query.device:
+        if isinstance(tensor, Tensor) and tensor.device != query.device:
             raise ValueError(f"{op}: {name} must be on the query's device {query.device}, got {tensor.device}")
 
 

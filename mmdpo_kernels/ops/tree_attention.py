@@ -30,6 +30,8 @@ OP = "tree_attention"
 _COLUMNS = 8
 # The 24 bits of a float32 in three bfloat16 of 8.
 _PARTS = 3
+# Of the powers of two that float16 holds in full.
+_EXPONENTS = -14, 15
 
 
 class TreeAttentionOutput(NamedTuple):
@@ -97,17 +99,17 @@ def _backward_through_lse(
     """The backward of a backend that takes no gradient of the log-sum-exp, made to take one.
 
     Such a backward computes dscores = P (dP - rowsum(dO output)), and the gradient of lse belongs in the bracket. It gets there by columns
-    where query, key and value are zero, so that they change nothing else, and where dO output is -dlse: its mantissa in parts that the
-    dtype holds, times a power of two. Where the kernel has no room for more columns, the reference does the backward.
+    where query, key and value are zero, so that they change nothing else, and where dO output is -dlse: in parts that the dtype holds, times
+    a power of two that float16 has too. Where the kernel has no room for more columns, the reference does the backward.
     """
     dim = query.shape[-1]
     rest = lse, tree_end, segments, num_segments, scale, softcap, window
     features = {"head_dim": dim + _COLUMNS, "softcap": softcap is not None, "window": window is not None}
     if backend.unavailable_reason(query.device.type, query.dtype, **features) is not None:
         return reference.backward(grad_output, grad_lse, grad_mass, query, key, value, output, *rest)
-    mantissa, exponent = torch.frexp(grad_lse)
-    powers = torch.ldexp(torch.ones_like(mantissa), exponent).to(query.dtype)
-    left, parts = -mantissa, []
+    exponent = torch.frexp(grad_lse).exponent.clamp(*_EXPONENTS)
+    powers = torch.ldexp(torch.ones_like(grad_lse), exponent)
+    left, parts = -grad_lse / powers, []
     for _ in range(_PARTS):
         parts.append(left.to(query.dtype))
         left = left - parts[-1].to(left.dtype)
@@ -124,7 +126,7 @@ def _backward_through_lse(
         None,
         grad_mass,
         *(widened(tensor, []) for tensor in (query, key, value)),
-        widened(output, [powers] * _PARTS),
+        widened(output, [powers.to(query.dtype)] * _PARTS),
         *rest,
     )
     grad_query, grad_key, grad_value = (grad[..., :dim] for grad in grads)
@@ -192,7 +194,7 @@ def tree_attention(
         window=window is not None,
         mass=num_segments > 0,
         value_dim=value.shape[-1] != dim,
-        head_dim=dim,
+        head_dim=max(dim, value.shape[-1]),
         length=length,
         tree=tree_end is not None,
         gradient=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)),

@@ -99,8 +99,9 @@ def _attention(
     batch, _, length, _ = query.shape
     mask = _causal_mask(batch, length, window, query.device) if tree_end is None else _tree_mask(tree_end, window)
     on_gpu = query.device.type == "cuda"
-    # As a symbol, a second scale would meet an error of PyTorch's tracer; it is a constant of a model anyway.
-    with torch._dynamo.config.patch(specialize_float=True):
+    # As a symbol, a second scale would meet an error of PyTorch's tracer; it is a constant of a model anyway. Beyond the limit PyTorch would
+    # run uncompiled without a word, with all S x S scores; every dtype, and each with and without gradients, is a kind of call of its own.
+    with torch._dynamo.config.patch(specialize_float=True, recompile_limit=64):
         output, aux = _attend(on_gpu)(
             query,
             key,

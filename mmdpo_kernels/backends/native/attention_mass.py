@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ...tree_mask import depth
 from ..registry import load as load_backend
-from .extension import load
+from .extension import address, dense_heads, int32, load, module
+
+OP = "attention_mass"
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
@@ -60,7 +62,7 @@ def forward(
         ValueError: MMDPO_CPU_LEVEL names no level this CPU runs. On the CPU also a segment id or row position out of range; on the GPU, where
             nobody can look without waiting, such ids count as none.
     """
-    native = _module()
+    native = module(OP)
     call = _Call(native, query_rows, key, segments, row_positions, num_segments, tree_end, lse, scale, softcap, window, reduce)
     batch, heads, rows, _ = query_rows.shape
     shape = {None: (batch, heads, rows, num_segments), "mean": (batch, num_segments), "tokens": (batch, key.shape[2])}[reduce]
@@ -90,7 +92,7 @@ def backward(
     shared = (query_rows, key, segments, row_positions, num_segments, tree_end, lse, scale, softcap, window, reduce)
     if key.device.type != "cpu":
         return _gpu_backward(key).backward(grad, *shared)
-    native = _module()
+    native = module(OP)
     call = _Call(native, *shared)
     grad = grad.to(call.wide).contiguous()
     grad_query, grad_key = (torch.empty(tensor.shape, dtype=call.wide) for tensor in (query_rows, key))
@@ -124,13 +126,13 @@ class _Call:
     ) -> None:
         dtype = torch.promote_types(query_rows.dtype, key.dtype)
         self.wide = torch.promote_types(dtype, torch.float32)
-        readable = _dense_heads if key.device.type == "cpu" else _aligned_heads
+        readable = dense_heads if key.device.type == "cpu" else _aligned_heads
         query_rows, key = (readable(tensor.to(dtype)) for tensor in (query_rows, key))
-        segments, row_positions = _int32(segments), _int32(row_positions)
-        depths = None if tree_end is None or window is None else _int32(depth(tree_end))
-        tree_end = None if tree_end is None else _int32(tree_end)
+        depths = None if tree_end is None or window is None else depth(tree_end)
+        ids = {"segments": segments, "row_positions": row_positions, "tree_end": tree_end, "depth": depths}
+        ids = {name: int32(tensor) for name, tensor in ids.items()}
         lse = None if lse is None else lse.to(self.wide).contiguous()
-        self._tensors = (query_rows, key, segments, row_positions, depths, tree_end, lse)
+        self._tensors = (query_rows, key, lse, *ids.values())
         batch, heads, rows, dim = query_rows.shape
         self.args = native.AttentionMassArgs(
             sizes=(batch, heads, key.shape[1], rows, key.shape[2], dim, num_segments),
@@ -139,11 +141,8 @@ class _Call:
             query_strides=query_rows.stride()[:3],
             key=key.data_ptr(),
             key_strides=key.stride()[:3],
-            segments=segments.data_ptr(),
-            row_positions=row_positions.data_ptr(),
-            tree_end=_address(tree_end),
-            depth=_address(depths),
-            lse=_address(lse),
+            **{name: address(tensor) for name, tensor in ids.items()},
+            lse=address(lse),
             scale=scale,
             softcap=softcap or 0.0,
             window=window or 0,
@@ -192,18 +191,6 @@ def _gpu_backward(key: Tensor) -> ModuleType:
     return triton if serves else load_backend("attention_mass", "reference")
 
 
-def _module() -> ModuleType:
-    native = load()
-    if isinstance(native, str):
-        raise RuntimeError(f"attention_mass: {native}")
-    return native
-
-
-def _dense_heads(tensor: Tensor) -> Tensor:
-    """The kernel reads each head vector as consecutive elements; other strides may be anything."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def _aligned_heads(tensor: Tensor) -> Tensor:
     """The GPU reads head vectors 16 bytes at a time; where they do not start at multiples of 16, a copy's do."""
     size = tensor.element_size()
@@ -213,11 +200,3 @@ def _aligned_heads(tensor: Tensor) -> Tensor:
         if tensor.stride(-1) == 1 and all(start % 16 == 0 for start in starts)
         else tensor.clone(memory_format=torch.contiguous_format)
     )
-
-
-def _int32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.int32).contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

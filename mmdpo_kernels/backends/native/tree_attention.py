@@ -5,12 +5,12 @@ The kernel is a float32 one. float16 and bfloat16 are widened for it, which is e
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from .extension import load
+from .extension import address, dense_heads, int32, load, module
+
+OP = "tree_attention"
 
 LSE_GRADIENT = True
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,8 +60,8 @@ def forward(
     output = query.new_empty(batch, length, heads, dim).transpose(1, 2)
     lse = query.new_empty(batch, heads, length)
     if query.numel():
-        tree_end = _int32(tree_end)
-        _module().tree_attention_forward(**_arguments(query, key, value, tree_end, scale, output, lse))
+        tree_end = int32(tree_end)
+        module(OP).tree_attention_forward(**_arguments(query, key, value, tree_end, scale, output, lse))
     return output.to(dtype), lse, query.new_empty(batch, heads, length, 0)
 
 
@@ -86,13 +86,13 @@ def backward(
     query, key, value, output = (tensor.float() for tensor in (query, key, value, output))
     grads = tuple(_like(tensor) for tensor in (query, key, value))
     if query.numel():
-        tree_end = _int32(tree_end)
-        grad_output = torch.zeros_like(output) if grad_output is None else _dense_heads(grad_output.float())
+        tree_end = int32(tree_end)
+        grad_output = torch.zeros_like(output) if grad_output is None else dense_heads(grad_output.float())
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        _module().tree_attention_backward(
+        module(OP).tree_attention_backward(
             **_arguments(query, key, value, tree_end, scale, output, lse),
             grad_output=_heads(grad_output),
-            grad_lse=_address(grad_lse),
+            grad_lse=address(grad_lse),
             grad_query=_heads(grads[0]),
             grad_key=_heads(grads[1]),
             grad_value=_heads(grads[2]),
@@ -109,11 +109,11 @@ def _arguments(
         "query": _heads(query),
         "key": _heads(key),
         "value": _heads(value),
-        "tree_end": _address(tree_end),
+        "tree_end": address(tree_end),
         "scale": scale,
         "num_threads": torch.get_num_threads(),
         "output": _heads(output),
-        "lse": _address(lse),
+        "lse": address(lse),
     }
 
 
@@ -125,23 +125,3 @@ def _like(tensor: Tensor) -> Tensor:
     """(B, H, S, D) for a gradient, in memory as (B, S, H, D), which is how projections make queries, keys and values."""
     batch, heads, length, dim = tensor.shape
     return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
-
-
-def _dense_heads(tensor: Tensor) -> Tensor:
-    """The kernel reads each head vector as consecutive elements; other strides may be anything."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _int32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int32).contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _module() -> ModuleType:
-    native = load()
-    if isinstance(native, str):
-        raise RuntimeError(f"tree_attention: {native}")
-    return native

@@ -56,7 +56,7 @@ def backward(
         key,
         value,
         output,
-        lse,
+        lse.contiguous(),  # the kernel knows no strides of it
         None,
         None,
         query.shape[2],

@@ -45,8 +45,6 @@ def forward(
 
     More than 16 segments take one pass for every 16 of them.
     """
-    if value.shape[3] > tiles.WIDEST:
-        raise ValueError(f"tree_attention: value must have a head dim of at most {tiles.WIDEST}, got {value.shape[3]}")
     call = _Call(query, key, value, tree_end, segments, num_segments, scale, softcap, window)
     batch, heads, length, _ = query.shape
     output = _head_last(query, value.shape[3])

@@ -183,7 +183,7 @@ def measure(case: Case, backend: str, dtype: torch.dtype, device: str) -> list[d
         try:
             mine = evaluated(given.leaves, lambda leaves, t=through: ours(given, leaves, backend, with_mass="mass" in t), through)
         except Exception as error:  # noqa: BLE001 - the other backends are still worth measuring
-            if not any(text in str(error) for text in ("cannot serve this call", "no gradient through lse")):
+            if "cannot serve this call" not in str(error):
                 return [{**about, "failure": f"{type(error).__name__}: {error}".splitlines()[0][:300]}]
             refusal = str(error)
             continue
@@ -198,7 +198,7 @@ def measure(case: Case, backend: str, dtype: torch.dtype, device: str) -> list[d
 
 def _ways(case: Case) -> tuple[tuple[str, ...], ...]:
     """Outputs whose gradients to ask for: all, and as many as a backend has."""
-    return (("mass",),) if case.rows else (("output", "lse", "mass"), ("output", "lse"), ("output",), ())
+    return (("mass",),) if case.rows else (("output", "lse", "mass"), ("output", "lse"), ())
 
 
 def _compared(mine: Tensor, usual: Tensor, truth: Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How accurate every attention backend is that runs here, beside plain PyTorch in the same dtype.
+"""How accurate every backend is that runs here, beside plain PyTorch in the same dtype.
 
     python -m benchmarks.accuracy                # table, results/accuracy_<device>.json and its section of docs/kernels.md
 
@@ -7,7 +7,7 @@ tensor's largest entry. Here it is applied to the largest error in a tensor, sin
 entries beyond it one by one is counted beside. A margin is the error over what the rule allows: 1 or below keeps the rule.
 The command fails where a backend breaks it.
 
-Plain PyTorch is matmul, softmax in float32, matmul, and its own autograd.
+Plain PyTorch is matmul, softmax in float32, matmul, and its own autograd. The cases of `linear_logprobs` are in `accuracy_head.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import accuracy_head as head
 from benchmarks.measure import RESULTS, machine, markdown, write_result, write_section
 
 if not torch.cuda.is_available():
@@ -173,9 +174,11 @@ def evaluated(leaves: Named, outputs_of: Callable[[Named], Named], through: tupl
     return {**{name: t.detach() for name, t in outputs.items()}, **named}
 
 
-def measure(case: Case, backend: str, dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
+def measure(case: Case | head.Case, backend: str, dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
     """One record a tensor of the case, or one that says why the backend does not serve it, or how it failed."""
     small = backend in ("triton", "flex") and device == "cpu"
+    if isinstance(case, head.Case):
+        return _measure_head(case, backend, dtype, device, small=small)
     given = problem(case, small=small, dtype=dtype, device=device)
     about = {"op": case.op, "case": case.name, "backend": backend, "dtype": str(dtype).removeprefix("torch."), "small": small}
     refusal = ""
@@ -194,6 +197,24 @@ def measure(case: Case, backend: str, dtype: torch.dtype, device: str) -> list[d
             for name, t in mine.items()
         ]
     return [{**about, "refusal": refusal.split(": ", 2)[-1]}]
+
+
+def _measure_head(case: head.Case, backend: str, dtype: torch.dtype, device: str, *, small: bool) -> list[dict[str, Any]]:
+    about = {
+        "op": case.op,
+        "case": case.name,
+        "backend": backend,
+        "dtype": str(dtype).removeprefix("torch."),
+        "small": small,
+        "through": ["logps"],
+    }
+    try:
+        compared = head.compare(case, backend, dtype, device, small=small)
+        return [{**about, "tensor": name, **_compared(mine, usual, truth)} for name, mine, usual, truth in compared]
+    except Exception as error:  # noqa: BLE001 - the other backends are still worth measuring
+        if "cannot serve this call" in str(error):
+            return [{**about, "refusal": str(error).split(": ", 2)[-1]}]
+        return [{**about, "failure": f"{type(error).__name__}: {error}".splitlines()[0][:300]}]
 
 
 def _ways(case: Case) -> tuple[tuple[str, ...], ...]:
@@ -270,8 +291,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after these")
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
-    chosen = [
-        (case, name) for case in CASES for name in here(case.op, arguments.device) if name in (arguments.backends or [name])
+    chosen: list[tuple[Case | head.Case, str]] = [
+        (case, name)
+        for case in (*CASES, *head.CASES)
+        for name in here(case.op, arguments.device)
+        if name in (arguments.backends or [name])
     ]
     # Last what is compiled for seconds at every kind of call: where time is short, nothing else is lost.
     chosen.sort(key=lambda pair: pair[1] == "flex")

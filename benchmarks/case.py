@@ -12,6 +12,8 @@ from torch import Tensor
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 WITHOUT_MASS = ", no mass"
 """Ends the name of a backend that leaves the ratios or the mass of a case out, to tell what they cost."""
+WITH_STATISTICS = ", trainer's statistics"
+"""Ends the name of a head that also gives what a trainer logs: entropy, mean logit, whether the target is the likeliest token."""
 Named = dict[str, Tensor]
 
 
@@ -67,6 +69,8 @@ class Case:
     truth: Callable[[Any], Named]
     """The results in float64, by name."""
     timed: str = FORWARD
+    dtype: torch.dtype | None = None
+    """None: the dtype of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

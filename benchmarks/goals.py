@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from benchmarks.case import WITHOUT_MASS
+from benchmarks.case import WITH_STATISTICS, WITHOUT_MASS
 from benchmarks.measure import ratios
 
 Entry = dict[str, Any]
@@ -152,6 +153,130 @@ def _eager(result: Result) -> Finding:
     return _faster(result.entry("tree_attention", "recorded"), "eager maps", "auto", 20.0)
 
 
+TRL = f"TRL head{WITH_STATISTICS}"
+BARE = "two bare products"
+
+
+def _over_trl(case: str, goal: float) -> Callable[[Result], Finding]:
+    return lambda result: _faster(result.entry("linear_logprobs", case), TRL, "auto", goal)
+
+
+def _over_products(case: str, goal: float) -> Callable[[Result], Finding]:
+    def find(result: Result) -> Finding:
+        entry = result.entry("linear_logprobs", case)
+        bare = fastest(entry, lambda name, found: name.startswith(BARE), "bare products")
+        found = speed_up(entry, "auto", bare)
+        figure = f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f}) times {bare}"
+        return Finding(figure=figure, met=found["median"] <= goal)
+
+    return find
+
+
+def _head_memory(case: str) -> Callable[[Result], Finding]:
+    def find(result: Result) -> Finding:
+        contestants = result.entry("linear_logprobs", case)["contestants"]
+        peaks = [contestants.get(name, {}).get("peak_bytes") for name in ("auto", TRL)]
+        if None in peaks:
+            raise Missing("peak memory was not measured")
+        return Finding(figure=f"{peaks[0] / 1e6:.0f} of {peaks[1] / 1e6:.0f} MB", met=peaks[0] <= peaks[1])
+
+    return find
+
+
+def _two_passes(result: Result) -> Finding:
+    entry = result.entry("linear_logprobs", "with_reference")
+    sizes, rate = entry["sizes"], result.content["ceilings"]["bytes_per_second"]
+    passes = 2 * 2 * sizes["vocabulary"] * sizes["width"] / rate
+    share = seconds(entry, "auto") / passes
+    return Finding(figure=f"{share:.2f} times {passes * 1e3:.2f} ms", met=share <= 1.3)
+
+
+def _of_copy(case: str) -> Callable[[Result], Finding]:
+    def find(result: Result) -> Finding:
+        entry = result.entry("logit_rows", case)
+        share = 100 * entry["floor_seconds"] / seconds(entry, "native")
+        return Finding(figure=f"{share:.0f} %", met=share >= 85)
+
+    return find
+
+
+def _head_rate(result: Result) -> Finding:
+    entry = result.entry("linear_logprobs", "frozen_8192")
+    rate = entry["flops"] / seconds(entry, "auto") / 1e12
+    return Finding(figure=f"{rate:.0f} TFLOP/s", met=rate >= 650)
+
+
+def _loss_goals(device: str) -> Sequence[Goal]:
+    """Of `preference_loss` alone and behind the head."""
+    of = partial(Goal, device=device)
+    eager, liger = "torch, dense", "Liger fused DPO"
+
+    def over(peer: str, case: str, goal: float) -> Callable[[Result], Finding]:
+        return lambda result: _faster(result.entry("preference_loss", case), peer, "auto", goal)
+
+    return [
+        of(
+            what="a pair with five pictures as the model leaves it, hidden states to loss, against Liger's DPO: times faster",
+            wanted="at least 3",
+            find=over(liger, "from_model", 3.0),
+        ),
+        of(
+            what="`preference_loss`, mDPO of 64 triples from tokens, with what is logged, against the eager expression: times faster",
+            wanted="at least 5",
+            find=over(eager, "mdpo", 5.0),
+        ),
+        of(
+            what="the same from sums of responses, the loss alone: times faster",
+            wanted="at least 5",
+            find=over(eager, "mdpo_sums", 5.0),
+        ),
+    ]
+
+
+def _head_goals_on_gpu() -> Sequence[Goal]:
+    of = partial(Goal, device="cuda")
+    frozen = "frozen head, {:,} rows, forward + backward: times faster than TRL's as its trainer calls it"
+    return [
+        *(of(what=frozen.format(rows), wanted="at least 1.4", find=_over_trl(f"frozen_{rows}", 1.4)) for rows in (1000, 8192)),
+        of(what="frozen head, 8,192 rows, forward + backward", wanted="at least 650 TFLOP/s", find=_head_rate),
+        of(
+            what="native row kernel with gradient, 1,024 rows: share of copy bandwidth",
+            wanted="at least 85 %",
+            find=_of_copy("rows_1024"),
+        ),
+        of(
+            what="200 rows of the policy and 200 of the reference: time over two passes over the weight",
+            wanted="at most 1.3",
+            find=_two_passes,
+        ),
+    ]
+
+
+def _head_goals() -> Sequence[Goal]:
+    """Of a frozen head on the CPU, forward and backward."""
+    goals = []
+    for suffix, dtype, over_trl, over_products in (("", "float32", 2.3, 1.15), ("_bf16", "bfloat16", 5.0, 1.6)):
+        for vocabulary in (32, 152):
+            for rows in (200, 1000):
+                case = f"frozen_{vocabulary}k_{rows}{suffix}"
+                what = f"frozen head, {rows:,} rows, {vocabulary}k tokens, {dtype}"
+                of = partial(Goal, device="cpu")
+                goals += [
+                    of(
+                        what=f"{what}: times faster than TRL's as its trainer calls it",
+                        wanted=f"at least {over_trl:g}",
+                        find=_over_trl(case, over_trl),
+                    ),
+                    of(
+                        what=f"{what}: time over that of its two bare products",
+                        wanted=f"at most {over_products:g}",
+                        find=_over_products(case, over_products),
+                    ),
+                    of(what=f"{what}: peak memory, ours and TRL's", wanted="no more", find=_head_memory(case)),
+                ]
+    return goals
+
+
 def _ours(name: str, found: Entry) -> bool:
     return bool(found["ours"]) and not name.endswith(WITHOUT_MASS)
 
@@ -209,4 +334,8 @@ GOALS: Sequence[Goal] = (
         wanted="at least 20",
         find=_eager,
     ),
+    *_head_goals(),
+    *_loss_goals("cpu"),
+    *_head_goals_on_gpu(),
+    *_loss_goals("cuda"),
 )

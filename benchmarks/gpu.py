@@ -41,14 +41,27 @@ TESTS = (
     "test_varlen_flex.py",
     "test_choice.py",
     "test_linear_logprobs.py",
+    "test_triton_linear_logprobs.py",
+    "test_native_linear_logprobs.py",
+    "test_shared_rows.py",
     "test_preference_loss.py",
+    "test_preference_loss_backends.py",
 )
 # Of a phase's output, its end stays in the log.
 LOG_CHARACTERS = 1 << 20
 # Seconds to end in after an interruption: pytest waits ten for its processes before it writes its report.
 GRACE = 15
 # As in benchmarks/sanitize_cases.py, which imports torch.
-SANITIZED = ("tree, mass", "tree, softcap, window", "mass", "mass, mean, softcap, window", "mass, tokens")
+SANITIZED = (
+    "tree, mass",
+    "tree, softcap, window",
+    "mass",
+    "mass, mean, softcap, window",
+    "mass, tokens",
+    "head",
+    "head, softcap, statistics",
+    "loss",
+)
 # What is compiled at its first use, and the cases in which it takes part.
 COMPILED = ("auto", "triton", "triton, no mass", "flex", "FlexAttention")
 COMPILED_CASES = {
@@ -61,6 +74,8 @@ COMPILED_CASES = {
         ("pair_mass",),
         ("triple",),
     ),
+    "linear_logprobs": (("frozen_200", "with_reference", "trainable"),),
+    "preference_loss": (("mdpo", "mdpo_sums", "from_hidden"),),
 }
 
 

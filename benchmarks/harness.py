@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -64,6 +64,7 @@ def race(
     """
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
+    setting = replace(setting, dtype=case.dtype or setting.dtype)
     problem = case.make(case.sizes[setting.size], setting.device, setting.dtype)
     work = case.work(problem)
     floor = work.floor(ceilings)
@@ -111,6 +112,7 @@ def race(
         "why": case.why,
         "timed": case.timed,
         "sizes": dict(case.sizes[setting.size]),
+        "dtype": str(setting.dtype).removeprefix("torch."),
         "flops": work.flops,
         "bytes": work.bytes,
         "floor_seconds": floor,

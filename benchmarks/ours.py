@@ -8,29 +8,37 @@ from typing import Any
 
 import torch
 
-from benchmarks.case import WITHOUT_MASS, Contestant, Named, NotOfThisCase, Run, timed_run
+from benchmarks.case import WITH_STATISTICS, WITHOUT_MASS, Contestant, Named, NotOfThisCase, Run, timed_run
 from benchmarks.ops import attention_mass as mass_cases
 from benchmarks.ops import linear_logprobs as head_cases
+from benchmarks.ops import logit_rows as row_cases
 from benchmarks.ops import preference_loss as loss_cases
 from benchmarks.ops import tree_attention as tree_cases
 from mmdpo_kernels import (
     SequenceLogps,
+    TokenLogps,
     attention_mass,
     backends,
     linear_logprobs,
     preference_loss,
-    sequence_logps,
     tree_attention,
 )
 from mmdpo_kernels.backends.registry import load
 
+BRANCHES = ("chosen", "rejected", "corrupted")
+STATISTICS = ("entropy", "mean_logit", "is_top1")
+
 
 def contestants(op: str) -> list[Contestant]:
     """Every backend of the op, and "auto"; for attention also what each costs without the ratios or the mass of a case."""
+    if op == "logit_rows":
+        return [_contestant(op, backend, _logit_rows, backend) for backend in ("triton", "native", "chunked")]
     found = [_contestant(op, backend, PREPARE[op], backend) for backend in ("auto", *backends()[op])]
     if op == "tree_attention":
         plain = partial(_tree_attention, with_mass=False)
         found += [_contestant(op, f"{c.name}{WITHOUT_MASS}", plain, c.name) for c in list(found)]
+    if op == "linear_logprobs":
+        found.append(_contestant(op, f"auto{WITH_STATISTICS}", partial(_linear_logprobs, stats=STATISTICS), "auto"))
     return found
 
 
@@ -48,7 +56,8 @@ def _unavailable_reason(op: str, backend: str, device_type: str, dtype: torch.dt
         return None
     if backend == "triton" and device_type == "cpu":
         return "its kernels are only interpreted on the CPU, which says nothing about speed"
-    reason: str | None = load(op, backend).unavailable_reason(device_type, dtype)
+    module = load("linear_logprobs" if op == "logit_rows" else op, backend)
+    reason: str | None = module.unavailable_reason(device_type, dtype)
     return reason
 
 
@@ -104,11 +113,32 @@ def _attention_mass(problem: mass_cases.Problem, backend: str) -> Run:
     return timed_run(problem.timed, forward, problem.leaves, {"mass": problem.grad_mass})
 
 
-def _linear_logprobs(problem: head_cases.Problem, backend: str) -> Run:
+def _linear_logprobs(problem: head_cases.Problem, backend: str, stats: tuple[str, ...] = ()) -> Run:
     def forward() -> Named:
-        return {"logps": linear_logprobs(problem.hidden, problem.weight, problem.targets, backend=backend).logps}
+        found = linear_logprobs(
+            problem.hidden,
+            problem.weight,
+            problem.targets,
+            stats=stats,
+            reference_hidden=problem.reference_hidden,
+            backend=backend,
+        )
+        named = {"logps": found.logps}
+        return named if found.reference_logps is None else {**named, "reference_logps": found.reference_logps}
 
     return timed_run(problem.timed, forward, problem.leaves, {"logps": problem.grad_logps})
+
+
+def _logit_rows(problem: row_cases.Problem, backend: str) -> Run:
+    if backend == "native" and problem.logits.device.type == "cpu":
+        raise NotOfThisCase  # there the product and its rows are one kernel
+    kernels, logits = load("logit_rows", backend), problem.logits.clone()
+
+    def call() -> Named:
+        logps, _ = kernels.fold_with_gradient(logits, problem.targets, row_cases.PLAIN, (), 1.0)
+        return {"logps": logps, "coefficients": logits}
+
+    return Run(call=call, results=lambda found: found)
 
 
 def _preference_loss(problem: loss_cases.LossProblem | loss_cases.HeadProblem, backend: str) -> Run:
@@ -117,25 +147,29 @@ def _preference_loss(problem: loss_cases.LossProblem | loss_cases.HeadProblem, b
 
 
 def _loss(problem: loss_cases.LossProblem, backend: str) -> Named:
-    policy, reference = (
-        SequenceLogps(chosen=logps[0], rejected=logps[1], corrupted=logps[2]) for logps in (problem.policy, problem.reference)
+    options: dict[str, Any] = {"loss_type": ("sigmoid", "copo", "ancpo"), "beta": loss_cases.BETA, "backend": backend}
+    if problem.lengths is None:
+        sums = (dict(zip(BRANCHES, logps.unbind(0), strict=True)) for logps in (problem.policy, problem.reference))
+        policy, reference = (SequenceLogps(**fields) for fields in sums)
+        return {"loss": preference_loss(policy, reference, **options).loss}
+    tokens, base = (
+        TokenLogps(logps=logps, lengths=problem.lengths, branches=BRANCHES) for logps in (problem.policy, problem.reference)
     )
-    names = ("sigmoid", "copo", "ancpo")
-    return {"loss": preference_loss(policy, reference, loss_type=names, beta=loss_cases.BETA, backend=backend).loss}
+    found = preference_loss(tokens, base, **options)
+    rewards = {f"reward_{name}": values for name, values in found.rewards.items()}
+    return {"loss": found.loss, **rewards, "accuracies": found.accuracies, "margins": found.margins}
 
 
 def _head_and_loss(problem: loss_cases.HeadProblem, backend: str) -> Named:
-    lengths = [problem.targets.shape[1]] * problem.targets.shape[0]
-
-    def logps(hidden: torch.Tensor, weight: torch.Tensor) -> SequenceLogps:
-        tokens = linear_logprobs(hidden.flatten(0, 1), weight, problem.targets.flatten()).logps
-        chosen, rejected = sequence_logps(tokens, lengths).chunk(2)
-        return SequenceLogps(chosen=chosen, rejected=rejected)
-
-    with torch.no_grad():
-        reference = logps(problem.reference_hidden, problem.reference_weight)
-    policy = logps(problem.hidden, problem.weight)
-    return {"loss": preference_loss(policy, reference, beta=loss_cases.BETA, backend=backend).loss}
+    rows, reference, targets = map(problem.responses, (problem.hidden, problem.reference_hidden, problem.targets))
+    found = linear_logprobs(rows.flatten(0, 1), problem.weight, targets.flatten(), reference_hidden=reference.flatten(0, 1))
+    pairs = [
+        SequenceLogps(chosen=chosen, rejected=rejected)
+        for logps in (found.logps, found.reference_logps)
+        if logps is not None
+        for chosen, rejected in [logps.view(targets.shape).sum(-1).chunk(2)]
+    ]
+    return {"loss": preference_loss(*pairs, beta=loss_cases.BETA, backend=backend).loss}
 
 
 PREPARE: dict[str, Callable[[Any, str], Run]] = {

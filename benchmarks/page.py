@@ -184,8 +184,9 @@ def _label(name: str, one: dict[str, Any]) -> str:
 
 def _sizes(entry: dict[str, Any]) -> str:
     sizes = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in entry["sizes"].items())
+    dtype = f"; {entry['dtype']}" if "dtype" in entry else ""
     return (
-        f"{sizes}. At least {entry['flops'] / 1e9:.3g} GFLOP and {entry['bytes'] / 1e6:.3g} MB: {_ms(entry['floor_seconds'])} ms, "
+        f"{sizes}{dtype}. At least {entry['flops'] / 1e9:.3g} GFLOP and {entry['bytes'] / 1e6:.3g} MB: {_ms(entry['floor_seconds'])} ms, "
         f"bound by {entry['bound']}."
     )
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from benchmarks import ours, peers
 from benchmarks.case import Case, Contestant
-from benchmarks.ops import attention_mass, linear_logprobs, preference_loss, tree_attention
+from benchmarks.ops import attention_mass, linear_logprobs, logit_rows, preference_loss, tree_attention
 
 # In the order in which they run; where time is short, the last ones are left out.
 CASES: dict[str, tuple[Case, ...]] = {
     "attention_mass": attention_mass.CASES,
     "tree_attention": tree_attention.CASES,
     "linear_logprobs": linear_logprobs.CASES,
+    "logit_rows": logit_rows.CASES,
     "preference_loss": preference_loss.CASES,
 }
 

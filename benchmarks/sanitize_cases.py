@@ -17,8 +17,9 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch  # noqa: E402
 
-from mmdpo_kernels import attention_mass, tree_attention  # noqa: E402
+from mmdpo_kernels import TokenLogps, attention_mass, linear_logprobs, preference_loss, tree_attention  # noqa: E402
 from mmdpo_kernels.backends.registry import PREFERENCE  # noqa: E402
+from mmdpo_kernels.ops.preference_loss import ANCHORS, LOSSES  # noqa: E402
 
 # The others call kernels of libraries.
 WRITTEN_HERE = ("triton", "native")
@@ -33,6 +34,7 @@ class Small:
     op: str
     dtype: torch.dtype
     dim: int
+    """Of a head of attention, or of the hidden states."""
     mass: bool = False
     reduce: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -46,6 +48,14 @@ CASES = {
         op="attention_mass", dtype=torch.float32, dim=32, reduce="mean", options={"softcap": 20.0, "window": 9}
     ),
     "mass, tokens": Small(op="attention_mass", dtype=torch.float32, dim=64, reduce="tokens"),
+    "head": Small(op="linear_logprobs", dtype=torch.bfloat16, dim=64, options={"stats": ("is_top1",)}),
+    "head, softcap, statistics": Small(
+        op="linear_logprobs",
+        dtype=torch.float32,
+        dim=32,
+        options={"softcap": 3.0, "stats": ("entropy", "max_logp", "mean_logit")},
+    ),
+    "loss": Small(op="preference_loss", dtype=torch.float32, dim=0),
 }
 
 
@@ -84,7 +94,37 @@ def run_attention_mass(case: Small, backend: str, device: torch.device) -> None:
     torch.autograd.grad(found.square().sum(), (rows, key))
 
 
-RUN = {"tree_attention": run_tree_attention, "attention_mass": run_attention_mass}
+def run_linear_logprobs(case: Small, backend: str, device: torch.device) -> None:
+    """9 rows of 1,003 logits, which no vector divides: a frozen head beside a reference, and a trained one."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, other = (torch.randn(9, case.dim, generator=generator).to(device, case.dtype).requires_grad_() for _ in range(2))
+    weight = torch.randn(1003, case.dim, generator=generator).to(device, case.dtype)
+    targets = torch.tensor([0, 1002, -100, 7, 500, -100, 3, 3, 1001], device=device)
+    for trained in (False, True):
+        weight.requires_grad_(trained)
+        for kept_bytes in (1 << 20, 0) if trained else (0,):
+            beside = {} if trained else {"reference_hidden": other.detach()}
+            found = linear_logprobs(hidden, weight, targets, kept_bytes=kept_bytes, backend=backend, **beside, **case.options)
+            torch.autograd.grad(found.logps.sum(), (hidden, weight) if trained else (hidden,))
+
+
+def run_preference_loss(case: Small, backend: str, device: torch.device) -> None:
+    """Seven triples with responses of no to 70 tokens, every loss at once."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 70, (7, 3), generator=generator)
+    tokens, before = (-torch.rand(int(lengths.sum()), generator=generator).to(device, case.dtype) for _ in range(2))
+    policy, reference = (TokenLogps(logps=logps, lengths=lengths.to(device), branches=ANCHORS) for logps in (tokens, before))
+    tokens.requires_grad_()
+    found = preference_loss(policy, reference, loss_type=tuple(LOSSES), anchors=ANCHORS, backend=backend)
+    torch.autograd.grad(found.loss, tokens)
+
+
+RUN = {
+    "tree_attention": run_tree_attention,
+    "attention_mass": run_attention_mass,
+    "linear_logprobs": run_linear_logprobs,
+    "preference_loss": run_preference_loss,
+}
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
-"""Tile sizes of the Triton tree attention tried on the GPU at hand, causal 8k, head dim 128: what its table of tiles is read from.
+"""Tile sizes of the Triton kernels tried on the GPU at hand: what their tables of tiles are read from.
 
     python -m benchmarks.sweep_tiles --output tiles.json
 
-One pass is varied at a time, the others keep the table's tiles. Kernels are compiled in as many processes as there are cores first.
+Tree attention: causal 8k, head dim 128; one pass is varied at a time, the others keep the table's tiles. Rows of logits: few and many, of
+152,064 in bfloat16, with their gradient. Kernels are compiled in as many processes as there are cores first.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.harness import CudaTimer, timed
 from benchmarks.measure import machine, markdown
 from benchmarks.ops.tree_attention import LLM, LONG, Problem, make
-from mmdpo_kernels.backends.triton import runtime, tiles
+from mmdpo_kernels.backends.logit_options import LogitOptions
+from mmdpo_kernels.backends.triton import logit_rows, runtime, tiles
 from mmdpo_kernels.backends.triton import tree_attention as kernels
 
 Tiles = tiles.Tiles
+Candidate = tuple[int, int, int, int]
 # Queries, keys, warps, stages; what others use on Hopper for head dim 128, and its neighbours.
 CANDIDATES = {
     "forward": [
@@ -57,6 +61,19 @@ CANDIDATES = {
         (128, 128, 8, 2),
     ],
 }
+# Columns, warps, stages, registers a thread.
+BLOCKS = [
+    (2048, 8, 4, 64),
+    (2048, 8, 2, 64),
+    (2048, 8, 6, 64),
+    (1024, 4, 4, 64),
+    (1024, 8, 4, 64),
+    (4096, 8, 3, 128),
+    (4096, 16, 4, 64),
+    (8192, 32, 3, 64),
+]
+ROWS = {"rows_200": 200, "rows_1024": 1024}
+VOCABULARY = 152064
 COMPILED_LENGTH = 1024
 """Long enough for every branch, short enough to cost nothing; the compiled kernels serve any multiple of 16."""
 
@@ -71,17 +88,30 @@ def table_tiles(problem: Problem) -> tiles.TreeAttentionTiles:
     return tiles.choose(problem.query.shape[-1], problem.query.dtype, runtime.capability(problem.query.device), heavy=False)
 
 
-def varied(which: str, candidate: tuple[int, int, int, int], problem: Problem) -> AbstractContextManager[None]:
+def varied(which: str, candidate: Candidate, problem: Problem) -> AbstractContextManager[None]:
     """The table's tiles with those of one pass replaced."""
     kept = table_tiles(problem)
     passes = {name: getattr(kept, name) for name in CANDIDATES}
     return tiles.override(**{**passes, which: Tiles(*candidate)})
 
 
+class Subject(Protocol):
+    """What is timed under a candidate."""
+
+    def one(self, which: str) -> Any: ...
+
+    def varied(self, which: str, candidate: Candidate) -> AbstractContextManager[None]: ...
+
+    def described(self, which: str, candidate: Candidate) -> dict[str, Any]:
+        """The candidate by name, and whether it is the table's."""
+        ...
+
+
 class Passes:
-    """Forward and backward of a problem, without autograd in between."""
+    """Forward and backward of tree attention, without autograd in between."""
 
     def __init__(self, problem: Problem) -> None:
+        self.problem = problem
         self.inputs = tuple(leaf.detach() for leaf in problem.leaves.values())
         self.options = (problem.tree_end, None, 0, problem.scale, None, None)
         self.grad = problem.grad_output
@@ -96,14 +126,50 @@ class Passes:
     def one(self, which: str) -> Any:
         return self.forward() if which == "forward" else self.backward()
 
+    def varied(self, which: str, candidate: Candidate) -> AbstractContextManager[None]:
+        return varied(which, candidate, self.problem)
 
-def compile_one(which: str, candidate: tuple[int, int, int, int]) -> str:
+    def described(self, which: str, candidate: Candidate) -> dict[str, Any]:
+        chosen = Tiles(*candidate)
+        return {**asdict(chosen), "in_table": getattr(table_tiles(self.problem), which) == chosen}
+
+
+class LogitRows:
+    """Log-probabilities of rows of logits, and gradients in their place."""
+
+    def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
+        self.logits = torch.randn(rows, vocabulary, device=device, dtype=torch.bfloat16)
+        self.targets = torch.randint(vocabulary, (rows,), device=device)
+
+    def one(self, which: str) -> Any:
+        return logit_rows.fold_with_gradient(self.logits, self.targets, LogitOptions(None, 1.0, 1.0, -100), (), 1.0)
+
+    def varied(self, which: str, candidate: Candidate) -> AbstractContextManager[None]:
+        return logit_rows.override(logit_rows.Block(*candidate))
+
+    def described(self, which: str, candidate: Candidate) -> dict[str, Any]:
+        block = logit_rows.Block(*candidate)
+        return {**block._asdict(), "in_table": block == logit_rows.block_of(self.logits.dtype, ())}
+
+
+def subject_of(which: str, *, small: bool) -> Subject:
+    """small: to compile for, of the same kernels."""
+    if which in ROWS:
+        return LogitRows(1 if small else ROWS[which], VOCABULARY, torch.device("cuda"))
+    return Passes(problem_of(COMPILED_LENGTH if small else LONG["cuda"]["length"]))
+
+
+def candidates() -> dict[str, list[Candidate]]:
+    """By pass."""
+    return {**CANDIDATES, **dict.fromkeys(ROWS, BLOCKS)}
+
+
+def compile_one(which: str, candidate: Candidate) -> str:
     """Fill Triton's cache on disk; returns why the tiles cannot run, or nothing."""
     try:
-        problem = problem_of(COMPILED_LENGTH)
-        passes = Passes(problem)
-        with varied(which, candidate, problem):
-            passes.one(which)
+        subject = subject_of(which, small=True)
+        with subject.varied(which, candidate):
+            subject.one(which)
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - too much shared memory, too many registers: for the table
         return f"{type(error).__name__}: {error}"[:200]
@@ -111,10 +177,10 @@ def compile_one(which: str, candidate: tuple[int, int, int, int]) -> str:
 
 
 def sweep(seconds: float) -> list[dict[str, Any]]:
-    """Milliseconds by pass and tiles, the table's own first."""
+    """Milliseconds by pass and tiles."""
     end = time.monotonic() + seconds
-    wanted = [(which, candidate) for which, candidates in CANDIDATES.items() for candidate in candidates]
-    problems: dict[tuple[str, tuple[int, int, int, int]], str] = {one: "not compiled in time" for one in wanted}
+    wanted = [(which, candidate) for which, several in candidates().items() for candidate in several]
+    problems: dict[tuple[str, Candidate], str] = {one: "not compiled in time" for one in wanted}
     pool = ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), mp_context=get_context("spawn"))
     try:
         waiting = {pool.submit(compile_one, *one): one for one in wanted}
@@ -124,36 +190,36 @@ def sweep(seconds: float) -> list[dict[str, Any]]:
         pass
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    problem = problem_of(LONG["cuda"]["length"])
-    passes, timer, chosen = Passes(problem), CudaTimer(problem.query.device), table_tiles(problem)
+    device = torch.device("cuda")
+    timer, subjects = CudaTimer(device), {which: subject_of(which, small=False) for which in ("forward", *ROWS)}
     rows = []
     for which, candidate in wanted:
-        row: dict[str, Any] = {
-            "pass": which,
-            **asdict(Tiles(*candidate)),
-            "in_table": getattr(chosen, which) == Tiles(*candidate),
-        }
+        subject = subjects.get(which, subjects["forward"])
+        row: dict[str, Any] = {"pass": which, **subject.described(which, candidate)}
         why = problems[which, candidate] or ("out of time" if time.monotonic() > end else "")
         if why:
             rows.append({**row, "reason": why})
             continue
-        with varied(which, candidate, problem):
-            whole = min(timed(lambda which=which: passes.one(which), problem.query.device) for _ in range(3))
-            took = [timer.seconds(lambda which=which: passes.one(which), whole) for _ in range(5)]
+        call = partial(subject.one, which)
+        with subject.varied(which, candidate):
+            whole = min(timed(call, device) for _ in range(3))
+            took = [timer.seconds(call, whole) for _ in range(5)]
         rows.append({**row, "seconds": took, "milliseconds": 1e3 * sorted(took)[len(took) // 2]})
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, the fastest of each pass first."""
-    ordered = sorted(rows, key=lambda row: (list(CANDIDATES).index(row["pass"]), row.get("milliseconds", float("inf"))))
-    header = ["pass", "queries", "keys", "warps", "stages", "ms of forward or backward", ""]
+    ordered = sorted(rows, key=lambda row: (list(candidates()).index(row["pass"]), row.get("milliseconds", float("inf"))))
+    header = ["pass", "queries", "keys or columns", "warps", "stages", "registers", "ms of forward, backward or rows", ""]
     return markdown(
         header,
         [
             [
                 row["pass"],
-                *(str(row[name]) for name in ("block_m", "block_n", "num_warps", "num_stages")),
+                str(row.get("block_m", "")),
+                str(row.get("block_n", row.get("columns"))),
+                *(str(row.get(name, "")) for name in ("num_warps", "num_stages", "registers")),
                 f"{row['milliseconds']:.3f}" if "milliseconds" in row else row["reason"],
                 "in the table" if row["in_table"] else "",
             ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,9 +39,10 @@ def _races() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "contestant"), _races())
 def test_op(benchmark: Any, case: Case, contestant: Contestant) -> None:
-    problem = case.make(case.sizes[SETTING.size], SETTING.device, SETTING.dtype)
+    setting = replace(SETTING, dtype=case.dtype or SETTING.dtype)
+    problem = case.make(case.sizes[setting.size], setting.device, setting.dtype)
     try:
-        run, facts = admit(contestant, problem, case.truth(problem), SETTING)
+        run, facts = admit(contestant, problem, case.truth(problem), setting)
     except CannotServe as answer:
         pytest.skip(str(answer))
     except NotOfThisCase:

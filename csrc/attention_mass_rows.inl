@@ -11,6 +11,7 @@
 
 #include "attention_mass_task.h"
 #include "simd.inl"
+#include "tanh.inl"
 #include "tile.inl"
 
 namespace {
@@ -21,20 +22,6 @@ using mmdpo::DType;
 
 // Keys packed together: a multiple of every tile's rows and columns, and 48 x 128 floats stay in a 32 KiB L1 cache.
 constexpr int kKeyBlock = 48;
-
-inline Vec<float> tanh_(Vec<float> x) {
-  constexpr float kSmall = 0.625f;
-  const Vec<float> size = x < 0.0f ? -x : x;
-  const Vec<float> square = x * x;
-  Vec<float> p = square * 2.059581545e-3f + -8.085627258e-3f;
-  p = p * square + 2.166340342e-2f;
-  p = p * square + -5.393994261e-2f;
-  p = p * square + 1.333315218e-1f;
-  p = p * square + -3.333332944e-1f;
-  const Vec<float> small = x + x * square * p;
-  const Vec<float> large = 1.0f - 2.0f / (exp_(size + size) + 1.0f);
-  return size < kSmall ? small : (x < 0.0f ? -large : large);
-}
 
 inline Vec<double> exp_(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);

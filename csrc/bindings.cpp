@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <sstream>
@@ -12,8 +13,11 @@
 #include "attention_mass.h"
 #ifdef MMDPO_CUDA_TARGETS
 #include "attention_mass_cuda.h"
+#include "logit_rows_cuda.h"
 #endif
 #include "cpu_level.h"
+#include "logit_rows.h"
+#include "preference_loss.h"
 #include "tree_attention.h"
 
 namespace py = pybind11;
@@ -83,6 +87,32 @@ void attention_mass_cuda(mmdpo::AttentionMassArgs args, int device, int multipro
   py::gil_scoped_release unlocked;
   mmdpo::cuda::attention_mass(args, place);
 }
+
+// sizes: rows, vocabulary, row stride; place: device, multiprocessors, compute capability, their shared memory.
+void logit_rows_cuda(const std::array<int64_t, 3>& sizes, int dtype, uintptr_t logits, uintptr_t targets, double softcap, double logit_scale,
+                     double temperature, int64_t ignore_index, uintptr_t logps, uintptr_t entropy, uintptr_t max_logp, uintptr_t is_top1,
+                     uintptr_t mean_logit, bool gradient, double coefficient_scale, const std::array<int, 4>& place, uintptr_t stream) {
+  mmdpo::cuda::LogitRowsArgs args{};
+  args.rows = sizes[0];
+  args.vocabulary = sizes[1];
+  args.row_stride = sizes[2];
+  args.dtype = static_cast<mmdpo::DType>(dtype);
+  args.logits = pointer<void>(logits);
+  args.targets = pointer<const int64_t>(targets);
+  args.softcap = softcap;
+  args.logit_scale = logit_scale;
+  args.temperature = temperature;
+  args.ignore_index = ignore_index;
+  args.logps = pointer<float>(logps);
+  args.entropy = pointer<float>(entropy);
+  args.max_logp = pointer<float>(max_logp);
+  args.is_top1 = pointer<float>(is_top1);
+  args.mean_logit = pointer<float>(mean_logit);
+  args.gradient = gradient;
+  args.coefficient_scale = coefficient_scale;
+  py::gil_scoped_release unlocked;
+  mmdpo::cuda::logit_rows(args, {place[0], place[1], place[2], place[3], pointer<void>(stream)});
+}
 #endif
 
 // Names of the GPU architectures that there is code for: the build's list, at its commas.
@@ -149,6 +179,65 @@ std::string tree_attention_unavailable() {
   return reason == nullptr ? "" : reason;
 }
 
+mmdpo::PreferenceLossOptions preference_loss_options(const std::vector<std::pair<int, double>>& losses, double beta,
+                                                     double label_smoothing, double anchor, double simpo_gamma, double bco_shift,
+                                                     const std::array<bool, mmdpo::num_branches>& anchors, bool length_normalised,
+                                                     int branches, const std::array<int, mmdpo::num_branches>& columns) {
+  mmdpo::PreferenceLossOptions options{{}, beta, label_smoothing, anchor, simpo_gamma, bco_shift, {}, length_normalised, branches, {}};
+  for (const auto& [loss, weight] : losses) options.losses.emplace_back(static_cast<mmdpo::PairLoss>(loss), weight);
+  std::copy(anchors.begin(), anchors.end(), options.anchors);
+  std::copy(columns.begin(), columns.end(), options.columns);
+  return options;
+}
+
+// Positional, as it is called for a few microseconds of work.
+void preference_loss(const mmdpo::PreferenceLossOptions& options, int64_t records, int64_t elements, bool is_float64, uintptr_t policy,
+                     uintptr_t reference, bool reference_is_sums, uintptr_t lengths, uintptr_t weights, uintptr_t counts, uintptr_t loss,
+                     uintptr_t gradient, uintptr_t table) {
+  const mmdpo::PreferenceLossArgs args{records,
+                                       elements,
+                                       is_float64,
+                                       pointer<const void>(policy),
+                                       pointer<const void>(reference),
+                                       reference_is_sums,
+                                       pointer<const int64_t>(lengths),
+                                       pointer<const void>(weights),
+                                       pointer<const void>(counts),
+                                       pointer<void>(loss),
+                                       pointer<void>(gradient),
+                                       pointer<void>(table)};
+  py::gil_scoped_release unlocked;
+  mmdpo::preference_loss(options, args);
+}
+
+mmdpo::LogitRowsArgs logit_rows_args(int64_t rows, int64_t coefficient_rows, uintptr_t targets, int64_t ignore_index,
+                                     uintptr_t bias, double softcap, double logit_scale, double temperature,
+                                     double coefficient_scale, bool entropy, uintptr_t state, uintptr_t accumulator,
+                                     int64_t hidden_size) {
+  mmdpo::LogitRowsArgs args{};
+  args.rows = rows;
+  args.coefficient_rows = coefficient_rows;
+  args.targets = pointer<const int64_t>(targets);
+  args.ignore_index = ignore_index;
+  args.bias = pointer<const float>(bias);
+  args.softcap = softcap;
+  args.logit_scale = logit_scale;
+  args.temperature = temperature;
+  args.coefficient_scale = coefficient_scale;
+  args.entropy = entropy;
+  args.state = pointer<double>(state);
+  args.accumulator = pointer<float>(accumulator);
+  args.hidden_size = hidden_size;
+  return args;
+}
+
+void fold_logit_tile(const mmdpo::LogitRowsArgs& args, uintptr_t logits, int64_t stride, int64_t first, int64_t count,
+                     int num_threads) {
+  const mmdpo::LogitTile tile{pointer<float>(logits), stride, first, count};
+  py::gil_scoped_release unlocked;
+  mmdpo::fold_logit_tile(args, tile, num_threads);
+}
+
 std::vector<std::string> supported_cpu_levels() {
   std::vector<std::string> names;
   for (mmdpo::CpuLevel level : mmdpo::supported_cpu_levels()) names.emplace_back(mmdpo::name(level));
@@ -172,6 +261,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("attention_mass_cuda_workspace_bytes", &mmdpo::cuda::attention_mass_workspace_bytes, py::arg("args"), py::kw_only(),
         py::arg("multiprocessors"));
   m.def("attention_mass_cuda_unserved", &attention_mass_cuda_unserved, "Why the CUDA kernels cannot serve such arrays, or an empty string.");
+  m.def("logit_rows_cuda", &logit_rows_cuda, py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("logits"), py::arg("targets"),
+        py::arg("softcap"), py::arg("logit_scale"), py::arg("temperature"), py::arg("ignore_index"), py::arg("logps"), py::arg("entropy"),
+        py::arg("max_logp"), py::arg("is_top1"), py::arg("mean_logit"), py::arg("gradient"), py::arg("coefficient_scale"), py::arg("place"),
+        py::arg("stream"));
   m.def("cuda_unavailable", &mmdpo::cuda::unavailable, "Why the CUDA kernels cannot run on a device, or an empty string.");
 #endif
   m.attr("cuda_targets") = cuda_targets();  // empty: built without CUDA, and there are no functions of that name
@@ -181,8 +274,24 @@ PYBIND11_MODULE(_native, m) {
         py::arg("value"), py::arg("tree_end"), py::arg("scale"), py::arg("num_threads"), py::arg("output"), py::arg("lse"),
         py::arg("grad_output"), py::arg("grad_lse"), py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"));
   m.def("tree_attention_unavailable", &tree_attention_unavailable, "Why this CPU is not served, or an empty string.");
+  py::class_<mmdpo::PreferenceLossOptions>(m, "PreferenceLossOptions")
+      .def(py::init(&preference_loss_options), py::kw_only(), py::arg("losses"), py::arg("beta"), py::arg("label_smoothing"),
+           py::arg("anchor"), py::arg("simpo_gamma"), py::arg("bco_shift"), py::arg("anchors"), py::arg("length_normalised"),
+           py::arg("branches"), py::arg("columns"));
+  m.def("preference_loss", &preference_loss, py::arg("options"), py::arg("records"), py::arg("elements"), py::arg("is_float64"),
+        py::arg("policy"), py::arg("reference"), py::arg("reference_is_sums"), py::arg("lengths"), py::arg("weights"), py::arg("counts"),
+        py::arg("loss"), py::arg("gradient"), py::arg("table"));
+  m.attr("pair_losses") = mmdpo::pair_loss_names();  // in the order of mmdpo::PairLoss
+  py::class_<mmdpo::LogitRowsArgs>(m, "LogitRowsArgs")
+      .def(py::init(&logit_rows_args), py::kw_only(), py::arg("rows"), py::arg("coefficient_rows"), py::arg("targets"),
+           py::arg("ignore_index"), py::arg("bias"), py::arg("softcap"), py::arg("logit_scale"), py::arg("temperature"),
+           py::arg("coefficient_scale"), py::arg("entropy"), py::arg("state"), py::arg("accumulator"), py::arg("hidden_size"));
+  m.def("fold_logit_tile", &fold_logit_tile, py::arg("args"), py::kw_only(), py::arg("logits"), py::arg("stride"), py::arg("first"),
+        py::arg("count"), py::arg("num_threads"));
   m.def("cpu_level", [] { return std::string(mmdpo::name(mmdpo::cpu_level())); }, "The instruction set the kernels use now.");
   m.def("supported_cpu_levels", &supported_cpu_levels, "What MMDPO_CPU_LEVEL may name on this CPU, slowest first.");
+  // In the order of mmdpo::LogitState.
+  m.attr("logit_states") = std::vector<std::string>{"peak", "others", "target", "deviation", "sum"};
   m.attr("dtypes") = std::vector<std::string>{"float32", "bfloat16", "float16", "float64"};  // in the order of mmdpo::DType
   m.attr("reductions") = std::vector<std::string>{"none", "mean", "tokens"};                 // in the order of mmdpo::Reduce
 }

@@ -4,13 +4,15 @@
 """
 
 from .backends.registry import backends
+from .head import through_head
 from .ops.attention_mass import attention_mass
 from .ops.linear_logprobs import LogProbs, linear_logprobs
-from .ops.preference_loss import PreferenceLoss, SequenceLogps, preference_loss, sequence_logps
+from .ops.preference_loss import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, sequence_logps
 from .ops.tree_attention import TreeAttentionOutput, tree_attention
 from .patch import patch_model, unpatch_model
 from .record import AttentionRecorder, record_attention
 from .segments import image_segments
+from .shared_rows import SharedRows
 from .tree import TokenTree
 
 __version__ = "0.1.0"
@@ -20,6 +22,8 @@ __all__ = [
     "LogProbs",
     "PreferenceLoss",
     "SequenceLogps",
+    "SharedRows",
+    "TokenLogps",
     "TokenTree",
     "TreeAttentionOutput",
     "attention_mass",
@@ -30,6 +34,7 @@ __all__ = [
     "preference_loss",
     "record_attention",
     "sequence_logps",
+    "through_head",
     "tree_attention",
     "unpatch_model",
 ]

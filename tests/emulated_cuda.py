@@ -9,11 +9,14 @@ import shlex
 import subprocess
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC, EMULATION = ROOT / "csrc", ROOT / "tests" / "cuda_emulation"
 FLAGS = ["-O2", "-g1", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SOURCES = ["attention_mass.cpp", "emulation.cpp", "faults.cpp"]
+SOURCES = ["attention_mass.cpp", "emulation.cpp", "faults.cpp", "logit_rows.cpp"]
 
 
 class Weather(IntEnum):
@@ -60,15 +63,53 @@ class _Args(ctypes.Structure):
     ]
 
 
+class _LogitRowsArgs(ctypes.Structure):
+    """`LogitRowsArgs` of csrc/logit_rows_cuda.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "vocabulary", "row_stride")),
+        ("dtype", ctypes.c_int),
+        ("logits", ctypes.c_void_p),
+        ("targets", ctypes.c_void_p),
+        *((name, ctypes.c_double) for name in ("softcap", "logit_scale", "temperature")),
+        ("ignore_index", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("logps", "entropy", "max_logp", "is_top1", "mean_logit")),
+        ("gradient", ctypes.c_bool),
+        ("coefficient_scale", ctypes.c_double),
+    ]
+
+
+class _LogitRowsPlace(ctypes.Structure):
+    """`LogitRowsPlace` of csrc/logit_rows_cuda.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("device", "multiprocessors", "capability", "shared_bytes")),
+        ("stream", ctypes.c_void_p),
+    ]
+
+
+class Division(NamedTuple):
+    """How `logit_rows_cuda` divides rows among blocks; `EmulatedNative.division` is that of the last call."""
+
+    ranks: int
+    """Blocks a row."""
+    held: bool
+    """In shared memory."""
+
+
 class EmulatedNative:
-    """`attention_mass_cuda` of `mmdpo_kernels._native` over arrays in CPU memory."""
+    """The CUDA functions of `mmdpo_kernels._native` over arrays in CPU memory."""
 
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     reductions = ["none", "mean", "tokens"]
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(build()))
-        for function in (self._library.emulated_attention_mass, self._library.emulated_fault):
+        for function in (
+            self._library.emulated_attention_mass,
+            self._library.emulated_logit_rows,
+            self._library.emulated_fault,
+        ):
             function.restype = ctypes.c_char_p
 
     def set_weather(self, weather: Weather) -> None:
@@ -86,6 +127,27 @@ class EmulatedNative:
         error = self._library.emulated_attention_mass(ctypes.byref(args), multiprocessors).decode()
         if error:
             raise RuntimeError(error)
+
+    def logit_rows_cuda(self, *, sizes: tuple[int, int, int], place: tuple[int, int, int, int], **values: object) -> None:
+        """Over copies of the arrays in guarded memory."""
+        args = _LogitRowsArgs(*sizes)
+        for name, value in values.items():
+            if name != "stream":
+                setattr(args, name, value)
+        found = self._library.emulated_logit_rows(ctypes.byref(args), ctypes.byref(_LogitRowsPlace(*place)))
+        if found:
+            raise RuntimeError(found.decode())
+        self.division = self._division(args, place)
+
+    def logit_rows_division(
+        self, sizes: tuple[int, int, int], dtype: torch.dtype, gradient: bool, place: tuple[int, int, int, int]
+    ) -> Division:
+        args = _LogitRowsArgs(*sizes, dtype=self.dtypes.index(str(dtype).removeprefix("torch.")), gradient=gradient)
+        return self._division(args, place)
+
+    def _division(self, args: _LogitRowsArgs, place: tuple[int, int, int, int]) -> Division:
+        code = self._library.emulated_logit_rows_division(ctypes.byref(args), ctypes.byref(_LogitRowsPlace(*place)))
+        return Division(code % 100, code >= 100)
 
     def fault(self, kernel: str) -> str:
         """What the launch of one of the kernels of faults.cpp ends with."""

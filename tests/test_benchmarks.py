@@ -14,7 +14,18 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmarks_cli
-from benchmarks import attention_ratio, gpu, harness, mdpo_seeds, measure, mia_dpo_seeds, registry, sanitize_cases, sweep_tiles
+from benchmarks import (
+    attention_ratio,
+    goals,
+    gpu,
+    harness,
+    mdpo_seeds,
+    measure,
+    mia_dpo_seeds,
+    registry,
+    sanitize_cases,
+    sweep_tiles,
+)
 from benchmarks import page as kernels_page
 from benchmarks.case import Ceilings, Contestant, Run, Work
 from benchmarks.ops import attention_mass as mass_cases
@@ -182,7 +193,7 @@ def small_run(tmp_path: Path, *arguments: str, device: str = "cpu") -> tuple[int
 def test_every_op_runs_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that runs of single ops add up in one file, and that a page comes out of it."""
     small_run(tmp_path, "preference_loss", "--no-memory")
-    options = ("--no-memory", "--case", "pair", "--case", "recorded", "--case", "rows", "--case", "frozen")
+    options = ("--no-memory", "--case", "pair", "--case", "recorded", "--case", "rows", "--case", "frozen_32k_200")
     status, found = small_run(tmp_path, *options)
     assert status == 0
     cases = {(entry["op"], entry["case"]): entry for entry in found["cases"]}
@@ -190,9 +201,11 @@ def test_every_op_runs_through_the_command_line(tmp_path: Path, monkeypatch: pyt
         ("attention_mass", "rows"),
         ("tree_attention", "pair"),
         ("tree_attention", "recorded"),
-        ("linear_logprobs", "frozen"),
+        ("linear_logprobs", "frozen_32k_200"),
         ("preference_loss", "mdpo"),
+        ("preference_loss", "mdpo_sums"),
         ("preference_loss", "from_hidden"),
+        ("preference_loss", "from_model"),
     ]
     for entry in cases.values():
         assert entry["floor_seconds"] > 0
@@ -448,3 +461,36 @@ def test_the_sweep_varies_one_pass_and_keeps_the_table_s_tiles_of_the_others() -
     for which, (candidate, *_) in sweep_tiles.CANDIDATES.items():
         with sweep_tiles.varied(which, candidate, problem):
             assert sweep_tiles.table_tiles(problem) == replace(kept, **{which: sweep_tiles.Tiles(*candidate)})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_goal_is_found_in_a_whole_result(device: str) -> None:
+    """In a result where everybody took a second, ours half of it, no goal is without a figure."""
+    measured = []
+    for case in registry.cases(size=device):
+        contestants = {
+            contestant.name: {
+                "ours": contestant.ours,
+                "omits": [] if contestant.ours else ["mass"],
+                "seconds": [0.5 if contestant.ours else 1.0] * 3,
+                "median": 0.5 if contestant.ours else 1.0,
+                "peak_bytes": 1e6,
+            }
+            for contestant in registry.contestants(case.op)
+        }
+        measured.append(
+            {
+                "op": case.op,
+                "case": case.name,
+                "sizes": dict(case.sizes[device]),
+                "flops": 1e12,
+                "floor_seconds": 0.1,
+                "contestants": contestants,
+            }
+        )
+    content = {"cases": measured, "ceilings": {"flops_per_second": 1e15, "bytes_per_second": 3e12}}
+    of_device = [goal for goal in goals.GOALS if goal.device == device]
+    assert len(of_device) > 3
+    for goal in of_device:
+        finding = goal.find(goals.Result(content))
+        assert finding.figure, goal.what

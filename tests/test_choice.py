@@ -113,7 +113,8 @@ def test_the_choice_is_logged_once_per_kind_of_call(monkeypatch: pytest.MonkeyPa
 def test_without_a_rule_the_preference_decides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(registry, "_announced", set())
     caplog.set_level(logging.INFO, logger="mmdpo_kernels")
-    module = registry.resolve("linear_logprobs", "auto", torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(choice, "rule", lambda *call: None)
+    module = registry.resolve("linear_logprobs", "auto", torch.device("cpu"), torch.float64)
     assert module.__name__.endswith("chunked.linear_logprobs")
     assert "not measured on this device" in caplog.text
 

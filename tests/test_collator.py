@@ -84,7 +84,7 @@ def test_prompts_are_the_processors(loaded: LoadedModel, make: Make) -> None:
     assert batch.pictures is not None
     assert torch.equal(batch.pictures.pixel_values, expected["pixel_values"])
     tokens = loaded.processor.tokenizer("red circle", add_special_tokens=False).input_ids
-    assert batch.targets[-batch.lengths[1] :].tolist() == [*tokens, loaded.processor.tokenizer.eos_token_id]
+    assert batch.targets[-batch.lengths[0, 1] :].tolist() == [*tokens, loaded.processor.tokenizer.eos_token_id]
     if batch.position_ids is not None:
         kinds = (batch.input_ids == loaded.image_token_id).int()
         kept = batch.attention_mask
@@ -104,15 +104,15 @@ def test_only_the_target_is_corrupted(make: Make, target: int | None) -> None:
     changed = [any(row not in chosen for row in piece.tolist()) for piece in torch.tensor(corrupted).split(counts[:3])]
     assert changed == [target is None or place == target for place in range(3)]
     assert len(counts) == 3 + sum(changed)
-    assert batch.lengths[0] == batch.lengths[2]
+    assert batch.lengths[0, 0] == batch.lengths[0, 2]
 
 
 def test_the_tree_shares_what_comes_before_the_target(make: Make, loaded: LoadedModel) -> None:
     batch, rows = make()([record()])["batch"], separate(make, [record()])
     before = int((rows.input_ids[0] == loaded.image_token_id).nonzero()[rows.pictures.tokens[0]])
-    prompt = int(rows.attention_mask[0].sum()) - rows.lengths[0]
+    prompt = int(rows.attention_mask[0].sum()) - int(rows.lengths[0, 0])
     common = 1  # "red"
-    expected = prompt + sum(rows.lengths) - common + prompt - before
+    expected = prompt + int(rows.lengths.sum()) - common + prompt - before
     assert batch.input_ids.shape == (1, expected)
 
 
@@ -194,7 +194,7 @@ def test_without_pictures(loaded: LoadedModel, make: Make) -> None:
         expected = loaded.processor.tokenizer(render_prompt(loaded.processor, left)).input_ids
         assert batch.pictures is None and not len(batch.feature_rows)
         assert batch.input_ids[0, : len(expected)].tolist() == expected
-        assert int(batch.attention_mask[0].sum()) == len(expected) + batch.lengths[0]
+        assert int(batch.attention_mask[0].sum()) == len(expected) + int(batch.lengths[0, 0])
     with pytest.raises(ValueError, match="no_image: without pictures there is nothing to corrupt"):
         make(no_image=True)
 

@@ -244,7 +244,7 @@ def test_nvcc_compiles_every_target_without_spills(setup_module: ModuleType, tmp
         assert len(spills) >= len(targets)
         assert all(pair == ("0", "0") for pair in spills), report
         kernels += len(targets)
-    assert kernels >= 5 * len(setup_module.CUDA_TARGETS)
+    assert kernels >= (5 + 18) * len(setup_module.CUDA_TARGETS)
 
 
 def test_the_build_says_what_it_leaves_out(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mmdpo_trainers.data.corruption import Corruption, corrupt
 from mmdpo_trainers.families import family_of
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.prompts import render_prompt
-from mmdpo_trainers.training import model_parts
+from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
 
 FAMILIES = {"llava": make_tiny_llava, "qwen2_5_vl": make_tiny_qwen}
@@ -121,9 +121,7 @@ def packed_loss(policy: Tensor, reference: Tensor) -> Tensor:
 
 
 def logps_of(model: Any, batch: PreferenceBatch) -> Tensor:
-    return model_parts.response_logps(
-        model, model_parts.hidden_states(model, batch, model_parts.picture_features(model, batch)), batch
-    )
+    return head.response_logps(model, model_parts.hidden_states(model, batch, model_parts.picture_features(model, batch)), batch)
 
 
 def train_only_language(model: Any, also_pictures: bool) -> None:
@@ -160,7 +158,7 @@ def test_mdpo_equals_separate_sequences(loaded: LoadedModel, folder: Path, packi
 
     patch_model(loaded.model), patch_model(other)
     batch = collator(loaded, tree_packing=packing)(cases)["batch"]
-    logps, reference = logps_of(loaded.model, batch), model_parts.batch_logps(other, batch)
+    logps, reference = logps_of(loaded.model, batch), head.batch_logps(other, batch)
     loss = packed_loss(logps, reference)
     loss.backward()
 

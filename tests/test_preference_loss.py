@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mmdpo_kernels import SequenceLogps, preference_loss, sequence_logps
+from mmdpo_kernels import SequenceLogps, TokenLogps, preference_loss, sequence_logps
+from mmdpo_kernels.backends.registry import load
 from mmdpo_kernels.ops.preference_loss import LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE
 
 LN2 = math.log(2)
 MDPO = ("sigmoid", "copo", "ancpo")
+BRANCHES = ("chosen", "rejected", "corrupted")
+
+
+@pytest.fixture(autouse=True, params=["reference", "native"])
+def each_backend_of_float64(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said here holds for every backend that takes float64."""
+    reason = load("preference_loss", request.param).unavailable_reason("cpu", torch.float64)
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setitem(globals(), "preference_loss", partial(preference_loss, backend=request.param))
 
 
 def logps(seed: int, *, corrupted: bool = True) -> SequenceLogps:
@@ -337,3 +350,64 @@ def test_sequence_logps_of_half_precision_and_of_nothing() -> None:
 def test_sequence_logps_that_do_not_fit(lengths: list[int], weights: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sequence_logps(TOKENS, lengths, weights=weights)
+
+
+def triples(**fields: Any) -> TokenLogps:
+    """Two records of three responses."""
+    return replace(TokenLogps(logps=TOKENS, lengths=torch.tensor([[1, 2, 0], [1, 1, 1]]), branches=BRANCHES), **fields)
+
+
+def test_tokens_count_as_their_sums_and_means_do() -> None:
+    for weights in (None, torch.tensor([1, 5, 2, 5, 1, 1])):
+        tokens = triples(weights=weights)
+        values = sequence_logps(TOKENS, [1, 2, 0, 1, 1, 1], weights=weights).view(2, 3)
+        sums = SequenceLogps(**dict(zip(BRANCHES, values.unbind(1), strict=True)))
+        found, expected = (preference_loss(policy, loss_type=MDPO) for policy in (tokens, sums))
+        torch.testing.assert_close(found.loss, expected.loss)
+        torch.testing.assert_close(found.logps, dict(zip(BRANCHES, values.unbind(1), strict=True)))
+        torch.testing.assert_close(found.rewards, expected.rewards)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"logps": TOKENS[None]}, r"policy.logps must have shape \(B\), got \(1, 6\)"),
+        ({"lengths": torch.tensor([3, 3])}, r"policy.lengths must have shape \(B, 3\)"),
+        ({"lengths": torch.ones(2, 3)}, "policy.lengths must be an integer tensor"),
+        ({"lengths": torch.tensor([[1, 2, 0], [1, 1, 2]])}, "lengths must be counts that sum to the 6"),
+        ({"lengths": torch.tensor([[1, 3, -1], [1, 1, 1]])}, "lengths must be counts that sum to the 6"),
+        ({"branches": BRANCHES[:2], "lengths": torch.tensor([[3, 3]])}, "'copo' needs .* policy.branches are"),
+        ({"branches": ("chosen", "rejected", "rejected")}, "policy.branches must be 'chosen', 'rejected' and maybe 'corrupted'"),
+        ({"weights": torch.ones(5)}, r"policy.weights must have shape \(6\)"),
+        ({"weights": torch.tensor([1.0, 0, 0, 1, 1, 1])}, "weights must be 0 or more and not all 0.* response 1"),
+        ({"weights": torch.tensor([1.0, -1, 3, 1, 1, 1])}, "weights must be 0 or more"),
+        ({"weights": torch.tensor([1.0, math.inf, 3, 1, 1, 1])}, "weights must be 0 or more"),
+    ],
+)
+def test_tokens_that_do_not_fit(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        preference_loss(triples(**fields), loss_type=MDPO)
+
+
+@pytest.mark.parametrize(
+    "reference, message",
+    [
+        (triples(logps=TOKENS[:5]), r"reference.logps must have shape \(6\)"),
+        (triples(lengths=torch.tensor([[2, 1, 0], [1, 1, 1]])), "reference.lengths must be policy.lengths"),
+        (triples(branches=("rejected", "chosen", "corrupted")), "reference.branches must be the policy's"),
+        (triples(weights=torch.ones(6)), "reference has weights but policy.weights is None"),
+        (SequenceLogps(chosen=TOKENS[:2], rejected=TOKENS[:2]), "policy has 'corrupted' log-probabilities but reference"),
+        (SequenceLogps(chosen=TOKENS[:3], rejected=TOKENS[:2]), r"reference.chosen must have shape \(2\)"),
+        (TOKENS, "reference must be TokenLogps, SequenceLogps or None, got Tensor"),
+    ],
+)
+def test_references_that_do_not_fit_tokens(reference: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        preference_loss(triples(), reference)
+
+
+def test_sums_take_sums_as_reference() -> None:
+    with pytest.raises(TypeError, match="reference must be SequenceLogps"):
+        preference_loss(logps(0), triples())
+    with pytest.raises(TypeError, match="policy must be SequenceLogps or TokenLogps, got Tensor"):
+        preference_loss(TOKENS)  # type: ignore[arg-type]

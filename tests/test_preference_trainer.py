@@ -18,8 +18,9 @@ from torch.nn.functional import logsigmoid
 from training_cases import Gradients, config, preference_records, tiny, warm_adapter
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from mmdpo_kernels import linear_logprobs
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.training import preference_trainer
+from mmdpo_trainers.training import head, preference_trainer
 from mmdpo_trainers.training.preference_config import PreferenceConfig
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
 
@@ -335,12 +336,39 @@ def test_record_without_attention_has_no_ratio(folder: Path, tmp_path: Path, mon
     assert trainer._averages["train"].take()[f"attn/ratio_{seen.format}"] == pytest.approx(1 / seen.count)
 
 
+@pytest.mark.parametrize("adapter, products", [("language", [True]), ("lm_head", [False, False]), ("saved_head", [False, False])])
+def test_policy_and_reference_go_through_a_shared_head_together(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: str, products: list[bool]
+) -> None:
+    loaded = tiny(folder)
+    records = preference_records(4)
+    own = copy.deepcopy(ADAPTERS[adapter])
+    trainer = PreferenceTrainer(
+        loaded.model, config(tmp_path), processing_class=loaded.processor, train_dataset=records, peft_config=own
+    )
+    calls, rows = [], []
+
+    def counted(hidden: torch.Tensor, *args: Any, reference_hidden: torch.Tensor | None = None, **options: Any) -> Any:
+        calls.append(reference_hidden is not None)
+        rows.append(len(hidden))
+        return linear_logprobs(hidden, *args, reference_hidden=reference_hidden, **options)
+
+    monkeypatch.setattr(head, "linear_logprobs", counted)
+    inputs = trainer.data_collator(records)
+    trainer.compute_loss(trainer.model.train(), inputs)
+    assert calls == products
+    # Chosen and rejected responses begin at one row, and some begin alike; the head sees such a row once.
+    if adapter == "language":
+        assert rows[0] <= len(inputs["batch"].targets) - len(records)
+
+
 def test_only_nll_runs_no_reference(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = tiny(folder, torch.float32)
     trainer = PreferenceTrainer(
         loaded.model, config(tmp_path, loss_type=["nll"]), processing_class=loaded.processor, train_dataset=preference_records(4)
     )
-    monkeypatch.setattr(trainer, "_reference_logps", lambda *a: pytest.fail("the reference was run"))
+    for name in ("rows", "logps"):
+        monkeypatch.setattr(trainer.reference, name, lambda *a: pytest.fail("the reference was run"))
     trainer.train()
     entry = trainer.state.log_history[0]
     assert entry["loss"] == pytest.approx(entry["nll_loss"], rel=1e-6)

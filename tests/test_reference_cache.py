@@ -18,7 +18,7 @@ from mmdpo_kernels import patch_model
 from mmdpo_trainers.data.corruption import Corruption
 from mmdpo_trainers.errors import DataError, RunFolderError, StaleCacheError
 from mmdpo_trainers.progress import Progress
-from mmdpo_trainers.training import model_parts
+from mmdpo_trainers.training import head
 from mmdpo_trainers.training.collator import PreferenceCollator
 from mmdpo_trainers.training.examples import BRANCHES
 from mmdpo_trainers.training.reference_cache import (
@@ -253,14 +253,14 @@ def test_precomputed_is_what_each_record_has_by_itself(folder: Path, tmp_path: P
     separate = collator_of(loaded, tree_packing=False)
     for record in records:
         batch = separate([record])["batch"]
-        expected = model_parts.batch_logps(loaded.model, batch)[0].tolist()
+        expected = head.batch_logps(loaded.model, batch)[0].tolist()
         assert cache.get(batch.keys[0]) == pytest.approx(dict(zip(BRANCHES, expected, strict=True)), rel=1e-9)
 
 
 def test_a_killed_pass_continues_and_keeps_what_it_had(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, records, path = tiny(folder), preference_records(RECORDS), tmp_path / "cache.jsonl"
     calls: list[int] = []
-    response_logps = model_parts.response_logps
+    response_logps = head.response_logps
 
     def counted(model: Any, hidden: Any, batch: Any) -> Any:
         calls.append(len(batch.ids))
@@ -268,7 +268,7 @@ def test_a_killed_pass_continues_and_keeps_what_it_had(folder: Path, tmp_path: P
             raise KeyboardInterrupt
         return response_logps(model, hidden, batch)
 
-    monkeypatch.setattr(model_parts, "response_logps", counted)
+    monkeypatch.setattr(head, "response_logps", counted)
     with pytest.raises(KeyboardInterrupt):
         run_reference(path, loaded, records, batch_size=3)
     before = path.read_bytes()
@@ -293,13 +293,13 @@ def test_only_what_changed_is_computed_again(folder: Path, tmp_path: Path) -> No
 
 def test_a_record_without_a_number_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, records = tiny(folder), preference_records(3)
-    response_logps = model_parts.response_logps
+    response_logps = head.response_logps
 
     def broken(model: Any, hidden: Any, batch: Any) -> Any:
         logps = response_logps(model, hidden, batch)
         logps[batch.ids.index("record-1"), 1] = math.nan
         return logps
 
-    monkeypatch.setattr(model_parts, "response_logps", broken)
+    monkeypatch.setattr(head, "response_logps", broken)
     with pytest.raises(DataError, match="record record-1: the reference's log-probability of rejected is nan"):
         run_reference(tmp_path / "cache.jsonl", loaded, records)

@@ -10,7 +10,7 @@ from mmdpo_trainers.loading import LoadedModel
 from mmdpo_trainers.preference_figures import CORRUPTIONS
 from mmdpo_trainers.training.collator import PreferenceCollator
 from mmdpo_trainers.training.examples import BRANCHES
-from mmdpo_trainers.training.model_parts import batch_logps
+from mmdpo_trainers.training.head import batch_logps
 
 
 def pair_logps(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], *, seed: int) -> list[dict[str, float]]:

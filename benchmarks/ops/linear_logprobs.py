@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import BOTH, Case, Named, Work
+from mmdpo_kernels.backends.logit_options import LogitOptions
 from mmdpo_kernels.backends.reference import linear_logprobs as reference
 
 Sizes = Mapping[str, int]
@@ -24,6 +25,8 @@ class Problem:
     grad_logps: Tensor  # (T,)
     trainable: bool
     """The head is trained too."""
+    reference_hidden: Tensor | None = None
+    """(T, H) of the reference, under the same head and with the same targets."""
     timed: str = BOTH
 
     @property
@@ -37,7 +40,7 @@ def peaked(rows: int, weight: Tensor, targets: Tensor, generator: torch.Generato
     return weight[targets].cpu().float() * 12 + noise
 
 
-def make(*, trainable: bool) -> Callable[[Sizes, torch.device, torch.dtype], Problem]:
+def make(*, trainable: bool, with_reference: bool) -> Callable[[Sizes, torch.device, torch.dtype], Problem]:
     """A maker of problems."""
 
     def make_problem(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -45,6 +48,7 @@ def make(*, trainable: bool) -> Callable[[Sizes, torch.device, torch.dtype], Pro
         weight = (torch.randn(sizes["vocabulary"], sizes["width"], generator=generator) * sizes["width"] ** -0.5).to(dtype)
         targets = torch.randint(sizes["vocabulary"], (sizes["rows"],), generator=generator)
         hidden = peaked(sizes["rows"], weight, targets, generator)
+        nearby = hidden + 0.05 * torch.randn(hidden.shape, generator=generator)
         return Problem(
             hidden=hidden.to(device, dtype).requires_grad_(),
             weight=weight.to(device).requires_grad_(trainable),
@@ -52,6 +56,7 @@ def make(*, trainable: bool) -> Callable[[Sizes, torch.device, torch.dtype], Pro
             # One sign for all: libraries that return a sum only can be compared.
             grad_logps=torch.ones(sizes["rows"], device=device),
             trainable=trainable,
+            reference_hidden=nearby.to(device, dtype) if with_reference else None,
         )
 
     return make_problem
@@ -61,56 +66,102 @@ def work(problem: Problem) -> Work:
     """One product of rows and head in forward, one in backward a gradient."""
     rows, width = problem.hidden.shape
     size = problem.hidden.element_size()
-    products = 3 if problem.trainable else 2
+    products = 3 if problem.trainable or problem.reference_hidden is not None else 2
     moved = size * (2 * problem.hidden.numel() + problem.weight.numel() * (2 if problem.trainable else 1))
     return Work(flops=products * 2 * rows * width * problem.weight.shape[0], bytes=moved)
 
 
 def truth(problem: Problem) -> Named:
-    """The reference in float64."""
-    hidden, weight = problem.hidden.detach().double(), problem.weight.detach().double()
-    options = (None, None, 1.0, 1.0, -100)
-    logps, _ = reference.forward(hidden, weight, problem.targets, *options, ())
-    needs = (True, problem.trainable, False)
-    grads = reference.backward(problem.grad_logps.double(), hidden, weight, problem.targets, *options, needs)
-    return {"logps": logps} | {
-        f"grad_{name}": grad for name, grad in zip(problem.leaves, grads, strict=False) if grad is not None
-    }
+    """The reference in float64, some rows at a time."""
+    weight, options = problem.weight.detach().double(), LogitOptions(None, 1.0, 1.0, -100)
+    logps, grad_hidden, grad_weight = [], [], torch.zeros_like(weight) if problem.trainable else None
+    for rows in torch.arange(problem.targets.shape[0]).split(512):
+        hidden, targets = problem.hidden.detach()[rows].double(), problem.targets[rows]
+        logps.append(reference.forward(hidden, weight, targets, None, options, ())[0])
+        needs = (True, problem.trainable, False)
+        up = problem.grad_logps[rows].double()
+        part, of_weight, _ = reference.backward(up, hidden, weight, targets, None, options, needs)
+        grad_hidden.append(part)
+        if grad_weight is not None:
+            grad_weight += of_weight
+    found = {"logps": torch.cat(logps), "grad_hidden": torch.cat(grad_hidden)}
+    if problem.reference_hidden is not None:
+        hidden = problem.reference_hidden.double()
+        found["reference_logps"] = reference.forward(hidden, weight, problem.targets, None, options, ())[0]
+    return found if grad_weight is None else {**found, "grad_weight": grad_weight}
 
 
 SMALL = {"rows": 9, "width": 32, "vocabulary": 120}
 
 
-def _case(name: str, why: str, sizes: Mapping[str, Sizes], *, trainable: bool) -> Case:
+def _case(
+    name: str,
+    why: str,
+    sizes: Mapping[str, Sizes],
+    *,
+    trainable: bool = False,
+    with_reference: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Case:
     return Case(
         op="linear_logprobs",
         name=name,
         why=why,
         sizes=sizes,
-        make=make(trainable=trainable),
+        make=make(trainable=trainable, with_reference=with_reference),
         work=work,
         truth=truth,
         timed=BOTH,
+        dtype=dtype,
     )
 
 
+def _on_cpu() -> list[Case]:
+    """A frozen head of a small model on a CPU: few and many rows, a small and a large vocabulary, in both dtypes."""
+    return [
+        _case(
+            f"frozen_{round(vocabulary / 1000)}k_{rows}{suffix}",
+            f"{rows:,} response rows under a frozen head of {vocabulary:,} tokens",
+            {"cpu": {"rows": rows, "width": 1024, "vocabulary": vocabulary}, "small": SMALL},
+            dtype=dtype,
+        )
+        for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "_bf16"))
+        for vocabulary in (32064, 151936)
+        for rows in (200, 1000)
+    ]
+
+
+def _on_cuda() -> list[Case]:
+    """A frozen head of a 7B model: a pair's response rows, and as many as a long batch has."""
+    return [
+        _case(
+            f"frozen_{rows}",
+            f"{rows:,} response rows under a frozen head of 152,064 tokens",
+            {"cuda": {"rows": rows, "width": 3584, "vocabulary": 152064}, "small": SMALL},
+        )
+        for rows in (200, 1000, 8192)
+    ]
+
+
 CASES = (
+    *_on_cpu(),
+    *_on_cuda(),
     _case(
-        "frozen",
-        "the response rows of a pair under a frozen head",
+        "with_reference",
+        "policy and reference under one frozen head, the response rows of a pair each",
         {
             "cuda": {"rows": 200, "width": 3584, "vocabulary": 152064},
-            "cpu": {"rows": 120, "width": 896, "vocabulary": 32064},
+            "cpu": {"rows": 200, "width": 1024, "vocabulary": 32064},
             "small": SMALL,
         },
-        trainable=False,
+        with_reference=True,
     ),
     _case(
         "trainable",
-        "4,096 rows under a head that is trained, the size at which others publish",
+        "a head that is trained; on a GPU at the size at which others publish",
         {
             "cuda": {"rows": 4096, "width": 4096, "vocabulary": 128256},
-            "cpu": {"rows": 120, "width": 896, "vocabulary": 32064},
+            "cpu": {"rows": 200, "width": 1024, "vocabulary": 32064},
             "small": SMALL,
         },
         trainable=True,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.case import Contestant, Named, Run, timed_run
+from benchmarks.case import Contestant, Named, NotOfThisCase, Run, timed_run
 from benchmarks.ops.linear_logprobs import Problem
 from benchmarks.peers.packages import needs
 
 
 def _linear_logprobs(problem: Problem) -> Run:
+    if problem.reference_hidden is not None:
+        raise NotOfThisCase
     from cut_cross_entropy import linear_cross_entropy
 
     def forward() -> Named:

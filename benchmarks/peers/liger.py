@@ -1,4 +1,7 @@
-"""Liger's fused linear DPO loss. Compiled on CUDA as shipped; uncompiled on the CPU, where its products are all that counts."""
+"""Liger's fused linear DPO loss, which takes every row that the model leaves.
+
+Compiled on CUDA as shipped; uncompiled on the CPU, where its products are all that counts.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def _preference_loss(problem: LossProblem | HeadProblem) -> Run:
             problem.targets,
             None,
             problem.reference_hidden,
-            problem.reference_weight,
+            problem.weight,
         )
         return {"loss": loss}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.case import CannotServe, Contestant, Named, Run, timed_run
+from benchmarks.case import CannotServe, Contestant, Named, NotOfThisCase, Run, timed_run
 from benchmarks.ops.linear_logprobs import Problem
 from benchmarks.peers.packages import needs
 
 
 def _linear_logprobs(problem: Problem) -> Run:
+    if problem.reference_hidden is not None:
+        raise NotOfThisCase
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     if not problem.trainable:

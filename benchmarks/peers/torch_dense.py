@@ -55,31 +55,59 @@ def _attention_mass(problem: attention_mass.Problem) -> Run:
 
 
 def _linear_logprobs(problem: linear_logprobs.Problem) -> Run:
+    def logps(hidden: Tensor) -> Tensor:
+        logits = (hidden @ problem.weight.T).float()
+        return logits.log_softmax(-1).gather(1, problem.targets[:, None])[:, 0]
+
     def forward() -> Named:
-        logits = (problem.hidden @ problem.weight.T).float()
-        return {"logps": logits.log_softmax(-1).gather(1, problem.targets[:, None])[:, 0]}
+        found = {"logps": logps(problem.hidden)}
+        if problem.reference_hidden is not None:
+            with torch.no_grad():
+                found["reference_logps"] = logps(problem.reference_hidden)
+        return found
 
     return timed_run(problem.timed, forward, problem.leaves, {"logps": problem.grad_logps})
 
 
 def _preference_loss(problem: preference_loss.LossProblem | preference_loss.HeadProblem) -> Run:
-    def mdpo(logps: Tensor, reference: Tensor) -> Tensor:
-        chosen, rejected, corrupted = preference_loss.BETA * (logps - reference)
-        return -(logsigmoid(chosen - rejected) + logsigmoid(chosen - corrupted) + logsigmoid(chosen)).mean()
+    if isinstance(problem, preference_loss.LossProblem):
+        return _mdpo(problem)
 
-    def logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[..., None])[..., 0].sum(-1)
+    def logps(hidden: Tensor) -> Tensor:
+        rows, targets = problem.responses(hidden), problem.responses(problem.targets)
+        return (rows @ problem.weight.T).float().log_softmax(-1).gather(-1, targets[..., None])[..., 0].sum(-1)
 
     def forward() -> Named:
-        if isinstance(problem, preference_loss.LossProblem):
-            return {"loss": mdpo(problem.policy, problem.reference)}
         with torch.no_grad():
-            reference = logps(problem.reference_hidden, problem.reference_weight, problem.targets)
-        chosen, rejected = (logps(problem.hidden, problem.weight, problem.targets) - reference).chunk(2)
+            reference = logps(problem.reference_hidden)
+        chosen, rejected = (logps(problem.hidden) - reference).chunk(2)
         return {"loss": -logsigmoid(preference_loss.BETA * (chosen - rejected)).mean()}
 
-    (leaf,) = problem.leaves.values()
-    return timed_run(problem.timed, forward, problem.leaves, {"loss": torch.ones((), device=leaf.device)})
+    return timed_run(problem.timed, forward, problem.leaves, {"loss": torch.ones((), device=problem.hidden.device)})
+
+
+def _mdpo(problem: preference_loss.LossProblem) -> Run:
+    """Tokens are summed in one go; which response each belongs to is known beforehand."""
+    device, owners = problem.policy.device, None
+    if problem.lengths is not None:
+        counts = problem.lengths.flatten()
+        owners, zeros = (
+            torch.arange(len(counts), device=device).repeat_interleave(counts),
+            torch.zeros(len(counts), device=device),
+        )
+
+    def forward() -> Named:
+        ratios = problem.policy - problem.reference
+        if owners is not None:
+            ratios = zeros.index_add(0, owners, ratios).view(-1, 3).T
+        chosen, rejected, corrupted = preference_loss.BETA * ratios
+        loss = -(logsigmoid(chosen - rejected) + logsigmoid(chosen - corrupted) + logsigmoid(chosen)).mean()
+        if owners is None:
+            return {"loss": loss}
+        with torch.no_grad():
+            return {"loss": loss, **preference_loss.metrics(chosen.detach(), rejected.detach(), corrupted.detach())}
+
+    return timed_run(problem.timed, forward, problem.leaves, {"loss": torch.ones((), device=device)})
 
 
 def _one_hot(segments: Tensor, count: int, dtype: torch.dtype) -> Tensor:

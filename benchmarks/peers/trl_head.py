@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from benchmarks.case import Contestant, Named, NotOfThisCase, Run, timed_run
+from benchmarks.case import WITH_STATISTICS, Contestant, Named, NotOfThisCase, Run, timed_run
 from benchmarks.ops import linear_logprobs, preference_loss
 from benchmarks.peers.packages import needs
 
@@ -24,7 +24,11 @@ def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, outputs: tuple[str, 
 
 def _linear_logprobs(problem: linear_logprobs.Problem, outputs: tuple[str, ...]) -> Run:
     def forward() -> Named:
-        return {"logps": _logps(problem.hidden, problem.weight, problem.targets, outputs)}
+        found = {"logps": _logps(problem.hidden, problem.weight, problem.targets, outputs)}
+        if problem.reference_hidden is not None:
+            with torch.no_grad():
+                found["reference_logps"] = _logps(problem.reference_hidden, problem.weight, problem.targets, outputs)
+        return found
 
     return timed_run(problem.timed, forward, problem.leaves, {"logps": problem.grad_logps})
 
@@ -33,13 +37,14 @@ def _preference_loss(problem: preference_loss.LossProblem | preference_loss.Head
     if isinstance(problem, preference_loss.LossProblem):
         raise NotOfThisCase
 
-    def sums(hidden: Tensor, weight: Tensor) -> Tensor:
-        return _logps(hidden.flatten(0, 1), weight, problem.targets.flatten(), ()).view(problem.targets.shape).sum(-1)
+    def sums(hidden: Tensor) -> Tensor:
+        rows, targets = problem.responses(hidden), problem.responses(problem.targets)
+        return _logps(rows.flatten(0, 1), problem.weight, targets.flatten(), ()).view(targets.shape).sum(-1)
 
     def forward() -> Named:
         with torch.no_grad():
-            reference = sums(problem.reference_hidden, problem.reference_weight)
-        chosen, rejected = (sums(problem.hidden, problem.weight) - reference).chunk(2)
+            reference = sums(problem.reference_hidden)
+        chosen, rejected = (sums(problem.hidden) - reference).chunk(2)
         return {"loss": -logsigmoid(preference_loss.BETA * (chosen - rejected)).mean()}
 
     return timed_run(problem.timed, forward, problem.leaves, {"loss": torch.ones((), device=problem.hidden.device)})
@@ -50,8 +55,8 @@ CONTESTANTS = {
     "linear_logprobs": [
         _available(name="TRL head", prepare=partial(_linear_logprobs, outputs=())),
         _available(
-            name="TRL head, trainer's statistics",
-            prepare=partial(_linear_logprobs, outputs=("entropy", "mean_logit", "is_top1")),
+            name=f"TRL head{WITH_STATISTICS}",
+            prepare=partial(_linear_logprobs, outputs=("entropy", "mean_logits", "is_top1")),
         ),
     ],
     "preference_loss": [_available(name="TRL head + DPO", prepare=_preference_loss)],

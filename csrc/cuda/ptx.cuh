@@ -53,4 +53,57 @@ __device__ inline void multiply_matrices(float (&c)[4], const uint32_t (&a)[4], 
   }
 }
 
+// 2^x to 22 bits, 0 where that is below 2^-126.
+__device__ inline float exp2_fast(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Two numbers rounded to nearest even, `low` in the low half.
+template <bool kBfloat16>
+__device__ inline uint32_t pack_halves(float low, float high) {
+  uint32_t result;
+  if constexpr (kBfloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  }
+  return result;
+}
+
+__device__ inline void unpack_float16(uint32_t halves, float& low, float& high) {
+  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}" : "=f"(low), "=f"(high) : "r"(halves));
+}
+
+// A cluster's barrier in two halves, each called by every thread of its blocks, in turn. What a thread wrote before it arrived, to its own or
+// to another block's shared memory, all threads see after they waited. The first also says that all blocks of the cluster run.
+__device__ inline void cluster_arrive() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+__device__ inline void cluster_wait() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// Writes to shared memory of block `rank` of the cluster, at the place that `shared` has in this block's. The block must not have ended.
+__device__ inline void cluster_store(void* shared, int rank, float4 value) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+
 }  // namespace mmdpo::cuda

@@ -62,6 +62,10 @@ _RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ),
     ("attention_mass", "cpu"): (Rule(calls="calls", order=("native", "reference"), measured=_CPU),),
     ("attention_mass", "cuda"): (Rule(calls="calls", order=("native", "triton", "reference"), measured=None),),
+    ("preference_loss", "cpu"): (Rule(calls="calls", order=("native", "reference"), measured=None),),
+    ("preference_loss", "cuda"): (Rule(calls="calls", order=("triton", "reference"), measured=None),),
+    ("linear_logprobs", "cpu"): (Rule(calls="calls", order=("native", "chunked", "reference"), measured=None),),
+    ("linear_logprobs", "cuda"): (Rule(calls="calls", order=("native", "triton", "chunked", "reference"), measured=None),),
 }
 
 

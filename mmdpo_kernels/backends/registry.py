@@ -16,8 +16,8 @@ logger = logging.getLogger("mmdpo_kernels")
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "tree_attention": ("native", "triton", "varlen", "flex", "sdpa", "reference"),
     "attention_mass": ("native", "triton", "reference"),
-    "linear_logprobs": ("chunked", "reference"),
-    "preference_loss": ("reference",),
+    "linear_logprobs": ("native", "triton", "chunked", "reference"),
+    "preference_loss": ("native", "triton", "reference"),
 }
 _announced: set[tuple[str, str, str, torch.dtype, str]] = set()
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..backends.registry import resolve
 from .checks import check_positive, check_tensor
-from .precision import without_autocast
+from .head_autograd import HIDDEN, HIDDEN_AND_HEAD, NONE, head_logprobs
+from .precision import autocast_to
 
 OP = "linear_logprobs"
 STATS = ("entropy", "max_logp", "is_top1", "mean_logit")
@@ -25,6 +22,8 @@ class LogProbs:
 
     logps: Tensor
     """(T,) float32 (float64 for float64 inputs): log p(target), 0 where ignored."""
+    reference_logps: Tensor | None = None
+    """(T',) the same for `reference_hidden`, without a gradient."""
     entropy: Tensor | None = None
     """(T,) entropy of the distribution, nats."""
     max_logp: Tensor | None = None
@@ -33,47 +32,6 @@ class LogProbs:
     """(T,) 1.0 where the target is the likeliest token."""
     mean_logit: Tensor | None = None
     """(T,) mean logit over the vocabulary."""
-
-
-class _LinearLogProbs(torch.autograd.Function):
-    @staticmethod
-    @without_autocast
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        options: tuple[Any, ...],
-        stats: tuple[str, ...],
-        backend: ModuleType,
-        early: bool,
-    ) -> tuple[Tensor, ...]:
-        ctx.early = early
-        if early:
-            logps, found, gradient = backend.forward_with_gradient(hidden, weight, targets, bias, *options, stats)
-            ctx.save_for_backward(gradient)
-        else:
-            logps, found = backend.forward(hidden, weight, targets, bias, *options, stats)
-            ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.options, ctx.backend = options, backend
-        extra = tuple(found[name] for name in stats)
-        ctx.mark_non_differentiable(*extra)
-        return logps, *extra
-
-    @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, grad_logps: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.early:
-            (gradient,) = ctx.saved_tensors
-            return (grad_logps[:, None] * gradient).to(gradient.dtype), *[None] * 7
-        hidden, weight, bias, targets = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = ctx.backend.backward(grad_logps, hidden, weight, targets, bias, *ctx.options, needs)
-        inputs = (hidden, weight, bias)
-        cast = (None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True))
-        return *cast, *[None] * 5
 
 
 def linear_logprobs(
@@ -87,6 +45,9 @@ def linear_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     stats: Sequence[str] = (),
+    reference_hidden: Tensor | None = None,  # (T', H)
+    reference_targets: Tensor | None = None,  # (T',)
+    kept_bytes: int = 1 << 30,
     backend: str = "auto",
 ) -> LogProbs:
     """Log-probability of each row's target token under a linear head.
@@ -97,20 +58,27 @@ def linear_logprobs(
         logits = softcap * tanh(logits / softcap) / temperature
         logps = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
+    With u = 2 T H V floating-point operations, forward and backward together take 2u with a frozen head, whatever the upstream gradient;
+    3u with a trained one whose logit gradients fit `kept_bytes`, 4u above; 1u without a gradient.
+
     Args:
         hidden: (T, H), rows that predict a target.
-        weight: (V, H), same dtype.
+        weight: (V, H), same dtype; under autocast both are cast to its dtype, as `torch.nn.Linear` casts them.
         targets: (T,) int64 in [0, V), or `ignore_index`.
-        bias: (V,).
+        bias: (V,), same dtype. A token that cannot come has -inf here.
         softcap: c in `c tanh(logits / c)`, after `logit_scale`.
         logit_scale: factor on the logits.
         temperature: divisor of the logits, after the softcap.
         ignore_index: targets with this value give 0 and no gradient.
-        stats: any of "entropy", "max_logp", "is_top1", "mean_logit".
-        backend: "auto", or a name from `backends()["linear_logprobs"]`. "chunked" never holds T x V.
+        stats: any of "entropy", "max_logp", "is_top1", "mean_logit", from the same pass over the logits.
+        reference_hidden: (T', H), the reference model's rows where it has the same head: scored in the same products as the policy's,
+            without a gradient.
+        reference_targets: (T',), their targets; None: `targets`.
+        kept_bytes: most memory that a trained head may keep from forward to backward.
+        backend: "auto", or a name from `backends()["linear_logprobs"]`. "reference" alone holds T x V.
 
     Returns:
-        `LogProbs`; `logps` is differentiable in hidden, weight and bias with any per-token upstream gradient.
+        `LogProbs`; `logps` is differentiable in hidden, weight and bias with any per-token upstream gradient, once.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or shape, or a target outside the vocabulary.
@@ -118,39 +86,72 @@ def linear_logprobs(
     check_tensor(OP, "hidden", hidden, ("T", "H"), floating=True)
     check_tensor(OP, "weight", weight, ("V", hidden.shape[1]), floating=True)
     check_tensor(OP, "targets", targets, (hidden.shape[0],), floating=False)
-    if hidden.dtype != weight.dtype:
-        raise TypeError(f"{OP}: hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
-    if bias is not None:
-        check_tensor(OP, "bias", bias, (weight.shape[0],), floating=True)
-        if bias.dtype != weight.dtype:
-            raise TypeError(f"{OP}: weight and bias must have one dtype, got {weight.dtype} and {bias.dtype}")
     if weight.shape[0] == 0:
         raise ValueError(f"{OP}: weight must have at least one row, got shape {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor(OP, "bias", bias, (weight.shape[0],), floating=True)
+    if reference_hidden is not None:
+        check_tensor(OP, "reference_hidden", reference_hidden, ("T'", hidden.shape[1]), floating=True)
+        reference_targets = targets if reference_targets is None else reference_targets
+        check_tensor(OP, "reference_targets", reference_targets, (reference_hidden.shape[0],), floating=False)
+    elif reference_targets is not None:
+        raise ValueError(f"{OP}: reference_targets need reference_hidden, got None")
+    given = {"hidden": hidden, "weight": weight, "bias": bias, "reference_hidden": reference_hidden}
+    present = [name for name, tensor in given.items() if tensor is not None]
+    cast = dict(zip(present, autocast_to(*(given[name] for name in present)), strict=True))  # type: ignore[arg-type]
+    for name, tensor in cast.items():
+        if tensor.dtype != cast["hidden"].dtype:
+            raise TypeError(f"{OP}: hidden and {name} must have one dtype, got {cast['hidden'].dtype} and {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{OP}: {name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
     check_positive(OP, softcap=softcap, temperature=temperature)
     unknown = [name for name in stats if name not in STATS]
     if unknown:
         raise ValueError(f"{OP}: stats must be among {', '.join(STATS)}, got {', '.join(map(repr, unknown))}")
-    _check_targets(targets, weight.shape[0], ignore_index)
-    module = resolve(OP, backend, hidden.device, hidden.dtype)
-    options = (softcap, float(logit_scale), float(temperature), ignore_index)
-    # With a frozen head a row's gradient is known up to a factor as soon as its logits are.
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    # float16 needs the upstream gradient's loss scale before it is rounded to.
-    early = (
-        frozen
-        and hidden.dtype != torch.float16
-        and hidden.requires_grad
-        and torch.is_grad_enabled()
-        and hasattr(module, "forward_with_gradient")
+    if kept_bytes < 0:
+        raise ValueError(f"{OP}: kept_bytes must be 0 or more, got {kept_bytes}")
+    for name, values in (("targets", targets), ("reference_targets", reference_targets)):
+        if values is not None:
+            _check_targets(name, values, weight.shape[0], ignore_index)
+    logps, *extra = head_logprobs(
+        cast["hidden"],
+        cast.get("reference_hidden"),
+        cast["weight"],
+        cast.get("bias"),
+        targets.long(),
+        None if reference_targets is None else reference_targets.long(),
+        softcap,
+        float(logit_scale),
+        float(temperature),
+        ignore_index,
+        ",".join(stats),
+        backend,
+        _gradient(cast["hidden"], cast["weight"], cast.get("bias")),
+        kept_bytes,
     )
-    logps, *extra = _LinearLogProbs.apply(hidden, weight, bias, targets.long(), options, tuple(stats), module, early)
-    return LogProbs(logps=logps, **dict(zip(stats, extra, strict=True)))
+    # What follows the statistics is kept for backward.
+    found = {name: values.detach() for name, values in zip(stats, extra, strict=False)}
+    if reference_hidden is None:
+        return LogProbs(logps=logps, **found)
+    rows = hidden.shape[0]
+    return LogProbs(
+        logps=logps[:rows], reference_logps=logps.detach()[rows:], **{name: values[:rows] for name, values in found.items()}
+    )
 
 
-def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    # On a GPU this would wait for the device; there the gather itself fails.
-    if targets.device.type != "cpu":
+def _gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """What will be differentiated in."""
+    if not torch.is_grad_enabled():
+        return NONE
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return HIDDEN_AND_HEAD
+    return HIDDEN if hidden.requires_grad else NONE
+
+
+def _check_targets(name: str, targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    # On a GPU this would wait for the device, and a compiler would have to leave its graph; there the gather itself fails.
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
     if bool(bad.any()):
-        raise ValueError(f"{OP}: targets must be in [0, {vocabulary}) or {ignore_index}, got {int(targets[bad][0])}")
+        raise ValueError(f"{OP}: {name} must be in [0, {vocabulary}) or {ignore_index}, got {int(targets[bad][0])}")

@@ -1,14 +1,15 @@
-"""`preference_loss`: any weighted list of preference losses as a pure function of sequence log-probabilities."""
+"""`preference_loss`: any weighted list of preference losses as a pure function of log-probabilities of tokens or of responses."""
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..backends.reference import preference_loss as reference_backend
 from ..backends.reference.preference_loss import (
     ANCHORS,
     LOSSES,
@@ -16,12 +17,12 @@ from ..backends.reference.preference_loss import (
     NEEDS_LENGTHS,
     REFERENCE_FREE,
     SMOOTHED,
-    LossInputs,
 )
 from ..backends.registry import resolve
-from .checks import check_tensor
-
-OP = "preference_loss"
+from .fused_loss import compiled_loss, fused_loss
+from .loss_arrays import sequence_arrays, token_arrays
+from .loss_settings import OP, as_names, kept_settings, settings
+from .sequence_logps import SequenceLogps, TokenLogps, sequence_logps
 
 __all__ = [
     "ANCHORS",
@@ -32,93 +33,57 @@ __all__ = [
     "SMOOTHED",
     "PreferenceLoss",
     "SequenceLogps",
+    "TokenLogps",
     "preference_loss",
     "sequence_logps",
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceLogps:
-    """Log-probabilities of whole responses, summed over their tokens, under one model."""
-
-    chosen: Tensor
-    """(B,) floating."""
-    rejected: Tensor
-    """(B,) floating."""
-    corrupted: Tensor | None = None
-    """(B,) floating: the chosen response under the corrupted picture."""
-    chosen_lengths: Tensor | None = None
-    """(B,) response tokens; needed by `length_normalised` and by the losses in `NEEDS_LENGTHS`. Only the policy's are looked at."""
-    rejected_lengths: Tensor | None = None
-    """(B,) response tokens; as `chosen_lengths`."""
-    corrupted_lengths: Tensor | None = None
-    """(B,) response tokens, used by `length_normalised`; None: those of the chosen response, which it is."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PreferenceLoss:
-    """What `preference_loss` returns."""
+    """What `preference_loss` returns. All but the loss are views of one table, made when asked for."""
 
     loss: Tensor
     """Scalar: weighted sum of the batch means. The only part that carries a gradient."""
-    losses: dict[str, Tensor]
-    """(B,) per loss, unweighted."""
-    rewards: dict[str, Tensor]
-    """(B,) `beta (log p - log p_ref)` of "chosen", "rejected" and, if there, "corrupted"; per token with `length_normalised`."""
+    table: Tensor = field(repr=False)
+    """(rows, B), see `mmdpo_kernels.backends.loss_options.TableRows`."""
+    names: tuple[str, ...]
+    """The losses, each once."""
+    branches: tuple[str, ...]
+    """The responses of a record, in the order of the rows."""
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """(B,) per loss, unweighted."""
+        return self._rows(self.names, 0)
+
+    @property
+    def rewards(self) -> dict[str, Tensor]:
+        """(B,) `beta (log p - log p_ref)` of "chosen", "rejected" and, if there, "corrupted"; per token with `length_normalised`."""
+        return self._rows(self.branches, len(self.names))
+
+    @property
+    def logps(self) -> dict[str, Tensor]:
+        """(B,) the policy's log-probability of each response: the sum over its tokens, or with weights their weighted mean."""
+        return self._rows(self.branches, len(self.names) + len(self.branches))
 
     @property
     def accuracies(self) -> Tensor:
         """(B,) 1.0 where the chosen reward is above the rejected one."""
-        return (self.rewards["chosen"] > self.rewards["rejected"]).float()
+        return self.table[-2]
 
     @property
     def margins(self) -> Tensor:
         """(B,) chosen minus rejected reward."""
-        return self.rewards["chosen"] - self.rewards["rejected"]
+        return self.table[-1]
 
-
-def sequence_logps(token_logps: Tensor, lengths: Sequence[int] | Tensor, *, weights: Tensor | None = None) -> Tensor:
-    """Log-probabilities of responses from those of their tokens, which lie one response after another.
-
-    Without weights the sums. With weights the weighted means of DDPO (RLHF-V, arXiv 2312.00849),
-    `sum(weights * token_logps) / sum(weights)`: with weight 1 for a token that a correction left as it was and gamma for one that it
-    changed, the divisor is the paper's N = |unchanged| + gamma |changed|. Being means, these ask for no `length_normalised`, for a
-    larger beta, and for losses outside `NEEDS_LENGTHS`. Equivalent PyTorch without weights:
-    `torch.stack([piece.sum() for piece in token_logps.split(lengths)])`.
-
-    Args:
-        token_logps: (R,) floating; a gradient flows through it.
-        lengths: n token counts that sum to R; a tensor on a GPU is waited for.
-        weights: (R,), at least 0, not all 0 in a response.
-
-    Returns:
-        (n,) in float32 at least; 0 for a response without tokens.
-
-    Raises:
-        TypeError, ValueError: shapes that do not fit.
-    """
-    op = "sequence_logps"
-    check_tensor(op, "token_logps", token_logps, ("R",), floating=True)
-    counts = [int(length) for length in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
-    if min(counts, default=0) < 0 or sum(counts) != token_logps.shape[0]:
-        raise ValueError(f"{op}: lengths must be counts that sum to the {token_logps.shape[0]} token_logps, got {counts}")
-    values = _wide(token_logps)
-    if not counts:
-        return values.new_zeros(0)
-    if weights is None:
-        return torch.stack([piece.sum() for piece in values.split(counts)])
-    check_tensor(op, "weights", weights, (token_logps.shape[0],))
-    scales = weights.to(values)
-    if scales.device.type == "cpu":
-        _check_weights(op, scales, counts)
-    tops = torch.stack([piece.sum() for piece in (scales * values).split(counts)])
-    totals = torch.stack([piece.sum() for piece in scales.split(counts)])
-    return tops / torch.where(totals == 0, torch.ones_like(totals), totals)
+    def _rows(self, names: tuple[str, ...], first: int) -> dict[str, Tensor]:
+        return dict(zip(names, self.table[first : first + len(names)].unbind(0), strict=True))
 
 
 def preference_loss(
-    policy: SequenceLogps,
-    reference: SequenceLogps | None = None,
+    policy: SequenceLogps | TokenLogps,
+    reference: SequenceLogps | TokenLogps | None = None,
     *,
     loss_type: Sequence[str] = ("sigmoid",),
     loss_weights: Sequence[float] | None = None,
@@ -138,8 +103,9 @@ def preference_loss(
     `("nll", "orpo")` is ORPO. Equivalent PyTorch for the default: `-logsigmoid(beta * (w - l)).mean()`.
 
     Args:
-        policy: (B,) log-probabilities that carry the gradient.
-        reference: the same under the reference model; None = reference-free, all zeros. Losses in `REFERENCE_FREE` never look at it.
+        policy: log-probabilities that carry the gradient: `SequenceLogps`, (B,) sums a branch, or `TokenLogps`, which spares their sums.
+        reference: the same under the reference model, with `TokenLogps` either of the two; None = reference-free, all zeros. Losses in
+            `REFERENCE_FREE` never look at it.
         loss_type: names in `LOSSES`: "sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo", "orpo", "bco_pair", "kto_pair", "nll",
             "copo", "ancpo"; equations, sources and values at the reference are in
             `mmdpo_kernels.backends.reference.preference_loss`.
@@ -155,138 +121,46 @@ def preference_loss(
         backend: "auto", or a name from `backends()["preference_loss"]`.
 
     Returns:
-        `PreferenceLoss(loss, losses, rewards)`; rewards and losses are detached.
+        `PreferenceLoss`. The loss can be differentiated once, with the backend "reference" again; a log-probability that is not finite,
+        under either model and of any branch, makes it NaN or infinite.
 
     Raises:
         TypeError, ValueError: unknown loss, settings out of range, weights that do not match, a missing corrupted branch or missing
             lengths.
+        RuntimeError: in backward, a second derivative (`create_graph=True`).
     """
-    names, weights = _check_losses(loss_type, loss_weights)
-    held = _check_anchors(anchors)
-    _check_settings(
-        names, beta=beta, label_smoothing=label_smoothing, anchor=anchor, simpo_gamma=simpo_gamma, bco_shift=bco_shift
+    compiling = torch.compiler.is_compiling()
+    asked = (settings if compiling else kept_settings)(
+        as_names(loss_type),
+        None if loss_weights is None else tuple(loss_weights),
+        beta,
+        label_smoothing,
+        anchor,
+        as_names(anchors),
+        simpo_gamma,
+        bco_shift,
+        length_normalised,
     )
-    check_tensor(OP, "policy.chosen", policy.chosen, ("B",), floating=True)
-    _check_logps("policy", policy, policy.chosen.shape[0])
-    if reference is not None:
-        _check_logps("reference", reference, policy.chosen.shape[0])
-    needing = [n for n in names if n in NEEDS_CORRUPTED or (n == "ancpo" and "corrupted" in held)]
-    if needing and policy.corrupted is None:
-        raise ValueError(
-            f"{OP}: loss {needing[0]!r} needs log-probabilities under the corrupted picture, policy.corrupted is None"
-        )
-    counts = _lengths(policy, names, length_normalised)
-    ratios = {name: _ratio(name, policy, reference) for name in ANCHORS if getattr(policy, name) is not None}
-    means = {name: ratio / counts[name] for name, ratio in ratios.items()}
-    seen = means if length_normalised else ratios
-    inputs = LossInputs(
-        chosen=seen["chosen"],
-        rejected=seen["rejected"],
-        corrupted=seen.get("corrupted"),
-        chosen_means=means["chosen"],
-        rejected_means=means["rejected"],
-        chosen_logps=_wide(policy.chosen),
-        rejected_logps=_wide(policy.rejected),
-        chosen_lengths=counts["chosen"],
-        rejected_lengths=counts["rejected"],
-        beta=beta,
-        label_smoothing=label_smoothing,
-        anchor=anchor,
-        anchors=held,
-        simpo_gamma=simpo_gamma,
-        bco_shift=bco_shift,
-    )
-    module = resolve(OP, backend, policy.chosen.device, policy.chosen.dtype)
-    loss, losses = module.forward(inputs, names, weights)
-    return PreferenceLoss(
-        loss=loss,
-        losses={name: value.detach() for name, value in losses.items()},
-        rewards={name: beta * ratio.detach() for name, ratio in seen.items()},
-    )
+    if isinstance(policy, TokenLogps):
+        arrays = token_arrays(policy, reference, asked)
+    elif isinstance(policy, SequenceLogps):
+        arrays = sequence_arrays(policy, reference, asked)
+    else:
+        raise TypeError(f"{OP}: policy must be SequenceLogps or TokenLogps, got {type(policy).__name__}")
+    name = (_backend if compiling else _kept_backend)(backend, arrays.policy.device, arrays.policy.dtype)
+    if name == "reference":
+        loss, table = reference_backend.forward(arrays, asked.options)
+    elif compiling:
+        loss, table = compiled_loss(name, arrays, asked.options)
+    else:
+        loss, table = fused_loss(name, arrays, asked.options)
+    return PreferenceLoss(loss=loss, table=table, names=asked.options.names, branches=arrays.branches)
 
 
-def _check_losses(loss_type: Sequence[str], loss_weights: Sequence[float] | None) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
-    unknown = [name for name in names if name not in LOSSES]
-    if unknown or not names:
-        got = ", ".join(map(repr, unknown)) if unknown else "an empty list"
-        raise ValueError(f"{OP}: loss_type must name losses among {', '.join(LOSSES)}, got {got}")
-    weights = (1.0,) * len(names) if loss_weights is None else tuple(float(weight) for weight in loss_weights)
-    if len(weights) != len(names):
-        raise ValueError(f"{OP}: loss_weights must have one entry a loss ({len(names)}), got {len(weights)}")
-    return names, weights
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that serves such calls."""
+    return resolve(OP, backend, device, dtype).__name__.split(".")[-2]
 
 
-def _check_anchors(anchors: Sequence[str]) -> tuple[str, ...]:
-    held = (anchors,) if isinstance(anchors, str) else tuple(anchors)
-    if not held or len(set(held)) != len(held) or not set(held).issubset(ANCHORS):
-        raise ValueError(f"{OP}: anchors must name one or more of {', '.join(ANCHORS)}, each once, got {list(held)}")
-    return held
-
-
-def _check_settings(
-    names: tuple[str, ...], *, beta: float, label_smoothing: float, anchor: float, simpo_gamma: float, bco_shift: float
-) -> None:
-    if not 0 < beta < math.inf:
-        raise ValueError(f"{OP}: beta must be above 0, got {beta}")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"{OP}: label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    if label_smoothing and SMOOTHED.isdisjoint(names):
-        raise ValueError(
-            f"{OP}: label_smoothing={label_smoothing} acts on {', '.join(sorted(SMOOTHED))} only, got loss_type {list(names)}; "
-            "use 'cdpo' for a sigmoid with label smoothing"
-        )
-    if not 0 <= simpo_gamma < math.inf:
-        raise ValueError(f"{OP}: simpo_gamma must be 0 or more, got {simpo_gamma}")
-    for name, value in (("anchor", anchor), ("bco_shift", bco_shift)):
-        if not math.isfinite(value):
-            raise ValueError(f"{OP}: {name} must be a finite number, got {value}")
-
-
-def _check_logps(name: str, logps: SequenceLogps, batch: int) -> None:
-    for field in ("chosen", "rejected"):
-        check_tensor(OP, f"{name}.{field}", getattr(logps, field), (batch,), floating=True)
-    if logps.corrupted is not None:
-        check_tensor(OP, f"{name}.corrupted", logps.corrupted, (batch,), floating=True)
-
-
-def _check_weights(op: str, scales: Tensor, counts: list[int]) -> None:
-    pieces = zip(scales.split(counts), counts, strict=True)
-    for index, (piece, count) in enumerate(pieces):
-        if count and not (piece.min() >= 0 and 0 < piece.sum() < math.inf):
-            raise ValueError(f"{op}: weights must be 0 or more and not all 0, got {piece.tolist()} for response {index}")
-
-
-def _ratio(field: str, policy: SequenceLogps, reference: SequenceLogps | None) -> Tensor:
-    logps = _wide(getattr(policy, field))
-    if reference is None:
-        return logps
-    base = getattr(reference, field)
-    if base is None:
-        raise ValueError(f"{OP}: policy has '{field}' log-probabilities but reference.{field} is None")
-    return logps - _wide(base.detach())
-
-
-def _wide(values: Tensor) -> Tensor:
-    """float32 at least: half precision would round sums over long responses."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _lengths(policy: SequenceLogps, names: tuple[str, ...], length_normalised: bool) -> dict[str, Tensor]:
-    """(B,) token counts of each kind of response; ones where nothing asks for them."""
-    found = {}
-    for response in ANCHORS:
-        field = f"{response}_lengths"
-        lengths = getattr(policy, field)
-        if lengths is not None:
-            check_tensor(OP, f"policy.{field}", lengths, (policy.chosen.shape[0],))
-            found[response] = _wide(lengths.to(policy.chosen.device))
-        elif response == "corrupted":
-            found[response] = found["chosen"]
-        else:
-            needing = [f"loss {name!r}" for name in names if name in NEEDS_LENGTHS and (name, response) != ("nll", "rejected")]
-            needing += ["length_normalised"] * length_normalised
-            if needing:
-                raise ValueError(f"{OP}: {needing[0]} needs policy.{field}, got None")
-            found[response] = torch.ones_like(_wide(policy.chosen))
-    return found
+_kept_backend = functools.lru_cache(maxsize=64)(_backend)

@@ -1,31 +1,14 @@
 // csrc/attention_mass_cuda.cu on the CPU, its arrays copied to guarded memory for the call.
 #include "attention_mass_cuda.cu"
 
-#include <memory>
-
 #include "guarded.h"
 
 namespace {
 
-using emulation::Guarded;
+using emulation::Arrays;
 using mmdpo::AttentionMassArgs;
 
 std::string error;
-
-struct Arrays {
-  std::vector<std::unique_ptr<Guarded>> all;
-
-  void* add(const void* from, size_t size) {
-    if (from == nullptr) return nullptr;
-    all.push_back(std::make_unique<Guarded>(size));
-    std::memcpy(all.back()->data(), from, size);
-    return all.back()->data();
-  }
-  void* add_unset(size_t size) {
-    all.push_back(std::make_unique<Guarded>(size));
-    return all.back()->data();
-  }
-};
 
 // Bytes from the first to the last element of a (B, H, rows, D) array.
 size_t extent(const AttentionMassArgs& a, int64_t heads, int64_t rows, const int64_t* strides) {
@@ -61,8 +44,6 @@ extern "C" __attribute__((visibility("default"))) const char* emulated_attention
     error = problem.what();
   }
   std::memcpy(given->out, a.out, out_size);
-  for (const auto& array : arrays.all) {
-    if (!array->intact()) error = "a write outside of the arrays";
-  }
+  if (!arrays.intact()) error = "a write outside of the arrays";
   return error.c_str();
 }

@@ -1,16 +1,19 @@
 // CUDA C++ on the CPU, for tests: a kernel compiled as plain C++ with this file in place of the toolkit's runs one block after another.
 //
-// The threads of a block are fibers that take turns. A thread runs until it waits for others: at __syncthreads for its block, at every warp
-// instruction for its 32 lanes. So what a program computes is what the hardware computes, as long as the program waits where it must; where it
-// does not, the order in which fibers run decides, and tests run two (see Weather).
+// The threads of a block, or of all blocks of a cluster, are fibers that take turns. A thread runs until it waits for others: at __syncthreads
+// for its block, at every warp instruction for its 32 lanes, at the cluster's barrier for all. So what a program computes is what the hardware
+// computes, as long as the program waits where it must; where it does not, the order in which fibers run decides, and tests run two (see
+// Weather).
 //
 // Found and reported as errors of the launch, as on a GPU:
 //   - an access outside of guarded memory (guarded.h) or of the block's shared memory, which ends at a page that nobody may touch;
 //   - threads that wait for each other forever, lanes of one warp that meet in different instructions or with part of their warp;
-//   - addresses that an instruction may not have, and copies under way when a thread ends.
+//   - addresses that an instruction may not have, and copies under way when a thread ends;
+//   - another block's shared memory written to before the cluster's first barrier or after that block's end; halves of that barrier out of
+//     turn.
 // Shared memory starts as NaN in every block, and so shows what was never written.
 //
-// Not the hardware's: speed; the order and rounding inside a matrix product (here in double, rounded once); the last bits of exp2f and tanhf.
+// Not the hardware's: speed; the order and rounding inside a matrix product (here in double, rounded once); the last bits of exp2f, tanhf and log.
 // Covered: what the kernels in csrc/ use. A new kernel's instruction goes here or, where CUDA C++ has no name for it, into cuda/ptx.cuh.
 #pragma once
 
@@ -37,6 +40,10 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
 namespace emulation {
 
 // One order of things that the hardware is free to choose.
@@ -52,6 +59,13 @@ unsigned char* shared_memory();
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 void synchronize_block();
+
+// The two halves of the cluster's barrier.
+void arrive_at_cluster();
+void wait_for_cluster();
+
+// Where block `rank` of the cluster has what this block has at `shared`.
+unsigned char* shared_of_rank(void* shared, int rank);
 
 // Brings the lanes of a warp together: each leaves `size` bytes, and finds all lanes' behind the pointers returned.
 constexpr size_t kMaxMessage = 64;
@@ -89,7 +103,7 @@ void commit_copies();
 void wait_for_copies(size_t pending);
 
 // Runs a kernel -> whether it ended well; error_message() says what happened otherwise.
-bool run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+bool run(dim3 grid, dim3 block, unsigned cluster_blocks, size_t shared_bytes, const std::function<void()>& kernel);
 const char* error_message();
 
 }  // namespace emulation
@@ -103,6 +117,18 @@ using std::min;
 
 inline void __syncthreads() { emulation::synchronize_block(); }
 inline void __threadfence() {}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 template <class T>
@@ -149,13 +175,26 @@ inline unsigned __reduce_or_sync(unsigned lanes, unsigned value) {
 
 // The runtime, as far as csrc/ calls it. Everything is done when a call returns.
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+enum cudaSharedCarveout { cudaSharedmemCarveoutMaxShared = 100 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 using cudaStream_t = struct CUstream_st*;
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  const cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 struct cudaFuncAttributes {};
@@ -172,6 +211,9 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  const bool well = emulation::run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+  // Clusters along x are all there are.
+  const unsigned cluster_blocks = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  const bool well =
+      emulation::run(config->gridDim, config->blockDim, cluster_blocks, config->dynamicSmemBytes, [&] { kernel(arguments...); });
   return well ? cudaSuccess : cudaErrorLaunchFailure;
 }

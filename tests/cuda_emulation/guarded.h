@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <cstring>
+#include <memory>
 #include <new>
+#include <vector>
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -46,6 +48,28 @@ class Guarded {
 
   size_t size_, pages_, mapped_;
   unsigned char *start_, *data_;
+};
+
+// The arrays of a call, each in guarded memory.
+class Arrays {
+ public:
+  // A copy; null of null.
+  void* add(const void* from, size_t size) {
+    return from == nullptr ? nullptr : std::memcpy(add_unset(size), from, size);
+  }
+  void* add_unset(size_t size) {
+    all_.push_back(std::make_unique<Guarded>(size));
+    return all_.back()->data();
+  }
+  bool intact() const {
+    for (const auto& array : all_) {
+      if (!array->intact()) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::vector<std::unique_ptr<Guarded>> all_;
 };
 
 }  // namespace emulation

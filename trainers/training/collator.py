@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmdpo_kernels import TokenTree
+from mmdpo_kernels import SharedRows, TokenLogps, TokenTree
 from mmdpo_trainers.data.corruption import Corruption, Model
 from mmdpo_trainers.families import EncodedPictures, Family, family_of
 from mmdpo_trainers.training.examples import BRANCHES, Example, ExampleMaker, TokenSequence
@@ -44,10 +44,14 @@ class PreferenceBatch:
     """(R,) int64: rows of the flattened hidden states that predict response tokens, sequence by sequence."""
     targets: Tensor
     """(R,) int64: the response tokens."""
+    shared_rows: SharedRows
+    """The same pairs with each row once."""
     token_weights: Tensor | None
     """(R,) float64 weights of the response tokens; None: all alike."""
-    lengths: list[int]
-    """(n b) response tokens of each sequence, the end token included."""
+    lengths: Tensor
+    """(n, b) int64: response tokens of each sequence, the end token included."""
+    chosen_tokens: int
+    """Tokens of all chosen responses."""
     segments: Tensor
     """As `input_ids`, int32: attention segment of each token, -1 = none."""
     recorded_rows: Tensor
@@ -55,10 +59,9 @@ class PreferenceBatch:
     ratios: list[RatioSpan]
     """Records that have an attention ratio."""
 
-    @property
-    def chosen_tokens(self) -> int:
-        """Tokens of all chosen responses."""
-        return sum(self.lengths[self.branches.index("chosen") :: len(self.branches)])
+    def token_logps(self, logps: Tensor) -> TokenLogps:
+        """(R,) log-probabilities of the response tokens, as a loss takes them."""
+        return TokenLogps(logps=logps, lengths=self.lengths, branches=self.branches, weights=self.token_weights)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The batch with its tensors on `device`."""
@@ -228,19 +231,24 @@ class PreferenceCollator:
         )
 
     def _batch(
-        self, examples: list[Example], pictures: EncodedPictures | None, *, ratios: RatioSpans, **inputs: Any
+        self, examples: list[Example], pictures: EncodedPictures | None, *, rows: Tensor, ratios: RatioSpans, **inputs: Any
     ) -> PreferenceBatch:
         sequences = [sequence for example in examples for sequence in example.sequences]
+        targets = torch.from_numpy(np.concatenate([sequence.response for sequence in sequences]))
         weights = [sequence.weights for sequence in sequences if sequence.weights is not None]
+        lengths = torch.tensor([len(sequence.response) for sequence in sequences]).view(len(examples), -1)
         return PreferenceBatch(
             ids=[example.name for example in examples],
             keys=[example.key for example in examples],
             kinds=[_kind(example.record) for example in examples],
             branches=self._maker.branches,
             pictures=pictures,
-            targets=torch.from_numpy(np.concatenate([sequence.response for sequence in sequences])),
+            rows=rows,
+            targets=targets,
+            shared_rows=SharedRows.from_pairs(rows, targets),
             token_weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
-            lengths=[len(sequence.response) for sequence in sequences],
+            lengths=lengths,
+            chosen_tokens=int(lengths[:, self._maker.branches.index("chosen")].sum()),
             segments=ratios.segments,
             recorded_rows=ratios.recorded_rows,
             ratios=ratios.spans,
@@ -269,6 +277,6 @@ def _with_tensors(instance: Any, change: Callable[[Tensor], Tensor]) -> Any:
         value = getattr(instance, field.name)
         if isinstance(value, Tensor):
             changed[field.name] = change(value)
-        elif isinstance(value, EncodedPictures):
+        elif isinstance(value, EncodedPictures | SharedRows):
             changed[field.name] = _with_tensors(value, change)
     return dataclasses.replace(instance, **changed)

@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mmdpo_kernels import linear_logprobs, sequence_logps
 from mmdpo_trainers.families import family_of
 from mmdpo_trainers.training.collator import PreferenceBatch
 from mmdpo_trainers.training.preference_config import PreferenceConfig
@@ -124,20 +121,6 @@ def _with_adapter(model: nn.Module, args: PreferenceConfig, peft_config: PeftCon
     return model
 
 
-def check_head(model: nn.Module) -> None:
-    """ValueError where the output head has an adapter that is more than a matrix added to its weight, as plain LoRA is."""
-    head: Any = base_of(model).get_output_embeddings()
-    kind = None
-    if isinstance(head, LoraLayer):
-        names = [*head.lora_variant, *(name for name, used in head.lora_bias.items() if used)]
-        if names:
-            kind = f"adapter {names[0]} with use_dora, lora_bias or another variant of LoRA"
-    elif isinstance(head, BaseTunerLayer | TrainableTokensWrapper):
-        kind = type(head).__name__
-    if kind is not None:
-        raise ValueError(f"output head: expected no adapter or plain LoRA, got {kind}; leave the head out of target_modules")
-
-
 @contextlib.contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
     """PEFT's `disable_adapter`, which at its end would make frozen adapters trainable; here they stay as they were."""
@@ -193,35 +176,3 @@ def _with_pictures(body: Any, input_ids: Tensor, placed: Tensor) -> Tensor:
     embeds = body.get_input_embeddings()(input_ids)
     places = (input_ids == body.config.image_token_id)[..., None].expand_as(embeds)
     return embeds.masked_scatter(places, placed.to(embeds))
-
-
-def response_logps(model: nn.Module, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
-    """(n, b) log-probabilities of each record's responses by branch, as `sequence_logps` sums them. hidden: (B, S, H)."""
-    base = base_of(model)
-    weight, bias = _head(base.get_output_embeddings())
-    rows = hidden.flatten(0, 1)[batch.rows].to(weight.dtype)
-    text = base.config.get_text_config()
-    # Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`.
-    scale = getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0)
-    softcap = getattr(text, "final_logit_softcapping", None)
-    logps = linear_logprobs(rows, weight, batch.targets, bias=bias, softcap=softcap, logit_scale=scale).logps
-    return sequence_logps(logps, batch.lengths, weights=batch.token_weights).view(-1, len(batch.branches))
-
-
-@torch.no_grad()
-def batch_logps(model: nn.Module, batch: PreferenceBatch) -> Tensor:
-    """(n, b) log-probabilities of a whole batch as `response_logps` gives them, without a gradient."""
-    return response_logps(model, hidden_states(model, batch, picture_features(model, batch)), batch)
-
-
-def _head(head: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias that the head works with now; an adapter on it is added unless it is switched off."""
-    if not isinstance(head, BaseTunerLayer):
-        return head.weight, getattr(head, "bias", None)
-    layer: Any = head
-    base = layer.get_base_layer()
-    weight = base.weight
-    if not layer.disable_adapters and not layer.merged:
-        for adapter in layer.active_adapters:
-            weight = weight + layer.get_delta_weight(adapter)
-    return weight, getattr(base, "bias", None)

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from mmdpo_kernels import PreferenceLoss, SequenceLogps, patch_model, preference_loss, record_attention
+from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, patch_model, preference_loss, record_attention
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.families import family_of
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import read_json, write_atomic
-from mmdpo_trainers.training import model_parts
+from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.checkpoints import latest_complete, mark_complete, remove_old, start
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
 from mmdpo_trainers.training.packing import batch_sampler
@@ -93,11 +93,12 @@ class PreferenceTrainer(Trainer):
         model = model_parts.make_trainable(model, args, peft_config)
         for each in (model, self.ref_model):
             if each is not None:
-                model_parts.check_head(each)
+                head.check_head(each)
                 model_parts.disable_dropout(each)
                 if args.tree_packing or args.attention_layer is not None:
                     patch_model(each)
         shares_features = ref_model is None and model_parts.sees_as_reference(model)
+        shares_head = ref_model is None and head.heads_alike(model)
         base = model_parts.base_of(model)
         _check_layer(args.attention_layer, base.config.get_text_config().num_hidden_layers)
         pool = train_dataset if train_dataset is not None else next(iter(_several(eval_dataset)))
@@ -122,7 +123,13 @@ class PreferenceTrainer(Trainer):
             self.ref_model.to(self.args.device)
         self._known: dict[int, Any] = {}
         """Datasets whose records the reference's cache holds."""
-        self.reference = Reference(model, self.ref_model, shares_features=shares_features, autocast=self.accelerator.autocast)
+        self.reference = Reference(
+            model,
+            self.ref_model,
+            shares_features=shares_features,
+            shares_head=shares_head,
+            autocast=self.accelerator.autocast,
+        )
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
@@ -150,26 +157,52 @@ class PreferenceTrainer(Trainer):
         """
         batch: PreferenceBatch = inputs["batch"].to(self.args.device)
         averages = self._averages["train" if model.training else "eval"]
-        features = self._features(batch)
-        reference = self._reference_logps(inputs, batch, features) if self.args.needs_reference else None
-        with self._recorded(batch, training=model.training, averages=averages):
-            policy = self._logps(batch, features)
+        policy, reference = self._logps(batch, inputs.get("reference_batch"), training=model.training, averages=averages)
         records, tokens = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
         loss = self._loss(batch, policy, reference, records, tokens, averages)
         return (loss, {}) if return_outputs else loss
 
+    def _logps(
+        self, batch: PreferenceBatch, reference_batch: PreferenceBatch | None, *, training: bool, averages: Averages
+    ) -> tuple[TokenLogps, SequenceLogps | TokenLogps | None]:
+        """The policy's and, where a loss looks at it, the reference's log-probabilities.
+
+        reference_batch: with separate draws of the corruption the reference's own, with pictures of its own.
+        """
+        features = self._features(batch)
+        theirs = batch if reference_batch is None else reference_batch.to(self.args.device)
+        shared = features if reference_batch is None else None
+        rows, reference = None, None
+        if self.args.needs_reference and self.reference.scored_beside_policy:
+            rows = self.reference.rows(theirs, shared)
+        elif self.args.needs_reference:
+            reference = self.reference.logps(theirs, shared)
+        with self._recorded(batch, training=training, averages=averages), self.accelerator.autocast():
+            hidden = model_parts.hidden_states(self._policy, batch, features)
+        # The head stays out of autocast: its log-probabilities are made in float32.
+        scored = head.scored_rows(hidden, batch)
+        if rows is None:
+            return batch.token_logps(head.token_logps(self._policy, scored, batch)), reference
+        mine, beside = head.token_logps_beside(self._policy, scored, batch, rows, theirs)
+        return batch.token_logps(mine), batch.token_logps(beside)
+
     def _loss(
-        self, batch: PreferenceBatch, policy: Tensor, reference: Tensor | None, records: int, tokens: int, averages: Averages
+        self,
+        batch: PreferenceBatch,
+        policy: TokenLogps,
+        reference: SequenceLogps | TokenLogps | None,
+        records: int,
+        tokens: int,
+        averages: Averages,
     ) -> Tensor:
         args, weights, count = self.args, self.args.weight_of, len(batch.ids)
-        policy_logps = _sequence_logps(policy, batch)
-        averages.add({f"logps/{name}": _mean(policy[:, column]) for column, name in enumerate(batch.branches)}, count)
-        loss = policy.new_zeros(())
+        outcomes: list[PreferenceLoss] = []
+        loss = policy.logps.new_zeros(())
         pairwise = [name for name in weights if name != "nll"]
         if pairwise:
             outcome = preference_loss(
-                policy_logps,
-                None if reference is None else _sequence_logps(reference.to(policy.dtype), batch),
+                policy,
+                reference,
                 loss_type=pairwise,
                 loss_weights=[weights[name] for name in pairwise],
                 beta=args.beta,
@@ -179,6 +212,7 @@ class PreferenceTrainer(Trainer):
                 simpo_gamma=args.simpo_gamma,
                 length_normalised=args.length_normalised,
             )
+            outcomes.append(outcome)
             loss = loss + outcome.loss * (count / records)
             if averages is self._averages["eval"]:
                 averages.add({_PAIRWISE: outcome.loss.detach()}, count)
@@ -187,26 +221,17 @@ class PreferenceTrainer(Trainer):
                 mine = [index for index, each in enumerate(batch.kinds) if each == kind]
                 averages.add({f"rewards/{name}_{kind}": _mean(value[mine]) for name, value in outcome.rewards.items()}, len(mine))
         if "nll" in weights:
-            nll = preference_loss(policy_logps, loss_type=("nll",)).loss
-            loss = loss + weights["nll"] * nll * (batch.chosen_tokens / tokens)
-            averages.add({"nll_loss": nll.detach()}, batch.chosen_tokens)
+            # A loss of its own, as it is averaged over tokens and not over records.
+            nll = preference_loss(policy, loss_type=("nll",))
+            outcomes.append(nll)
+            loss = loss + weights["nll"] * nll.loss * (batch.chosen_tokens / tokens)
+            averages.add({"nll_loss": nll.loss.detach()}, batch.chosen_tokens)
+        averages.add({f"logps/{name}": _mean(value) for name, value in outcomes[0].logps.items()}, count)
         return loss
-
-    def _reference_logps(self, inputs: dict[str, Any], batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
-        """(n, branches). With separate draws of the corruption the reference has a batch, and pictures, of its own."""
-        if "reference_batch" in inputs:
-            return self.reference.logps(inputs["reference_batch"].to(self.args.device), None)
-        return self.reference.logps(batch, features)
 
     def _features(self, batch: PreferenceBatch) -> list[Tensor]:
         with self.accelerator.autocast():
             return model_parts.picture_features(self._policy, batch)
-
-    def _logps(self, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
-        """(n, branches) as `response_logps`. The head stays out of autocast: its log-probabilities are made in float32."""
-        with self.accelerator.autocast():
-            hidden = model_parts.hidden_states(self._policy, batch, features)
-        return model_parts.response_logps(self._policy, hidden, batch)
 
     def precompute_reference(self, *datasets: Any) -> list[Precomputed]:
         """Run the reference over the records that its cache does not hold yet; nothing unless `precompute_ref_log_probs` is set.
@@ -434,13 +459,6 @@ def _several(dataset: Any) -> list[Any]:
 def _mean(values: Tensor) -> float:
     """Mean in double precision, so that what is logged does not depend on how records fall into micro-batches."""
     return sum(values.tolist()) / len(values)
-
-
-def _sequence_logps(logps: Tensor, batch: PreferenceBatch) -> SequenceLogps:
-    lengths = torch.tensor(batch.lengths, device=logps.device).view(-1, len(batch.branches))
-    sums = dict(zip(batch.branches, logps.unbind(1), strict=True))
-    counts = {f"{name}_lengths": column for name, column in zip(batch.branches, lengths.unbind(1), strict=True)}
-    return SequenceLogps(**sums, **counts)
 
 
 def _rewards(outcome: PreferenceLoss) -> dict[str, Tensor]:

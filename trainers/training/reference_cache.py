@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from mmdpo_trainers.errors import DataError, RunFolderError, StaleCacheError
 from mmdpo_trainers.fingerprint import Fingerprint
 from mmdpo_trainers.progress import Progress
-from mmdpo_trainers.training import model_parts
+from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
 from mmdpo_trainers.training.packing import batch_tokens, group_batches, measure, pack_by_tokens
 from mmdpo_trainers.training.preference_records import record_name
@@ -283,7 +283,7 @@ def precompute(
             batch: PreferenceBatch = on_cpu.to(device)
             with autocast():
                 hidden = model_parts.hidden_states(model, batch, model_parts.picture_features(model, batch))
-            rows = model_parts.response_logps(model, hidden, batch).double().tolist()
+            rows = head.response_logps(model, hidden, batch).double().tolist()
             for index, row in zip(indices_of_batch, rows, strict=True):
                 _check_finite(dataset[index], dict(zip(batch.branches, row, strict=True)))
             # The batch's own keys: they are of what was run, even if a file changed since the records were looked up.

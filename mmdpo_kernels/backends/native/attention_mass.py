@@ -6,7 +6,6 @@ of ordinary size, and CUDA C++ would do the same as Triton.
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ...tree_mask import depth
 from ..registry import load as load_backend
-from .extension import address, dense_heads, int32, load, module
+from .extension import address, cuda_reason, dense_heads, int32, load, module
 
 OP = "attention_mass"
 
@@ -33,7 +32,11 @@ def unavailable_reason(
     if dtype not in DTYPES:
         return f"it takes {', '.join(DTYPES.values())}, got {dtype}"
     if device_type == "cuda":
-        return _cuda_reason(native, dtype, head_dim, num_segments)
+        return (
+            cuda_reason(native)
+            or native.attention_mass_cuda_unserved(native.dtypes.index(DTYPES[dtype]), head_dim, num_segments)
+            or None
+        )
     try:
         native.cpu_level()
     except ValueError as error:
@@ -164,25 +167,6 @@ def _run_on_gpu(native: ModuleType, args: object, out: Tensor) -> None:
             workspace=workspace.data_ptr(),
             out=out.data_ptr(),
         )
-
-
-def _cuda_reason(native: ModuleType, dtype: torch.dtype, head_dim: int, num_segments: int) -> str | None:
-    if not native.cuda_targets:
-        return (
-            "mmdpo_kernels._native was built without CUDA, and so runs on cpu tensors; build it where nvcc is on the PATH, "
-            "or name the toolkit's folder in CUDA_HOME"
-        )
-    if not torch.cuda.is_available():
-        return "torch finds no cuda device"
-    reason = native.attention_mass_cuda_unserved(native.dtypes.index(DTYPES[dtype]), head_dim, num_segments)
-    return reason or _device_reason(native, torch.cuda.current_device()) or None
-
-
-@functools.cache
-def _device_reason(native: ModuleType, device: int) -> str:
-    reason = native.cuda_unavailable(device)
-    targets = ", ".join(native.cuda_targets)
-    return f"its CUDA kernels (built for {targets}) cannot run on device {device}: {reason}" if reason else ""
 
 
 def _gpu_backward(key: Tensor) -> ModuleType:

@@ -27,6 +27,25 @@ def module(op: str) -> ModuleType:
     return native
 
 
+def cuda_reason(native: ModuleType) -> str | None:
+    """None, or why the CUDA kernels cannot run on the current device."""
+    if not native.cuda_targets:
+        return (
+            "mmdpo_kernels._native was built without CUDA, and so runs on cpu tensors; build it where nvcc is on the PATH, "
+            "or name the toolkit's folder in CUDA_HOME"
+        )
+    if not torch.cuda.is_available():
+        return "torch finds no cuda device"
+    return _device_reason(native, torch.cuda.current_device()) or None
+
+
+@functools.cache
+def _device_reason(native: ModuleType, device: int) -> str:
+    reason = native.cuda_unavailable(device)
+    targets = ", ".join(native.cuda_targets)
+    return f"its CUDA kernels (built for {targets}) cannot run on device {device}: {reason}" if reason else ""
+
+
 def dense_heads(tensor: Tensor) -> Tensor:
     """The kernels read each head vector as consecutive elements; other strides may be anything."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

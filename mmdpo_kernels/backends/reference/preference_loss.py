@@ -7,12 +7,15 @@ corrupted picture, summed over tokens (`length_normalised`: their means over tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from ..loss_options import BRANCHES, LossArrays, LossOptions
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
@@ -156,7 +159,7 @@ def _log_odds(mean_logps: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[LossInputs], Tensor]] = {
     f.__name__: f for f in (sigmoid, hinge, ipo, cdpo, robust, simpo, orpo, bco_pair, kto_pair, nll, copo, ancpo)
 }
-ANCHORS = ("chosen", "rejected", "corrupted")
+ANCHORS = BRANCHES
 """What "ancpo" can hold above ("chosen") or below (the others) its anchor."""
 REFERENCE_FREE = frozenset({"nll", "simpo", "orpo"})
 """Losses that do not look at the reference model."""
@@ -168,11 +171,97 @@ SMOOTHED = frozenset({"cdpo", "robust"})
 """Losses that `label_smoothing` acts on."""
 
 
-def forward(inputs: LossInputs, loss_type: tuple[str, ...], loss_weights: tuple[float, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-    """-> weighted sum of the losses' batch means (scalar), and each loss per example (B,)."""
-    losses = {name: LOSSES[name](inputs) for name in loss_type}
+def forward(arrays: LossArrays, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """-> weighted sum of the losses' batch means (), which autograd can differentiate again and again, and the table (see `TableRows`).
+
+    A ratio that is not finite makes the sum NaN, also where a loss levels out or does not look at it.
+    """
+    policy, reference = _values(arrays, arrays.policy, arrays.lengths is None), None
+    if arrays.reference is not None:
+        reference = _values(arrays, arrays.reference.detach(), arrays.lengths is None or arrays.reference_is_sums)
+    ratios = policy if reference is None else policy - reference
+    counts = _counts(arrays)
+    seen = ratios / counts if options.length_normalised else ratios
+    losses = _losses(_named(arrays, policy), _named(arrays, ratios), _named(arrays, seen), _named(arrays, counts), options)
     total = sum(
-        (weight * losses[name].mean() for name, weight in zip(loss_type, loss_weights, strict=True)),
-        start=inputs.chosen.new_zeros(()),
+        (weight * losses[name].mean() for name, weight in zip(options.names, options.weights, strict=True)),
+        start=0 * ratios.sum(),
     )
-    return total, losses
+    with torch.no_grad():
+        rewards = options.beta * seen
+        chosen, rejected = (rewards[arrays.branches.index(name)] for name in ("chosen", "rejected"))
+        metrics = torch.stack(((chosen > rejected).to(rewards.dtype), chosen - rejected))
+        table = torch.cat((torch.stack(list(losses.values())), rewards, policy, metrics))
+    return total, table
+
+
+def response_values(token_logps: Tensor, counts: list[int], weights: Tensor | None) -> Tensor:
+    """(n,) sums over the tokens of responses that lie one after another, or weighted means; 0 for a response without tokens."""
+    if not counts:
+        return token_logps.new_zeros(0)
+    if weights is None:
+        return torch.stack([piece.sum() for piece in token_logps.split(counts)])
+    tops = torch.stack([piece.sum() for piece in (weights * token_logps).split(counts)])
+    totals = torch.stack([piece.sum() for piece in weights.split(counts)])
+    return tops / torch.where(totals == 0, torch.ones_like(totals), totals)
+
+
+def check_tokens(op: str, elements: int, counts: list[int], weights: Tensor | None) -> None:
+    """Counts that sum to the elements; weights, on the CPU where nobody waits for them, at least 0 and not all 0 in a response.
+
+    Raises:
+        ValueError: others.
+    """
+    if min(counts, default=0) < 0 or sum(counts) != elements:
+        raise ValueError(f"{op}: lengths must be counts that sum to the {elements} token_logps, got {counts}")
+    if weights is None or weights.device.type != "cpu":
+        return
+    for index, (piece, count) in enumerate(zip(weights.split(counts), counts, strict=True)):
+        if count and not (piece.min() >= 0 and 0 < piece.sum() < math.inf):
+            raise ValueError(f"{op}: weights must be 0 or more and not all 0, got {piece.tolist()} for response {index}")
+
+
+def _values(arrays: LossArrays, logps: Tensor, are_sums: bool) -> Tensor:
+    """(K, B) sums or weighted means of responses."""
+    branches = len(arrays.branches)
+    if are_sums:
+        return logps.view(branches, arrays.batch)
+    assert arrays.lengths is not None
+    counts = arrays.lengths.flatten().tolist()
+    check_tokens("preference_loss", logps.shape[0], counts, arrays.weights)
+    return response_values(logps, counts, arrays.weights).view(arrays.batch, branches).T
+
+
+def _counts(arrays: LossArrays) -> Tensor:
+    """(K, B) tokens; ones where nothing asks for them."""
+    if arrays.lengths is not None:
+        return arrays.lengths.T.to(arrays.policy.dtype)
+    shape = len(arrays.branches), arrays.batch
+    return arrays.policy.new_ones(shape) if arrays.counts is None else arrays.counts.view(shape)
+
+
+def _named(arrays: LossArrays, rows: Tensor) -> dict[str, Tensor]:
+    return dict(zip(arrays.branches, rows.unbind(0), strict=True))
+
+
+def _losses(
+    logps: dict[str, Tensor], ratios: dict[str, Tensor], seen: dict[str, Tensor], counts: dict[str, Tensor], options: LossOptions
+) -> dict[str, Tensor]:
+    inputs = LossInputs(
+        chosen=seen["chosen"],
+        rejected=seen["rejected"],
+        corrupted=seen.get("corrupted"),
+        chosen_means=ratios["chosen"] / counts["chosen"],
+        rejected_means=ratios["rejected"] / counts["rejected"],
+        chosen_logps=logps["chosen"],
+        rejected_logps=logps["rejected"],
+        chosen_lengths=counts["chosen"],
+        rejected_lengths=counts["rejected"],
+        beta=options.beta,
+        label_smoothing=options.label_smoothing,
+        anchor=options.anchor,
+        anchors=options.anchors,
+        simpo_gamma=options.simpo_gamma,
+        bco_shift=options.bco_shift,
+    )
+    return {name: LOSSES[name](inputs) for name in options.names}

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from .runtime import INTERPRETED, Specialization
 
-MODULES = ("tree_attention", "attention_mass")
+MODULES = ("tree_attention", "attention_mass", "logit_rows", "preference_loss")
 """Modules of this folder with a function `specializations(capability)` and REPRESENTATIVE, texts in the labels of a few of its forms."""
 
 TARGETS = (80, 90, 100)

@@ -64,4 +64,47 @@ void multiply_matrices(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
   }
 }
 
+// The last bit is lost, as an instruction of 22 bits may lose it.
+inline float exp2_fast(float x) {
+  const float exact = std::exp2(x);
+  return exact < 0x1p-126f ? 0.0f : __uint_as_float(__float_as_uint(exact) & ~1u);
+}
+
+// Nearest, ties to even.
+inline uint32_t float16_bits(float value) {
+  const uint32_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isnan(value)) return 0x7FFF;
+  const double size = std::fabs(static_cast<double>(value));
+  if (size >= 65520) return sign | 0x7C00;
+  if (size < std::ldexp(1, -14)) return sign | static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 24)));
+  int exponent;
+  const double fraction = std::frexp(size, &exponent);  // in [1/2, 1)
+  // A fraction that rounds up to 1 carries into the exponent, as it should.
+  return sign | ((static_cast<uint32_t>(exponent + 13) << 10) + static_cast<uint32_t>(std::nearbyint(std::ldexp(fraction, 11))));
+}
+
+inline uint32_t bfloat16_bits(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return std::isnan(value) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+template <bool kBfloat16>
+uint32_t pack_halves(float low, float high) {
+  return kBfloat16 ? bfloat16_bits(low) | bfloat16_bits(high) << 16 : float16_bits(low) | float16_bits(high) << 16;
+}
+
+inline void unpack_float16(uint32_t halves, float& low, float& high) {
+  low = static_cast<float>(from_bits(false, halves & 0xFFFF));
+  high = static_cast<float>(from_bits(false, halves >> 16));
+}
+
+inline void cluster_arrive() { emulation::arrive_at_cluster(); }
+inline void cluster_wait() { emulation::wait_for_cluster(); }
+
+inline void cluster_store(void* shared, int rank, float4 value) {
+  unsigned char* to = emulation::shared_of_rank(shared, rank);
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("cluster_store: addresses must be multiples of 16");
+  std::memcpy(to, &value, sizeof(value));
+}
+
 }  // namespace mmdpo::cuda

@@ -114,6 +114,9 @@ def _attention_mass(problem: mass_cases.Problem, backend: str) -> Run:
 
 
 def _linear_logprobs(problem: head_cases.Problem, backend: str, stats: tuple[str, ...] = ()) -> Run:
+    if backend == "reference":
+        head_cases.require_products(problem)
+
     def forward() -> Named:
         found = linear_logprobs(
             problem.hidden,

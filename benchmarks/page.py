@@ -14,6 +14,8 @@ from benchmarks.goals import GOALS, Missing, Result
 PAGE = "docs/kernels.md"
 DEVICES = {"cpu": "python -m benchmarks", "cuda": "make gpu"}
 GOAL_COLUMNS = ["what", "figure", "goal", ""]
+# Of the goals, those that the README shows.
+ON_THE_FRONT = ("than TRL's as its trainer calls it", "against Liger's DPO", "mDPO of 64 triples")
 # Nobody asks peers for it.
 NOT_MISSED = {"lse"}
 
@@ -36,6 +38,10 @@ def write_all() -> list[Path]:
         if picture.exists():
             pieces.insert(0, f"![milliseconds of each contestant, by case]({picture.name})")
         measure.write_section(PAGE, f"ops_{device}", "\n\n".join(pieces))
+        if device == "cpu":
+            heads = [row for row in goal_rows(content) if any(words in row[0] for words in ON_THE_FRONT)]
+            measure.write_section("README.md", "heads", measure.markdown(GOAL_COLUMNS, heads))
+            written.append(measure.ROOT / "README.md")
     return written
 
 

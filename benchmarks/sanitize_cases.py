@@ -95,11 +95,11 @@ def run_attention_mass(case: Small, backend: str, device: torch.device) -> None:
 
 
 def run_linear_logprobs(case: Small, backend: str, device: torch.device) -> None:
-    """9 rows of 1,003 logits, which no vector divides: a frozen head beside a reference, and a trained one."""
+    """9 rows of 16,411 logits, which no vector divides and several blocks share: a frozen head beside a reference, and a trained one."""
     generator = torch.Generator().manual_seed(0)
     hidden, other = (torch.randn(9, case.dim, generator=generator).to(device, case.dtype).requires_grad_() for _ in range(2))
-    weight = torch.randn(1003, case.dim, generator=generator).to(device, case.dtype)
-    targets = torch.tensor([0, 1002, -100, 7, 500, -100, 3, 3, 1001], device=device)
+    weight = torch.randn(16411, case.dim, generator=generator).to(device, case.dtype)
+    targets = torch.tensor([0, 16410, -100, 7, 8200, -100, 3, 3, 16409], device=device)
     for trained in (False, True):
         weight.requires_grad_(trained)
         for kept_bytes in (1 << 20, 0) if trained else (0,):

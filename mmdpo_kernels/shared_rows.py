@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .backends.logit_options import LogitOptions
 from .backends.reference.linear_logprobs import logits_of
+from .backends.registry import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class SharedRows:
         softcap: float | None = None,
         logit_scale: float = 1.0,
         temperature: float = 1.0,
+        backend: str = "auto",
     ) -> Tensor:
         """(R,) log-probabilities of all pairs, in their order, from those of the first targets; options as `linear_logprobs` had them.
 
@@ -69,11 +71,17 @@ class SharedRows:
         """
         options = LogitOptions(softcap, logit_scale, temperature, ignore_index=-1)
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        # The log-sum-exp inside a log-probability is of logits as the backend rounds them. Rounded alike, that cancels where the further
+        # target is the likeliest token; else its log-probability could end up above 0.
+        rounded = resolve("linear_logprobs", backend, hidden.device, hidden.dtype).logit_dtype(hidden)
         rows = hidden[self.further_rows].to(wide)
 
         def logits(targets: Tensor) -> Tensor:
             products = (rows * weight.detach()[targets].to(wide)).sum(-1)
-            return logits_of(products if bias is None else products + bias.detach()[targets].to(wide), options)
+            if bias is not None:
+                products = products + bias.detach()[targets].to(wide)
+            products = products + (products.to(rounded).to(wide) - products).detach()
+            return logits_of(products, options)
 
         differences = logits(self.further_targets) - logits(self.targets[self.further_rows])
         return torch.cat((logps, logps[self.further_rows] + differences))[self.order]

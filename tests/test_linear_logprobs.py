@@ -99,6 +99,15 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+class _Zeros(_Largest):
+    """Of tensors of zeros alone."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if "zeros" not in func.name():
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 PLAIN = LogitOptions(None, 1.0, 1.0, -100)
 
 
@@ -167,6 +176,11 @@ def test_errors_name_the_argument() -> None:
         linear_logprobs(hidden, weight, targets, stats=("perplexity",))
     with pytest.raises(TypeError, match="one dtype"):
         linear_logprobs(hidden.float(), weight, targets)
+    with pytest.raises(ValueError, match="targets must be on the device of hidden, cpu, got meta"):
+        linear_logprobs(hidden, weight, targets.to("meta"))
+    compiled = torch.compile(lambda targets: linear_logprobs(hidden, weight, targets).logps, backend="eager", fullgraph=True)
+    with pytest.raises(ValueError, match="targets must be in"):
+        compiled(targets + 37)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -289,6 +303,36 @@ def test_no_second_derivative() -> None:
     logps = linear_logprobs(hidden.requires_grad_(), weight, targets).logps
     with pytest.raises(RuntimeError, match="first derivative only"):
         torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("kept_bytes", [1 << 30, 0])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, "native"])
+def test_an_ignored_row_has_no_gradient_whatever_comes_from_above(backend: str, trained: bool, kept_bytes: int) -> None:
+    hidden, weight, _, targets = case(dtype=torch.float32)
+    leaves = [hidden.requires_grad_(), *([weight.requires_grad_()] if trained else [])]
+    up = torch.ones(11).where(targets != -100, float("nan"))
+    logps = linear_logprobs(hidden, weight, targets, kept_bytes=kept_bytes, backend=backend).logps
+    grads = torch.autograd.grad(logps, leaves, up)
+    assert all(grad.isfinite().all() for grad in grads) and not grads[0][targets == -100].any()
+
+
+def test_backward_makes_no_zeros_for_what_forward_kept() -> None:
+    hidden, weight, _, targets = case(300)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logps = linear_logprobs(hidden, weight, targets, backend="chunked").logps
+    with _Zeros() as seen:
+        torch.autograd.grad(logps.sum(), (hidden, weight))
+    assert seen.size < 300 * 37
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_leaves_float64_alone(dtype: torch.dtype) -> None:
+    hidden, weight, _, targets = case(dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_logprobs(hidden, weight, targets, backend="chunked").logps
+    exact = linear_logprobs(hidden, weight, targets, backend="chunked").logps
+    assert torch.equal(found, exact) == (dtype == torch.float64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, sequence_logps
@@ -288,3 +289,39 @@ def test_compiled_without_a_graph_break() -> None:
         torch.testing.assert_close(loss, true.loss)
         torch.testing.assert_close(rewards, true.rewards["chosen"])
         torch.testing.assert_close(grad, true_grad)
+
+
+def test_saved_tensors_may_be_moved_away() -> None:
+    """Activation offload copies what backward needs as soon as an operation is done."""
+    tokens = (-torch.rand(6)).requires_grad_()
+    policy = TokenLogps(logps=tokens, lengths=torch.tensor([[2, 1], [1, 2]]))
+    expected = torch.autograd.grad(preference_loss(policy, backend="reference").loss, tokens)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda kept: kept):
+        found = preference_loss(policy, backend="native").loss
+    torch.testing.assert_close(torch.autograd.grad(found, tokens), expected)
+
+
+def test_checkpointed() -> None:
+    """Recomputation stops at the last tensor that it needs, which is after the kernel."""
+    tokens = (-torch.rand(6)).requires_grad_()
+
+    def loss(logps: Tensor) -> Tensor:
+        policy = TokenLogps(logps=logps * 2, lengths=torch.tensor([[2, 1], [1, 2]]))
+        return preference_loss(policy, backend="native").loss * 3
+
+    expected = torch.autograd.grad(loss(tokens), tokens)
+    found = torch.utils.checkpoint.checkpoint(loss, tokens, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(found, tokens), expected)
+
+
+def test_settings_in_tensors_are_read_at_each_call() -> None:
+    beta = torch.tensor(0.1)
+    policy = TokenLogps(logps=-torch.rand(6), lengths=torch.tensor([[2, 1], [1, 2]]))
+    before = preference_loss(policy, beta=beta).loss  # type: ignore[arg-type]
+    beta.fill_(1.0)
+    assert preference_loss(policy, beta=beta).loss != before  # type: ignore[arg-type]
+
+
+def test_no_records_for_some_tokens() -> None:
+    with pytest.raises(ValueError, match="policy.lengths has no records for the 6 tokens"):
+        preference_loss(TokenLogps(logps=-torch.rand(6), lengths=torch.zeros(0, 2, dtype=torch.int64)))

@@ -20,6 +20,7 @@ from mmdpo_kernels.backends.chunked import linear_logprobs as chunked
 from mmdpo_kernels.backends.chunked import logit_rows as plain
 from mmdpo_kernels.backends.chunked import row_chunks
 from mmdpo_kernels.backends.logit_options import LogitOptions
+from mmdpo_kernels.backends.native import logit_rows as native_rows
 from mmdpo_kernels.backends.reference import linear_logprobs as reference
 from mmdpo_kernels.backends.triton import linear_logprobs as triton_backend
 from mmdpo_kernels.backends.triton import logit_rows
@@ -65,8 +66,8 @@ def make_rows(
     """Logits that lie in a wider buffer, with NaN after every row; every third target ignored, one a row's likeliest token."""
     buffer = torch.full((rows, width + 3), float("nan"), device=DEVICE).to(dtype)
     logits = buffer[:, :width]
-    logits.copy_(spread * torch.randn(rows, width, device=DEVICE))
-    targets = torch.randint(0, width, (rows,), device=DEVICE)
+    logits.copy_(spread * torch.randn(rows, width).to(DEVICE))
+    targets = torch.randint(0, width, (rows,)).to(DEVICE)
     if rows:
         targets[0] = logits[0].argmax()
     targets[1::3] = OPTIONS[option].ignore_index
@@ -174,7 +175,7 @@ def test_a_target_that_is_all_but_certain(dtype: torch.dtype) -> None:
     """1 - p = 1e-6 and less: log-probability, entropy and gradient to full relative accuracy, whatever the size of the logits."""
     for level, gap in ((0.0, 18.0), (40.0, 20.0)):
         logits = torch.zeros(3, 37, device=DEVICE).to(dtype)
-        logits[:, 1:] += torch.randint(-2, 3, (3, 36), device=DEVICE)
+        logits[:, 1:] += torch.randint(-2, 3, (3, 36)).to(DEVICE)
         logits[:, 5] = gap
         logits += level
         targets = torch.full((3,), 5, device=DEVICE)
@@ -312,8 +313,8 @@ def test_mistakes_are_caught(mistake: Callable[[Tensor, Tensor, Tensor], None]) 
 
 
 def make_head(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight, bias = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((rows, 16), (37, 16), (37,)))
-    targets = torch.randint(0, 37, (rows,), device=DEVICE)
+    hidden, weight, bias = (torch.randn(shape).to(DEVICE).to(dtype) for shape in ((rows, 16), (37, 16), (37,)))
+    targets = torch.randint(0, 37, (rows,)).to(DEVICE)
     targets[1::4] = -100
     return hidden, weight, targets, bias
 
@@ -344,7 +345,7 @@ def test_the_backend(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_backend_is_as_accurate_as_pytorch(dtype: torch.dtype) -> None:
     hidden, weight, targets, bias = make_head(12, dtype)
-    options, up, needs = OPTIONS["plain"], torch.randn(12, device=DEVICE), (True, True, True)
+    options, up, needs = OPTIONS["plain"], torch.randn(12).to(DEVICE), (True, True, True)
     grads = triton_backend.backward(up, hidden, weight, targets, bias, options, needs)
     torchs = reference.backward(up, hidden, weight, targets, bias, options, needs)
     wide = [tensor.double() for tensor in (up, hidden, weight)]
@@ -359,7 +360,7 @@ def test_the_op(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen head's gradient made in forward, a trained one's from what forward kept."""
     monkeypatch.setitem(registry.PREFERENCE, "linear_logprobs", ("triton", "reference"))
     hidden, weight, targets, bias = make_head(8, torch.float32)
-    up, results = torch.randn(8, device=DEVICE), []
+    up, results = torch.randn(8).to(DEVICE), []
     for backend in ("triton", "reference"):
         leaves = [tensor.clone().requires_grad_(place == 0 or trained) for place, tensor in enumerate((hidden, weight, bias))]
         found = linear_logprobs(
@@ -368,6 +369,17 @@ def test_the_op(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         grads = torch.autograd.grad(found.logps, leaves if trained else leaves[:1], up)
         results.append([found.logps.detach(), *(getattr(found, name) for name in STATS), *grads])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_kernel_that_runs_here(dtype: torch.dtype, option: str) -> None:
+    """On a GPU also those of the CUDA sources, with rows that one block and that several share."""
+    runs = [(plain, 37), (logit_rows, 37)]
+    if native_rows.unavailable_reason(DEVICE, dtype) is None:
+        runs += [(native_rows, 37), (native_rows, 40003)]
+    for kernels, width in runs:
+        assert_rows(*make_rows(5, width, dtype, option), OPTIONS[option], kernels=kernels)
 
 
 def test_the_sweep_tries_blocks_that_serve() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.case import BOTH, Case, Named, Work
+from benchmarks.case import BOTH, CannotServe, Case, Named, Work
 from mmdpo_kernels.backends.logit_options import LogitOptions
 from mmdpo_kernels.backends.reference import linear_logprobs as reference
 
@@ -36,19 +36,20 @@ class Problem:
 
 def peaked(rows: int, weight: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
     """(T, H) hidden states whose targets are likely, as a trained model's are: some implementations skip what is unlikely."""
-    noise = torch.randn(rows, weight.shape[1], generator=generator)
-    return weight[targets].cpu().float() * 12 + noise
+    noise = torch.randn(rows, weight.shape[1], generator=generator, device=weight.device)
+    return weight[targets].float() * 12 + noise
 
 
 def make(*, trainable: bool, with_reference: bool) -> Callable[[Sizes, torch.device, torch.dtype], Problem]:
     """A maker of problems."""
 
     def make_problem(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
-        generator = torch.Generator().manual_seed(0)
-        weight = (torch.randn(sizes["vocabulary"], sizes["width"], generator=generator) * sizes["width"] ** -0.5).to(dtype)
-        targets = torch.randint(sizes["vocabulary"], (sizes["rows"],), generator=generator)
-        hidden = peaked(sizes["rows"], weight, targets, generator)
-        nearby = hidden + 0.05 * torch.randn(hidden.shape, generator=generator)
+        # On a GPU the GPU's own numbers: a CPU would need seconds for those of a weight.
+        on = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        weight = (torch.randn(sizes["vocabulary"], sizes["width"], **on) * sizes["width"] ** -0.5).to(dtype)
+        targets = torch.randint(sizes["vocabulary"], (sizes["rows"],), **on)
+        hidden = peaked(sizes["rows"], weight, targets, on["generator"])
+        nearby = hidden + 0.05 * torch.randn(hidden.shape, **on)
         return Problem(
             hidden=hidden.to(device, dtype).requires_grad_(),
             weight=weight.to(device).requires_grad_(trainable),
@@ -60,6 +61,17 @@ def make(*, trainable: bool, with_reference: bool) -> Callable[[Sizes, torch.dev
         )
 
     return make_problem
+
+
+def require_products(problem: Problem) -> None:
+    """For contestants that leave half-precision products to PyTorch.
+
+    Raises:
+        CannotServe: on a CPU without instructions for them its product of probabilities and weight runs at 0.5 GFLOP/s.
+    """
+    slow = problem.hidden.dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if problem.hidden.device.type == "cpu" and slow and problem.hidden.shape[0] > 50:
+        raise CannotServe("PyTorch's own product in half precision takes minutes on this CPU")
 
 
 def work(problem: Problem) -> Work:

@@ -69,13 +69,13 @@ def make_sums(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> LossPro
 
 def make_head(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> HeadProblem:
     """Policy and reference are near each other, as early in training."""
-    generator = torch.Generator().manual_seed(0)
+    on = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     sequences, prompt, width, vocabulary = 2 * sizes["pairs"], sizes["prompt"], sizes["width"], sizes["vocabulary"]
     rows = prompt + sizes["response"]
-    weight = (torch.randn(vocabulary, width, generator=generator) * width**-0.5).to(dtype)
-    targets = torch.randint(vocabulary, (sequences * rows,), generator=generator)
-    hidden = peaked(sequences * rows, weight, targets, generator).view(sequences, rows, width)
-    nearby = hidden + 0.05 * torch.randn(hidden.shape, generator=generator)
+    weight = (torch.randn(vocabulary, width, **on) * width**-0.5).to(dtype)
+    targets = torch.randint(vocabulary, (sequences * rows,), **on)
+    hidden = peaked(sequences * rows, weight, targets, on["generator"]).view(sequences, rows, width)
+    nearby = hidden + 0.05 * torch.randn(hidden.shape, **on)
     targets = targets.view(sequences, rows)
     targets[:, :prompt] = -100
     return HeadProblem(

@@ -55,6 +55,8 @@ def _attention_mass(problem: attention_mass.Problem) -> Run:
 
 
 def _linear_logprobs(problem: linear_logprobs.Problem) -> Run:
+    linear_logprobs.require_products(problem)
+
     def logps(hidden: Tensor) -> Tensor:
         logits = (hidden @ problem.weight.T).float()
         return logits.log_softmax(-1).gather(1, problem.targets[:, None])[:, 0]

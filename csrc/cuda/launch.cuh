@@ -18,8 +18,12 @@ void launch_clusters(const char* name, void (*kernel)(Parameters...), int cluste
                      void* stream, const Arguments&... arguments) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
+    // As much as there can be: another thread's launch of the same kernel may want more than this one.
+    int device = 0, most = 0;
+    require_success(cudaGetDevice(&device), name);
+    require_success(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
     const void* function = reinterpret_cast<const void*>(kernel);
-    require_success(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name);
+    require_success(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most), name);
   }
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;

@@ -49,8 +49,10 @@ def head_logprobs(
     options = LogitOptions(softcap, logit_scale, temperature, ignore_index)
     names = _names(stats)
     kept = _kept(module, gradient, hidden, weight, kept_bytes)
+    _check_targets("targets", targets, weight.shape[0], ignore_index)
     parts = [(hidden, targets)]
     if reference_hidden is not None and reference_targets is not None:
+        _check_targets("reference_targets", reference_targets, weight.shape[0], ignore_index)
         parts.append((reference_hidden, reference_targets))
     # What a trained head keeps is of its own rows; all others go through the head together.
     joined = parts if kept else [(torch.cat([rows for rows, _ in parts]), torch.cat([wanted for _, wanted in parts]))]
@@ -149,8 +151,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     hidden, reference_hidden, weight, bias, targets, _, *options, stats, backend, gradient, _ = inputs
     saved = output[1 + len(_names(stats)) :]
     # A frozen head's backward needs its weight no more.
-    remembered = (None, None, None, None) if saved and gradient == HIDDEN else (hidden, weight, bias, targets)
-    ctx.save_for_backward(*remembered, *saved)
+    remembered = (None, None, None) if saved and gradient == HIDDEN else (hidden, weight, bias)
+    ctx.save_for_backward(*remembered, targets, *saved)
+    # The coefficients that are kept are an output too: zeros for their gradient would be as large.
+    ctx.set_materialize_grads(False)
     ctx.options, ctx.backend, ctx.rows, ctx.dtype = options, backend, hidden.shape[0], hidden.dtype
 
 
@@ -161,7 +165,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
     found: list[Tensor | None] = [None, None, None]
     if grads[0] is not None:
-        grad_logps = grads[0][: ctx.rows].contiguous()
+        # An ignored row has no gradient, whatever comes from above: 0 times a NaN would be one.
+        used = targets != ctx.options[3]
+        grad_logps = grads[0][: ctx.rows].where(used, 0.0).contiguous()
         if saved:
             if needs[0]:
                 found[0] = (grad_logps[:, None] * saved[0]).to(ctx.dtype)
@@ -174,6 +180,15 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
 
 
 head_logprobs.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check_targets(name: str, targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    # On a GPU this would wait for the device; there a row with such a target is NaN.
+    if targets.device.type != "cpu":
+        return
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+    if bool(bad.any()):
+        raise ValueError(f"{OP}: {name} must be in [0, {vocabulary}) or {ignore_index}, got {int(targets[bad][0])}")
 
 
 def _names(stats: str) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def linear_logprobs(
         hidden: (T, H), rows that predict a target.
         weight: (V, H), same dtype; under autocast both are cast to its dtype, as `torch.nn.Linear` casts them.
         targets: (T,) int64 in [0, V), or `ignore_index`.
-        bias: (V,), same dtype. A token that cannot come has -inf here.
+        bias: (V,), same dtype. Without a softcap, a token that cannot come has -inf here.
         softcap: c in `c tanh(logits / c)`, after `logit_scale`.
         logit_scale: factor on the logits.
         temperature: divisor of the logits, after the softcap.
@@ -81,7 +81,8 @@ def linear_logprobs(
         `LogProbs`; `logps` is differentiable in hidden, weight and bias with any per-token upstream gradient, once.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or shape, or a target outside the vocabulary.
+        TypeError, ValueError: an argument of the wrong kind, shape or device, or, on the CPU, a target outside the vocabulary; on a GPU
+            such a target makes its row NaN.
     """
     check_tensor(OP, "hidden", hidden, ("T", "H"), floating=True)
     check_tensor(OP, "weight", weight, ("V", hidden.shape[1]), floating=True)
@@ -104,15 +105,15 @@ def linear_logprobs(
             raise TypeError(f"{OP}: hidden and {name} must have one dtype, got {cast['hidden'].dtype} and {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{OP}: {name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    for name, values in (("targets", targets), ("reference_targets", reference_targets)):
+        if values is not None and values.device != hidden.device:
+            raise ValueError(f"{OP}: {name} must be on the device of hidden, {hidden.device}, got {values.device}")
     check_positive(OP, softcap=softcap, temperature=temperature)
     unknown = [name for name in stats if name not in STATS]
     if unknown:
         raise ValueError(f"{OP}: stats must be among {', '.join(STATS)}, got {', '.join(map(repr, unknown))}")
     if kept_bytes < 0:
         raise ValueError(f"{OP}: kept_bytes must be 0 or more, got {kept_bytes}")
-    for name, values in (("targets", targets), ("reference_targets", reference_targets)):
-        if values is not None:
-            _check_targets(name, values, weight.shape[0], ignore_index)
     logps, *extra = head_logprobs(
         cast["hidden"],
         cast.get("reference_hidden"),
@@ -146,12 +147,3 @@ def _gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return HIDDEN_AND_HEAD
     return HIDDEN if hidden.requires_grad else NONE
-
-
-def _check_targets(name: str, targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    # On a GPU this would wait for the device, and a compiler would have to leave its graph; there the gather itself fails.
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
-    if bool(bad.any()):
-        raise ValueError(f"{OP}: {name} must be in [0, {vocabulary}) or {ignore_index}, got {int(targets[bad][0])}")

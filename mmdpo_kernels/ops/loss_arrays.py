@@ -24,6 +24,8 @@ def token_arrays(policy: TokenLogps, reference: TokenLogps | SequenceLogps | Non
     fits = isinstance(lengths, Tensor) and lengths.ndim == 2 and lengths.shape[1] == len(branches)
     if not fits or lengths.is_floating_point():
         check_tensor(OP, "policy.lengths", lengths, ("B", len(branches)), floating=False)
+    if lengths.shape[0] == 0 and logps.shape[0]:
+        raise ValueError(f"{OP}: policy.lengths has no records for the {logps.shape[0]} tokens of policy.logps")
     if settings.needs_corrupted is not None and "corrupted" not in branches:
         raise ValueError(_lacks_corrupted(settings, f"policy.branches are {branches}"))
     values = wide(logps)

@@ -28,12 +28,12 @@ def without_autocast(function: FunctionT) -> FunctionT:
 
 
 def autocast_to(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as PyTorch casts the inputs of its own attention; else as they are."""
+    """The tensors in autocast's dtype where it is on, as PyTorch casts what goes into its products, float64 apart; else as they are."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[object]:

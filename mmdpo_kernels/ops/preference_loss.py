@@ -133,12 +133,13 @@ def preference_loss(
     asked = (settings if compiling else kept_settings)(
         as_names(loss_type),
         None if loss_weights is None else tuple(loss_weights),
-        beta,
-        label_smoothing,
-        anchor,
+        # Numbers, not tensors of them: what is looked up by a tensor does not follow its value.
+        float(beta),
+        float(label_smoothing),
+        float(anchor),
         as_names(anchors),
-        simpo_gamma,
-        bco_shift,
+        float(simpo_gamma),
+        float(bco_shift),
         length_normalised,
     )
     if isinstance(policy, TokenLogps):

@@ -87,7 +87,7 @@ def _through(
         weight = _adapted(head, weight)
         mine = batch.shared_rows
         rows, beside = rows.to(weight.dtype), [each.to(weight.dtype) for each in reference]
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
             # A row that several tokens share goes through as often: their gradients in the weight come from one product so.
             every, targets = mine.pairs
             return (linear_logprobs(rows[every], weight, targets, bias=bias, **options).logps,)

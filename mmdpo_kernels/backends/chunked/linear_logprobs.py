@@ -16,6 +16,7 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object)
 _chunks = RowChunks(logit_rows)
 forward = _chunks.forward
 forward_with_gradient = _chunks.forward_with_gradient
+logit_dtype = _chunks.logit_dtype
 empty_kept = _chunks.empty_kept
 backward_kept = _chunks.backward_kept
 backward = _chunks.backward

@@ -44,7 +44,7 @@ def add_weight_gradient(sums: Tensor, coefficients: Tensor, rows: Tensor, factor
 
 
 def _widens(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.device.type != "cuda" and tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def _slices(weight: Tensor) -> list[slice]:

@@ -92,6 +92,10 @@ class RowChunks:
                 pieces.append(self.kernels.fold(logits[split:], targets[rows][split:], options, stats))
         return *_joined(pieces, hidden, stats), gradient
 
+    def logit_dtype(self, hidden: Tensor) -> torch.dtype:
+        """What logits are rounded to: the dtype of the product, as in a model's own head."""
+        return hidden.dtype
+
     def empty_kept(self, hidden: Tensor, weight: Tensor) -> list[Tensor]:
         """Room for the coefficients of all rows."""
         return [_empty_rows(hidden, hidden.shape[0], weight.shape[0])]
@@ -159,7 +163,7 @@ class _HeadGradients:
 def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Rows, and their hidden @ weight.T + bias; in a buffer that the next chunk overwrites, or in the rows of `into`."""
     total, vocabulary = hidden.shape[0], weight.shape[0]
-    size = max(1, CHUNK_ELEMENTS[hidden.device.type] // vocabulary)
+    size = max(1, CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"]) // vocabulary)
     if hidden.device.type == "cuda" and size > TILE_ROWS:
         size -= size % TILE_ROWS
     size = min(size, total)

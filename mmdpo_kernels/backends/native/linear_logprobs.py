@@ -43,6 +43,11 @@ def forward_with_gradient(hidden: Tensor, *arguments: Any) -> tuple[Tensor, dict
     return _of(hidden).forward_with_gradient(hidden, *arguments)  # type: ignore[no-any-return]
 
 
+def logit_dtype(hidden: Tensor) -> torch.dtype:
+    """As `RowChunks.logit_dtype`."""
+    return _of(hidden).logit_dtype(hidden)  # type: ignore[no-any-return]
+
+
 def empty_kept(hidden: Tensor, weight: Tensor) -> list[Tensor]:
     """As `RowChunks.empty_kept`."""
     return _of(hidden).empty_kept(hidden, weight)  # type: ignore[no-any-return]

@@ -76,6 +76,11 @@ def forward_with_gradient(
     return logps, dict(zip(stats, found, strict=True)), gradient
 
 
+def logit_dtype(hidden: Tensor) -> torch.dtype:
+    """float32: the logits of half precision are not rounded to it."""
+    return torch.float32
+
+
 def empty_kept(hidden: Tensor, weight: Tensor) -> list[Tensor]:
     """Room for the coefficients of all rows, the largest logit of each row when each tile was folded, and two factors a row."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]

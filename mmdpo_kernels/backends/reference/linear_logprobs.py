@@ -13,6 +13,11 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object)
     return None
 
 
+def logit_dtype(hidden: Tensor) -> torch.dtype:
+    """What logits are rounded to before they become float32."""
+    return hidden.dtype
+
+
 def forward(
     hidden: Tensor,  # (T, H)
     weight: Tensor,  # (V, H)

@@ -210,7 +210,7 @@ def _measure_head(case: head.Case, backend: str, dtype: torch.dtype, device: str
     }
     try:
         compared = head.compare(case, backend, dtype, device, small=small)
-        return [{**about, "tensor": name, **_compared(mine, usual, truth)} for name, mine, usual, truth in compared]
+        return [{**about, "tensor": name, **_compared(mine, usual, truth, size)} for name, mine, usual, truth, size in compared]
     except Exception as error:  # noqa: BLE001 - the other backends are still worth measuring
         if "cannot serve this call" in str(error):
             return [{**about, "refusal": str(error).split(": ", 2)[-1]}]
@@ -222,8 +222,8 @@ def _ways(case: Case) -> tuple[tuple[str, ...], ...]:
     return (("mass",),) if case.rows else (("output", "lse", "mass"), ("output", "lse"), ())
 
 
-def _compared(mine: Tensor, usual: Tensor, truth: Tensor) -> dict[str, float]:
-    step = torch.finfo(usual.dtype).eps * truth.abs().max()
+def _compared(mine: Tensor, usual: Tensor, truth: Tensor, size: Tensor | None = None) -> dict[str, float]:
+    step = torch.finfo(usual.dtype).eps * (truth.abs().max() if size is None else size)
     error, theirs = (truth - mine.double()).abs(), (truth - usual.double()).abs()
     allowed = (2 * theirs.max() + step).item()
     return {

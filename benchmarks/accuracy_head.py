@@ -13,6 +13,7 @@ from mmdpo_kernels import linear_logprobs
 Named = dict[str, Tensor]
 OP = "linear_logprobs"
 STATS = ("entropy", "max_logp", "mean_logit")
+SIZE = "mean of absolute logits"
 # Rows of plain PyTorch at a time, whose logits are held several times over.
 PLAIN_ROWS = 512
 SMALL_ROWS = 4
@@ -109,6 +110,7 @@ def _plain_rows(given: Problem, rows: slice, dtype: torch.dtype) -> Named:
         "entropy": -(every.exp() * every).sum(-1),
         "max_logp": every.amax(-1),
         "mean_logit": logits.mean(-1),
+        SIZE: logits.abs().mean(-1),
     }
     outputs = {"logps": logps.detach(), **{name: value.detach().where(used, 0.0) for name, value in stats.items()}}
     return {**outputs, **{f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}}
@@ -116,9 +118,12 @@ def _plain_rows(given: Problem, rows: slice, dtype: torch.dtype) -> Named:
 
 def compare(
     case: Case, backend: str, dtype: torch.dtype, device: str, *, small: bool
-) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Tensor by tensor: name, the backend's, plain PyTorch's in the same dtype, the truth."""
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
+    """Tensor by tensor: name, the backend's, plain PyTorch's in the same dtype, the truth, and the size that a rounding step is of.
+
+    That is the largest entry, but for the mean logit, in which a vocabulary of logits of both signs cancels: theirs.
+    """
     given = problem(case, small=small, dtype=dtype, device=device)
     mine, usual, truth = ours(given, backend), plain(given, dtype), plain(given, torch.float64)
     for name, tensor in mine.items():
-        yield name, tensor, usual[name], truth[name]
+        yield name, tensor, usual[name], truth[name], truth[SIZE if name == "mean_logit" else name].abs().max()

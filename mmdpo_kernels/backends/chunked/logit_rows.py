@@ -27,15 +27,16 @@ def fold_with_gradient(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """As `fold`; `logits` become `coefficient_scale` times d log-probability / d (hidden @ weight.T + bias), in place.
 
-    The target's own is 1 - p before anything is rounded, with 1 - p summed over the other tokens: 1 minus a p near 1 would lose it.
+    The target's own is 1 - p before anything is rounded. Near p = 1 it is summed over the other tokens, as the difference would lose it.
     """
     x = reference.logits_of(logits, options)
     found = reference.read_off(x, targets, options, stats)
     used = targets != options.ignore_index
     places = targets.where(used, 0)[:, None]
     grad = x.softmax(-1).neg_()
+    own = -grad.gather(1, places)
     others = grad.scatter(1, places, 0.0).sum(-1, keepdim=True).neg_()
-    grad.scatter_(1, places, others)
+    grad.scatter_(1, places, torch.where(own < 0.5, 1.0 - own, others))
     if options.softcap is not None:
         grad *= 1.0 - (x * options.temperature / options.softcap) ** 2
     grad *= options.logit_scale / options.temperature * coefficient_scale

@@ -84,9 +84,10 @@ def grad_products(
 
 def _stat(name: str, logits: Tensor, lse: Tensor, chosen: Tensor) -> Tensor:
     if name == "entropy":
-        probabilities = logits.softmax(-1)
-        # A token that cannot come (logit -inf) adds nothing.
-        return lse - torch.where(probabilities > 0, probabilities * logits, 0.0).sum(-1)
+        logps = logits - lse[:, None]
+        probabilities = logps.exp()
+        # A token that cannot come (logit -inf) adds nothing. Relative to the log-sum-exp, as large logits would round the sum.
+        return torch.where(probabilities > 0, -probabilities * logps, 0.0).sum(-1)
     if name == "max_logp":
         return logits.amax(-1) - lse
     if name == "is_top1":

@@ -67,7 +67,7 @@ def require_products(problem: Problem) -> None:
     """For contestants that leave half-precision products to PyTorch.
 
     Raises:
-        CannotServe: on a CPU without instructions for them its product of probabilities and weight runs at 0.5 GFLOP/s.
+        CannotServe: on a CPU without instructions for them, where its product of probabilities and weight takes minutes.
     """
     slow = problem.hidden.dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if problem.hidden.device.type == "cpu" and slow and problem.hidden.shape[0] > 50:

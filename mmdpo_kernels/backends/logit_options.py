@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+STATS = ("entropy", "max_logp", "is_top1", "mean_logit")
+"""What a pass over the logits can give beside the log-probabilities."""
+
 
 class LogitOptions(NamedTuple):
     """With z = hidden @ weight.T + bias and x = z * logit_scale, the logits are softcap * tanh(x / softcap) / temperature."""

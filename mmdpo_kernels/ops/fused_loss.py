@@ -31,8 +31,8 @@ def fused_loss(backend: str, arrays: LossArrays, options: LossOptions) -> tuple[
     gradient = policy.new_empty(policy.shape)
     # First the kernel: hooks on saved tensors, such as those that offload them, copy `gradient` as soon as the product is made.
     _module(backend).write(arrays, options, value, gradient, table)
-    # The derivative of a dot product is the very one that is wanted, upstream times `gradient`, and costs a third of what an autograd
-    # function in Python does. Of its operands it keeps `gradient` alone; its value, which nothing looks at, gives way to the loss.
+    # The derivative of a dot product is the very one that is wanted, upstream times `gradient`, and costs less than an autograd
+    # function in Python. Of its operands it keeps `gradient` alone; its value, which nothing looks at, gives way to the loss.
     loss = torch.dot(policy, gradient)
     loss.data = value
     loss.grad_fn.register_prehook(_refuse_second_derivative)  # type: ignore[union-attr]

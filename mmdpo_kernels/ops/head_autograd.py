@@ -55,7 +55,8 @@ def head_logprobs(
         _check_targets("reference_targets", reference_targets, weight.shape[0], ignore_index)
         parts.append((reference_hidden, reference_targets))
     # What a trained head keeps is of its own rows; all others go through the head together.
-    joined = parts if kept else [(torch.cat([rows for rows, _ in parts]), torch.cat([wanted for _, wanted in parts]))]
+    apart = kept or len(parts) == 1
+    joined = parts if apart else [(torch.cat([rows for rows, _ in parts]), torch.cat([wanted for _, wanted in parts]))]
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
     left: list[Tensor] = []
     with autocast_off(hidden.device.type):

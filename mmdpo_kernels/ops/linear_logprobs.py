@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.logit_options import STATS
 from .checks import check_positive, check_tensor
 from .head_autograd import HIDDEN, HIDDEN_AND_HEAD, NONE, head_logprobs
 from .precision import autocast_to
 
 OP = "linear_logprobs"
-STATS = ("entropy", "max_logp", "is_top1", "mean_logit")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,7 @@ def without_autocast(function: FunctionT) -> FunctionT:
     @wraps(function)
     def wrapper(ctx: Any, *args: Any) -> Any:
         device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "cpu")
-        if not torch.is_autocast_enabled(device):
-            return function(ctx, *args)
-        with torch.autocast(device, enabled=False):
+        with autocast_off(device):
             return function(ctx, *args)
 
     return cast(FunctionT, wrapper)

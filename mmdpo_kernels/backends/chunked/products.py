@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# PyTorch's half-precision products on a CPU without instructions for them are far slower than float32 ones, the second of these by 200
-# times. There the weight is widened this many rows at a time.
+# PyTorch's half-precision products on a CPU without instructions for them are far slower than float32 ones. There the weight is widened
+# this many rows at a time.
 SLICE = 4096
 
 

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..logit_options import LogitOptions
+from ..logit_options import STATS, LogitOptions
 from .attention_mass import DTYPES
 from .extension import address, cuda_reason, load, module
 
 OP = "linear_logprobs"
-STATS = ("entropy", "max_logp", "is_top1", "mean_logit")
 
 
 class Place(NamedTuple):

@@ -14,12 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..logit_options import LogitOptions
+from ..logit_options import STATS, LogitOptions
 from .launch import Launch
 from .logit_rows_kernels import fold_rows
 from .runtime import DTYPES, Specialization
-
-STATS = ("entropy", "max_logp", "is_top1", "mean_logit")
 
 
 class Block(NamedTuple):

@@ -93,7 +93,9 @@ def eager_ratio(maps: torch.Tensor, rows: slice, input_ids: torch.Tensor, image_
 def eager_pass(loaded: LoadedModel, record: dict[str, Any]) -> float:
     unpatch_model(loaded.model).set_attn_implementation({"text_config": "eager"})
     encoded = encode_prompts(loaded, [record], padding_side="right", answers=[record["response_ids"]])
-    maps = loaded.model(**encoded.inputs, output_attentions=True, use_cache=False).attentions[default_layer(loaded.num_layers)]
+    maps = loaded.model(**encoded.inputs, output_attentions=True, use_cache=False).attentions[
+        default_layer(loaded.picture_layers)
+    ]
     start, stop = encoded.response_spans[0]
     return eager_ratio(maps, slice(start - 1, stop - 1), encoded.inputs["input_ids"], loaded.image_token_id, record["target"])
 
@@ -116,7 +118,7 @@ def official_way(loaded: LoadedModel, record: dict[str, Any]) -> float:
         return_dict_in_generate=True,
         pad_token_id=loaded.pad_id,
     )
-    layer = default_layer(loaded.num_layers)
+    layer = default_layer(loaded.picture_layers)
     steps = torch.stack([step[layer][:, :, -1, :PROMPT_TOKENS] for step in out.attentions[1:]], dim=2)
     return eager_ratio(steps, slice(None), encoded.inputs["input_ids"], loaded.image_token_id, record["target"])
 

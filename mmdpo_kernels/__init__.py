@@ -9,7 +9,7 @@ from .ops.attention_mass import attention_mass
 from .ops.linear_logprobs import LogProbs, linear_logprobs
 from .ops.preference_loss import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, sequence_logps
 from .ops.tree_attention import TreeAttentionOutput, tree_attention
-from .patch import patch_model, unpatch_model
+from .patch import patch_model, tree_refusal, unpatch_model
 from .record import AttentionRecorder, record_attention
 from .segments import image_segments
 from .shared_rows import SharedRows
@@ -36,5 +36,6 @@ __all__ = [
     "sequence_logps",
     "through_head",
     "tree_attention",
+    "tree_refusal",
     "unpatch_model",
 ]

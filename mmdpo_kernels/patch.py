@@ -6,6 +6,7 @@ tower's configuration is pointed at it. transformers is imported only when a mod
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -35,6 +36,9 @@ class PatchState:
     backend: str = "auto"
     mass_backend: str = "auto"
     recorder: AttentionRecorder | None = None
+    tree_refusal: str | None = None
+    cross_layers: frozenset[int] = frozenset()
+    """Layers whose keys are of pictures, and not of the tokens."""
 
 
 class _Original:
@@ -48,6 +52,8 @@ class _Original:
 _CONFIGS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _TOWERS: WeakKeyDictionary[nn.Module, PatchState] = WeakKeyDictionary()
 _ATTENTIONS: WeakKeyDictionary[nn.Module, PatchState] = WeakKeyDictionary()
+_PADDING: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Masks of padded batches that `tree_mask` made."""
 
 
 def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "auto") -> ModelT:
@@ -87,6 +93,7 @@ def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "au
         _register()
         tower.set_attn_implementation(IMPLEMENTATION)
     state.backend, state.mass_backend = backend, mass_backend
+    state.tree_refusal, state.cross_layers = tree_refusal(model), _cross_layers(tower)
     return model
 
 
@@ -120,6 +127,34 @@ def patch_state(model: nn.Module) -> PatchState:
     if state is None or tower.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(f"{type(model).__name__} is not patched; call mmdpo_kernels.patch_model(model) first")
     return state
+
+
+def tree_refusal(model: nn.Module) -> str | None:
+    """Why packed token trees are not exact with a transformers model, or None where they are.
+
+    A patched model raises with this reason when it is given a tree with branches; padded batches run exactly all the same.
+    """
+    tower = language_tower(model)
+    if _cross_layers(tower):
+        return "pictures come in by cross-attention layers, which see them row by row of a batch"
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if pictures_see_themselves(type(base.base_model)):
+        return "the tokens of a picture see each other both ways"
+    others = set(getattr(tower.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    return f"there are layers of {sorted(others)[0]}" if others else None
+
+
+def pictures_see_themselves(body_class: type) -> bool:
+    """Whether a model class makes the tokens of a picture see each other both ways, by what it asks for.
+
+    It needs to know them for its mask then; where positions follow pictures (`get_rope_index`), it asks for these.
+    """
+    asked = set(inspect.signature(body_class.forward).parameters)  # type: ignore[attr-defined]
+    return "token_type_ids" in asked or ("mm_token_type_ids" in asked and not hasattr(body_class, "get_rope_index"))
+
+
+def _cross_layers(tower: Any) -> frozenset[int]:
+    return frozenset(getattr(tower.config, "cross_attention_layers", None) or ())
 
 
 def language_tower(model: nn.Module) -> Any:
@@ -195,7 +230,9 @@ def tree_mask(
     if attention_mask is None or bool(attention_mask.all()):
         return None
     index = torch.arange(kv_length, dtype=torch.int32, device=attention_mask.device)
-    return torch.where(attention_mask.bool(), kv_length, index)[:, None, None, :].to(torch.int32)
+    mask = torch.where(attention_mask.bool(), kv_length, index)[:, None, None, :].to(torch.int32)
+    _PADDING[mask] = True
+    return mask
 
 
 def tree_attention_forward(
@@ -216,9 +253,17 @@ def tree_attention_forward(
             raise ValueError(f"{type(module).__name__}: attention argument '{name}' is not supported by a patched model")
     # Rotary embeddings leave query and key wider than value under autocast.
     query, key, value = autocast_to(query, key, value)
-    tree_end = _tree_end(attention_mask, key)
-    is_tree = tree_end is not None
     state = _ATTENTIONS.get(module)
+    is_cross = state is not None and getattr(module, "layer_idx", None) in state.cross_layers
+    tree_end = None if is_cross else _tree_end(attention_mask, key)
+    is_tree = tree_end is not None
+    # Padding is a tree of `tree_mask`'s own.
+    given = is_tree and attention_mask not in _PADDING
+    if given and state is not None and state.tree_refusal is not None and torch._C._current_graph_task_id() == -1:
+        raise ValueError(
+            f"{type(module).__name__}: a packed token tree is not exact with this model: {state.tree_refusal}; run its sequences as a "
+            "padded batch"
+        )
     if state is not None and state.recorder is not None:
         mask = None if is_tree else attention_mask
         state.recorder.observe(
@@ -232,7 +277,9 @@ def tree_attention_forward(
             window=sliding_window if is_tree else None,
             backend=state.mass_backend,
         )
-    whole_causal = attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
+    whole_causal = (
+        not is_cross and attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
+    )
     if not (is_tree or whole_causal) or (dropout > 0 and not is_tree):
         if softcap is not None:
             return _capped_attention(query, key, value, attention_mask, dropout, scaling, softcap), None

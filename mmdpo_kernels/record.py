@@ -44,6 +44,7 @@ def record_attention(
     reduce: str | None = "mean",
     stop_early: bool = False,
     eos_token_ids: Iterable[int] | None = None,
+    cross_segments: Tensor | None = None,  # (B, K)
 ) -> Iterator[AttentionRecorder]:
     """Record how much attention query rows put on each segment, while a patched model runs.
 
@@ -64,6 +65,8 @@ def record_attention(
         reduce: "mean" -> (B, N), None -> (B, Hq, R, N), "tokens" -> (B, S): each key's probability, a heat map.
         stop_early: end each forward after the last wanted layer; it then returns an empty `ModelOutput`. Not for `generate`.
         eos_token_ids: end tokens of `generate`, default those that `generate` ends with.
+        cross_segments: (B, K) integer; segment of each key of the model's cross-attention layers (Mllama's K: pictures times tiles times
+            patches), -1 = none. At such layers mass is on these; "tokens" is a map over K.
 
     Yields:
         `AttentionRecorder` with `.mass[layer]`.
@@ -88,8 +91,12 @@ def record_attention(
         )
     if reduce not in ("mean", "tokens", None):
         raise ValueError(f"record_attention: reduce must be 'mean', 'tokens' or None, got {reduce!r}")
-    count = int(segments.max()) + 1 if num_segments is None else num_segments
-    recorder = AttentionRecorder(segments, rows, wanted, count, reduce, stop_early)
+    crossed = sorted(state.cross_layers.intersection(wanted))
+    if crossed and cross_segments is None:
+        raise ValueError(f"record_attention: layer {crossed[0]} attends to pictures and not to tokens; pass cross_segments")
+    largest = max(int(each.max()) for each in (segments, cross_segments) if each is not None)
+    count = largest + 1 if num_segments is None else num_segments
+    recorder = AttentionRecorder(segments, rows, wanted, count, reduce, stop_early, cross_segments, state.cross_layers)
     with ExitStack() as undo:
         if rows is None:
             ends = None if eos_token_ids is None else tuple(eos_token_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,11 @@ class AttentionRecorder:
         num_segments: int,
         reduce: str | None,
         stop_early: bool,
+        cross_segments: Tensor | None = None,  # (B, K)
+        cross_layers: frozenset[int] = frozenset(),
     ) -> None:
+        self.cross_segments = None if cross_segments is None else cross_segments.to(torch.int32)
+        self._cross_layers = cross_layers
         self.segments = segments.to(torch.int32)
         self.layers = layers
         self.num_segments = num_segments
@@ -139,13 +143,36 @@ class AttentionRecorder:
         rows = self._counted_rows(query)
         if rows is None:
             return
+        index = rows.clamp(min=0)[:, None, :, None]
+        queries = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
+        calls: Iterable[tuple[slice, Tensor | None, Tensor]]
+        if layer in self._cross_layers:
+            segments, first_key = self._segments_of_pictures(key), 0
+            calls = _cross_calls(mask, rows, key.shape[2])
+            self._attend(layer, queries, key, segments, calls, first_key, key.shape[2], scale, softcap, None, backend)
+            return
         # A sliding cache gives its last keys in order; one of fixed size has empty slots after the last token.
         first_key = max(0, self._read - key.shape[2])
         positions = (rows + self._past - first_key).masked_fill(rows < 0, -1)
-        index = rows.clamp(min=0)[:, None, :, None]
-        queries = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
         segments = self._segments_of_keys(key, first_key)
         calls = _tree_calls(mask, rows, positions, key.shape[2]) if mask is not None else [(slice(None), tree_end, positions)]
+        self._attend(layer, queries, key, segments, calls, first_key, self._read - first_key, scale, softcap, window, backend)
+
+    def _attend(
+        self,
+        layer: int,
+        queries: Tensor,  # (B, Hq, R, D)
+        key: Tensor,  # (B, Hkv, K, D)
+        segments: Tensor,  # (B, K)
+        calls: Iterable[tuple[slice, Tensor | None, Tensor]],
+        first_key: int,
+        num_keys: int,
+        scale: float | None,
+        softcap: float | None,
+        window: int | None,
+        backend: str,
+    ) -> None:
+        """Add the masses of `calls`: rows, their `tree_end` (B, K), their positions. num_keys: those that are there, from `first_key` on."""
         for part, its_tree_end, its_positions in calls:
             found = attention_mass(
                 queries[:, :, part],
@@ -161,7 +188,7 @@ class AttentionRecorder:
                 backend=backend,
             )
             if self.reduce == "tokens":
-                found = pad(found[:, : self._read - first_key], (first_key, 0))
+                found = pad(found[:, :num_keys], (first_key, 0))
             self._add(layer, found, (its_positions >= 0).sum(1))
 
     def _counted_rows(self, query: Tensor) -> Tensor | None:
@@ -191,6 +218,15 @@ class AttentionRecorder:
         segments = self.segments[:, max(0, shift) :].to(key.device)
         before = max(0, -shift)
         return pad(segments, (before, key.shape[2] - before - segments.shape[1]), value=-1)
+
+    def _segments_of_pictures(self, key: Tensor) -> Tensor:
+        """(B, K): the segments of a cross-attention layer's keys."""
+        if self.cross_segments is None or self.cross_segments.shape[1] != key.shape[2]:
+            given = "none" if self.cross_segments is None else f"those of {self.cross_segments.shape[1]}"
+            raise ValueError(
+                f"record_attention: cross_segments must cover the {key.shape[2]} keys of a cross-attention layer, got {given}"
+            )
+        return self.cross_segments.to(key.device)
 
     def _add(self, layer: int, found: Tensor, counted: Tensor) -> None:
         if self.reduce is None:
@@ -237,6 +273,22 @@ def _tree_calls(
         # A row alone stands after all keys and sees those that are not ended.
         its_positions = torch.where(positions[:, row : row + 1] >= 0, length - 1, -1)
         yield slice(row, row + 1), torch.where(seen[:, row], length, index).to(torch.int32), its_positions
+
+
+def _cross_calls(
+    mask: Tensor | None,  # (B or 1, 1, L, K)
+    rows: Tensor,  # (B, R)
+    length: int,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """As `_tree_calls`, for keys without an order: all rows that see the same keys, as those behind the last picture do, in one call."""
+    used = rows >= 0
+    seen = used[:, :, None].expand(-1, -1, length) if mask is None else _seen(mask, rows, length)
+    index = torch.arange(length, dtype=torch.int32, device=rows.device)
+    either = seen.any(1, keepdim=True)
+    alike = bool((seen == (either & used[:, :, None])).all())
+    for part in [slice(None)] if alike else [slice(row, row + 1) for row in range(rows.shape[1])]:
+        visible = seen[:, part].any(1)
+        yield part, torch.where(visible, length, index).to(torch.int32), torch.where(used[:, part], length - 1, -1)
 
 
 def _seen(mask: Tensor, rows: Tensor, length: int) -> Tensor:

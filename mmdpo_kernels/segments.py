@@ -13,7 +13,7 @@ def image_segments(
     image_token_id: int,
     tokens_per_image: Sequence[Sequence[int]],
     *,
-    regions: Sequence[Sequence[int] | None] | None = None,
+    regions: Sequence[Sequence[int] | Tensor | None] | None = None,
     patch_grids: Sequence[Sequence[int] | None] | None = None,
 ) -> Tensor:
     """Segment of each token for `attention_mass`, `tree_attention` and `record_attention`.
@@ -25,8 +25,9 @@ def image_segments(
         image_token_id: id of the placeholder that stands for one image feature.
         tokens_per_image: per row, the number of image tokens of each of its pictures, in order.
         regions: per row None, or `[row0, col0, row1, col1]`, half-open, in patches of the row's only picture: tokens inside are segment 0,
-            the picture's other tokens segment 1 (a collage cell, a pasted picture).
-        patch_grids: per row `[rows, cols]` of that picture; needed where `regions` is not None.
+            the picture's other tokens segment 1 (a collage cell, a pasted picture). Or bool, one entry an image token of the row: where
+            its picture is not one grid of them.
+        patch_grids: per row `[rows, cols]` of that picture; needed where `regions` is a rectangle.
 
     Returns:
         (B, S) int32; index of the picture within its row, or region 0/1; -1 for tokens of no picture.
@@ -49,7 +50,14 @@ def image_segments(
                 f"tokens_per_image[{row}]={list(counts)} adds up to {sum(counts)}"
             )
         region = None if regions is None else regions[row]
-        if region is None:
+        if isinstance(region, Tensor):
+            if region.dtype != torch.bool or region.shape != (found[row],):
+                raise ValueError(
+                    f"image_segments: regions[{row}] must be bool ({found[row]},), one entry an image token, got {region.dtype} "
+                    f"{tuple(region.shape)}"
+                )
+            ids = torch.where(region, 0, 1)
+        elif region is None:
             ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(list(counts), dtype=torch.long))
         else:
             ids = _region_ids(row, counts, region, None if patch_grids is None else patch_grids[row])

@@ -60,7 +60,8 @@ def test_dtype_is_the_checkpoints_or_the_asked_one(tmp_path: Path) -> None:
         (lambda p: (p / "model.safetensors").unlink(), "no weights"),
         (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:5000]), "cannot be loaded"),
         (lambda p: (p / "tokenizer.json").unlink(), "processor cannot be loaded"),
-        (lambda p: edit_config(p, model_type="qwen2_vl"), "family 'qwen2_vl' is not supported; supported: llava"),
+        (lambda p: edit_config(p, model_type="gpt2"), "family 'gpt2' has no declaration .*; families with a declaration: llava"),
+        (lambda p: edit_config(p, model_type="no_such"), "(?s)no_such.*; families with a declaration: llava"),
         (lambda p: (p / "tokenizer_config.json").unlink(), "neither a padding nor an end token"),
         (lambda p: edit_config(p, image_token_index=None), "image_token_index must be the id of the image token, got None"),
         (lambda p: edit_config(p, text_config={"num_hidden_layers": 4}), "weights are missing"),
@@ -169,3 +170,21 @@ def test_placeholders_must_match_the_pictures(loaded: LoadedModel) -> None:
 def test_a_picture_that_cannot_be_read_names_its_record(loaded: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="record lost: missing"):
         encode_prompts(loaded, [{"id": "lost", "prompt": "<image>", "images": [str(tmp_path / "no.png")]}], padding_side="left")
+
+
+def test_weights_are_whole_where_training_shards_them(model_path: Path) -> None:
+    """Settings with ZeRO-3, alive in this process as after a training in it, have transformers read shards."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+
+    expected = load_model(model_path).model.state_dict()
+    settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    try:
+        assert is_deepspeed_zero3_enabled()
+        model = load_model(model_path).model
+        assert is_deepspeed_zero3_enabled(), "for what reads its own shards"
+    finally:
+        unset_hf_deepspeed_config()
+        del settings
+    assert not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

@@ -35,7 +35,8 @@ def test_installing_without_extras_needs_three_packages() -> None:
     assert set(metadata.metadata("mmdpo-kernels").get_all("Provides-Extra") or []) == set(EXTRAS)
 
 
-@pytest.mark.parametrize("group", ["core", "build", *EXTRAS])
+# vLLM brings a torch and a transformers of its own into an environment of its own.
+@pytest.mark.parametrize("group", ["core", "build", *(name for name in EXTRAS if name != "vllm")])
 def test_every_dependency_is_pinned(group: str) -> None:
     groups = {"core": PYPROJECT["project"]["dependencies"], "build": PYPROJECT["build-system"]["requires"], **EXTRAS}
     assert not {project(line) for line in groups[group]} - set(constraints())

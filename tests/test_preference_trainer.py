@@ -367,7 +367,7 @@ def test_only_nll_runs_no_reference(folder: Path, tmp_path: Path, monkeypatch: p
     trainer = PreferenceTrainer(
         loaded.model, config(tmp_path, loss_type=["nll"]), processing_class=loaded.processor, train_dataset=preference_records(4)
     )
-    for name in ("rows", "logps"):
+    for name in ("rows", "token_logps"):
         monkeypatch.setattr(trainer.reference, name, lambda *a: pytest.fail("the reference was run"))
     trainer.train()
     entry = trainer.state.log_history[0]

@@ -104,7 +104,7 @@ def test_a_saved_processor_is_read_again(patched: LoadedModel, tmp_path: Path, p
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"patch": 4}, "values of a patch: the processor gives 96, the model takes 216"), ({}, "id of <|image_pad|>")],
+    [({"patch": 4}, "a picture of 64 x 64 pixels, pixel_values (256, 96), does not go"), ({}, "id of <|image_pad|>")],
 )
 def test_a_processor_of_another_model_is_refused(folder: Path, tmp_path: Path, options: dict[str, int], message: str) -> None:
     other = make_tiny_qwen(tmp_path / "other", **options)

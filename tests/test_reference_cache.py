@@ -303,3 +303,23 @@ def test_a_record_without_a_number_is_named(folder: Path, tmp_path: Path, monkey
     monkeypatch.setattr(head, "response_logps", broken)
     with pytest.raises(DataError, match="record record-1: the reference's log-probability of rejected is nan"):
         run_reference(tmp_path / "cache.jsonl", loaded, records)
+
+
+def test_parts_of_a_killed_pass_are_merged_once(tmp_path: Path) -> None:
+    """Whatever number of processes left them, a record that two of them ran and a half line included."""
+    path = tmp_path / "cache.jsonl"
+    cache = ReferenceCache(path, HEADER)
+    cache.add({"a": {"chosen": 1.0}})
+    cache.part(0).add({"b": {"chosen": 2.0}})
+    cache.part(3).add({"b": {"chosen": 2.5}, "c": {"chosen": 3.0}})
+    with (tmp_path / "cache.jsonl.part-3").open("a") as file:
+        file.write('{"key": "d", "lo')
+    ReferenceCache(tmp_path / "cache.jsonl.part-5", {"weights": "of another"}).add({"e": {"chosen": 4.0}})
+    other = ReferenceCache(path, HEADER)
+
+    cache.merge()
+    other.follow()
+
+    assert not list(tmp_path.glob("*.part-*"))
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()[1:]] == ["a", "b", "c"]
+    assert [other.get(key)["chosen"] for key in "abc"] == [1.0, 2.0, 3.0] and len(other) == 3

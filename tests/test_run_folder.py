@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -133,7 +136,17 @@ def test_two_processes_cannot_write_one_run_but_a_killed_one_leaves_no_lock(tmp_
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     with RunFolder(tmp_path).lock():
-        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_file_system_without_locks_is_not_a_held_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*args: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    message = r"\.lock cannot be locked \(no locks available\): expected a file system with locks.*put the run folder on another"
+    with pytest.raises(RunFolderError, match=message), RunFolder(tmp_path).lock():
+        pass
 
 
 def test_content_hash_sees_contents_names_and_big_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

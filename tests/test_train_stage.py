@@ -272,7 +272,7 @@ def _context(folder: Path, **values: Any) -> StageContext:
     ],
 )
 def test_defaults_follow_the_method(tmp_path: Path, values: dict[str, Any], losses: list[str], accumulation: int) -> None:
-    settings = stage.preference_config(_context(tmp_path, **values), 4, evaluate=False)
+    settings = stage.preference_config(_context(tmp_path, **values), range(4), evaluate=False)
     assert settings.loss_type == losses and settings.gradient_accumulation_steps == accumulation
     assert len(settings.weight_of) == len(losses)
 

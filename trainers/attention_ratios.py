@@ -16,8 +16,9 @@ from torch import Tensor
 from mmdpo_kernels import AttentionRecorder, image_segments, record_attention
 from mmdpo_trainers.data.compose import box_to_region, official_grid_region, official_pip_region
 from mmdpo_trainers.errors import DataError, StageError
+from mmdpo_trainers.families import View, inside, plain_grid
 from mmdpo_trainers.loading import LoadedModel
-from mmdpo_trainers.prompts import EncodedPrompts, encode_prompts
+from mmdpo_trainers.prompts import EncodedPrompts, encode_prompts, in_forwards
 
 REGION_FORMATS = ("grid", "pip")
 """Formats whose target is a rectangle of the one picture, not a picture of its own."""
@@ -41,13 +42,39 @@ def attention_ratios(
 
     Returns per record what `ratios_of` does.
     """
-    layer = check_layer(loaded.num_layers, layer)
+    layer = check_layer(loaded.picture_layers, layer)
+
+    def work(indices: list[int]) -> list[dict[str, Any]]:
+        chosen = [records[index] for index in indices]
+        return _of_one_forward(loaded, chosen, layer=layer, statistic=statistic, regions=regions, drop_first_row=drop_first_row)
+
+    return in_forwards(loaded, records, work)
+
+
+def _of_one_forward(
+    loaded: LoadedModel,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    layer: int,
+    statistic: str,
+    regions: str,
+    drop_first_row: bool,
+) -> list[dict[str, Any]]:
     answers = [record["response"] if record.get("response_ids") is None else record["response_ids"] for record in records]
     encoded = encode_prompts(loaded, records, padding_side="right", answers=answers)
+    if not sees_pictures(loaded, encoded):
+        return [ratios_of(record, None, (), statistic) for record in records]
     segments = target_segments(loaded, records, encoded, regions=regions)
     rows = response_rows(records, encoded, drop_first_row=drop_first_row)
     with record_attention(
-        loaded.model, segments, rows, layers=[layer], num_segments=_num_segments(encoded), reduce="mean", stop_early=True
+        loaded.model,
+        segments,
+        rows,
+        layers=[layer],
+        num_segments=_num_segments(encoded),
+        reduce="mean",
+        stop_early=True,
+        cross_segments=encoded.cross_segments,
     ) as recorder:
         loaded.model(**encoded.inputs, use_cache=False)
     counted = rows.any(dim=1).tolist()
@@ -56,6 +83,11 @@ def attention_ratios(
         ratios_of(record, values, tokens, statistic)
         for record, values, tokens in zip(records, attention, encoded.tokens_per_image, strict=True)
     ]
+
+
+def sees_pictures(loaded: LoadedModel, encoded: EncodedPrompts) -> bool:
+    """Whether the layers that see pictures run: those of cross-attention are left out where a batch has none."""
+    return encoded.cross_segments is not None or not loaded.family.cross_attention
 
 
 def ratios_of(
@@ -112,7 +144,7 @@ def recorded_generation(
     drop_first_row: bool,
 ) -> Iterator[GenerationRecord]:
     """Record, while the block runs `generate` on `encoded`, what `attention_ratios` would find on its answers."""
-    settings = ratio_settings(loaded.num_layers, layer=layer, regions=regions, drop_first_row=drop_first_row)
+    settings = ratio_settings(loaded.picture_layers, layer=layer, regions=regions, drop_first_row=drop_first_row)
     segments = target_segments(loaded, records, encoded, regions=regions)
     with record_attention(
         loaded.model,
@@ -122,26 +154,30 @@ def recorded_generation(
         num_segments=_num_segments(encoded),
         reduce=None,
         eos_token_ids=loaded.end_ids,
+        cross_segments=encoded.cross_segments,
     ) as recorder:
         yield GenerationRecord(recorder, records, encoded, settings)
 
 
-def ratio_settings(num_layers: int, *, layer: int | None, regions: str, drop_first_row: bool) -> dict[str, Any]:
+def ratio_settings(layers: Sequence[int], *, layer: int | None, regions: str, drop_first_row: bool) -> dict[str, Any]:
     """What recorded attention depends on, the layer resolved: equal settings, equal attention."""
-    return {"layer": check_layer(num_layers, layer), "regions": regions, "drop_first_row": drop_first_row}
+    return {"layer": check_layer(layers, layer), "regions": regions, "drop_first_row": drop_first_row}
 
 
-def check_layer(num_layers: int, layer: int | None) -> int:
-    """The layer, by default the middle one. Raises StageError where the model has no such layer."""
-    layer = default_layer(num_layers) if layer is None else layer
-    if not 0 <= layer < num_layers:
-        raise StageError(f"score.layer: expected 0 to {num_layers - 1} for this model, got {layer}")
+def check_layer(layers: Sequence[int], layer: int | None) -> int:
+    """The layer, by default the middle one. Raises StageError where it is none of `layers`, see `picture_layers`."""
+    layer = default_layer(layers) if layer is None else layer
+    if layer not in layers:
+        all_of_them = (
+            f"{layers[0]} to {layers[-1]}" if isinstance(layers, range) else f"one of {list(layers)}, which see pictures,"
+        )
+        raise StageError(f"score.layer: expected {all_of_them} for this model, got {layer}")
     return layer
 
 
-def default_layer(num_layers: int) -> int:
-    """The middle decoder layer, 0-based: 16 of 32, MIA-DPO's choice."""
-    return num_layers // 2
+def default_layer(layers: Sequence[int]) -> int:
+    """The middle one of the decoder layers that see pictures, 0-based: 16 of 32, MIA-DPO's choice."""
+    return layers[len(layers) // 2]
 
 
 def target_segments(
@@ -159,13 +195,20 @@ def target_segments(
             f"score.regions: official_code is how MIA-DPO's code cuts LLaVA-1.5's 24x24 patches; pictures of {loaded.family.name} "
             "have patch grids of their own; set it to box"
         )
-    grids = [_grid(record, row) for record, row in zip(records, encoded.patch_grids, strict=True)]
+    if encoded.cross_segments is not None:
+        in_regions = next((record for record in records if record["format"] in REGION_FORMATS), None)
+        if in_regions is not None:
+            raise DataError(
+                f"record {in_regions['id']}: a {in_regions['format']} asks about a part of a picture, and with {loaded.family.name} only "
+                "whole pictures can be told apart; leave the format out of augment.formats"
+            )
+        return torch.full_like(encoded.inputs["input_ids"], -1)
     return image_segments(
         encoded.inputs["input_ids"],
         loaded.image_token_id,
         encoded.tokens_per_image,
-        regions=[None if grid is None else _region(record, grid, regions) for record, grid in zip(records, grids, strict=True)],
-        patch_grids=grids,
+        regions=[_region(record, views, regions) for record, views in zip(records, encoded.views, strict=True)],
+        patch_grids=[row[0] if row else None for row in encoded.patch_grids],
     )
 
 
@@ -191,37 +234,46 @@ def _trimmed(
     return [row[:n] if any_row else None for row, n, any_row in zip(rows, kept, counted, strict=True)]
 
 
-def _grid(record: Mapping[str, Any], grids: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """(rows, columns) of the one picture of a `grid` or `pip`; None for the other formats."""
+def _region(record: Mapping[str, Any], pictures: Sequence[Sequence[View]], regions: str) -> list[int] | Tensor | None:
+    """The asked-about part of the one picture of a `grid` or `pip`, as `image_segments` takes it; None for the other formats."""
     if record["format"] not in REGION_FORMATS:
         return None
-    if len(grids) != 1:
+    if len(pictures) != 1:
         raise DataError(
-            f"record {record['id']}: a {record['format']} is one picture with a region in it, got {len(grids)} pictures"
+            f"record {record['id']}: a {record['format']} is one picture with a region in it, got {len(pictures)} pictures"
         )
-    return grids[0]
-
-
-def _region(record: Mapping[str, Any], grid: tuple[int, int], regions: str) -> list[int]:
-    if regions == "official_code":
+    grid = plain_grid(pictures[0])
+    if regions == "official_code" and grid is not None:
         if record["format"] == "pip":
             return official_pip_region(grid)
         return official_grid_region(record["target"], record["num_images"], grid)
-    region = region_on(record, grid)
+    region = region_on(record, pictures[0])
     if region is not None:
         return region
+    if not pictures[0]:
+        raise DataError(
+            f"record {record['id']}: a {record['format']} asks about a part of a picture, and nothing is known of where this model's image "
+            "tokens lie; leave the format out of augment.formats, or declare the family's `views`"
+        )
+    what = "picture, which is tiled" if grid is None else f"picture's {grid[0]}x{grid[1]} patches"
     raise DataError(
-        f"record {record['id']}: a {record['format']} needs `box`, or `region` on its picture's {grid[0]}x{grid[1]} patches; "
+        f"record {record['id']}: a {record['format']} needs `box`, or `region` on its {what}; "
         "add one, or with LLaVA set score.regions to official_code"
     )
 
 
-def region_on(record: Mapping[str, Any], grid: tuple[int, int]) -> list[int] | None:
-    """The record's `region` [row0, col0, row1, col1] on a patch grid (rows, columns), made from its `box` where it was cut for
-    another grid; None where it has neither. Raises ValueError for a box that leaves the picture."""
-    if record.get("region") is not None and list(record.get("patch_grid") or ()) == list(grid):
+def region_on(record: Mapping[str, Any], views: Sequence[View]) -> list[int] | Tensor | None:
+    """The record's region among a picture's image tokens: [row0, col0, row1, col1] where they are one grid, else (tokens) bool.
+
+    `region` where it was cut for this `patch_grid`, else made from `box`; None where there is neither, or nothing is known of the tokens.
+    Raises ValueError for a box that leaves the picture.
+    """
+    grid = plain_grid(views)
+    if grid is not None and record.get("region") is not None and list(record.get("patch_grid") or ()) == list(grid):
         return list(record["region"])
-    return None if record.get("box") is None else box_to_region(record["box"], grid)
+    if record.get("box") is None or not views:
+        return None
+    return inside(views, tuple(record["box"])) if grid is None else box_to_region(record["box"], grid)
 
 
 def response_rows(records: Sequence[Mapping[str, Any]], encoded: EncodedPrompts, *, drop_first_row: bool) -> Tensor:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdpo_trainers import ranks
+from mmdpo_trainers.data.pictures import content_key
 from mmdpo_trainers.data.records import read_prompts, relative_images
 from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.run_folder import JsonLines
+from mmdpo_trainers.shards import merge_parts, part_files, write_shards
 from mmdpo_trainers.stages import StageContext
 
 Record = dict[str, Any]
@@ -46,22 +50,53 @@ def run_batches(
 
     Batches are cut from the records sorted by number of pictures (file order among equals), which keeps padding small. They do
     not depend on what is already in the file: an interrupted batch is done again whole, and gives what it would have given.
-    `work(batch_number, batch)` returns one mapping per record.
+    `work(batch_number, batch)` returns one mapping per record. Several processes share the batches, and leave the same file.
     """
     if batch_size < 1:
         raise StageError(f"{context.stage}.batch_size: expected 1 or more, got {batch_size}")
     ordered = sorted(records, key=lambda record: len(record["images"]))
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     path = context.folder / file_name
+
+    def write(number: int, missing: Collection[str]) -> list[Record]:
+        batch = batches[number]
+        check_pictures(batch, context)
+        results = zip(batch, work(number, batch), strict=True)
+        return [{**_stored(record, context), **added} for record, added in results if record["id"] in missing]
+
+    ids = [[record["id"] for record in batch] for batch in batches]
+    if ranks.several() or part_files(path):
+        write_shards(path, ids, write, context.progress, description)
+        return path
     with JsonLines(path) as out, context.progress.task(description, total=len(ordered), completed=len(out)) as task:
-        for number, start in enumerate(range(0, len(ordered), batch_size)):
-            batch = ordered[start : start + batch_size]
-            missing = [record["id"] for record in batch if record["id"] not in out]
-            if not missing:
-                continue
-            results = zip(batch, work(number, batch), strict=True)
-            out.append({**_stored(record, context), **added} for record, added in results if record["id"] in missing)
-            task.advance(len(missing))
+        holes = any(record["id"] not in out for record in ordered[: len(out)])
+        for number, each in enumerate(ids):
+            missing = [id for id in each if id not in out]
+            if missing:
+                out.append(write(number, missing))
+                task.advance(len(missing))
+    if holes:
+        # Somebody took a damaged line out.
+        merge_parts(path, ids)
     return path
+
+
+def check_pictures(batch: Sequence[Mapping[str, Any]], context: StageContext) -> None:
+    """Raise DataError, naming the record, for a picture that the run made and that is not what it was: its name is its content."""
+    for record in batch:
+        for image in record["images"]:
+            file = Path(image)
+            own = (
+                file.is_relative_to(context.run.path)
+                and file.parent.name == "images"
+                and re.fullmatch(r"[0-9a-f]{16}", file.stem)
+            )
+            if own and file.is_file() and content_key(file.read_bytes()) != file.stem:
+                stage = file.relative_to(context.run.path).parts[0]
+                raise DataError(
+                    f"record {record['id']}: picture {file} was changed or damaged since it was made; put it back, or make all anew with "
+                    f"--restart {stage}"
+                )
 
 
 def batch_seed(*parts: int | str) -> int:

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 import yaml
 from rich.console import Console
 
+from mmdpo_trainers import ranks
 from mmdpo_trainers.config import DataConfig, RunConfig
 from mmdpo_trainers.config_values import check_numbers, convert, parse_yaml, read_yaml, type_name
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
@@ -32,6 +33,7 @@ _ABOUT = {
     "evaluate": "Measure accuracy by format, before or after training.",
     "report": "Write report.html, one self-contained page about the run.",
     "reference": "Compute the reference model's log-probabilities of a run's pairs, once for all trainings on them.",
+    "check": "Check a model folder: logits, picture tokens, attention, trees and gradients against transformers itself.",
 }
 _EXAMPLES = {
     "augment": "mmdpo augment --run runs/mine --data llava_665k.json --image-folder images --model llava-1.5-7b-hf\n"
@@ -51,6 +53,7 @@ _EXAMPLES = {
     "reference": "mmdpo reference --run runs/mine --model llava-1.5-7b-hf\n"
     "  mmdpo reference --config my.yaml --arm mdpo          # the run folder is the file's\n"
     "  mmdpo reference --run runs/mine --refresh            # throw away what another model left, and compute anew",
+    "check": "mmdpo check --model llava-1.5-7b-hf\n  mmdpo check --model my-model --dtype float32 --only parity,tree --json",
 }
 _REFERENCE = (
     "They are kept beside the pairs, in <pairs>.reference.jsonl, and read by every training on them: steps then run the policy alone. "
@@ -65,22 +68,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Notices between libraries (transformers to PEFT) that a user of this command can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
-        options.action(options)
+        with ranks.failing():
+            options.action(options)
     except MmdpoError as error:
-        print(f"mmdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _print_error(error)
         return 2
     except KeyboardInterrupt:
-        print("mmdpo: interrupted; the same command continues the run", file=sys.stderr)
+        if ranks.is_main():
+            print("mmdpo: interrupted; the same command continues the run", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(
-            f"mmdpo: error: {' '.join(str(error).split())}; once that is put right, the same command continues", file=sys.stderr
-        )
+        _print_error(error, "; once that is put right, the same command continues")
         return 2
     return 0
+
+
+def _print_error(error: Exception, remedy: str = "") -> None:
+    """In one line. Of a launch, the process that failed first says it, and the first process, whose output people read."""
+    first = ranks.fail(error)
+    if first.rank == ranks.rank() or ranks.is_main():
+        print(f"mmdpo: error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     for stage in STAGES:
         _add_stage(commands, stage)
     _add_reference(commands)
+    _add_check(commands)
     about = "print versions, devices and kernel backends"
     env = commands.add_parser("env", help=about, description=f"{about[0].upper()}{about[1:]}.")
     env.set_defaults(action=_env)
@@ -144,6 +155,17 @@ def _add_reference(commands: Any) -> None:
     parser.add_argument("--arm", metavar="NAME", help="a control experiment of the configuration, in place of the main run")
     _add_section(parser, "train")
     parser.set_defaults(stage="reference", action=_reference)
+
+
+def _add_check(commands: Any) -> None:
+    parser = _parser_of(commands, "check", f"{_ABOUT['check']} Exit code 2 where one fails.")
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="the folder of a whole Hugging Face checkpoint")
+    parser.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter to merge into it")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's own), float32, bfloat16, float16 or float64")
+    parser.add_argument("--only", metavar="NAMES", help="some of the checks, with commas between them")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.set_defaults(action=_check)
 
 
 def _parser_of(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
@@ -197,7 +219,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _stage(options: argparse.Namespace) -> None:
-    from mmdpo_trainers.pipeline import restart_from, run_stage, set_threads
+    from mmdpo_trainers.pipeline import held, restart_from, run_stage, set_threads
     from mmdpo_trainers.progress import Progress
     from mmdpo_trainers.run_folder import RunFolder
     from mmdpo_trainers.stages import StageContext
@@ -216,13 +238,15 @@ def _stage(options: argparse.Namespace) -> None:
         own=_own_evaluation(options, config),
         progress=Progress(),
     )
-    with run.lock():
+    with held(run), ranks.failing():
         if options.restart and context.own:
-            run.remove(context.name)
+            ranks.on_main(lambda: run.remove(context.name))
         elif options.restart:
-            restart_from(run, context.name, tuple(config.arms))
+            ranks.on_main(lambda: restart_from(run, context.name, tuple(config.arms)))
         # Settings of an evaluation beside the run's are not the run's.
         summary = run_stage(context, config=None if context.own else config)
+    if not ranks.is_main():
+        return
     shown = {key: value for key, value in summary.items() if key != "fingerprint"}
     print(yaml.safe_dump({context.name: shown}, sort_keys=False, allow_unicode=True), end="")
 
@@ -241,7 +265,7 @@ def _configuration(options: argparse.Namespace, saved: Path) -> RunConfig:
 
 
 def _reference(options: argparse.Namespace) -> None:
-    from mmdpo_trainers.pipeline import set_threads
+    from mmdpo_trainers.pipeline import held, set_threads
     from mmdpo_trainers.run_folder import RunFolder
     from mmdpo_trainers.stages import StageContext
 
@@ -259,9 +283,10 @@ def _reference(options: argparse.Namespace) -> None:
     # Not earlier: a mistake on the command line is to be answered at once.
     from mmdpo_trainers.stages import reference
 
-    with run.lock():
+    with held(run), ranks.failing():
         summary = reference.run(context, refresh=options.refresh)
-    print(yaml.safe_dump({"reference": summary}, sort_keys=False, allow_unicode=True), end="")
+    if ranks.is_main():
+        print(yaml.safe_dump({"reference": summary}, sort_keys=False, allow_unicode=True), end="")
 
 
 def _run_path(config: str) -> Path:
@@ -274,6 +299,19 @@ def _own_evaluation(options: argparse.Namespace, config: RunConfig) -> str | Non
     """Name of the evaluation that `mmdpo evaluate --input FILE` makes: one beside the run's, whose answers stay as they are."""
     given = options.stage == "evaluate" and getattr(options, "evaluate.input", None) is not None
     return Path(config.evaluate.input).stem if given and config.evaluate.input else None
+
+
+def _check(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.model_checks.command import check_command
+
+    check_command(
+        options.model,
+        adapter=options.adapter,
+        device=options.device,
+        dtype=options.dtype,
+        only=options.only,
+        as_json=options.json,
+    )
 
 
 def _env(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,14 @@ def option(
     help: str = "",
     *,
     factory: Any = dataclasses.MISSING,
-    result: bool = True,
+    result: bool | Callable[[Any], Any] = True,
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field with its help text. result=False: it cannot change what a stage writes, so fingerprints leave it out.
+    """A dataclass field with its help text. result=False: it cannot change what a stage writes, so fingerprints leave it out;
+    a function gives what of its value can.
 
     minimum and maximum are allowed values themselves, above and below are not; in a mapping they hold for each value.
     """
@@ -83,11 +85,50 @@ class AugmentConfig:
     patch_grid: tuple[int, int] | None = option(None, "patch rows and columns of one picture; None: from the model")
 
 
+_HOW_VLLM_RUNS = frozenset(
+    {
+        *(
+            "gpu_memory_utilization",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+            "block_size",
+        ),
+        *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "disable_custom_all_reduce"),
+        *("enforce_eager", "compilation_config", "enable_prefix_caching", "enable_chunked_prefill", "num_gpu_blocks_override"),
+        *(
+            "swap_space",
+            "cpu_offload_gb",
+            "max_parallel_loading_workers",
+            "mm_processor_cache_gb",
+            "disable_log_stats",
+            "use_tqdm_on_load",
+        ),
+    }
+)
+"""Arguments of vllm.LLM for memory, speed and lengths. An answer that max_model_len would cut is an error."""
+
+
+def _changing_answers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of vllm.LLM that may change answers: all that are not known to leave them alone, such as quantization."""
+    return {name: value for name, value in arguments.items() if name not in _HOW_VLLM_RUNS}
+
+
 @dataclass(kw_only=True)
 class GenerateConfig:
     """The model's own answers to the prompts."""
 
     input: str | None = option(None, "your own prompts .jsonl in place of augment/prompts.jsonl")
+    # Not chosen by what is installed: one configuration means one way to its answers on every machine.
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers", "what generates: transformers, or vllm, which is faster and leaves attention to be measured by score"
+    )
+    engine_args: dict[str, Any] = option(
+        help="`engine: vllm` only: arguments of vllm.LLM, such as gpu_memory_utilization, max_model_len",
+        factory=dict,
+        result=_changing_answers,
+    )
     batch_size: int = option(16, "prompts generated together", minimum=1)
     max_new_tokens: int = option(64, "longest answer, in tokens", minimum=1)
     do_sample: bool = option(False, "sample the answers; False: greedy")
@@ -98,7 +139,8 @@ class GenerateConfig:
     )
     record_attention: bool = option(
         True,
-        "record attention ratios while generating (with noise: on the noisy pictures, as MIA-DPO's code), so that score needs no pass",
+        "`engine: transformers` only: record attention ratios while generating (with noise: on the noisy pictures, as MIA-DPO's "
+        "code), so that score needs no pass",
     )
 
 

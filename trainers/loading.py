@@ -5,7 +5,9 @@ Nothing here reaches the network: every path is a folder of this machine.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,15 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mmdpo_trainers.errors import StageError
-from mmdpo_trainers.families import FAMILIES, Family, family_of, image_token
+from mmdpo_trainers.families import FAMILIES, Family, family_of, picture_layers
 from mmdpo_trainers.processors import load_processor
 from mmdpo_trainers.prompts import EncodedPrompts, encode_prompts, render_prompt
 from mmdpo_trainers.shapes import SHIPPED
+from mmdpo_trainers.whole_weights import whole_weights
 
 __all__ = [
     "FAMILIES",
@@ -67,6 +70,11 @@ class LoadedModel:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
+    def picture_layers(self) -> Sequence[int]:
+        """Decoder layers that see pictures, see `families.picture_layers`."""
+        return picture_layers(self.model.config)
+
+    @property
     def family(self) -> Family:
         return family_of(self.model)
 
@@ -103,6 +111,7 @@ def resolve_model_path(path: str | Path) -> Path:
     return folder
 
 
+@whole_weights()
 def load_model(
     path: str | Path,
     *,
@@ -113,8 +122,10 @@ def load_model(
 ) -> LoadedModel:
     """Load a model, its processor and optionally a PEFT adapter (merged into the weights) from local folders.
 
-    path: a Hugging Face folder of a family in `FAMILIES`, or `shapes`. processor: another folder to take the processor from.
+    path: a Hugging Face folder of a family in `FAMILIES` or one that follows the conventions (`Conventional`), or a shipped model's name.
+    processor: another folder to take the processor from.
     dtype: `auto` (the checkpoint's own), a name such as `bfloat16`, or a torch dtype. device: `auto` is CUDA where there is one.
+    The weights are whole, also in a process that trains with ZeRO-3.
 
     Raises StageError naming what is missing: the folder, config.json, weights, a processor file, or support for the family.
     """
@@ -128,9 +139,11 @@ def load_model(
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model_class = FAMILIES[model_type]().model_class
+        model_class = family_of(AutoConfig.from_pretrained(folder, local_files_only=True)).model_class
         loaded: Any = model_class.from_pretrained(folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except ImportError as error:
+        raise StageError(f"model {folder}: a package that its family needs is missing: {error}") from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StageError(f"model {folder}: its weights cannot be loaded ({error}); download the checkpoint again") from error
     finally:
         if bars:
@@ -140,10 +153,10 @@ def load_model(
     if missing:
         # from_pretrained would fill these at random and only warn.
         raise StageError(f"model {folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
-    _check_processor(model, its_processor, folder)
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))
     model.to(target).eval()
+    _check_processor(model, its_processor, folder)
     return LoadedModel(model=model, processor=its_processor, path=folder, adapter=None if adapter is None else Path(adapter))
 
 
@@ -158,10 +171,10 @@ def _model_type(folder: Path) -> str:
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise StageError(f"model {folder}: config.json cannot be read ({error})") from error
     if model_type not in FAMILIES:
-        raise StageError(
-            f"model {folder}: family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}. A family needs a patched "
-            "attention, a known image token and a known patch grid"
-        )
+        try:
+            family_of(AutoConfig.from_pretrained(folder, local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise StageError(f"model {folder}: {error}; families with a declaration: {', '.join(FAMILIES)}") from error
     for key in ("image_token_index", "image_token_id"):
         if key in values and not isinstance(values[key], int):
             raise StageError(
@@ -175,27 +188,31 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
+@torch.no_grad()
 def _check_processor(model: PreTrainedModel, processor: Any, folder: Path) -> None:
     """StageError where a picture does not come out of the processor as the model takes it in."""
-    encoded = family_of(model).encode_pictures(processor, [Image.new("RGB", (64, 64))])
-    vision = model.config.vision_config
-    if encoded.grids is None:
-        side = vision.image_size // vision.patch_size
-        expected = {"patches": (side, side), "image tokens": side * side}
-        found = {"patches": encoded.patch_grids[0], "image tokens": encoded.tokens[0]}
-    else:
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        expected = {"values of a patch": values, "image tokens": int(encoded.grids.prod()) // vision.spatial_merge_size**2}
-        found = {"values of a patch": encoded.pixel_values.shape[1], "image tokens": encoded.tokens[0]}
-    token = image_token(processor)
-    expected[f"id of {token}"] = model.config.image_token_id
-    found[f"id of {token}"] = processor.tokenizer.convert_tokens_to_ids(token)
-    for name, value in expected.items():
-        if found[name] != value:
-            raise StageError(
-                f"model {folder}: processor and model do not belong together: {name}: the processor gives {found[name]}, the model "
-                f"takes {value}; use the processor that the checkpoint came with"
-            )
+    mismatch = f"model {folder}: processor and model do not belong together"
+    remedy = "use the processor that the checkpoint came with"
+    family = family_of(model)
+    token, found, expected = family.image_token(processor), family.image_token_id(processor), model.config.image_token_id
+    if found != expected and not type(family).is_declared:
+        raise StageError(
+            f"model {folder}: family {family.name!r} has no declaration, and its processor's token for a picture, {token}, is not the one of "
+            f"a feature in the model, whose id is {expected}: that needs a declaration such as Gemma3's"
+        )
+    if found != expected:
+        raise StageError(f"{mismatch}: id of {token}: the processor gives {found}, the model takes {expected}; {remedy}")
+    parameter, inputs = next(model.parameters()), {}
+    try:
+        pictures = family.encode_pictures(processor, [Image.new("RGB", (64, 64), (200, 40, 40))], [True])
+        for name, value in pictures.inputs.items():
+            inputs[name] = value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
+        family.features(model.base_model, dataclasses.replace(pictures, inputs=inputs))
+    except (ValueError, RuntimeError, IndexError, TypeError, KeyError, AttributeError) as error:
+        shapes = "".join(f", {name} {tuple(value.shape)}," for name, value in inputs.items() if name == "pixel_values")
+        raise StageError(
+            f"{mismatch}: a picture of 64 x 64 pixels{shapes} does not go through both: {error}; {remedy}"
+        ) from error
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: Path) -> Any:

@@ -11,15 +11,15 @@ from typing import Any
 
 from rich.console import Console
 
-from mmdpo_trainers import stages
+from mmdpo_trainers import ranks, stages
 from mmdpo_trainers.config import RunConfig
-from mmdpo_trainers.errors import ConfigError
+from mmdpo_trainers.errors import ConfigError, MmdpoError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.preference_figures import preference_summary
 from mmdpo_trainers.preflight import check_run
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import RunFolder, read_json, write_atomic
-from mmdpo_trainers.stages import METHOD_STAGES, MODEL_STAGES, STAGES, Moment, StageContext
+from mmdpo_trainers.stages import METHOD_STAGES, MODEL_STAGES, SHARED_STAGES, STAGES, Moment, StageContext
 from mmdpo_trainers.tables import run_tables
 
 _SECTIONS = {
@@ -54,15 +54,18 @@ def run_pipeline(
     set_threads(config.threads)
     steps = [step for step in _steps(config) if until is None or STAGES.index(step[0]) <= STAGES.index(until)]
     contexts = [_context(config, run, progress, step) for step in steps]
-    check_run(contexts)
-    with run.lock():
+    ranks.start()
+    ranks.on_main(lambda: check_run(contexts))
+    with held(run), ranks.failing():
         if restart:
-            restart_from(run, restart, tuple(config.arms))
+            ranks.on_main(lambda: restart_from(run, restart, tuple(config.arms)))
         for number, context in enumerate(contexts, start=1):
             if context.stage == "report":
-                write_summary(run, config)
+                ranks.on_main(lambda: write_summary(run, config))
             run_stage(context, f"{number}/{len(contexts)} ", config=config)
-        summary = write_summary(run, config)
+        summary = ranks.on_main(lambda: write_summary(run, config))
+    if not ranks.is_main():
+        return summary
     console = console or Console()
     for table in run_tables(summary):
         console.print(table)
@@ -72,11 +75,38 @@ def run_pipeline(
     return summary
 
 
+@contextlib.contextmanager
+def held(run: RunFolder) -> Iterator[None]:
+    """Hold the run: the first of this launch's processes does it for all."""
+    ranks.start()
+    with contextlib.ExitStack() as stack:
+        if ranks.is_main():
+            with ranks.failing():
+                stack.enter_context(run.lock())
+        ranks.barrier()
+        yield
+
+
 def run_stage(context: StageContext, label: str = "", config: RunConfig | None = None) -> dict[str, Any]:
     """Run one stage, or continue it, or return the summary of the done one. The caller holds the run's lock.
 
     config: the whole run's settings, saved as its `config.yaml` once it is certain that the stage's files belong to them.
+    With several processes all call this; the first one looks after the stage's folder, and does the stages that are not shared.
     """
+    if context.stage not in SHARED_STAGES:
+        return ranks.on_main(lambda: _run_stage(context, label, config))
+    if ranks.is_main():
+        # The others wait in front of their work, or for the summary where there is nothing to do.
+        with ranks.failing():
+            summary = _run_stage(context, label, config)
+        ranks.on_main(lambda: "done")
+        return ranks.on_main(lambda: summary)
+    while ranks.on_main(lambda: "") == "work":
+        stages.stage_module(context.stage).run(context)
+    return ranks.on_main(dict)
+
+
+def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> dict[str, Any]:
     run = context.run
     module = stages.stage_module(context.stage)
     fingerprint = stage_fingerprint(context, module.inputs(context))
@@ -90,6 +120,8 @@ def run_stage(context: StageContext, label: str = "", config: RunConfig | None =
     context.progress.print(f"{label}{context.name}: {'continuing' if interrupted else 'starting'}")
     run.begin_stage(context.name, fingerprint)
     with _saved_config(context, config), run.clock(context.name):
+        if context.stage in SHARED_STAGES:
+            ranks.on_main(lambda: "work")
         summary = module.run(context)
     return run.finish_stage(context.name, fingerprint, summary)
 
@@ -116,7 +148,13 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
 
 
 def _values(options: Any) -> dict[str, Any]:
-    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.metadata.get("result", True)}
+    """The values of a section that can change what a stage writes, or what of them can."""
+    values = {}
+    for each in dataclasses.fields(options):
+        counts, value = each.metadata.get("result", True), getattr(options, each.name)
+        if counts:
+            values[each.name] = counts(value) if callable(counts) else value
+    return values
 
 
 def set_threads(threads: int | None) -> None:
@@ -186,7 +224,9 @@ def _saved_config(context: StageContext, config: RunConfig | None) -> Iterator[N
         yield
     except BaseException:
         if config is not None and not context.run.holds_output(context.name):
-            path.unlink(missing_ok=True) if before is None else write_atomic(path, before)
+            # On a full disk it cannot come back; the error is to be about that.
+            with contextlib.suppress(MmdpoError, OSError):
+                path.unlink(missing_ok=True) if before is None else write_atomic(path, before)
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmdpo_kernels import tree_refusal
 from mmdpo_trainers.data.corruption import Corruption, Kind
 from mmdpo_trainers.loading import LoadedModel
 from mmdpo_trainers.preference_figures import CORRUPTIONS
@@ -36,6 +37,7 @@ def _collator(loaded: LoadedModel, kind: Kind, seed: int) -> PreferenceCollator:
         image_token_id=loaded.image_token_id,
         end_id=end if end in loaded.end_ids else min(loaded.end_ids),
         pad_id=loaded.pad_id,
+        tree_packing=tree_refusal(loaded.model) is None,
         branches=BRANCHES,
         corruption=Corruption(kind=kind, seed=seed),
     )

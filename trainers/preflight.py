@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from mmdpo_trainers import launcher, ranks
 from mmdpo_trainers.config_values import convert
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.run_folder import RunFolder, read_json
@@ -17,7 +19,10 @@ from mmdpo_trainers.stages import MODEL_STAGES, StageContext, stage_module
 
 
 def check_run(contexts: Sequence[StageContext]) -> None:
-    """Raise MmdpoError for settings and files that one of these stages would refuse once its turn has come."""
+    """Raise MmdpoError for settings and files that one of these stages would refuse once its turn has come.
+
+    One process looks for all of a launch, and makes no process group.
+    """
     if any(context.stage in MODEL_STAGES for context in contexts):
         from mmdpo_trainers.loading import resolve_device
 
@@ -26,6 +31,10 @@ def check_run(contexts: Sequence[StageContext]) -> None:
         _check_files(context)
         if context.stage == "pairs":
             stage_module("pairs").inputs(context)
+        if context.stage == "generate" and context.options.engine == "vllm":
+            from mmdpo_trainers.vllm_engine import check_vllm
+
+            check_vllm(context.config)
         if context.stage == "train":
             check_train_args(context)
         if context.stage == "evaluate":
@@ -49,9 +58,11 @@ def check_train_args(context: StageContext) -> None:
         # transformers takes a learning rate that is a text, and fails with it in the first step.
         if _is_number(hints[name]):
             convert(value, hints[name], where=where, name=name)
-    with tempfile.TemporaryDirectory() as folder:
+    # transformers makes the process group with its settings, for which the others would have to be here.
+    alone = launcher.hidden() if ranks.several() else contextlib.nullcontext()
+    with alone, tempfile.TemporaryDirectory() as folder:
         somewhere = dataclasses.replace(context, run=RunFolder(folder))
-        preference_config(somewhere, num_layers=1, evaluate=context.options.held_out > 0)
+        preference_config(somewhere, range(1), evaluate=context.options.held_out > 0)
 
 
 def _is_number(hint: Any) -> bool:

@@ -2,28 +2,77 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
 from mmdpo_trainers.errors import StageError
 
-__all__ = ["Qwen2_5_VLProcessor", "load_processor"]
+__all__ = ["load_processor"]
+
+_NAMING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
-class Qwen2_5_VLProcessor(transformers.Qwen2_5_VLProcessor):  # noqa: N801 - the name that a saved folder carries
-    """Qwen2.5-VL's processor for text and pictures. transformers' own asks for a video processor too, and that for torchvision."""
+def __getattr__(name: str) -> Any:
+    """A processor class of transformers for text and pictures alone: its own asks for a video processor too, and that for torchvision.
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs: Any) -> None:
-        # The sub-processors are those this signature names.
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+    A name of this module, so that a processor can be pickled for a data loader's process.
+    """
+    base = getattr(transformers, name, None) if name.endswith("Processor") else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = _without_video(base)
+    return found
 
 
-_CLASSES: dict[str, Any] = {"qwen2_5_vl": Qwen2_5_VLProcessor}
-"""`model_type` -> processor class, where it is not the one transformers finds."""
+def _without_video(base: Any) -> Any:
+    def get_attributes(cls: Any) -> list[str]:
+        return [name for name in base.get_attributes() if name != "video_processor"]
+
+    return type(base.__name__, (base,), {"get_attributes": classmethod(get_attributes), "__module__": __name__})
+
+
+def _processor_class(folder: Path, model_type: str) -> Any:
+    """The class to load a folder's processor by: `AutoProcessor`, unless what it finds would ask for a video processor."""
+    named = [json.loads((folder / file).read_text(encoding="utf-8")) for file in _NAMING_FILES if (folder / file).is_file()]
+    names = [values["processor_class"] for values in named if isinstance(values, dict) and values.get("processor_class")]
+    name = names[0] if names else PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name == "PixtralProcessor" and not is_torchvision_available():
+        return _pixtral()
+    base = getattr(transformers, str(name), None)
+    if base is None or "video_processor" not in inspect.signature(base.__init__).parameters:
+        return AutoProcessor
+    return getattr(sys.modules[__name__], str(name))
+
+
+def _uncover_pillow(model_type: str) -> None:
+    """Put a family's Pillow image processor where `AutoImageProcessor` looks: transformers before 5.23 hides some without torchvision."""
+    package = f"transformers.models.{model_type}"
+    name = f"{package}.image_processing_pil_{model_type}"
+    if is_torchvision_available() or importlib.util.find_spec(package) is None or importlib.util.find_spec(name) is None:
+        return
+    for found in vars(importlib.import_module(name)).values():
+        its_name = getattr(found, "__name__", "")
+        for module in (transformers, sys.modules[package]) if its_name.endswith("ImageProcessorPil") else ():
+            if getattr(getattr(module, its_name, None), "is_dummy", False):
+                setattr(module, its_name, found)
+
+
+def _pixtral() -> Any:
+    """Pixtral's processor without torchvision: of the module that needs it, it takes one function, which its Pillow twin has too."""
+    package = "transformers.models.pixtral"
+    twin = importlib.import_module(f"{package}.image_processing_pil_pixtral")
+    sys.modules.setdefault(f"{package}.image_processing_pixtral", twin)
+    return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
 
 
 def load_processor(folder: Path, model_type: str) -> Any:
@@ -32,7 +81,10 @@ def load_processor(folder: Path, model_type: str) -> Any:
     Raises StageError naming the folder where files are missing or it is no processor for text and pictures.
     """
     try:
-        processor = _CLASSES.get(model_type, AutoProcessor).from_pretrained(folder, local_files_only=True)
+        found = _processor_class(folder, model_type)
+        _uncover_pillow(model_type)
+        given = {"video_processor": None} if "video_processor" in inspect.signature(found.__init__).parameters else {}
+        processor = found.from_pretrained(folder, local_files_only=True, **given)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise StageError(
             f"model {folder}: its processor cannot be loaded ({error}); the folder needs tokenizer.json and "
@@ -40,7 +92,7 @@ def load_processor(folder: Path, model_type: str) -> Any:
         ) from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise StageError(f"model {folder}: expected a processor for text and pictures, got {type(processor).__name__}")
-    if model_type == "llava" and getattr(processor, "patch_size", None) is None:
+    if model_type in ("llava", "llava_next", "vipllava") and getattr(processor, "patch_size", None) is None:
         _complete_llava(processor, folder)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token

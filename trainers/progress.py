@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from mmdpo_trainers import ranks
+
 
 class ProgressTask:
     """One counted piece of work."""
@@ -34,10 +36,10 @@ class ProgressTask:
 
 
 class Progress:
-    """Shows the work of a run. `every`: seconds between lines where the output is not a terminal."""
+    """Shows the work of a run, of several processes in the first one. `every`: seconds between lines where the output is not a terminal."""
 
     def __init__(self, console: Console | None = None, every: float = 15.0) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, quiet=not ranks.is_main())
         self._every = every
         self._bars: RichProgress | None = None
         self._bar_of: dict[int, int] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +14,7 @@ from PIL import Image
 from mmdpo_trainers.data.pictures import PictureError, open_picture
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError, StageError
-from mmdpo_trainers.families import EncodedPictures, family_of, image_token
+from mmdpo_trainers.families import EncodedPictures, View, expand_ids, family_of, plain_grid
 
 if TYPE_CHECKING:
     from mmdpo_trainers.loading import LoadedModel
@@ -24,28 +25,29 @@ T = TypeVar("T")
 def render_prompt(processor: Any, prompt: str) -> str:
     """One user turn and the opening of the answer, through the processor's chat template.
 
-    `<image>` becomes the family's placeholder with the processor's own image token, in place. The prompt goes in as one text:
+    `<image>` becomes the family's placeholder with the family's own image token, in place. The prompt goes in as one text:
     templates that collect pictures in front of the text (LLaVA-1.5's does) would undo the interleaving
     "Image1:<image>\\nImage2:<image>" that questions refer to.
     Without a chat template: ``USER: {prompt} ASSISTANT:``.
 
     Raises StageError where the template changes the prompt or the number of pictures in it.
     """
-    token = image_token(processor)
-    prompt = prompt.replace(IMAGE_TOKEN, family_of(processor).placeholder(processor))
+    family = family_of(processor)
+    placeholder, mark = family.placeholder(processor), family.processor_text(processor)
+    prompt = prompt.replace(IMAGE_TOKEN, mark)
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if template is None:
-        return f"USER: {prompt} ASSISTANT:"
+        return f"USER: {prompt} ASSISTANT:".replace(mark, placeholder)
     for content in ([{"type": "text", "text": prompt}], prompt):
         try:
-            text = processor.apply_chat_template(
+            text = processor.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
             )
         except (TemplateError, TypeError, KeyError, ValueError):
             continue
         # Templates may trim a turn.
-        if prompt.strip() in text and text.count(token) == prompt.count(token):
-            return str(text)
+        if prompt.strip() in text and text.count(mark) == prompt.count(mark):
+            return str(text).replace(mark, placeholder)
     raise StageError(
         f"the chat template of {type(processor).__name__} does not keep the text of a user turn ({prompt[:60]!r}); "
         "give the model folder a chat_template.jinja that does"
@@ -56,17 +58,23 @@ def render_prompt(processor: Any, prompt: str) -> str:
 class EncodedPrompts:
     """Model inputs of a batch.
 
-    inputs: `input_ids` and `attention_mask` (B, S) int64; where there is a picture, what `EncodedPictures.inputs` has, and for
-    models with positions on three axes `mm_token_type_ids` (B, S) int32, 1 at image tokens.
-    tokens_per_image: per row, the image tokens of each of its pictures, in reading order.
-    patch_grids: per row, (rows, columns) of the image tokens of each of its pictures.
+    inputs: `input_ids` and `attention_mask` (B, S) int64; where there is a picture, what `Family.model_inputs` has.
+    tokens_per_image: per row, the image tokens of each of its pictures, in reading order; keys, where pictures are cross-attended.
+    views: per row, what the image tokens of each of its pictures show.
     response_spans: per row, the half-open columns [start, stop) of its answer; empty spans without answers.
+    cross_segments: (B, K) int32, where pictures are cross-attended: which of its row's pictures a key is of, -1 = none. Else None.
     """
 
     inputs: dict[str, torch.Tensor]
     tokens_per_image: list[list[int]]
-    patch_grids: list[list[tuple[int, int]]]
+    views: list[list[tuple[View, ...]]]
     response_spans: list[tuple[int, int]] = field(default_factory=list)
+    cross_segments: torch.Tensor | None = None
+
+    @property
+    def patch_grids(self) -> list[list[tuple[int, int] | None]]:
+        """Per row, (rows, columns) of the image tokens of each of its pictures; None where they are not just one grid."""
+        return [[plain_grid(views) for views in row] for row in self.views]
 
 
 def encode_prompts(
@@ -92,10 +100,9 @@ def encode_prompts(
     for record, its_pictures in zip(records, pictures, strict=True):
         _check_placeholders(record, len(its_pictures))
     encoded = _encode_pictures(loaded, pictures)
-    tokens = _by_row(pictures, () if encoded is None else encoded.tokens)
-    prompt_ids = _tokenize(loaded, records, tokens)
+    prompts = prompt_ids(loaded, records, _by_row(pictures, () if encoded is None else encoded.blocks))
     answer_ids = [_answer_ids(loaded, *both) for both in zip(records, answers or [()] * len(records), strict=True)]
-    rows = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids, strict=True)]
+    rows = [prompt + answer for prompt, answer in zip(prompts, answer_ids, strict=True)]
     width = max(map(len, rows))
     input_ids = torch.full((len(rows), width), loaded.pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
@@ -104,24 +111,40 @@ def encode_prompts(
         start = width - len(row) if padding_side == "left" else 0
         input_ids[index, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
         attention_mask[index, start : start + len(row)] = 1
-        spans.append((start + len(prompt_ids[index]), start + len(row)))
+        spans.append((start + len(prompts[index]), start + len(row)))
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    family, cross_segments = loaded.family, None
+    tokens: list[list[int]] = [[] for _ in pictures]
     if encoded is not None:
-        inputs |= encoded.inputs
-        if encoded.grids is not None:
-            inputs["mm_token_type_ids"] = (input_ids == loaded.image_token_id).int()
+        numbers = _by_row(pictures, range(len(encoded.tokens)))
+        inputs |= family.model_inputs(encoded, numbers, input_ids)
+        tokens = _by_row(pictures, family.keys(encoded))
+        cross_segments = family.cross_segments(encoded, numbers)
     placed = {
         name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
-    patch_grids = _by_row(pictures, () if encoded is None else encoded.patch_grids)
-    return EncodedPrompts(placed, tokens, patch_grids, spans)
+    views = _by_row(pictures, () if encoded is None else encoded.views)
+    return EncodedPrompts(placed, tokens, views, spans, None if cross_segments is None else cross_segments.to(loaded.device))
+
+
+def in_forwards(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], work: Callable[[list[int]], Sequence[T]]) -> list[T]:
+    """`work` on the indices of records that may share a forward, its results in the records' order.
+
+    Where pictures are cross-attended, a token before the first of them sees all there is, the padding for a neighbour's pictures
+    included: only records with as many pictures may share one.
+    """
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, record in enumerate(records):
+        groups[len(record["images"]) if loaded.family.cross_attention else 0].append(index)
+    found = {index: result for group in groups.values() for index, result in zip(group, work(group), strict=True)}
+    return [found[index] for index in range(len(records))]
 
 
 def load_pictures(record: Mapping[str, Any]) -> list[Image.Image]:
-    """A record's pictures as upright RGB. Raises DataError naming the record where one cannot be read."""
+    """A record's pictures as RGB, those of files upright. Raises DataError naming the record where one cannot be read."""
     try:
-        return [image if isinstance(image, Image.Image) else open_picture(image) for image in record["images"]]
+        return [image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image) for image in record["images"]]
     except PictureError as error:
         raise DataError(f"record {record['id']}: {error}; run augment again, or mend the path in the prompts") from error
 
@@ -137,7 +160,8 @@ def _check_placeholders(record: Mapping[str, Any], pictures: int) -> None:
 
 def _encode_pictures(loaded: LoadedModel, pictures: Sequence[Sequence[Image.Image]]) -> EncodedPictures | None:
     flat = [picture for row in pictures for picture in row]
-    return loaded.family.encode_pictures(loaded.processor, flat) if flat else None
+    alone = [len(row) == 1 for row in pictures for _ in row]
+    return loaded.family.encode_pictures(loaded.processor, flat, alone) if flat else None
 
 
 def _by_row(pictures: Sequence[Sequence[Image.Image]], values: Iterable[T]) -> list[list[T]]:
@@ -146,20 +170,21 @@ def _by_row(pictures: Sequence[Sequence[Image.Image]], values: Iterable[T]) -> l
     return [[next(each) for _ in row] for row in pictures]
 
 
-def _tokenize(
-    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], tokens_per_image: Sequence[Sequence[int]]
+def prompt_ids(
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], blocks: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[int]]:
+    """Token ids of the prompts, `blocks` in the places of their pictures."""
     bos = loaded.tokenizer.bos_token
     texts = [render_prompt(loaded.processor, record["prompt"]) for record in records]
     # A chat template that writes the opening token itself must not have it doubled.
     add_special_tokens = not (bos and all(text.startswith(bos) for text in texts))
     found = []
-    for record, text, counts in zip(records, texts, tokens_per_image, strict=True):
+    for record, text, its_blocks in zip(records, texts, blocks, strict=True):
+        ids = loaded.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
         try:
-            whole = loaded.family.expand(loaded.processor, text, counts)
+            found.append(expand_ids(ids, loaded.image_token_id, its_blocks))
         except ValueError as error:
             raise DataError(f"record {record['id']}: {error}; take the model's own image token out of the prompt") from error
-        found.append(list(loaded.tokenizer(whole, add_special_tokens=add_special_tokens).input_ids))
     return found
 
 

@@ -7,10 +7,10 @@ fingerprint); `summary.json` is written last. A stage is done iff `summary.json`
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -19,8 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mmdpo_trainers.errors import RunFolderError
+from mmdpo_trainers.disk import writing
+from mmdpo_trainers.errors import MmdpoError, RunFolderError
 from mmdpo_trainers.fingerprint import Fingerprint
+from mmdpo_trainers.locks import take
 
 
 def write_atomic(
@@ -35,21 +37,29 @@ def write_atomic(
     if not isinstance(content, str | bytes):
         content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    kept = "What was in it before is kept" if path.exists() else "What other files hold is kept"
+    with writing(path, kept):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
     return path
+
+
+_GROWING = (".reference.jsonl",)
+"""Kept beside a stage's files, and added to after it is done."""
+
+_MEND = "put the file back as it was, or write it anew: --restart with the stage that wrote it"
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -75,10 +85,21 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise RunFolderError(f"{path}, line {number}: not valid JSON ({error})") from error
+                raise RunFolderError(f"{path}, line {number}: not valid JSON ({error}); {_MEND}") from error
             if not isinstance(record, dict):
-                raise RunFolderError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
+                raise RunFolderError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}; {_MEND}")
             yield record
+
+
+def line_places(path: Path) -> Iterator[tuple[str, int, int]]:
+    """(id, first byte, bytes) of each whole line of a file that `JsonLines` wrote."""
+    start = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            yield str(json.loads(line)["id"]), start, len(line)
+            start += len(line)
 
 
 class JsonLines:
@@ -97,7 +118,8 @@ class JsonLines:
         self.key = key
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._done = self._repair()
-        self._file = self.path.open("ab")
+        # Without a buffer, which would be written again, and fail again, when the file is closed.
+        self._file = self.path.open("ab", buffering=0)
 
     def _repair(self) -> set[str]:
         done: set[str] = set()
@@ -107,16 +129,18 @@ class JsonLines:
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             for number, line in enumerate(file, start=1):
-                end = whole + len(line)
                 try:
-                    record = json.loads(line) if line.endswith(b"\n") else None
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    if end < size:
-                        raise RunFolderError(f"{self.path}, line {number}: not valid JSON ({error})") from error
-                    record = None
-                if record is None:
+                    record = json.loads(line)
+                    if not isinstance(record, dict) or self.key not in record or not line.endswith(b"\n"):
+                        raise ValueError(f"expected an object with {self.key!r}, got {line[:40]!r}")
+                except ValueError as error:
+                    if whole + len(line) < size:
+                        raise RunFolderError(
+                            f"{self.path}, line {number}: not a line that was written here ({error}). Take this line out of the file: "
+                            "what is missing is then made again"
+                        ) from error
                     break
-                whole = end
+                whole += len(line)
                 done.add(str(record.get(self.key)))
         if whole < size:
             os.truncate(self.path, whole)
@@ -137,9 +161,17 @@ class JsonLines:
         records = list(records)
         if not records:
             return
-        self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        data = memoryview("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+        end = os.fstat(self._file.fileno()).st_size
+        with writing(self.path, f"Its {len(self)} records so far are kept"):
+            try:
+                while data:
+                    data = data[self._file.write(data) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._file.fileno(), end)
+                raise
         self._done.update(str(record.get(self.key)) for record in records)
 
     def close(self) -> None:
@@ -171,19 +203,17 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Hold the run for this process. The kernel drops the lock of a killed process, so a stale one needs no remedy."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+        with (self.path / ".lock").open("a+b", buffering=0) as file:
+
+            def held() -> str:
                 file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise RunFolderError(
-                    f"{self.path} is being written by another process (pid {holder}); wait for it, or choose another --run-dir"
-                ) from error
-            file.seek(0)
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
+                holder = file.read().decode(errors="replace").strip() or "unknown"
+                return f"{self.path} is being written by another process (pid {holder}); wait for it, or choose another --run-dir"
+
+            take(file, held)
+            with writing(self.path / ".lock", "All that was done before is kept"):
+                file.truncate(0)
+                file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
             yield
 
     def stage_is_done(self, name: str, fingerprint: Fingerprint) -> bool:
@@ -204,7 +234,22 @@ class RunFolder:
                 f"{self.path / name} was made with other settings ({changes}). Put the settings back, pass --restart {name} to "
                 "remove this stage and the later ones, or choose another --run-dir"
             )
-        return (self.path / name / "summary.json").exists()
+        if not (self.path / name / "summary.json").exists():
+            return False
+        self._check_sizes(name, recorded.get("files", {}))
+        return True
+
+    def _check_sizes(self, name: str, sizes: Mapping[str, int]) -> None:
+        """Raise RunFolderError where a file of a finished stage is not as long as it was: lines that are gone leave no other trace."""
+        for file, size in sizes.items():
+            path = self.path / name / file
+            found = path.stat().st_size if path.exists() else None
+            if found != size:
+                now = "is gone" if found is None else f"has {found} bytes"
+                raise RunFolderError(
+                    f"{path} {now}, and had {size} when the stage was done: it was damaged, or edited. Put it back, pass --restart {name} to "
+                    "make it and what follows anew, or give a file of your own to the next stage with --input"
+                )
 
     def holds_output(self, name: str) -> bool:
         """Whether there is anything to lose in a stage's folder; an attempt that failed on its input leaves none."""
@@ -240,6 +285,9 @@ class RunFolder:
 
     def finish_stage(self, name: str, fingerprint: Fingerprint, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Write the stage's `summary.json`, which makes it done; returns what was written."""
+        state = self.path / name / "state.json"
+        lines = [path for path in sorted(state.parent.glob("*.jsonl")) if not path.name.endswith(_GROWING)]
+        write_atomic(state, {**read_json(state), "files": {path.name: path.stat().st_size for path in lines}})
         content = {**summary, "seconds": round(self.seconds(name), 3), "fingerprint": fingerprint.digest}
         write_atomic(self.path / name / "summary.json", content)
         return content
@@ -269,16 +317,23 @@ class RunFolder:
 
         def beat() -> None:
             while not stop.wait(every):
-                save()
+                # A disk that is full for a moment must not end the clock; a full one ends the work itself.
+                with contextlib.suppress(OSError, MmdpoError):
+                    save()
 
         thread = threading.Thread(target=beat, daemon=True, name=f"clock of {name}")
         thread.start()
         try:
             yield
-        finally:
+        except BaseException:
             stop.set()
             thread.join()
-            save()
+            with contextlib.suppress(OSError, MmdpoError):
+                save()
+            raise
+        stop.set()
+        thread.join()
+        save()
 
     def remove(self, name: str) -> None:
         """Remove a stage with everything in its folder. It is renamed first, so a kill midway leaves no half of it."""

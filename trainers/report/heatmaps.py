@@ -28,7 +28,8 @@ class HeatExample:
     """One question under both models.
 
     answers: moment -> its record in answers.jsonl. maps: moment -> per picture (rows, columns) float32, attention of the answer's
-    rows on each patch, mean over heads and rows, as shares of the attention on all patches of all pictures (they sum to 1).
+    rows on each patch, mean over heads and rows, as shares of the attention on all patches of all pictures (they sum to 1, but for marks
+    at the ends of rows of patches).
     ratios: moment -> share on the target picture or, in a collage, on the target's region.
     """
 
@@ -71,7 +72,8 @@ def choose(contents: RunContents, count: int) -> list[tuple[Record, Record]]:
 def heat_maps(
     contents: RunContents, *, load: Callable[[Moment], LoadedModel], count: int, batch_size: int, score: ScoreConfig, cache: Path
 ) -> HeatMaps | None:
-    """Heat maps of about `count` questions; None where no question was answered both before and after training.
+    """Heat maps of about `count` questions; None where no question was answered both before and after training, or pictures
+    have no tokens that show their parts.
 
     load: moment -> its model, patched; called only where nothing is kept. score: which layer, rows and regions the ratio is of.
     cache: JSON file that keeps the maps; it is used again while questions, answers and settings stay the same.
@@ -86,6 +88,8 @@ def heat_maps(
         examples: dict[str, list[dict[str, Any]]] = {}
         for moment, records in zip(MOMENTS, zip(*chosen, strict=True), strict=True):
             loaded = load(moment)
+            if not _shows_parts(loaded):
+                return None
             folder = contents.folder / "evaluate" / moment
             batches = (records[start : start + batch_size] for start in range(0, len(records), batch_size))
             examples[moment] = [entry for batch in batches for entry in _map(loaded, batch, folder, score)]
@@ -112,11 +116,20 @@ def _read(cache: Path, chosen: Sequence[tuple[Record, Record]]) -> HeatMaps:
 
 
 def _layer(loaded: LoadedModel, score: ScoreConfig) -> int:
-    return loaded.num_layers // 2 if score.layer is None else score.layer
+    from mmdpo_trainers.attention_ratios import default_layer
+
+    return default_layer(loaded.picture_layers) if score.layer is None else score.layer
+
+
+def _shows_parts(loaded: LoadedModel) -> bool:
+    """Whether it is known of the model's image tokens which parts of a picture they show."""
+    from PIL import Image
+
+    return bool(loaded.family.encode_pictures(loaded.processor, [Image.new("RGB", (64, 64))]).views[0])
 
 
 def _crops(loaded: LoadedModel) -> bool:
-    return bool(getattr(loaded.processor.image_processor, "do_center_crop", False))
+    return loaded.family.crops_centre(loaded.processor)
 
 
 def _map(loaded: LoadedModel, records: Sequence[Record], folder: Path, score: ScoreConfig) -> list[dict[str, Any]]:
@@ -125,6 +138,7 @@ def _map(loaded: LoadedModel, records: Sequence[Record], folder: Path, score: Sc
 
     from mmdpo_kernels import record_attention
     from mmdpo_trainers.attention_ratios import REGION_FORMATS, response_rows, target_segments
+    from mmdpo_trainers.families.pictures import heat_map
     from mmdpo_trainers.prompts import encode_prompts
 
     located = [{**record, "images": [str(folder / image) for image in record["images"]]} for record in records]
@@ -137,12 +151,12 @@ def _map(loaded: LoadedModel, records: Sequence[Record], folder: Path, score: Sc
     with torch.no_grad(), recording as recorder:
         loaded.model(**batch.inputs, use_cache=False)
     found = []
-    each = zip(records, recorder.mass[layer].double().cpu(), segments.cpu(), batch.patch_grids, strict=True)
-    for record, mass, segment, grids in each:
+    each = zip(records, recorder.mass[layer].double().cpu(), segments.cpu(), batch.views, strict=True)
+    for record, mass, segment, pictures in each:
         total = mass[segment >= 0].sum().clamp_min(torch.finfo(torch.float64).tiny)
         target = 0 if record["format"] in REGION_FORMATS else record.get("target") or 0
-        pictures = (mass[segment >= 0] / total).split([rows * columns for rows, columns in grids])
-        maps = [picture.reshape(grid).tolist() for picture, grid in zip(pictures, grids, strict=True)]
+        shares = (mass[segment >= 0] / total).split([sum(view.tokens for view in views) for views in pictures])
+        maps = [heat_map(views, share).tolist() for views, share in zip(pictures, shares, strict=True)]
         rounded = [[[round(value, 7) for value in line] for line in picture] for picture in maps]
         found.append({"maps": rounded, "ratio": round(float(mass[segment == target].sum() / total), 6)})
     return found

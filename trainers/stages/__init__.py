@@ -3,7 +3,8 @@
 A MIA-DPO run is augment, generate, score, select, train, evaluate, report; an mDPO run is pairs, train, evaluate, report.
 
 A stage module has two functions: `inputs(context) -> list[Path]`, the files and folders its result depends on, and
-`run(context) -> dict`, which does (or continues) the work and returns a JSON-able summary.
+`run(context) -> dict`, which does (or continues) the work and returns a JSON-able summary. Where several processes work on a stage, all
+call `run`, and the first one's summary counts.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from mmdpo_trainers import ranks
 from mmdpo_trainers.config import RunConfig
-from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import RunFolder
 from mmdpo_trainers.shapes import SHIPPED
@@ -30,6 +32,9 @@ METHOD_STAGES = {
 
 MODEL_STAGES = ("generate", "score", "train", "evaluate", "report")
 """Stages whose result depends on the model."""
+
+SHARED_STAGES = ("generate", "score", "train", "evaluate")
+"""Stages that all processes of a launch work on; of the others the first process does everything."""
 
 ARM_STAGES = ("select", "train", "evaluate")
 """Stages that an arm has for itself (of evaluate only `after`)."""
@@ -79,6 +84,16 @@ class StageContext:
     def options(self) -> Any:
         """This stage's own part of the configuration."""
         return getattr(self.config, self.stage)
+
+    @property
+    def device(self) -> str:
+        """Where this process puts a model: the configured device, or with several processes each its own GPU."""
+        chosen = self.config.device
+        if ranks.several() and chosen not in (None, "auto", "cpu", "cuda"):
+            raise ConfigError(
+                f"device: {chosen} would be shared by {ranks.world_size()} processes; leave it out, and each takes the GPU of its number"
+            )
+        return ranks.device() if chosen in (None, "auto") or (chosen == "cuda" and ranks.several()) else str(chosen)
 
     @property
     def seed(self) -> int:

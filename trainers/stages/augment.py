@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import Counter
@@ -24,8 +25,6 @@ EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the evaluation pictures of the built-in world, which are thus never the training pictures."""
 
 _TRAINING_ONLY = ("formats", "per_record", "num_prompts")
-_OWN_GRIDS = ("qwen2_5_vl",)
-"""`model_type` of models that take every picture in its own shape."""
 _FLUSH_PROMPTS = 64
 _FLUSH_SECONDS = 5.0
 
@@ -292,14 +291,24 @@ def _need_regions(formats: Mapping[str, float]) -> bool:
 
 def _refuse_centre_crop(model: Path) -> None:
     """Boxes are those of the whole picture: a processor that crops the centre of an oblong one moves what lies at them."""
+    # A model that cannot be read is the affair of the stages that load it.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if not _has_one_grid(json.loads((model / "config.json").read_text(encoding="utf-8"))):
+            # Tiles have the size that is cropped.
+            return
     for file in (model / "processor_config.json", model / "preprocessor_config.json"):
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            # A model that cannot be read is the affair of the stages that load it.
             continue
         if config.get("image_processor", config).get("do_center_crop"):
             raise StageError(f"{file}: this model sees the centre of an oblong picture only; set augment.square to true")
+
+
+def _has_one_grid(config: Mapping[str, Any]) -> bool:
+    """Whether a model sees every picture on the same grid of patches, as LLaVA-1.5 does; others tile it, or take it in its own shape."""
+    vision = config.get("vision_config") or {}
+    return config.get("model_type", "llava") == "llava" and vision.get("model_type") != "pixtral"
 
 
 def _patch_grid(context: StageContext, formats: Mapping[str, float]) -> tuple[int, int] | None:
@@ -313,7 +322,7 @@ def _patch_grid(context: StageContext, formats: Mapping[str, float]) -> tuple[in
     remedy = "set augment.patch_grid to [rows, columns]"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        if config.get("model_type") in _OWN_GRIDS:
+        if not _has_one_grid(config):
             return None
         vision = config["vision_config"]
         side = int(vision["image_size"]) // int(vision["patch_size"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_kernels import patch_model
+from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import mean_ratios, ratios_of
 from mmdpo_trainers.batches import Record, read_records, require, run_batches
 from mmdpo_trainers.data.answers import answers_match
@@ -40,7 +41,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     model = _Evaluated(context)
     if context.config.method == "mia_dpo":
-        return _answers(context, build_evaluation_prompts(context), model)
+        return _answers(context, Path(ranks.on_main(lambda: str(build_evaluation_prompts(context)))), model)
     if not _has_prompts(context) and not _has_held_out(context):
         raise StageError(f"{context.held_out_pairs} does not exist: run pairs first, or give prompts with answers with --input")
     summary = _answers(context, context.evaluation_prompts, model) if _has_prompts(context) else {}
@@ -70,6 +71,8 @@ def _answers(context: StageContext, prompts: Path, model: _Evaluated) -> dict[st
         return answer_batch(model(), batch, options=options, score=context.config.score)
 
     path = run_batches(context, "answers.jsonl", records, options.batch_size, work, f"evaluate {context.moment or ''}".strip())
+    if not ranks.is_main():
+        return {}
     return {**accuracy_summary(list(read_jsonl(path))), "match": options.match}
 
 
@@ -81,6 +84,8 @@ def _held_out(context: StageContext, model: _Evaluated) -> dict[str, Any]:
 
     records = read_pairs(context.held_out_pairs)
     path = run_batches(context, HELD_OUT, records, context.options.batch_size, work, f"held-out pairs {context.moment}")
+    if not ranks.is_main():
+        return {}
     beta = float(preset_args(context.config).get("beta", 0.1))
     base = list(read_jsonl(_base_figures(context))) if context.moment == "after" else None
     return {"held_out": held_out_figures(list(read_jsonl(path)), base, beta=beta), "beta": beta}
@@ -102,7 +107,7 @@ def _base_figures(context: StageContext) -> Path:
 def load_evaluated(context: StageContext) -> LoadedModel:
     """The model this evaluation is about: the base, or what training left (an adapter, merged into a fresh base, or a model)."""
     config = context.config
-    choice: dict[str, Any] = {"dtype": config.dtype, "device": config.device or "auto"}
+    choice: dict[str, Any] = {"dtype": config.dtype, "device": context.device}
     if context.moment != "after":
         return load_model(context.model, **choice)
     trained = context.trained

@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from mmdpo_trainers import ranks
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.stages import StageContext
 from mmdpo_trainers.stages.train import make_trainer
@@ -34,7 +35,7 @@ def run(context: StageContext, *, refresh: bool = False) -> dict[str, Any]:
         raise StageError(f"no loss of {', '.join(trainer.args.loss_type)} compares with a reference; there is nothing to compute")
     path = Path(str(trainer.args.reference_cache))
     if refresh:
-        remove_cache(path)
+        ranks.on_main(lambda: remove_cache(path))
     done = trainer.precompute_reference()
     return {
         "file": str(path),

@@ -9,8 +9,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from mmdpo_kernels import patch_model
+from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import attention_ratios, mean_ratios, ratio_settings, ratios_of
 from mmdpo_trainers.batches import Record, count_formats, read_records, require, run_batches
+from mmdpo_trainers.families import picture_layers
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.run_folder import read_jsonl
 from mmdpo_trainers.stages import StageContext
@@ -25,7 +27,7 @@ def run(context: StageContext) -> dict[str, Any]:
     options = context.options
     records = read_records(context.responses, "responses")
     require(records, {"response": str}, context.responses)
-    settings = ratio_settings(_num_layers(context.model), **options.recording)
+    settings = ratio_settings(_picture_layers(context.model), **options.recording)
     loaded: LoadedModel | None = None
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
@@ -33,11 +35,13 @@ def run(context: StageContext) -> dict[str, Any]:
         if all(_is_recorded(record, settings) for record in batch):
             return [_ratios_of_recorded(record, options.statistic) for record in batch]
         if loaded is None:
-            loaded = load_model(context.model, dtype=context.config.dtype, device=context.config.device or "auto")
+            loaded = load_model(context.model, dtype=context.config.dtype, device=context.device)
             patch_model(loaded.model)
         return attention_ratios(loaded, batch, statistic=options.statistic, **settings)
 
     path = run_batches(context, "scores.jsonl", records, options.batch_size, work, "score")
+    if not ranks.is_main():
+        return {}
     written = list(read_jsonl(path))
     return {
         "layer": settings["layer"],
@@ -59,5 +63,5 @@ def _ratios_of_recorded(record: Mapping[str, Any], statistic: str) -> dict[str, 
     return ratios_of(record, recorded["attention"], recorded["tokens"], statistic)
 
 
-def _num_layers(model: Path) -> int:
-    return int(AutoConfig.from_pretrained(model, local_files_only=True).get_text_config().num_hidden_layers)
+def _picture_layers(model: Path) -> Sequence[int]:
+    return picture_layers(AutoConfig.from_pretrained(model, local_files_only=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from torch.utils.data import ConcatDataset, Subset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mmdpo_trainers import ranks
+from mmdpo_trainers.attention_ratios import default_layer
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.run_folder import read_jsonl
 from mmdpo_trainers.stages import StageContext
-from mmdpo_trainers.training.checkpoints import replace_folder
+from mmdpo_trainers.training.checkpoints import replace_folder, writing
 from mmdpo_trainers.training.preference_config import PreferenceConfig
 from mmdpo_trainers.training.preference_data import read_pairs, replay_pairs, split
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
@@ -56,7 +59,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Train; writes `checkpoint-*`, `log.jsonl` and `final/` (an adapter, or the whole model, with the processor)."""
     log = context.folder / "log.jsonl"
     with TrainingProgress(context.progress) as bar:
-        trainer, counts = make_trainer(context, [LogFile(log), bar, _LogLastStep()])
+        trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_main() else []), bar, _LogLastStep()])
         trainer.train(resume_from_checkpoint="auto")
     _save(trainer, context.folder)
     return {**counts, **_summary(trainer, log)}
@@ -66,7 +69,7 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
     """This stage's trainer, and how many records of each kind it trains on and holds out."""
     train_data, eval_data, counts = _data(context)
     loaded = _load(context)
-    settings = preference_config(context, loaded.num_layers, evaluate=eval_data is not None)
+    settings = preference_config(context, loaded.picture_layers, evaluate=eval_data is not None)
     second = context.options.reference == "model" and settings.needs_reference
     try:
         trainer = PreferenceTrainer(
@@ -96,23 +99,25 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
     return trainer, counts
 
 
-def preference_config(context: StageContext, num_layers: int, *, evaluate: bool) -> PreferenceConfig:
+def preference_config(context: StageContext, layers: Sequence[int], *, evaluate: bool) -> PreferenceConfig:
     """`train.args` over `train.preset` over this stage's defaults: effective batch 8, one epoch, reference cached beside the pairs."""
     args = preset_args(context.config)
+    on_cpu = torch.device(_device(context)).type == "cpu"
+    size = _batch_size(args) * ranks.world_size()
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 1,
         # A token budget holds records by the dozen.
-        "gradient_accumulation_steps": 1 if args.get("max_tokens_per_batch") else max(1, 8 // _batch_size(args)),
+        "gradient_accumulation_steps": 1 if args.get("max_tokens_per_batch") else max(1, 8 // size),
         "num_train_epochs": 1,
         "save_strategy": "steps",
         "save_steps": 0.1,
         "eval_strategy": "steps" if evaluate else "no",
         "eval_steps": 0.1,
-        "attention_layer": context.config.score.layer if context.config.score.layer is not None else num_layers // 2,
+        "attention_layer": default_layer(layers) if context.config.score.layer is None else context.config.score.layer,
         "seed": context.seed,
         "disable_tqdm": True,
         "log_level": "error",
-        "use_cpu": _device(context) == "cpu",
+        "use_cpu": on_cpu,
         "precompute_ref_log_probs": True,
         "reference_cache": str(reference_cache(context)),
     }
@@ -121,7 +126,7 @@ def preference_config(context: StageContext, num_layers: int, *, evaluate: bool)
         args.pop("loss_weights", None)
     values = {**defaults, **args, "output_dir": str(context.folder)}
     # On a GPU the next batch is prepared while the step runs; on a CPU all cores compute.
-    workers = values.setdefault("dataloader_num_workers", int(_device(context) != "cpu"))
+    workers = values.setdefault("dataloader_num_workers", int(not on_cpu))
     values.setdefault("dataloader_persistent_workers", bool(workers))
     for name, reason in _REFUSED.items():
         if args.get(name):
@@ -151,14 +156,21 @@ class _LogLastStep(TrainerCallback):
 
 
 def _device(context: StageContext) -> str:
-    device = context.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda", "cuda:0"):
+    """Where this process trains."""
+    device = context.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda", "cuda:0") and not ranks.several():
         raise StageError(f"device: training runs on cpu or cuda, got {device}; choose a GPU with CUDA_VISIBLE_DEVICES")
     return device
 
 
 def _load(context: StageContext) -> LoadedModel:
-    return load_model(context.model, dtype=context.config.dtype, device=_device(context))
+    """The model, on the device it is trained on; for weights in shards on the CPU, from where each process takes its own."""
+    args = context.options.args
+    launched = any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("DEEPSPEED", "FSDP"))
+    sharded = launched or args.get("deepspeed") or args.get("fsdp")
+    return load_model(context.model, dtype=context.config.dtype, device="cpu" if sharded else _device(context))
 
 
 def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
@@ -179,9 +191,15 @@ def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
 
 def _save(trainer: PreferenceTrainer, folder: Path) -> None:
     temporary = folder / ".final.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    trainer.save_model(str(temporary))
-    replace_folder(temporary, folder / "final")
+    if ranks.is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+    ranks.barrier()
+    with writing(temporary):
+        trainer.save_model(str(temporary))
+    ranks.barrier()
+    if ranks.is_main():
+        replace_folder(temporary, folder / "final")
+    ranks.barrier()
 
 
 def _summary(trainer: PreferenceTrainer, log: Path) -> dict[str, Any]:
@@ -192,7 +210,8 @@ def _summary(trainer: PreferenceTrainer, log: Path) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "left_out": len(trainer.left_out),
-        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        # ZeRO-3 keeps the size of a weight elsewhere.
+        "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
         "loss_type": trainer.args.loss_type,
         "attention_layer": trainer.args.attention_layer,
         "final_loss": entries[-1]["loss"] if entries else None,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from mmdpo_trainers.disk import FULL, free_mib
 from mmdpo_trainers.errors import RunFolderError
 from mmdpo_trainers.run_folder import read_json, write_atomic
 
@@ -43,6 +47,40 @@ def mark_complete(folder: str | os.PathLike[str]) -> None:
             os.fsync(handle.fileno())
         sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
     write_atomic(folder / MARKER, {"files": sizes})
+
+
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Write a checkpoint inside. Raises RunFolderError where the disk is full, naming what is kept."""
+    folder = Path(folder)
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        last = newest(folder.parent, other_than=folder)
+        kept = "there is none before it" if last is None else f"{last} is whole, and training continues from it"
+        raise RunFolderError(
+            f"{folder}: the disk is full ({free_mib(folder)} MiB are free), and this checkpoint is half written "
+            f"({' '.join(str(error).split())}); {kept}. Make room, or lower save_total_limit, and start again"
+        ) from error
+
+
+def _is_full(error: BaseException) -> bool:
+    """Also where a library has put the system's error into words of its own."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    # torch.save reports no reason, only that it could not write.
+    words = (
+        "No space left",
+        "os error 28",
+        "File too large",
+        "os error 27",
+        "quota exceeded",
+        "PytorchStreamWriter failed",
+        "unexpected pos",
+    )
+    return any(word.lower() in str(error).lower() for word in words)
 
 
 def defect(folder: str | os.PathLike[str]) -> str | None:
@@ -84,6 +122,12 @@ def latest_complete(output_dir: str | os.PathLike[str], *, report: Callable[[str
         else:
             report(f"{folder}: skipped, it was not written by this trainer")
     return max(found)[1] if found else None
+
+
+def newest(output_dir: str | os.PathLike[str], *, other_than: Path | None = None) -> Path | None:
+    """The whole checkpoint completed last, or None; nothing is reported or removed."""
+    whole = [path for path in Path(output_dir).glob("checkpoint-*") if path != other_than and defect(path) is None]
+    return max(whole, key=lambda path: (path / MARKER).stat().st_mtime_ns, default=None)
 
 
 def remove_old(output_dir: str | os.PathLike[str], limit: int | None, *, keep: str | None = None) -> None:

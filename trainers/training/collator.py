@@ -58,6 +58,8 @@ class PreferenceBatch:
     """As `input_ids`, bool: the query rows that the attention ratio is over."""
     ratios: list[RatioSpan]
     """Records that have an attention ratio."""
+    cross_segments: Tensor | None = None
+    """(n b, K) int32, where pictures are cross-attended: which of its sequence's pictures a key is of, -1 = none."""
 
     def token_logps(self, logps: Tensor) -> TokenLogps:
         """(R,) log-probabilities of the response tokens, as a loss takes them."""
@@ -123,6 +125,8 @@ class PreferenceCollator:
             raise ValueError("no_image: without pictures there is nothing to corrupt; leave the corrupted branch out")
         if corruption is not None and corruption.kind == "other" and "corrupted" in branches and not len(picture_pool):
             raise ValueError("picture_pool: corruption kind 'other' needs pictures to draw from, got none")
+        if tree_packing and (family or family_of(processor)).cross_attention:
+            raise ValueError("tree_packing: cross-attended pictures are seen row by row of a batch; pass tree_packing=False")
         self.pad_id, self.tree_packing = pad_id, tree_packing
         self.runs_reference = True
         """Whether batches are for a reference that runs beside the policy; False: there is no `"reference_batch"`."""
@@ -219,9 +223,11 @@ class PreferenceCollator:
             columns = torch.arange(len(example.sequences[0].prompt))
             ratios.add(example, pictures, step * index, columns, response_rows[step * index])
         feature_rows = np.concatenate([sequence.feature_rows for sequence in sequences])
+        shown = [sequence.feature_rows[sequence.feature_rows >= 0].tolist() for sequence in sequences]
         return self._batch(
             examples,
             pictures,
+            cross_segments=None if pictures is None else self._maker.family.cross_segments(pictures, shown),
             input_ids=input_ids,
             attention_mask=pad_sequence(seen, batch_first=True),
             position_ids=pad_sequence(positions, batch_first=True).permute(2, 0, 1) if positions else None,
@@ -279,4 +285,6 @@ def _with_tensors(instance: Any, change: Callable[[Tensor], Tensor]) -> Any:
             changed[field.name] = change(value)
         elif isinstance(value, EncodedPictures | SharedRows):
             changed[field.name] = _with_tensors(value, change)
+        elif isinstance(value, dict):
+            changed[field.name] = {name: change(tensor) for name, tensor in value.items()}
     return dataclasses.replace(instance, **changed)

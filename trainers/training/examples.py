@@ -19,7 +19,7 @@ from torch import Tensor
 from mmdpo_trainers.data.corruption import Corruption, Model, corrupt, masked_tokens
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.families import EncodedPictures, Family
+from mmdpo_trainers.families import EncodedPictures, Family, expand_ids
 from mmdpo_trainers.prompts import render_prompt
 from mmdpo_trainers.training.preference_records import (
     picture_digest,
@@ -126,7 +126,9 @@ class ExampleMaker:
         self.no_image = no_image
         self.changed_token_weight = changed_token_weight
         self.picture_pool = picture_pool
-        self._tokens_of_size: dict[tuple[int, int], int] = {}
+        self._tokens_of_size: dict[tuple[tuple[int, int], bool], int] = {}
+        if family.cross_attention and corruption is not None and corruption.kind == "mask" and "corrupted" in branches:
+            raise ValueError(f"corruption: kind 'mask' hides image tokens, and {family.name} has none; choose another kind")
         self._settings = self._settings_digest()
 
     @property
@@ -215,15 +217,20 @@ class ExampleMaker:
         return [*ids, self.end_id]
 
     def _counts(self, record: Mapping[str, Any], images: Sequence[Any]) -> list[int]:
-        """Image tokens of pictures, by their sizes."""
+        """Tokens that stand for each of a prompt's pictures, by their sizes."""
+        alone = self._alone(images)
         sizes = [picture_size(record, image) for image in images]
         for size in sizes:
-            if size not in self._tokens_of_size:
+            if (size, alone) not in self._tokens_of_size:
                 try:
-                    self._tokens_of_size[size] = self.family.picture_tokens(self.processor, size)
+                    self._tokens_of_size[size, alone] = self.family.picture_tokens(self.processor, size, alone)
                 except ValueError as error:
                     raise _unfit(record, error) from error
-        return [self._tokens_of_size[size] for size in sizes]
+        return [self._tokens_of_size[size, alone] for size in sizes]
+
+    def _alone(self, images: Sequence[Any]) -> bool:
+        """Whether a prompt's pictures are encoded as the only one of a prompt is."""
+        return len(images) == 1 or not self.family.several_differ
 
     def _corrupted_places(self, texts: _Texts) -> list[int]:
         """Which of the record's pictures the corrupted branch shows otherwise."""
@@ -274,24 +281,38 @@ class ExampleMaker:
         corruption = dataclasses.asdict(self.corruption) if self.corruption is not None and self.corrupted else None
         return _sha256(
             [
-                *(self.family.name, self.processor.image_processor.to_json_string(), self.branches, corruption),
+                *(
+                    self.family.name,
+                    self.processor.image_processor.to_json_string(),
+                    self._processor_settings(),
+                    self.branches,
+                    corruption,
+                ),
                 *(self.no_image, self.changed_token_weight),
             ]
         )
 
+    def _processor_settings(self) -> dict[str, Any]:
+        """The processor's own settings: they say how many tokens a picture has, which a prompt with one for each does not."""
+        plain = {name: value for name, value in vars(self.processor).items() if isinstance(value, int | float | str)}
+        return {name: plain[name] for name in sorted(plain) if name != "chat_template"}
+
     def _place(self, plan: _Plan, pictures: _Pictures, model: Model) -> tuple[list[int], list[int]]:
         """Indices of the record's pictures, and of those that the corrupted branch shows, among the batch's."""
         record = plan.texts.record
-        shown = [pictures.add(record, image, digest) for image, digest in zip(plan.texts.images, plan.digests, strict=True)]
+        alone = self._alone(plan.texts.images)
+        shown = [
+            pictures.add(record, image, digest, alone) for image, digest in zip(plan.texts.images, plan.digests, strict=True)
+        ]
         corrupted = list(shown)
         for place, substitute in plan.substitutes.items():
             if substitute.own:
-                corrupted[place] = pictures.add(record, substitute.image, substitute.digest)
+                corrupted[place] = pictures.add(record, substitute.image, substitute.digest, alone)
             elif self.corruption is not None and self.corruption.kind != "mask":
                 other = None if substitute.image is None else record_picture(record, substitute.image)
                 picture = pictures.images[shown[place]]
                 made = corrupt(picture, self.corruption, substitute.key, other=other, model=model)
-                corrupted[place] = pictures.add(record, made, picture_digest(record, made))
+                corrupted[place] = pictures.add(record, made, picture_digest(record, made), alone)
         return shown, corrupted
 
     def _example(
@@ -324,19 +345,16 @@ class ExampleMaker:
         encoded: EncodedPictures | None,
         positions: dict[tuple[bytes, bytes | None], Tensor | None],
     ) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
-        """The prompt with each image token repeated, the feature rows of its tokens, and its positions.
+        """The prompt with each picture's tokens in its place, the feature rows of its tokens, and its positions.
 
         positions: those known by token ids and grids; a corrupted picture's are those of the picture itself.
         """
-        ids = np.array(prompt, dtype=np.int64)
-        is_image = ids == self.image_token_id
-        starts = np.cumsum([0, *(encoded.tokens if encoded is not None else ())])
-        repeats = np.ones_like(ids)
-        repeats[is_image] = starts[1:][pictures] - starts[:-1][pictures]
-        ids, is_image = ids.repeat(repeats), is_image.repeat(repeats)
+        blocks = [] if encoded is None else [encoded.blocks[picture] for picture in pictures]
+        ids = np.array(expand_ids(prompt, self.image_token_id, blocks), dtype=np.int64)
         rows = np.full_like(ids, -1)
-        if pictures:
-            rows[is_image] = np.concatenate([np.arange(starts[p], starts[p + 1]) for p in pictures])
+        if encoded is not None and pictures:
+            starts = np.cumsum([0, *encoded.tokens])
+            rows[ids == self.image_token_id] = np.concatenate([np.arange(starts[p], starts[p + 1]) for p in pictures])
         grids = None if encoded is None or encoded.grids is None else encoded.grids[pictures]
         shape = ids.tobytes(), None if grids is None else grids.numpy().tobytes()
         if shape not in positions:
@@ -377,31 +395,33 @@ def changed_token_weights(
 
 
 class _Pictures:
-    """The distinct pictures of a batch, each opened once."""
+    """The distinct pictures of a batch, each opened once; one that is encoded in two ways counts as two."""
 
     def __init__(self) -> None:
         self.images: list[Image.Image] = []
+        self._alone: list[bool] = []
         self._records: list[Mapping[str, Any]] = []
-        self._index_of: dict[str, int] = {}
+        self._index_of: dict[tuple[str, bool], int] = {}
 
-    def add(self, record: Mapping[str, Any], image: Any, digest: str) -> int:
+    def add(self, record: Mapping[str, Any], image: Any, digest: str, alone: bool) -> int:
         """Index of a picture, which is opened if it is new. DataError naming the record where it cannot be."""
-        if digest not in self._index_of:
+        if (digest, alone) not in self._index_of:
             self.images.append(record_picture(record, image))
+            self._alone.append(alone)
             self._records.append(record)
-            self._index_of[digest] = len(self._index_of)
-        return self._index_of[digest]
+            self._index_of[digest, alone] = len(self._index_of)
+        return self._index_of[digest, alone]
 
     def encode(self, family: Family, processor: Any) -> EncodedPictures | None:
         """All of them as the model takes them; None: there are none. DataError naming the record of one that is refused."""
         if not self.images:
             return None
         try:
-            return family.encode_pictures(processor, self.images)
+            return family.encode_pictures(processor, self.images, self._alone)
         except ValueError:
-            for record, image in zip(self._records, self.images, strict=True):
+            for record, image, alone in zip(self._records, self.images, self._alone, strict=True):
                 try:
-                    family.encode_pictures(processor, [image])
+                    family.encode_pictures(processor, [image], [alone])
                 except ValueError as error:
                     raise _unfit(record, error) from error
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -57,7 +58,11 @@ def token_logps_beside(
 
 def response_logps(model: nn.Module, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
     """(n, b) log-probabilities of each record's responses by branch, as `sequence_logps` sums them. hidden: (B, S, H)."""
-    logps = token_logps(model, scored_rows(hidden, batch), batch)
+    return summed(token_logps(model, scored_rows(hidden, batch), batch), batch)
+
+
+def summed(logps: Tensor, batch: PreferenceBatch) -> Tensor:
+    """(n, b) sums of a batch's (R,) token log-probabilities, over each response."""
     return sequence_logps(logps, batch.lengths.flatten(), weights=batch.token_weights).view(-1, len(batch.branches))
 
 
@@ -76,15 +81,11 @@ def _through(
     reference_batch: PreferenceBatch | None = None,
 ) -> tuple[Tensor, ...]:
     base = base_of(model)
-    head, text = base.get_output_embeddings(), base.config.get_text_config()
-    options: dict[str, Any] = {
-        "softcap": getattr(text, "final_logit_softcapping", None),
-        # Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`.
-        "logit_scale": getattr(text, "logit_scale", None) or 1.0 / (getattr(text, "logits_scaling", None) or 1.0),
-    }
+    head, options = base.get_output_embeddings(), _logit_options(base)
 
-    def compute(weight: Tensor, bias: Tensor | None, rows: Tensor, *reference: Tensor) -> tuple[Tensor, ...]:
-        weight = _adapted(head, weight)
+    def compute(_weight: Any, _bias: Any, rows: Tensor, *reference: Tensor) -> tuple[Tensor, ...]:
+        inner = _module(head)
+        weight, bias = _adapted(head, inner.weight), getattr(inner, "bias", None)  # type: ignore[arg-type]
         mine = batch.shared_rows
         rows, beside = rows.to(weight.dtype), [each.to(weight.dtype) for each in reference]
         if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
@@ -106,7 +107,22 @@ def _through(
             return (policy,)
         return policy, theirs.spread(found.reference_logps, beside[0], weight, bias=bias, **options)
 
-    return through_head(_module(head), compute, *(each for each in (rows, reference_rows) if each is not None))
+    # PEFT's layer and not the module inside: adapters on the head are gathered with it.
+    return through_head(head, compute, *(each for each in (rows, reference_rows) if each is not None))
+
+
+def _logit_options(base: Any) -> dict[str, Any]:
+    """What the model does to its head's output. A setting counts where the class reads it: LLaVA's ignores its language model's."""
+    text, code = base.config.get_text_config(), inspect.unwrap(type(base).forward).__code__
+    # As an attribute, or by `getattr`.
+    read = {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
+
+    def setting(name: str) -> Any:
+        return getattr(text, name, None) if name in read else None
+
+    # Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`.
+    scale = setting("logit_scale") or 1.0 / (setting("logits_scaling") or 1.0)
+    return {"softcap": setting("final_logit_softcapping"), "logit_scale": scale}
 
 
 def _module(head: Any) -> nn.Module:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
+import dataclasses
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,13 +13,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import set_seed
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mmdpo_kernels import tree_refusal
 from mmdpo_trainers.families import family_of
 from mmdpo_trainers.training.collator import PreferenceBatch
 from mmdpo_trainers.training.preference_config import PreferenceConfig
+from mmdpo_trainers.training.root_call import through_root
+
+logger = logging.getLogger(__name__)
 
 
 def base_of(model: nn.Module) -> Any:
@@ -39,21 +44,24 @@ def projector_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def picture_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that a picture's features depend on."""
-    return vision_parameters(model) + projector_parameters(model)
+    family = family_of(model)
+    return _part_parameters(model, (*family.vision, *family.projector))
 
 
 def sees_as_reference(model: nn.Module) -> bool:
     """Whether vision tower and projector give the policy what they give it with its adapter off: not trained, no adapter on them."""
     body, family = base_of(model).base_model, family_of(model)
-    parts = [body.get_submodule(name) for name in (*family.vision, *family.projector)]
+    modules = dict(body.named_modules())
+    parts = [modules[name] for name in (*family.vision, *family.projector) if name in modules]
     adapted = any(isinstance(module, BaseTunerLayer) for part in parts for module in part.modules())
     return not adapted and not any(parameter.requires_grad for parameter in picture_parameters(model))
 
 
 def _part_parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
     """Parameters of the parts with these names below the base model."""
-    body = base_of(model).base_model
-    return [parameter for name in names for parameter in body.get_submodule(name).parameters()]
+    inside = tuple(f"{name}." for name in names)
+    named = base_of(model).base_model.named_parameters()
+    return [parameter for name, parameter in named if name in names or name.startswith(inside)]
 
 
 def lora_config(model: nn.Module, args: PreferenceConfig) -> LoraConfig:
@@ -65,6 +73,23 @@ def lora_config(model: nn.Module, args: PreferenceConfig) -> LoraConfig:
         leaves = sorted({name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
         target = rf"{re.escape(prefix)}\..*\.({'|'.join(map(re.escape, leaves))})"
     return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.0, target_modules=target, task_type="CAUSAL_LM")
+
+
+def packs_trees(model: nn.Module, args: PreferenceConfig) -> bool:
+    """Whether micro-batches are packed to token trees: where `args` says so and that is exact, else why not is logged.
+
+    Raises ValueError where `args` has settings that only token trees can keep.
+    """
+    reason = tree_refusal(model) if args.tree_packing else None
+    if reason is None:
+        return args.tree_packing
+    for name in ("max_tokens_per_batch", "group_by_pictures"):
+        if getattr(args, name):
+            raise ValueError(f"{name}: it needs token trees, which are not exact with this model, as {reason}; leave it out")
+    logger.warning(
+        "token trees are not exact with this model, as %s: sequences run as padded rows, their prompts unshared", reason
+    )
+    return False
 
 
 def second_model(
@@ -123,14 +148,19 @@ def _with_adapter(model: nn.Module, args: PreferenceConfig, peft_config: PeftCon
 
 @contextlib.contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
-    """PEFT's `disable_adapter`, which at its end would make frozen adapters trainable; here they stay as they were."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """The model without its adapters, all parameters left as they are.
+
+    PEFT's `disable_adapter` changes what requires a gradient, too, which sharding (FSDP2) does not see a second time.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [layer._disable_adapters for layer in layers]
     try:
-        with model.disable_adapter():
-            yield
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -144,35 +174,27 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def picture_features(model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
-    """Per distinct picture (tokens, H): what its image tokens stand for. With a gradient where vision or projector is trained."""
+    """Per distinct picture what its image tokens stand for, see `Family.features`. With a gradient where vision or projector is trained."""
     if batch.pictures is None:
         return []
     body = base_of(model).base_model
     trained = any(parameter.requires_grad for parameter in picture_parameters(model))
-    inputs = {**batch.pictures.inputs, "pixel_values": batch.pictures.pixel_values.to(next(body.parameters()).dtype)}
+    dtype = next(body.parameters()).dtype
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.pictures.inputs.items()}
+    pictures, family = dataclasses.replace(batch.pictures, inputs=inputs), family_of(model)
     with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-        return list(body.get_image_features(**inputs, return_dict=True).pooler_output)
+        if next(body.parameters(recurse=False), None) is None:
+            return family.features(body, pictures)
+        # Parameters of the body itself, such as LLaVA-NeXT's newline, are gathered by ZeRO-3 for a forward of the body only; in one tensor, as
+        # it counts a module's outputs, of which all processes must have as many.
+        joined = through_root(body, body, lambda: torch.cat(family.features(body, pictures)))
+        return list(joined.split(pictures.tokens))
 
 
 def hidden_states(model: nn.Module, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
     """(B, S, H) last hidden states, before the head. features: as `picture_features` gives them."""
-    body = base_of(model).base_model
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    inputs: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
-    if features:
-        # A tree may hold a part of a picture, so features are placed token by token.
-        placed = torch.cat(features)[batch.feature_rows]
-        if "mm_encoder_outputs" in inspect.signature(body.forward).parameters:
-            encoded: Any = [placed]
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded)}
-        else:
-            inputs["inputs_embeds"] = _with_pictures(body, inputs.pop("input_ids"), placed)
-    return body(**inputs).last_hidden_state
-
-
-def _with_pictures(body: Any, input_ids: Tensor, placed: Tensor) -> Tensor:
-    """Token embeddings with features in the image tokens' places, for transformers before `mm_encoder_outputs`."""
-    embeds = body.get_input_embeddings()(input_ids)
-    places = (input_ids == body.config.image_token_id)[..., None].expand_as(embeds)
-    return embeds.masked_scatter(places, placed.to(embeds))
+    body = base_of(model).base_model
+    return family_of(model).hidden_states(body, batch.input_ids, features, batch.feature_rows, **inputs)

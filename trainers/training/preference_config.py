@@ -103,6 +103,13 @@ class PreferenceConfig(TrainingArguments):
     tree_packing: bool = _option(
         True, "run each micro-batch as one token tree, shared prompts and pictures once; False: padded, separate sequences"
     )
+    activation_offloading: bool = _option(
+        False, "keep what gradient checkpointing keeps in the CPU's memory; needs gradient_checkpointing"
+    )
+    stop_on_nonfinite_loss: bool = _option(
+        True,
+        "stop before the optimizer step where a loss is NaN or infinite, naming the records; float16's skipped steps are no such loss",
+    )
     attention_layer: int | None = _option(
         None, "decoder layer (0-based) whose attention ratio on the asked-about picture is logged (attn/ratio_*); None: none"
     )
@@ -192,6 +199,8 @@ class PreferenceConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected 1 or more tokens, or None, got {value!r}")
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError("activation_offloading: it moves what gradient checkpointing keeps; set gradient_checkpointing too")
         for name in ("max_tokens_per_batch", "group_by_pictures"):
             if getattr(self, name) and not self.tree_packing:
                 raise ValueError(f"{name}: padded, separate sequences share nothing and waste padding; leave tree_packing on")

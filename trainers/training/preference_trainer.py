@@ -11,23 +11,28 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, patch_model, preference_loss, record_attention
-from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.families import family_of
+from mmdpo_trainers.families import EncodedPictures, family_of, picture_layers
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import read_json, write_atomic
-from mmdpo_trainers.training import head, model_parts
-from mmdpo_trainers.training.checkpoints import latest_complete, mark_complete, remove_old, start
+from mmdpo_trainers.training import collectives, head, model_parts
+from mmdpo_trainers.training.activation_offload import offload_checkpoints
+from mmdpo_trainers.training.blank_pictures import blank_picture, features_of_blank
+from mmdpo_trainers.training.checkpoints import latest_complete, mark_complete, newest, remove_old, start, writing
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
+from mmdpo_trainers.training.loss_check import LossCheck
 from mmdpo_trainers.training.packing import batch_sampler
 from mmdpo_trainers.training.preference_config import PreferenceConfig
-from mmdpo_trainers.training.preference_records import record_images, record_name
 from mmdpo_trainers.training.reference import Reference
 from mmdpo_trainers.training.reference_cache import Precomputed, ReferenceCache, precompute, reference_header
+from mmdpo_trainers.training.root_call import through_root
+from mmdpo_trainers.training.sharded_batches import COUNTS, batches_of, sharded_loader
+from mmdpo_trainers.training.sharding import Sharding, check_whole
+from mmdpo_trainers.training.trainer_data import collator_of, short_enough
 from mmdpo_trainers.training.training_log import Averages
 
 logger = logging.getLogger(__name__)
@@ -41,12 +46,13 @@ class PreferenceTrainer(Trainer):
     """Trains a policy on chosen and rejected responses to prompts with pictures.
 
     Chosen and rejected responses of a whole micro-batch are packed into one token tree, so a shared prompt and its pictures are
-    run once; the vision tower sees each distinct picture once, for policy and reference together. Log-probabilities come straight
+    run once (where trees are not exact with a model, `mmdpo_kernels.tree_refusal` says why, and they run as padded rows); the vision
+    tower sees each distinct picture once, for policy and reference together. Log-probabilities come straight
     from hidden states (`linear_logprobs`). The reference is the model with its adapter switched off, or a second model.
 
     Args:
-        model: a `LlavaForConditionalGeneration`, or a PEFT model around one. Its dropout is switched off, and it is patched
-            (`mmdpo_kernels.patch_model`) unless neither tree packing nor attention logging is on.
+        model: a transformers model of a family in `families.FAMILIES` or one that follows the conventions, or a PEFT model around one. Its
+            dropout is switched off, and it is patched (`mmdpo_kernels.patch_model`) unless neither tree packing nor attention logging is on.
         args: see `PreferenceConfig`.
         processing_class: the model's processor.
         train_dataset, eval_dataset: TRL's columns, see `PreferenceCollator`: a `datasets.Dataset` or a list of records.
@@ -56,6 +62,8 @@ class PreferenceTrainer(Trainer):
 
     `train(resume_from_checkpoint="auto")` continues from the last whole checkpoint of `output_dir`, or starts. With the same
     number of threads a continued run ends with the same weights, bit for bit, as one that was never interrupted.
+
+    Started in several processes (DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2: docs/scaling.md) it ends as in one that has all their records.
 
     Logged, averaged over records, micro-batches and the logging interval (evaluation: with prefix `eval_`): `loss`,
     `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins` (unless `nll` is the only loss; without a
@@ -87,62 +95,99 @@ class PreferenceTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        _check_devices(args)
+        if args.n_gpu > 1:
+            # DataParallel would split a batch that is one tree.
+            args._n_gpu = 1
+        if args.world_size > 1 and args.train_sampling_strategy == "batch_rebalance":
+            raise ValueError("train_sampling_strategy: batch_rebalance deals records out by itself; use max_tokens_per_batch")
         self.args = args
+        if args.full_finetune and args.needs_reference and ref_model is None:
+            check_whole(model, "full_finetune keeps a copy of the model as its reference")
         self.ref_model = model_parts.second_model(model, args, peft_config, ref_model)
         model = model_parts.make_trainable(model, args, peft_config)
+        packs = model_parts.packs_trees(model, args)
         for each in (model, self.ref_model):
             if each is not None:
                 head.check_head(each)
                 model_parts.disable_dropout(each)
-                if args.tree_packing or args.attention_layer is not None:
+                if packs or args.attention_layer is not None:
                     patch_model(each)
         shares_features = ref_model is None and model_parts.sees_as_reference(model)
         shares_head = ref_model is None and head.heads_alike(model)
         base = model_parts.base_of(model)
-        _check_layer(args.attention_layer, base.config.get_text_config().num_hidden_layers)
+        _check_layer(args.attention_layer, picture_layers(base.config))
         pool = train_dataset if train_dataset is not None else next(iter(_several(eval_dataset)))
-        collator = _collator(base, processing_class, args, pool)
+        collator = collator_of(base, processing_class, args, pool, tree_packing=packs)
         self.progress = progress or Progress()
         self.left_out: list[str] = []
         """Names of records longer than `max_length`."""
+        text = base.config.get_text_config()
+        # Weights that a step without pictures leaves without a gradient, or one whose tokens take other experts.
+        self._uneven = getattr(family_of(base), "cross_attention", False) or any(
+            parameter.requires_grad for parameter in model_parts.picture_parameters(model)
+        )
+        if args.ddp_find_unused_parameters is None:
+            experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+            args.ddp_find_unused_parameters = self._uneven or experts
         self._averages = {"train": Averages(), "eval": Averages()}
         self._resumed_from: Path | None = None
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=self._short_enough(train_dataset, collator),
-            eval_dataset=self._short_enough(eval_dataset, collator),
+            train_dataset=short_enough(train_dataset, collator, args, self.progress, self.left_out),
+            eval_dataset=short_enough(eval_dataset, collator, args, self.progress, self.left_out),
             processing_class=processing_class,
             callbacks=[_RestoreLog(self), *(callbacks or [])],
         )
         # `compute_loss` divides by the whole accumulated batch itself.
         self.model_accepts_loss_kwargs = True
-        if self.ref_model is not None:
-            self.ref_model.to(self.args.device)
+        self.sharding = Sharding(self)
         self._known: dict[int, Any] = {}
         """Datasets whose records the reference's cache holds."""
+        self._header: dict[str, Any] | None = None
+        caches = args.precompute_ref_log_probs and args.needs_reference
+        if caches and self.ref_model is not None and self.sharding.in_shards:
+            # A hash of the weights needs them whole.
+            self._header = self._reference_header(self.ref_model)
         self.reference = Reference(
             model,
             self.ref_model,
             shares_features=shares_features,
             shares_head=shares_head,
             autocast=self.accelerator.autocast,
+            wrapped=None if self.ref_model is None else self.sharding.frozen(self.ref_model),
         )
+        self._loss_check = LossCheck()
+        # What other processes' batches make a process run, although its own has no picture.
+        self._blank = blank_picture(family_of(base), processing_class)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
     ) -> TrainOutput:
         """As in `transformers.Trainer`; `"auto"`: from the last whole checkpoint of `output_dir` if there is one."""
         if resume_from_checkpoint in ("auto", True):
-            found = latest_complete(str(self.args.output_dir), report=logger.warning)
+            found = self._latest_checkpoint()
             if found is None and resume_from_checkpoint is True:
                 raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no whole checkpoint; pass 'auto' to start")
-            resume_from_checkpoint = None if found is None else str(found)
+            resume_from_checkpoint = found
         self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-        self.precompute_reference()
+        if not self._reference_waits:
+            self.precompute_reference()
+        elif self.args.precompute_ref_log_probs and self.args.needs_reference and self._header is None:
+            self._header = self._reference_header(self.reference.model)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _latest_checkpoint(self) -> str | None:
+        """The last whole checkpoint. Looked for by one process, as what is half is removed."""
+        folder = str(self.args.output_dir)
+        found = latest_complete(folder, report=logger.warning) if self.args.process_index == 0 else None
+        return collectives.gathered(None if found is None else str(found))[0]
+
+    @property
+    def _reference_waits(self) -> bool:
+        """Whether the reference's pass comes when training has put the policy's weights in shards, and not before."""
+        return self.sharding.in_shards and self.ref_model is None
 
     @property
     def _policy(self) -> Any:
@@ -156,35 +201,71 @@ class PreferenceTrainer(Trainer):
         num_items_in_batch: (2,) int64, records and chosen tokens of the whole step; None: the micro-batch is all there is.
         """
         batch: PreferenceBatch = inputs["batch"].to(self.args.device)
-        averages = self._averages["train" if model.training else "eval"]
+        counts = inputs.get(COUNTS, True)
+        averages = self._averages["train" if model.training else "eval"] if counts else Averages()
         policy, reference = self._logps(batch, inputs.get("reference_batch"), training=model.training, averages=averages)
         records, tokens = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
-        loss = self._loss(batch, policy, reference, records, tokens, averages)
+        loss, parts = self._loss(batch, policy, reference, records, tokens, averages)
+        if model.training and self.args.stop_on_nonfinite_loss:
+            self._loss_check.look(loss, batch.ids, parts)
+            if self.accelerator.sync_gradients:
+                self._loss_check.stop(self.state.global_step + 1, self.args.device, self._kept)
+        if not counts:
+            loss = loss * 0
+        if model.training and collectives.several():
+            # The mean over processes that gradients and logs are is to be a sum.
+            loss = loss * self.args.world_size
         return (loss, {}) if return_outputs else loss
+
+    def _kept(self) -> str:
+        """What a message says of the checkpoints so far."""
+        folder = str(self.args.output_dir)
+        found = collectives.gathered(newest(folder) if self.args.process_index == 0 else None)[0]
+        return "there is no checkpoint yet" if found is None else f"{found} is whole, and training continues from it"
 
     def _logps(
         self, batch: PreferenceBatch, reference_batch: PreferenceBatch | None, *, training: bool, averages: Averages
     ) -> tuple[TokenLogps, SequenceLogps | TokenLogps | None]:
-        """The policy's and, where a loss looks at it, the reference's log-probabilities.
+        """The policy's and, where a loss looks at it, the reference's log-probabilities, in one call of the outermost module.
 
         reference_batch: with separate draws of the corruption the reference's own, with pictures of its own.
         """
-        features = self._features(batch)
-        theirs = batch if reference_batch is None else reference_batch.to(self.args.device)
-        shared = features if reference_batch is None else None
-        rows, reference = None, None
-        if self.args.needs_reference and self.reference.scored_beside_policy:
-            rows = self.reference.rows(theirs, shared)
-        elif self.args.needs_reference:
-            reference = self.reference.logps(theirs, shared)
-        with self._recorded(batch, training=training, averages=averages), self.accelerator.autocast():
-            hidden = model_parts.hidden_states(self._policy, batch, features)
-        # The head stays out of autocast: its log-probabilities are made in float32.
-        scored = head.scored_rows(hidden, batch)
-        if rows is None:
-            return batch.token_logps(head.token_logps(self._policy, scored, batch)), reference
-        mine, beside = head.token_logps_beside(self._policy, scored, batch, rows, theirs)
-        return batch.token_logps(mine), batch.token_logps(beside)
+        args, reference = self.args, self.reference
+        theirs = batch if reference_batch is None else reference_batch.to(args.device)
+        cached = reference.cached(theirs) if args.needs_reference else None
+        runs = args.needs_reference and cached is None
+        blank = self._blank_for(batch)
+
+        def forward() -> tuple[Tensor, ...]:
+            features, nothing = self._features(batch), None
+            if blank is not None:
+                with self.accelerator.autocast():
+                    features, nothing = features_of_blank(self._policy, batch, blank)
+            shared = features if reference_batch is None else None
+            beside = runs and reference.scored_beside_policy
+            rows = reference.rows(theirs, shared, blank) if beside else None
+            others = (reference.token_logps(theirs, shared, blank),) if runs and not beside else ()
+            with self._recorded(batch, training=training, averages=averages), self.accelerator.autocast():
+                hidden = model_parts.hidden_states(self._policy, batch, features)
+            # The head stays out of autocast: its log-probabilities are made in float32.
+            scored = head.scored_rows(hidden, batch)
+            if rows is None:
+                mine = head.token_logps(self._policy, scored, batch)
+            else:
+                mine, *others = head.token_logps_beside(self._policy, scored, batch, rows, theirs)  # type: ignore[assignment]
+            return mine if nothing is None else mine + nothing.to(mine), *others
+
+        wrapped = self.model_wrapped if torch.is_grad_enabled() or self.sharding.in_shards else self.model
+        mine, *others = through_root(wrapped, self.sharding.inside(wrapped), forward)  # type: ignore[arg-type]
+        return batch.token_logps(mine), batch.token_logps(others[0]) if runs else cached
+
+    def _blank_for(self, batch: PreferenceBatch) -> EncodedPictures | None:
+        """The blank picture, where this process has to run one beside others that have pictures."""
+        matters = self.sharding.in_shards or (self._uneven and torch.is_grad_enabled())
+        if not (matters and collectives.several()):
+            return None
+        somewhere = collectives.anywhere(batch.pictures is not None, self.args.device)
+        return self._blank if somewhere and batch.pictures is None else None
 
     def _loss(
         self,
@@ -194,8 +275,10 @@ class PreferenceTrainer(Trainer):
         records: int,
         tokens: int,
         averages: Averages,
-    ) -> Tensor:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and what it is made of by name."""
         args, weights, count = self.args, self.args.weight_of, len(batch.ids)
+        parts: dict[str, Tensor] = {}
         outcomes: list[PreferenceLoss] = []
         loss = policy.logps.new_zeros(())
         pairwise = [name for name in weights if name != "nll"]
@@ -216,6 +299,7 @@ class PreferenceTrainer(Trainer):
             loss = loss + outcome.loss * (count / records)
             if averages is self._averages["eval"]:
                 averages.add({_PAIRWISE: outcome.loss.detach()}, count)
+            parts |= {name: outcome.losses[name].detach() for name in pairwise}
             averages.add({f"rewards/{name}": _mean(value) for name, value in _rewards(outcome).items()}, count)
             for kind in sorted({kind for kind in batch.kinds if kind}):
                 mine = [index for index, each in enumerate(batch.kinds) if each == kind]
@@ -225,9 +309,10 @@ class PreferenceTrainer(Trainer):
             nll = preference_loss(policy, loss_type=("nll",))
             outcomes.append(nll)
             loss = loss + weights["nll"] * nll.loss * (batch.chosen_tokens / tokens)
-            averages.add({"nll_loss": nll.loss.detach()}, batch.chosen_tokens)
+            parts["nll"] = nll.loss.detach()
+            averages.add({"nll_loss": parts["nll"]}, batch.chosen_tokens)
         averages.add({f"logps/{name}": _mean(value) for name, value in outcomes[0].logps.items()}, count)
-        return loss
+        return loss, parts | {f"logps/{name}": value.detach() for name, value in outcomes[0].logps.items()}
 
     def _features(self, batch: PreferenceBatch) -> list[Tensor]:
         with self.accelerator.autocast():
@@ -252,7 +337,7 @@ class PreferenceTrainer(Trainer):
         with self.reference.active() if new else contextlib.nullcontext():
             if self.reference.cache is None:
                 path = Path(args.reference_cache or Path(str(args.output_dir)) / "reference.jsonl")
-                self.reference.cache = ReferenceCache(path, self._reference_header())
+                self.reference.cache = ReferenceCache(path, self._header or self._reference_header(self.reference.model))
                 self.data_collator.runs_reference = False
             for dataset in new:
                 done = precompute(
@@ -265,22 +350,40 @@ class PreferenceTrainer(Trainer):
                     autocast=self.accelerator.autocast,
                     num_workers=args.dataloader_num_workers,
                     progress=self.progress,
+                    logps=self._reference_logps,
+                    in_step=self.sharding.in_shards,
                 )
                 self.progress.print(f"reference: {done}")
                 self._known[id(dataset)] = dataset
                 results.append(done)
         return results
 
-    def _reference_header(self) -> dict[str, Any]:
+    def _reference_logps(self, batch: PreferenceBatch) -> Tensor:
+        """(n, b) log-probabilities of a batch of the reference's pass; the adapter is off."""
+        batch, blank = batch.to(self.args.device), self._blank_for(batch)
+        if self.ref_model is not None or not self.sharding.in_shards:
+            return self.reference.response_logps(batch, blank)
+        wrapped = self.model_wrapped
+        return through_root(wrapped, self.sharding.inside(wrapped), lambda: self.reference.response_logps(batch, blank))
+
+    def _reference_header(self, model: nn.Module) -> dict[str, Any]:
+        check_whole(model, "precompute_ref_log_probs names the reference by its weights")
         autocast = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else False
-        return reference_header(self.reference.model, processor=self.processing_class, autocast=autocast)
+        return reference_header(model, processor=self.processing_class, autocast=autocast)
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `transformers.Trainer`; with `max_tokens_per_batch` or `group_by_pictures` of batches made once, in a new order each epoch."""
         args, dataset = self.args, self.train_dataset
-        if dataset is None or not (args.max_tokens_per_batch or args.group_by_pictures):
+        packed = args.max_tokens_per_batch or args.group_by_pictures
+        if dataset is None or not (packed or args.world_size > 1):
             return super().get_train_dataloader()
-        sampler = batch_sampler(dataset, self.data_collator, args, self.progress)
+        if packed:
+            sampler: Any = batch_sampler(dataset, self.data_collator, args, self.progress)
+        else:
+            records, size = self._get_train_sampler(), self._train_batch_size
+            sampler = batches_of(records, size, drop_last=args.dataloader_drop_last, data_seed=args.data_seed)
+        if args.world_size > 1:
+            return sharded_loader(dataset, sampler, self.data_collator, args, lasting=True)
         workers = args.dataloader_num_workers
         loader = DataLoader(
             dataset,
@@ -293,6 +396,15 @@ class PreferenceTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in `transformers.Trainer`; several processes have one process's batches between them."""
+        if self.args.world_size <= 1:
+            return super().get_eval_dataloader(eval_dataset)
+        named = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset  # type: ignore[index,call-overload]
+        dataset: Any = self.eval_dataset if named is None else named
+        batches = batches_of(range(len(dataset)), self.args.per_device_eval_batch_size)
+        return sharded_loader(dataset, batches, self.data_collator, self.args)
+
     @contextlib.contextmanager
     def _recorded(self, batch: PreferenceBatch, *, training: bool, averages: Averages) -> Iterator[None]:
         """Record attention ratios while the block runs the policy, where they are to be logged."""
@@ -301,7 +413,9 @@ class PreferenceTrainer(Trainer):
         if layer is None or not wanted or not batch.ratios:
             yield
             return
-        with record_attention(self._policy, batch.segments, batch.recorded_rows, layers=[layer]) as recorder:
+        with record_attention(
+            self._policy, batch.segments, batch.recorded_rows, layers=[layer], cross_segments=batch.cross_segments
+        ) as recorder:
             yield
         mass = recorder.mass[layer]
         for span in batch.ratios:
@@ -310,8 +424,9 @@ class PreferenceTrainer(Trainer):
                 averages.add({f"attn/ratio_{span.format}": ratio}, 1)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, PreferenceBatch]], device: torch.device) -> Tensor | None:
-        batches = [sample["batch"] for sample in batch_samples]
-        return torch.tensor([sum(len(b.ids) for b in batches), sum(b.chosen_tokens for b in batches)])
+        batches = [sample["batch"] for sample in batch_samples if sample.get(COUNTS, True)]
+        mine = sum(len(batch.ids) for batch in batches), sum(batch.chosen_tokens for batch in batches)
+        return torch.tensor(collectives.summed(mine, device))
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -340,7 +455,7 @@ class PreferenceTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As in `transformers.Trainer`, with the training log's keys among the metrics; the loss is that of all records at once."""
-        self._averages["eval"].take()
+        self._averages["eval"].clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self._averages["eval"].take()
         if means:
@@ -348,6 +463,12 @@ class PreferenceTrainer(Trainer):
             means["loss"] = means.pop(_PAIRWISE, 0.0) + self.args.weight_of.get("nll", 0.0) * means.get("nll_loss", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # type: ignore[union-attr]
         return output
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # The loss since the last log line is the mean over processes, as it is in the log.
+        losses = collectives.gathered(self._tr_loss.item())
+        self._tr_loss.fill_(sum(losses) / len(losses))
+        return super()._finalize_training(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `transformers.Trainer`, with the averages since the last training log."""
@@ -361,31 +482,56 @@ class PreferenceTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        start(folder)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            # Its own removal of old checkpoints would not wait for the marker, nor spare what others wrote.
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        averages = self._averages["train"].state()
-        write_atomic(
-            folder / LOG_STATE, {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged, "averages": averages}
-        )
-        mark_complete(folder)
-        remove_old(folder.parent, limit, keep=self.state.best_model_checkpoint)
+        averages, loss = self._averages["train"].state(), collectives.gathered(self._tr_loss.item())
+        self.sharding.complete_optimizer(self.optimizer)
+        with writing(folder):
+            if self.args.process_index == 0:
+                start(folder)
+            collectives.barrier()
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                # Its own removal of old checkpoints would not wait for the marker, nor spare what others wrote.
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            # Every process has written what is its own.
+            collectives.barrier()
+            if self.args.process_index == 0:
+                state = {"loss": sum(loss) / len(loss), "last_logged": self._globalstep_last_logged, "averages": averages}
+                write_atomic(folder / LOG_STATE, state)
+                mark_complete(folder)
+                remove_old(folder.parent, limit, keep=self.state.best_model_checkpoint)
+            collectives.barrier()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `transformers.Trainer`: an adapter or a whole model that `from_pretrained` reads, gathered where weights are in shards."""
+        if self.is_fsdp_enabled and not _internal_call:
+            # By itself it writes nothing where checkpoints are in shards.
+            state = self.accelerator.get_state_dict(self.model)
+            self._save(output_dir, state_dict=state)
+        else:
+            super().save_model(output_dir, _internal_call)
+        collectives.barrier()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As in `transformers.Trainer`; a tied weight once, also where gathering has made two of it."""
+        if state_dict is not None and not isinstance(self.model, PeftModel):
+            once = dict(self.model.named_parameters())  # type: ignore[union-attr]
+            twice = [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in once]  # type: ignore[union-attr]
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in twice}
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in `transformers.Trainer`; a whole model by `from_pretrained`, which knows under what names weights are saved."""
         target: Any = model if model is not None else self.model
-        if isinstance(target, PeftModel):
+        if isinstance(target, PeftModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             saved = type(target).from_pretrained(resume_from_checkpoint, dtype="auto", local_files_only=True)
             target.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, PeftModel):
+        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -397,34 +543,8 @@ class PreferenceTrainer(Trainer):
         state = read_json(self._resumed_from / LOG_STATE)
         self._tr_loss.fill_(state["loss"])
         self._globalstep_last_logged = state["last_logged"]
-        self._averages["train"].load(state["averages"])
-
-    def _short_enough(self, dataset: Any, collator: PreferenceCollator) -> Any:
-        limit = self.args.max_length
-        if dataset is None or limit is None:
-            return dataset
-        if isinstance(dataset, dict):
-            return {name: self._short_enough(each, collator) for name, each in dataset.items()}
-        with self.progress.task("measure records", total=len(dataset)) as task:
-            kept, left_out = [], []
-            for index in range(len(dataset)):
-                record = dataset[index]
-                length = collator.length(record)
-                if length <= limit:
-                    kept.append(index)
-                elif self.args.too_long == "error":
-                    raise DataError(
-                        f"record {record_name(record)}: {length} tokens are more than max_length={limit}; raise it, shorten the record, "
-                        "or leave such records out with too_long='drop'"
-                    )
-                else:
-                    left_out.append(record_name(record))
-                task.advance()
-        if left_out:
-            first = ", ".join(left_out[:10])
-            logger.warning("%d records are longer than max_length=%d and left out: %s", len(left_out), limit, first)
-            self.left_out += left_out
-        return dataset.select(kept) if hasattr(dataset, "select") else Subset(dataset, kept)
+        # All processes' values are in it: one of them goes on with them.
+        self._averages["train"].load(state["averages"] if self.args.process_index == 0 else {})
 
 
 class _RestoreLog(TrainerCallback):
@@ -433,22 +553,10 @@ class _RestoreLog(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._restore_log()
-
-
-class _Pictures(Sequence[Any]):
-    """The pictures of a dataset's records, read from their records when they are asked for."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        counts = (len(record_images(dataset[index])) for index in range(len(dataset)))
-        self.places = [(index, place) for index, count in enumerate(counts) for place in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, number: Any) -> Any:
-        index, place = self.places[number]
-        return record_images(self.dataset[index])[place]
+        if self.trainer._reference_waits:
+            self.trainer.precompute_reference()
+        if self.trainer.args.activation_offloading:
+            offload_checkpoints(self.trainer._policy)
 
 
 def _several(dataset: Any) -> list[Any]:
@@ -470,38 +578,8 @@ def _rewards(outcome: PreferenceLoss) -> dict[str, Tensor]:
     return values
 
 
-def _collator(base: Any, processor: Any, args: PreferenceConfig, pool: Any) -> PreferenceCollator:
-    tokenizer = processor.tokenizer
-    end = base.generation_config.eos_token_id
-    ends = [end] if isinstance(end, int) else list(end or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    if not ends:
-        raise ValueError("processing_class: neither tokenizer nor generation_config has an end token; responses could not end")
-    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-    return PreferenceCollator(
-        processor,
-        family=family_of(base),
-        image_token_id=base.config.image_token_id,
-        end_id=end_id,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id,
-        tree_packing=args.tree_packing,
-        branches=args.branches,
-        corruption=args.picture_corruption if "corrupted" in args.branches else None,
-        no_image=args.no_image,
-        changed_token_weight=args.changed_token_weight,
-        picture_pool=_Pictures(pool) if pool is not None and args.corruption == "other" else (),
-    )
-
-
-def _check_devices(args: PreferenceConfig) -> None:
-    if args.world_size > 1:
-        raise ValueError(f"PreferenceTrainer runs in one process, got {args.world_size}; start it without a distributed launcher")
-    if args.n_gpu > 1:
-        # DataParallel would split a batch that is one tree.
-        args._n_gpu = 1
-
-
-def _check_layer(layer: int | None, layers: int) -> None:
-    if layer is not None and not 0 <= layer < layers:
-        raise ValueError(f"attention_layer: expected 0 to {layers - 1} (the model has {layers} decoder layers), got {layer}")
+def _check_layer(layer: int | None, layers: Sequence[int]) -> None:
+    if layer is not None and layer not in layers:
+        count = f"0 to {len(layers) - 1} (the model has {len(layers)} decoder layers)"
+        expected = count if isinstance(layers, range) else f"one of {list(layers)}, which see pictures"
+        raise ValueError(f"attention_layer: expected {expected}, got {layer}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from mmdpo_kernels import image_segments
 from mmdpo_trainers.attention_ratios import REGION_FORMATS, region_on
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.families import EncodedPictures
+from mmdpo_trainers.families import EncodedPictures, View, plain_grid
 from mmdpo_trainers.training.examples import Example
 from mmdpo_trainers.training.preference_records import record_target
 
@@ -74,23 +75,28 @@ def _segments(example: Example, encoded: EncodedPictures | None) -> tuple[Tensor
     target = None if in_picture else record_target(record)
     if not in_picture and target is None:
         return None
+    if in_picture and not encoded.views[example.pictures[0]]:
+        # Nothing is known of where its tokens lie.
+        return None
     counts = [encoded.tokens[picture] for picture in example.pictures]
-    grid = encoded.patch_grids[example.pictures[0]]
     # Feature rows tell image tokens from text without the model's image token.
     kinds = torch.from_numpy(np.where(example.sequences[0].feature_rows >= 0, 1, 0))[None]
     try:
-        region = _region(example, grid) if in_picture else None
-        found = image_segments(kinds, 1, [counts], regions=[region], patch_grids=[grid if in_picture else None])[0]
+        views = encoded.views[example.pictures[0]]
+        region = _region(example, views) if in_picture else None
+        found = image_segments(kinds, 1, [counts], regions=[region], patch_grids=[plain_grid(views)])[0]
     except (TypeError, ValueError) as error:
         raise DataError(f"record {example.name}: {error}") from error
     return (found, 2, 0) if in_picture else (found, len(counts), target or 0)
 
 
-def _region(example: Example, grid: tuple[int, int]) -> list[int]:
-    """The asked-about rectangle on the model's patches."""
-    region = region_on(example.record, grid)
+def _region(example: Example, views: Sequence[View]) -> list[int] | Tensor:
+    """The asked-about part of the record's one picture."""
+    region = region_on(example.record, views)
     if region is None:
+        grid = plain_grid(views)
+        mine = "pictures that are tiled" if grid is None else f"{grid[0]}x{grid[1]}"
         raise ValueError(
-            f"region is on {example.record.get('patch_grid')} patches, and the model has {grid[0]}x{grid[1]}; add `box`, or drop region"
+            f"region is on {example.record.get('patch_grid')} patches, and the model has {mine}; add `box`, or drop region"
         )
     return region

@@ -7,6 +7,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -23,13 +24,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mmdpo_trainers import ranks
 from mmdpo_trainers.errors import DataError, RunFolderError, StaleCacheError
 from mmdpo_trainers.fingerprint import Fingerprint
 from mmdpo_trainers.progress import Progress
-from mmdpo_trainers.training import head, model_parts
+from mmdpo_trainers.training import collectives, head, model_parts
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
 from mmdpo_trainers.training.packing import batch_tokens, group_batches, measure, pack_by_tokens
 from mmdpo_trainers.training.preference_records import record_name
+
+logger = logging.getLogger(__name__)
 
 _OPENING = b'{"reference_cache": '
 _BLOCK = 64 * 2**20
@@ -63,8 +67,7 @@ class ReferenceCache:
         """Kept open: as long as it is, no other file can get its inode number."""
         self._end = 0
         """Where the part of the file that was read ends."""
-        if self.path.exists():
-            self._follow(self.path.open("rb"))
+        self.follow()
 
     def __len__(self) -> int:
         return len(self._logps)
@@ -103,6 +106,24 @@ class ReferenceCache:
             os.fsync(file.fileno())
             self._end += len(data)
             self._logps.update(fresh)
+
+    def follow(self) -> None:
+        """Read what other processes appended."""
+        if self.path.exists():
+            self._follow(self.path.open("rb"))
+
+    def part(self, rank: int) -> ReferenceCache:
+        """The file in which one of several processes keeps what it computes until `merge`."""
+        return ReferenceCache(self.path.with_name(f"{self.path.name}.part-{rank}"), self.header)
+
+    def merge(self) -> None:
+        """Append what parts hold and remove them, those of a pass that was killed included; for one process alone."""
+        for path in sorted(self.path.parent.glob(f"{self.path.name}.part-*")):
+            try:
+                self.add(ReferenceCache(path, self.header)._logps)
+            except StaleCacheError:
+                logger.warning("%s: removed, it is of another reference", path)
+            path.unlink()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
@@ -241,11 +262,13 @@ def precompute(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     num_workers: int = 0,
     progress: Progress | None = None,
+    logps: Callable[[PreferenceBatch], Tensor] | None = None,
+    in_step: bool = False,
 ) -> Precomputed:
     """Run the reference over the records that the cache does not hold, appending each batch to it.
 
     Records about the same pictures are run together, batches with the most tokens first, so that one too large for the device shows
-    at once.
+    at once. Several processes deal the batches out; each appends to a part of its own, and the first one merges them.
 
     Args:
         model: computes the reference as it is: a PEFT model with its adapter off, or a model of its own.
@@ -254,11 +277,14 @@ def precompute(
         max_tokens: tokens of a batch, needs a collator of trees; a longer record is run by itself. None: `batch_size` records.
         autocast: the context of forward passes; the output head stays out of it.
         num_workers: processes that prepare batches while the model runs.
+        logps: (n, b) log-probabilities of a batch, in place of the model's own forward.
+        in_step: the model's weights are in shards, so that all processes must run as many batches.
 
     Raises DataError naming the record that cannot be used, or whose log-probability is not finite.
     """
     progress = progress or Progress()
     started = time.monotonic()
+    _merge(cache)
     keys = []
     with progress.task("reference: look up records", total=len(dataset)) as task:
         for index in range(len(dataset)):
@@ -272,32 +298,60 @@ def precompute(
     # Batches are made of all records: continued after a kill they are those of an undisturbed pass, and so is the last bit.
     batches, costs = _batches(dataset, firsts, collator, max_tokens, batch_size, progress)
     due = [number for number, batch in enumerate(batches) if any(keys[index] in wanted for index in batch)]
-    batches, costs = [batches[number] for number in due], [costs[number] for number in due]
+    tokens = sum(costs[number] for number in due)
+    mine = _share(due, in_step=in_step)
+    batches, costs = [batches[number] for number in mine], [costs[number] for number in mine]
     as_seen = functools.partial(collator.batch, model="reference")
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=as_seen, num_workers=num_workers)  # type: ignore[arg-type]
     device = next(model.parameters()).device
+    target = cache.part(ranks.rank()) if collectives.several() else cache
     left = sum(costs)
     with progress.task("reference", total=sum(map(len, batches))) as task:
         begun = time.monotonic()
         for indices_of_batch, cost, on_cpu in zip(batches, costs, loader, strict=True):
             batch: PreferenceBatch = on_cpu.to(device)
-            with autocast():
-                hidden = model_parts.hidden_states(model, batch, model_parts.picture_features(model, batch))
-            rows = head.response_logps(model, hidden, batch).double().tolist()
+            if logps is not None:
+                found = logps(batch)
+            else:
+                with autocast():
+                    hidden = model_parts.hidden_states(model, batch, model_parts.picture_features(model, batch))
+                found = head.response_logps(model, hidden, batch)
+            rows = found.double().tolist()
             for index, row in zip(indices_of_batch, rows, strict=True):
                 _check_finite(dataset[index], dict(zip(batch.branches, row, strict=True)))
             # The batch's own keys: they are of what was run, even if a file changed since the records were looked up.
-            cache.add({key: dict(zip(batch.branches, row, strict=True)) for key, row in zip(batch.keys, rows, strict=True)})
+            target.add({key: dict(zip(batch.branches, row, strict=True)) for key, row in zip(batch.keys, rows, strict=True)})
             left -= cost
             remaining = (time.monotonic() - begun) * left / (sum(costs) - left)
             task.advance(len(indices_of_batch), f"about {_duration(remaining)} left" if left else "")
+    _merge(cache)
     return Precomputed(
         records=len(keys),
         computed=len(wanted),
         cached=len(keys) - len(wanted),
-        tokens=sum(costs),
+        tokens=tokens,
         seconds=time.monotonic() - started,
     )
+
+
+def _merge(cache: ReferenceCache) -> None:
+    """Bring the parts of all processes, of this pass or of a killed one, into the cache, and read it in every process."""
+    if collectives.several():
+        ranks.barrier()
+    if not collectives.several() or ranks.is_main():
+        cache.merge()
+    if collectives.several():
+        ranks.barrier()
+        cache.follow()
+
+
+def _share(numbers: list[int], *, in_step: bool) -> list[int]:
+    """Those of a list that this process does; in_step: with the last again where others have one more."""
+    if not collectives.several():
+        return numbers
+    world = ranks.world_size()
+    share = numbers[ranks.rank() :: world]
+    return share + numbers[-1:] * (in_step and len(share) < -(-len(numbers) // world))
 
 
 def _batches(

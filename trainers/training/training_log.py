@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mmdpo_trainers.progress import Progress, ProgressTask
 from mmdpo_trainers.run_folder import JsonLines, write_atomic
+from mmdpo_trainers.training import collectives
 
 _CLOCK = ("_runtime", "_per_second", "_time")
 _TOTALS = ("train_loss", "total_flos")
@@ -33,14 +34,24 @@ class Averages:
             total[1] += weight
 
     def take(self) -> dict[str, float]:
-        """The means so far; counting starts anew."""
-        means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
-        self._sums = {}
+        """The means so far, over the records of all processes; counting starts anew."""
+        means = {name: total / weight for name, (total, weight) in self.state().items() if weight}
+        self.clear()
         return means
 
+    def clear(self) -> None:
+        """Start counting anew."""
+        self._sums = {}
+
     def state(self) -> dict[str, list[float]]:
-        """JSON-able state for a checkpoint."""
-        return self._sums
+        """JSON-able state of all processes for a checkpoint; all of them call this together."""
+        merged: dict[str, list[float]] = {}
+        for sums in collectives.gathered(self._sums):
+            for name, (total, weight) in sums.items():
+                known = merged.setdefault(name, [0.0, 0.0])
+                known[0] += total
+                known[1] += weight
+        return merged
 
     def load(self, state: Mapping[str, list[float]]) -> None:
         """Put `state()` back."""

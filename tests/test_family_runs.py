@@ -1,19 +1,22 @@
-"""`mmdpo run` on Qwen2.5-VL with the shipped settings, pictures of different shapes, from single-image data to the page."""
+"""`mmdpo run` with the shipped settings of Qwen2.5-VL, pictures of different shapes, from single-image data to the page."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from rich.console import Console
-from tiny_models import make_tiny_qwen, sample_pictures
+from tiny_models import TINY, make_tiny_qwen, sample_pictures
 
 from mmdpo_trainers.config import RunConfig, merge
+from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.pipeline import run_pipeline
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import read_json, read_jsonl
@@ -34,12 +37,12 @@ def write_data(folder: Path, pictures: int) -> Path:
     return folder / "data.json"
 
 
-def settings(folder: Path) -> RunConfig:
+def settings(folder: Path, make: Callable[[Path], Path] = make_tiny_qwen) -> RunConfig:
     (folder / "pictures").mkdir()
     every = {"sequence": {2: 1.0, 3: 1.0}, "grid": {2: 1.0, 4: 1.0}, "pip": {2: 1.0}}
     small: dict[str, Any] = {
         "run_dir": str(folder / "run"),
-        "model": str(make_tiny_qwen(folder / "model")),
+        "model": str(make(folder / "model")),
         "dtype": "float32",
         "threads": 1,
         "data": {"source": str(write_data(folder / "pictures", 16)), "image_folder": None, "holdout": 0.4},
@@ -89,3 +92,30 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert [answer["response"] for answer in before] != [answer["response"] for answer in after]
     page = (run / "report.html").read_text()
     assert "<html" in page and 'src="http' not in page and read_json(run / "report" / "summary.json")["heat_maps"] >= 2
+
+
+@pytest.mark.parametrize("family", ["internvl", "gemma3", "mllama"])
+def test_other_families(tmp_path: Path, family: str) -> None:
+    """Tiled pictures, pictures that see themselves both ways, and cross-attended ones, which have no parts to ask about."""
+    config, console = settings(tmp_path, TINY[family]), Console(file=io.StringIO())
+    formats = {"sequence", "grid", "pip"}
+    if family == "mllama":
+        with pytest.raises(DataError, match="with mllama only whole pictures can be told apart; leave the format out"):
+            run_pipeline(config, progress=Progress(console), console=console)
+        formats = {"sequence"}
+        config = dataclasses.replace(
+            config,
+            run_dir=str(tmp_path / "sequences"),
+            augment=dataclasses.replace(config.augment, formats={"sequence": 1.0}),
+            evaluate=dataclasses.replace(config.evaluate, per_format={"sequence": 4, "single": 4}),
+        )
+    summary = run_pipeline(config, progress=Progress(console), console=console)
+    run = Path(config.run_dir)
+    assert set(summary["pairs"]) == formats and sum(summary["pairs"].values()) >= 8
+    for record in read_jsonl(run / "score" / "scores.jsonl"):
+        assert record["recorded"]["attention"] == record["attention"] and 0 <= record["ratio"] <= 1
+    log = [entry for entry in read_jsonl(run / "train" / "log.jsonl") if "loss" in entry]
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-4) and log[-1]["rewards/margins"] > 0.1
+    maps = read_json(run / "report" / "summary.json")["heat_maps"]
+    assert maps == 0 if family == "mllama" else maps >= 2
+    assert set(summary["accuracy"]["after"]) == {*formats, "single"}

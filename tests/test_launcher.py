@@ -1,0 +1,180 @@
+"""How the processes of a launch find each other: restarts, processes that do not come, environments that contradict themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from launches import IDS, launch, write_all
+from tiny_models import make_tiny_llava
+from torch.distributed import TCPStore
+
+from mmdpo_trainers import launcher, ranks, shards
+from mmdpo_trainers.config import RunConfig
+from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.preflight import check_train_args
+from mmdpo_trainers.run_folder import RunFolder
+from mmdpo_trainers.stages import StageContext
+
+
+def written(path: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in path.read_text().splitlines()]
+
+
+def test_attempts_on_one_store_have_keys_of_their_own(tmp_path: Path) -> None:
+    """The store of a launcher outlives the processes: one attempt fails, one is killed, one ends well, and another has nothing to do."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def attempt(die_at: int | None, fails: bool = False) -> list[int]:
+        def work(rank: int) -> None:
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            if fails:
+                ranks.on_main(lambda: [1 / 0])
+            assert ranks.on_main(lambda: [die_at]) == [die_at], "an answer of an earlier attempt"
+            ranks.start_group()
+            torch.distributed.barrier()
+            write_all(tmp_path / "x.jsonl", die_at)
+
+        return launch(2, work, port=store.port)
+
+    assert attempt(None, fails=True) == [1, 2]
+    assert -signal.SIGKILL in attempt(2)
+    assert attempt(None) == attempt(None) == [0, 0]
+    assert written(tmp_path / "x.jsonl") == IDS and shards.part_files(tmp_path / "x.jsonl") == []
+
+
+def test_torchrun_starts_a_killed_process_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys\nfrom pathlib import Path\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from launches import write_all\n"
+        f"write_all(Path({str(tmp_path / 'x.jsonl')!r}), 2 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' else None)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
+    ran = subprocess.run(
+        [*command, str(script)], capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Signal 9" in ran.stderr or "exitcode: -9" in ran.stderr, "it was killed"
+    assert written(tmp_path / "x.jsonl") == IDS
+
+
+def test_a_result_of_any_size_reaches_all() -> None:
+    """A store takes values of up to 8 MiB."""
+
+    def work(rank: int) -> None:
+        found = ranks.on_main(lambda: ["ä" * 2**20] * 9 + [0])
+        assert len(found) == 10 and found[8] == "ä" * 2**20
+
+    assert launch(2, work) == [0, 0]
+
+
+def test_one_folder_under_two_names(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "other").symlink_to(tmp_path / "folder")
+    assert launch(2, lambda rank: write_all(tmp_path / ("other" if rank else "folder") / "x.jsonl")) == [0, 0]
+    assert written(tmp_path / "folder" / "x.jsonl") == IDS
+
+
+def test_a_folder_that_is_not_shared(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_VISIBLE", 0.2)
+    assert launch(2, lambda rank: write_all(tmp_path / str(rank) / "x.jsonl")) == [2, 2]
+    error = capfd.readouterr().err
+    assert f"{tmp_path}/0/x.jsonl: 6 of 12 lines are neither in it nor in the part files beside it" in error
+    assert "Put it on a file system that all machines share" in error
+
+
+def test_a_failure_is_heard_once_by_each(capfd: pytest.CaptureFixture[str]) -> None:
+    """Errors go through several blocks that tell of them; the first process waits for those who are still in a batch."""
+
+    def work(rank: int) -> None:
+        with ranks.failing(), ranks.failing(), ranks.failing():
+            ranks.barrier()
+            if rank == 0:
+                raise StageError("the real reason")
+            if rank == 3:
+                time.sleep(1)
+            ranks.wait_for(lambda: False)
+
+    assert launch(4, work) == [2, 2, 2, 2]
+    assert capfd.readouterr().err.count("process 0 of 4 failed, and this one ends with it: the real reason") == 3
+
+
+@pytest.mark.parametrize("agent", [False, True])
+def test_processes_that_do_not_come(agent: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three that WORLD_SIZE names, as an old shell may have it, two are started; with a launcher's store and with their own."""
+    monkeypatch.setattr(launcher, "CONNECT", timedelta(seconds=2))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
+
+    def work(rank: int) -> None:
+        os.environ["WORLD_SIZE"] = "3"
+        if agent:
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        ranks.start()
+
+    assert launch(2, work, port=None if store is None else store.port)[0] == 2
+    error = capfd.readouterr().err
+    assert (
+        "[0] only 2 of 3 processes came within 2 s; start all of them with torchrun or accelerate launch, or take WORLD_SIZE"
+        in error
+    )
+
+
+def test_finish_without_a_start() -> None:
+    ranks.finish()
+
+
+def test_a_group_of_ones_own_changes_nothing() -> None:
+    def work(rank: int) -> None:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        assert (ranks.rank(), ranks.world_size()) == (rank, 2)
+        ranks.barrier()
+        for name in ("RANK", "WORLD_SIZE"):
+            del os.environ[name]
+        assert (ranks.rank(), ranks.world_size()) == (rank, 2)
+
+    assert launch(2, work) == [0, 0]
+
+
+def test_looking_at_settings_makes_no_process_group(tmp_path: Path) -> None:
+    """One process looks, while the others wait for it: transformers must not wait for them in turn."""
+    model = make_tiny_llava(tmp_path / "model")
+
+    def work(rank: int) -> None:
+        config = RunConfig.from_dict({"model": str(model), "device": "cpu"})
+        context = StageContext(run=RunFolder(tmp_path / "run"), config=config, stage="train")
+        before = dict(os.environ)
+        ranks.on_main(lambda: check_train_args(context))
+        assert not torch.distributed.is_initialized() and dict(os.environ) == before
+
+    assert launch(2, work) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "message"),
+    [
+        ({"RANK": "4", "LOCAL_RANK": "0"}, 0, "RANK: expected 0 to 3, as WORLD_SIZE is 4, got '4': start all of them"),
+        ({"RANK": "x", "LOCAL_RANK": "0"}, 0, "RANK: expected 0 to 3, as WORLD_SIZE is 4, got 'x'"),
+        ({"RANK": "1"}, 2, "LOCAL_RANK is not set for process 1 of 4, which sees 2 GPUs"),
+        ({"RANK": "1", "LOCAL_RANK": "2"}, 2, "LOCAL_RANK: expected 0 to 1, as this process sees 2 GPUs, got 2"),
+    ],
+)
+def test_an_environment_that_contradicts_itself(
+    environment: dict[str, str], gpus: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**environment, "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(StageError, match=message):
+        ranks.device() if gpus else ranks.start()

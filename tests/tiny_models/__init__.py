@@ -1,0 +1,61 @@
+"""Small random checkpoints with real processors, and small pictures: what the tests run the real code path on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .gemma3 import make_tiny_gemma3
+from .idefics import make_tiny_idefics3, make_tiny_smolvlm
+from .internvl import make_tiny_internvl
+from .llava import CHAT_TEMPLATE, make_tiny_llava
+from .llava_next import make_tiny_llava_next
+from .llava_onevision import make_tiny_llava_onevision
+from .mistral3 import make_tiny_mistral3, make_tiny_pixtral
+from .mllama import make_tiny_mllama
+from .parts import SPECIAL_TOKENS, WORDS, sample_pictures
+from .parts import make_tokenizer as _tokenizer
+from .parts import widen as _widen
+from .qwen import QWEN_CHAT_TEMPLATE, QWEN_SPECIAL_TOKENS, make_tiny_qwen, make_tiny_qwen2_vl, make_tiny_qwen3_vl
+
+TINY: dict[str, Callable[..., Path]] = {
+    "llava": make_tiny_llava,
+    "llava_next": make_tiny_llava_next,
+    "llava_onevision": make_tiny_llava_onevision,
+    "qwen2_vl": make_tiny_qwen2_vl,
+    "qwen2_5_vl": make_tiny_qwen,
+    "qwen3_vl": make_tiny_qwen3_vl,
+    "internvl": make_tiny_internvl,
+    "idefics3": make_tiny_idefics3,
+    "smolvlm": make_tiny_smolvlm,
+    "gemma3": make_tiny_gemma3,
+    "mistral3": make_tiny_mistral3,
+    "pixtral": make_tiny_pixtral,
+    "mllama": make_tiny_mllama,
+}
+"""Family -> what writes a tiny checkpoint of it to a folder."""
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "QWEN_CHAT_TEMPLATE",
+    "QWEN_SPECIAL_TOKENS",
+    "SPECIAL_TOKENS",
+    "TINY",
+    "WORDS",
+    "_tokenizer",
+    "_widen",
+    "make_tiny_gemma3",
+    "make_tiny_idefics3",
+    "make_tiny_internvl",
+    "make_tiny_llava",
+    "make_tiny_llava_next",
+    "make_tiny_llava_onevision",
+    "make_tiny_mistral3",
+    "make_tiny_mllama",
+    "make_tiny_pixtral",
+    "make_tiny_qwen",
+    "make_tiny_qwen2_vl",
+    "make_tiny_qwen3_vl",
+    "make_tiny_smolvlm",
+    "sample_pictures",
+]

@@ -1,0 +1,95 @@
+"""What a trainer makes of its data before it starts: the collator for its model, and records that are short enough."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Subset
+
+from mmdpo_trainers.errors import DataError
+from mmdpo_trainers.families import family_of
+from mmdpo_trainers.progress import Progress
+from mmdpo_trainers.training.collator import PreferenceCollator
+from mmdpo_trainers.training.preference_config import PreferenceConfig
+from mmdpo_trainers.training.preference_records import record_images, record_name
+
+logger = logging.getLogger(__name__)
+
+
+def collator_of(base: Any, processor: Any, args: PreferenceConfig, pool: Any, *, tree_packing: bool) -> PreferenceCollator:
+    """The collator that `args` describes, for a model without its adapter. pool: a dataset, whose pictures corruption "other" draws from.
+
+    Raises ValueError where neither tokenizer nor model has an end token.
+    """
+    tokenizer = processor.tokenizer
+    end = base.generation_config.eos_token_id
+    ends = [end] if isinstance(end, int) else list(end or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends.append(tokenizer.eos_token_id)
+    if not ends:
+        raise ValueError("processing_class: neither tokenizer nor generation_config has an end token; responses could not end")
+    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+    return PreferenceCollator(
+        processor,
+        family=family_of(base),
+        image_token_id=base.config.image_token_id,
+        end_id=end_id,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id,
+        tree_packing=tree_packing,
+        branches=args.branches,
+        corruption=args.picture_corruption if "corrupted" in args.branches else None,
+        no_image=args.no_image,
+        changed_token_weight=args.changed_token_weight,
+        picture_pool=PicturePool(pool) if pool is not None and args.corruption == "other" else (),
+    )
+
+
+def short_enough(
+    dataset: Any, collator: PreferenceCollator, args: PreferenceConfig, progress: Progress, left_out: list[str]
+) -> Any:
+    """The records of a dataset, or of each in a dictionary of them, within `max_length`; names of the others are added to `left_out`.
+
+    Raises DataError naming the first that is longer, where `too_long` is "error".
+    """
+    limit = args.max_length
+    if dataset is None or limit is None:
+        return dataset
+    if isinstance(dataset, dict):
+        return {name: short_enough(each, collator, args, progress, left_out) for name, each in dataset.items()}
+    with progress.task("measure records", total=len(dataset)) as task:
+        kept, long = [], []
+        for index in range(len(dataset)):
+            record = dataset[index]
+            length = collator.length(record)
+            if length <= limit:
+                kept.append(index)
+            elif args.too_long == "error":
+                raise DataError(
+                    f"record {record_name(record)}: {length} tokens are more than max_length={limit}; raise it, shorten the record, "
+                    "or leave such records out with too_long='drop'"
+                )
+            else:
+                long.append(record_name(record))
+            task.advance()
+    if long:
+        logger.warning("%d records are longer than max_length=%d and left out: %s", len(long), limit, ", ".join(long[:10]))
+        left_out += long
+    return dataset.select(kept) if hasattr(dataset, "select") else Subset(dataset, kept)
+
+
+class PicturePool(Sequence[Any]):
+    """The pictures of a dataset's records, read from their records when they are asked for."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        counts = (len(record_images(dataset[index])) for index in range(len(dataset)))
+        self.places = [(index, place) for index, count in enumerate(counts) for place in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: Any) -> Any:
+        index, place = self.places[number]
+        return record_images(self.dataset[index])[place]

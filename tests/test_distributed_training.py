@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from distributed import STRATEGIES, fill, launch, needs
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from distributed import ROOT, STRATEGIES, fill, launch, needs
 from tiny_models import TINY
 from training_cases import preference_records
 
@@ -132,3 +134,24 @@ def test_a_killed_process_ends_the_step_and_training_continues(folder: Path, alo
 
     launch("fsdp2", folder, output, {"full": FULL})
     assert_same(output / "full", alone / "full")
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_every_machine_starts_its_own_processes(strategy: str) -> None:
+    """As accelerate does without being told, it would start a DeepSpeed runner on each that wants to reach the others by pdsh."""
+    needs(strategy)
+    options = "--num_machines 2 --machine_rank 1 --num_processes 16 --main_process_ip first --main_process_port 29500 script.py"
+    file = ROOT / "configs" / "accelerate" / f"{strategy}.yaml"
+    known = launch_command_parser().parse_args(["--config_file", str(file), *options.split()])
+    arguments, defaults, _ = _validate_launch_command(known)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    command, environment = prepare_deepspeed_cmd_env(arguments)
+    assert command is None and environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+
+
+def test_an_evaluation_has_every_record_whatever_training_drops(folder: Path) -> None:
+    """One process would otherwise drop its last smaller batch, and several would not."""
+    case = {"eval_strategy": "epoch", "dataloader_drop_last": True}
+    for name in ("alone", "ddp"):
+        launch(name, folder, folder / name / "dropping", {"dropping": case})
+    assert_same(folder / "ddp" / "dropping" / "dropping", folder / "alone" / "dropping" / "dropping")

@@ -39,8 +39,7 @@ def test_attempts_on_one_store_have_keys_of_their_own(tmp_path: Path) -> None:
             if fails:
                 ranks.on_main(lambda: [1 / 0])
             assert ranks.on_main(lambda: [die_at]) == [die_at], "an answer of an earlier attempt"
-            ranks.start_group()
-            torch.distributed.barrier()
+            ranks.barrier()
             write_all(tmp_path / "x.jsonl", die_at)
 
         return launch(2, work, port=store.port)

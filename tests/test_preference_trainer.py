@@ -459,6 +459,17 @@ def test_long_records_are_left_out_and_named(folder: Path, tmp_path: Path, caplo
     assert [record["id"] for record in trainer.train_dataset] == ["record-0", "record-1", "record-3"]
 
 
+def test_nothing_to_train_on_is_said(folder: Path, tmp_path: Path) -> None:
+    loaded = tiny(folder, torch.float32)
+    records = preference_records(3)
+    for left, limit, message in ((records, 5, "; 3 are longer than max_length=5, raise it"), ([], None, "")):
+        arguments = config(tmp_path, max_length=limit)
+        trainer = PreferenceTrainer(loaded.model, arguments, processing_class=loaded.processor, train_dataset=left)
+        with pytest.raises(DataError, match=f"train_dataset: expected records, got none{message}$"):
+            trainer.train()
+        loaded = tiny(folder, torch.float32)
+
+
 def test_bad_records_are_named(folder: Path, tmp_path: Path) -> None:
     loaded = tiny(folder, torch.float32)
     broken = tmp_path / "broken.png"

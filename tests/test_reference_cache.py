@@ -305,6 +305,32 @@ def test_a_record_without_a_number_is_named(folder: Path, tmp_path: Path, monkey
         run_reference(tmp_path / "cache.jsonl", loaded, records)
 
 
+def test_merging_loses_nothing_of_a_process_that_still_writes(tmp_path: Path) -> None:
+    """Another launch on the same pairs brings in what this one has so far, while it goes on."""
+    path, keys = tmp_path / "cache.jsonl", [f"key {index}" for index in range(150)]
+    context = multiprocessing.get_context("fork")
+    done = context.Event()
+
+    def merges() -> None:
+        cache = ReferenceCache(path, HEADER)
+        while not done.is_set():
+            cache.merge()
+
+    other = context.Process(target=merges)
+    other.start()
+    try:
+        part = ReferenceCache(path, HEADER).part(0)
+        for key in keys:
+            part.add({key: {"chosen": 1.0}})
+    finally:
+        done.set()
+        other.join()
+    cache = ReferenceCache(path, HEADER)
+    cache.merge()
+    assert not cache.missing(keys) and len(cache) == len(keys)
+    assert len(path.read_text().splitlines()) == 1 + len(keys)
+
+
 def test_parts_of_a_killed_pass_are_merged_once(tmp_path: Path) -> None:
     """Whatever number of processes left them, a record that two of them ran and a half line included."""
     path = tmp_path / "cache.jsonl"

@@ -2,7 +2,7 @@
 
 They wait on a key-value store, the one the launcher keeps, or else the first process, by looking now and then: a stage that only the
 first process does may take hours, which a collective of a process group would give up on after minutes, and the wait sees a failure
-of another process. No process group is needed for that; `start_group` makes one for whoever computes together.
+of another process. No process group is needed for that.
 
 With one process everything here is trivial and torch.distributed is not imported.
 """
@@ -91,22 +91,6 @@ def start() -> None:
         _State.store = launcher.connect()
         _State.place = launcher.place()
         atexit.register(finish)
-
-
-def start_group() -> None:
-    """Make the process group of the launch, if there is none: gloo, and NCCL for tensors on a GPU. It is closed at exit."""
-    if several() and launcher.process_group() is None:
-        import torch
-        from torch.distributed import init_process_group
-
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.set_device(device())
-        start()
-        # Not by env://, which would find the group of an attempt before a restart in the launcher's store.
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        init_process_group(backend, store=_State.store, rank=rank(), world_size=world_size())
-        atexit.register(_close_group)
 
 
 def barrier() -> None:
@@ -238,9 +222,3 @@ def finish() -> None:
         _State.store.add("finished", 1)
         if is_main() and not _State.store.check(["failure"]):
             _linger("finished", world_size())
-
-
-def _close_group() -> None:
-    group = launcher.process_group()
-    if group is not None:
-        group.destroy_process_group()

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, patch_model, preference_loss, record_attention
+from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.families import EncodedPictures, family_of, picture_layers
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import read_json, write_atomic
@@ -171,6 +172,9 @@ class PreferenceTrainer(Trainer):
             if found is None and resume_from_checkpoint is True:
                 raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no whole checkpoint; pass 'auto' to start")
             resume_from_checkpoint = found
+        if self.train_dataset is not None and not len(self.train_dataset):  # type: ignore[arg-type]
+            long = f"; {len(self.left_out)} are longer than max_length={self.args.max_length}, raise it" if self.left_out else ""
+            raise DataError(f"train_dataset: expected records, got none{long}")
         self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
         if not self._reference_waits:
             self.precompute_reference()
@@ -397,9 +401,13 @@ class PreferenceTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in `transformers.Trainer`; several processes have one process's batches between them."""
+        """As in `transformers.Trainer`, with every record; several processes have one process's batches between them."""
         if self.args.world_size <= 1:
-            return super().get_eval_dataloader(eval_dataset)
+            dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+            try:
+                return super().get_eval_dataloader(eval_dataset)
+            finally:
+                self.args.dataloader_drop_last = dropped
         named = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset  # type: ignore[index,call-overload]
         dataset: Any = self.eval_dataset if named is None else named
         batches = batches_of(range(len(dataset)), self.args.per_device_eval_batch_size)

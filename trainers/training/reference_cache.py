@@ -117,13 +117,17 @@ class ReferenceCache:
         return ReferenceCache(self.path.with_name(f"{self.path.name}.part-{rank}"), self.header)
 
     def merge(self) -> None:
-        """Append what parts hold and remove them, those of a pass that was killed included; for one process alone."""
+        """Append what parts hold and remove them, those of a pass that was killed included, and what another launch has so far."""
         for path in sorted(self.path.parent.glob(f"{self.path.name}.part-*")):
             try:
-                self.add(ReferenceCache(path, self.header)._logps)
+                part = ReferenceCache(path, self.header)
+                # Until it is gone nobody appends to it: who holds it open begins it anew.
+                with part._locked():
+                    self.add(part._logps)
+                    path.unlink()
             except StaleCacheError:
                 logger.warning("%s: removed, it is of another reference", path)
-            path.unlink()
+                path.unlink()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
@@ -290,7 +294,8 @@ def precompute(
         for index in range(len(dataset)):
             keys.append(collator.key(dataset[index]))
             task.advance()
-    wanted = set(cache.missing(keys))
+    # One list for all: another launch may append to the cache between two readings of it.
+    wanted = set(collectives.gathered(cache.missing(keys))[0])
     if not wanted:
         return Precomputed(records=len(keys), computed=0, cached=len(keys), tokens=0, seconds=time.monotonic() - started)
     # The first record of each content.

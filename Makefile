@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
 	@touch $@
 
 test: install
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4  # a worker a core, so a thread a worker
 
 nightly: install
 	MMDPO_PROPERTY_CASES=10000 $(BIN)/python -m pytest -q tests/test_properties.py

@@ -257,9 +257,10 @@ def tree_attention_forward(
     is_cross = state is not None and getattr(module, "layer_idx", None) in state.cross_layers
     tree_end = None if is_cross else _tree_end(attention_mask, key)
     is_tree = tree_end is not None
-    # Padding is a tree of `tree_mask`'s own.
-    given = is_tree and attention_mask not in _PADDING
-    if given and state is not None and state.tree_refusal is not None and torch._C._current_graph_task_id() == -1:
+    refused = is_tree and state is not None and state.tree_refusal is not None
+    # Padding is a tree of `tree_mask`'s own. A checkpointed layer that runs again in backward was looked at before.
+    if refused and attention_mask not in _PADDING and torch._C._current_graph_task_id() == -1:
+        assert state is not None
         raise ValueError(
             f"{type(module).__name__}: a packed token tree is not exact with this model: {state.tree_refusal}; run its sequences as a "
             "padded batch"

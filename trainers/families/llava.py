@@ -107,9 +107,7 @@ class LlavaOnevision(LlavaNext):
         inputs = {name: encoded[name][: len(pictures)] for name in ("pixel_values", "image_sizes")}
         side = int(processor.num_image_tokens**0.5)
         count = self._tokens_beside_others(processor)
-        views: list[tuple[View, ...]] = [
-            (View(side, side, _square(*picture.size)), View(1, 0, row_ends=1)) for picture in pictures
-        ]
+        views: list[tuple[View, ...]] = [(View(side, side, _square(*picture.size), marks=1),) for picture in pictures]
         blocks = [[self.image_token_id(processor)] * count] * len(pictures)
         return EncodedPictures(inputs=inputs, tokens=[count] * len(pictures), blocks=blocks, views=views)
 

@@ -146,7 +146,7 @@ def _shows(views: Sequence[View], tokens: int) -> Tensor | None:
         return None
     cells = []
     for view in views:
-        grid = torch.zeros(view.rows, view.columns + view.row_ends, dtype=torch.bool)
-        grid[:, : view.columns] = True
-        cells.append(grid.flatten())
+        its_tokens = torch.zeros(view.tokens, dtype=torch.bool)
+        view.shown(its_tokens)[:] = True
+        cells.append(its_tokens)
     return torch.cat(cells)

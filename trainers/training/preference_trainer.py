@@ -124,7 +124,7 @@ class PreferenceTrainer(Trainer):
         """Names of records longer than `max_length`."""
         text = base.config.get_text_config()
         # Weights that a step without pictures leaves without a gradient, or one whose tokens take other experts.
-        self._uneven = getattr(family_of(base), "cross_attention", False) or any(
+        self._uneven = family_of(base).cross_attention or any(
             parameter.requires_grad for parameter in model_parts.picture_parameters(model)
         )
         if args.ddp_find_unused_parameters is None:
@@ -161,7 +161,7 @@ class PreferenceTrainer(Trainer):
         )
         self._loss_check = LossCheck()
         # What other processes' batches make a process run, although its own has no picture.
-        self._blank = blank_picture(family_of(base), processing_class)
+        self._blank = blank_picture(family_of(base), processing_class) if args.world_size > 1 else None
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None

@@ -12,7 +12,7 @@ TYPING := build/typing
 help:
 	@echo "make install  virtual environment $(VENV) with everything, C++ extension built"
 	@echo "make test     install, then pytest (options: PYTEST_ADDOPTS)"
-	@echo "make nightly  install, then 10,000 random calls of the ops, and every kernel compiled for every GPU"
+	@echo "make nightly  install, then 10,000 random calls of the ops, sweeps over families and versions, and every kernel compiled for every GPU"
 	@echo "make demo     install, then a full MIA-DPO run on the embedded pictures, report in runs/shapes_mia_dpo"
 	@echo "make lint     install, then ruff and mypy"
 	@echo "make wheel    install, then a wheel in dist/"
@@ -35,6 +35,7 @@ test: install
 
 nightly: install
 	MMDPO_PROPERTY_CASES=10000 $(BIN)/python -m pytest -q tests/test_properties.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m nightly
 	$(BIN)/python -m mmdpo_kernels.backends.triton.ahead_of_time --all
 
 demo: install

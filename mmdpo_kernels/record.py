@@ -29,6 +29,8 @@ _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1,),
     "custom_generate": (),
 }
+# What a decoder calls the cache it is given: transformers 5.24 and later, and before.
+_CACHE_NAMES = ("cache", "past_key_values")
 # What may end rows of a batch at different steps, unseen from the tokens.
 _OWN_ENDS = ("stop_strings", "stopping_criteria")
 
@@ -116,7 +118,7 @@ def _before_decoder(recorder: AttentionRecorder) -> Callable[..., None]:
         inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
         # A static cache keeps its length on the device.
         recorder.before_decoder(0 if cache is None else int(cache.get_seq_length()), inputs.shape[1])
 

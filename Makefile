@@ -6,12 +6,20 @@ STAMP := $(VENV)/.installed
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 # mypy looks packages up by name; trainers/ is imported as mmdpo_trainers.
 TYPING := build/typing
+# Other transformers, each a folder that goes in front of the path: the oldest that is supported, and whatever is newest today.
+OLDEST := $(CURDIR)/build/transformers-oldest
+NEWEST := $(CURDIR)/build/transformers-newest
+# A worker a core, so a thread a worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+# What rests on names inside transformers.
+VERSIONED := $(addprefix tests/test_,patch.py qwen_patch.py record_caches.py generate.py score.py every_family.py family_traps.py \
+	families.py unknown_families.py family_runs.py preference_trainer.py mdpo_trainer.py reference_cache.py resume.py)
 
 .PHONY: help install test nightly demo lint wheel bench gpu clean
 
 help:
 	@echo "make install  virtual environment $(VENV) with everything, C++ extension built"
-	@echo "make test     install, then pytest (options: PYTEST_ADDOPTS)"
+	@echo "make test     install, then a smoke test on the oldest transformers, and all tests on the newest (options: PYTEST_ADDOPTS)"
 	@echo "make nightly  install, then 10,000 random calls of the ops, sweeps over families and versions, and every kernel compiled for every GPU"
 	@echo "make demo     install, then a full MIA-DPO run on the embedded pictures, report in runs/shapes_mia_dpo"
 	@echo "make lint     install, then ruff and mypy"
@@ -30,12 +38,23 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
 	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation deepspeed
 	@touch $@
 
-test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4  # a worker a core, so a thread a worker
+$(OLDEST)/.installed: constraints-oldest.txt $(STAMP)
+	@rm -rf $(OLDEST)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q --no-deps --target $(OLDEST) -r constraints-oldest.txt
+	@touch $@
 
-nightly: install
+# The oldest first, so that the summary in the end is that of all tests.
+test: install $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m smoke
+	$(PYTEST)
+
+nightly: install $(OLDEST)/.installed
 	MMDPO_PROPERTY_CASES=10000 $(BIN)/python -m pytest -q tests/test_properties.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m nightly
+	$(PYTEST) -m nightly
+	PYTHONPATH=$(OLDEST) $(PYTEST) $(VERSIONED)
+	@rm -rf $(NEWEST)
+	$(BIN)/python -m pip install -q --target $(NEWEST) transformers
+	PYTHONPATH=$(NEWEST) $(PYTEST) -m smoke
 	$(BIN)/python -m mmdpo_kernels.backends.triton.ahead_of_time --all
 
 demo: install

@@ -27,7 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:Futur
 TREES_REFUSED = {"gemma3": "see each other both ways", "mllama": "cross-attention layers"}
 
 
-@pytest.fixture(scope="module", params=list(TINY))
+SMOKE = ("llava", "qwen2_5_vl")
+FAMILIES = [pytest.param(name, marks=pytest.mark.smoke) if name in SMOKE else name for name in TINY]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = TINY[request.param](tmp_path_factory.mktemp(request.param) / "model")
     return load_model(folder, dtype=torch.float64, device="cpu")

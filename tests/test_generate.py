@@ -43,6 +43,7 @@ def loaded(model_path: Path) -> LoadedModel:
     return loaded
 
 
+@pytest.mark.smoke
 def test_greedy_answers_and_perplexity_equal_a_teacher_forced_pass(loaded: LoadedModel, model_path: Path, prompts: Any) -> None:
     """The ids continue the prompt exactly, each is the most likely token, and the perplexity is that of those probabilities."""
     records = prompts[1]

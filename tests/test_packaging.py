@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from importlib import metadata
@@ -24,8 +25,8 @@ def project(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", found.group()).lower()
 
 
-def constraints() -> dict[str, str]:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+def constraints(file: str = "constraints.txt") -> dict[str, str]:
+    lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
     return {project(line): line for line in lines}
 
 
@@ -43,8 +44,24 @@ def test_every_dependency_is_pinned(group: str) -> None:
 
 
 def test_constraints_are_exact_and_name_no_place() -> None:
-    for line in constraints().values():
+    for line in (*constraints().values(), *constraints("constraints-oldest.txt").values()):
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line), line
+
+
+def test_the_oldest_transformers_is_the_one_that_is_promised() -> None:
+    (promised,) = (line for line in EXTRAS["train"] if project(line) == "transformers")
+    assert constraints("constraints-oldest.txt")["transformers"].removesuffix(".0") == promised.replace(">=", "==")
+
+
+@pytest.mark.smoke
+def test_the_transformers_in_front_of_the_path_is_the_one_that_runs() -> None:
+    import transformers
+
+    first = os.environ.get("PYTHONPATH", "").split(os.pathsep)[0]
+    if (Path(first) / "transformers").is_dir():
+        assert Path(transformers.__file__).is_relative_to(first)
+    else:
+        assert constraints()["transformers"] == f"transformers=={transformers.__version__}"
 
 
 @pytest.mark.parametrize("package", [mmdpo_kernels, mmdpo_trainers])

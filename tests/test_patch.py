@@ -49,6 +49,7 @@ def snapshot(model: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
 def test_logits_equal_the_unpatched_model(folder: Path, model: Any, side: str, backend: str) -> None:
@@ -146,6 +147,7 @@ def test_generate_equals_the_unpatched_model(folder: Path, model: Any) -> None:
         torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.smoke
 def test_a_packed_tree_equals_its_sequences(folder: Path, model: Any) -> None:
     """Hidden states of every branch equal the unpatched model's on that sequence alone."""
     one = batch(folder, "left", [PROMPTS[1]])
@@ -174,6 +176,7 @@ def test_a_packed_tree_equals_its_sequences(folder: Path, model: Any) -> None:
         torch.testing.assert_close(logits[rows], alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_recorded_mass_equals_eager_maps(folder: Path, model: Any, side: str) -> None:
     inputs = {name: t.float() if t.is_floating_point() else t for name, t in batch(folder, side).items()}
@@ -199,6 +202,7 @@ def test_recorded_mass_equals_eager_maps(folder: Path, model: Any, side: str) ->
     assert "forward" not in vars(model)
 
 
+@pytest.mark.smoke
 def test_recorded_mass_in_generate_equals_teacher_forcing(folder: Path, model: Any) -> None:
     """Decode steps count until a row reads its end token; both caches."""
     inputs = batch(folder, "left")

@@ -220,6 +220,7 @@ def test_gradient_checkpointing_changes_nothing(folder: Path, tmp_path: Path, fu
         assert_equal_gradients(checkpointed, plain, 1e-10)
 
 
+@pytest.mark.smoke
 def test_loss_starts_at_log_2_and_logs_trl_keys(folder: Path, tmp_path: Path) -> None:
     loaded = tiny(folder, torch.float32)
     trainer = PreferenceTrainer(

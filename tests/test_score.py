@@ -218,6 +218,7 @@ def test_stage_continues_after_a_kill(tmp_path: Path, model_path: Path, records:
     assert (context.folder / "scores.jsonl").read_bytes() == whole
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("drop_first_row", [False, True])
 def test_recorded_while_generating_equals_the_teacher_forced_pass(
     patched: LoadedModel, records: list[dict[str, Any]], drop_first_row: bool, monkeypatch: pytest.MonkeyPatch

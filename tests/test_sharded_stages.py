@@ -130,14 +130,14 @@ def test_killed_and_started_again_with_another_number(
     """The second process dies in its second batch; the first one gets somewhere, and a torn line is left too."""
     context = context_of(tmp_path / "run", model, prompts, "generate")
     path, log = context.folder / "responses.jsonl", tmp_path / "log"
-    assert launch(2, partial(generate_logged, tmp_path / "run", model, prompts, log, True)) == [-signal.SIGKILL] * 2, "the other one by the launcher"
+    dying, work = (partial(generate_logged, tmp_path / "run", model, prompts, log, dies) for dies in (True, False))
+    assert launch(2, dying) == [-signal.SIGKILL] * 2, "the other one by the launcher"
     kept = {json.loads(line)["id"] for part in part_files(path) for line in part.read_bytes().splitlines()}
     assert len(kept) >= 4 and path.read_bytes() == b""
     with part_file(path, 1).open("ab") as file:
         file.write(b'{"id": "torn')
     log.write_text("")
 
-    work = partial(generate_logged, tmp_path / "run", model, prompts, log, False)
     if again == 1:
         work(0)
     else:

@@ -1,28 +1,22 @@
-"""Trainings in two processes on the CPU, with the environment that `accelerate launch` gives them for one of configs/accelerate.
-
-The processes are forks of the one that runs the tests, which has imported everything already.
-"""
+"""Trainings in two processes on the CPU, with the environment that `accelerate launch` gives them for one of configs/accelerate."""
 
 from __future__ import annotations
 
 import gc
 import importlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
-import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
+from processes import end_of, free_port, start
 from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
@@ -32,7 +26,6 @@ from mmdpo_trainers.whole_weights import whole_weights
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
-TIMEOUT = 300
 
 
 def needs(strategy: str) -> None:
@@ -47,56 +40,32 @@ def launch(strategy: str, folder: Path, output: Path, cases: dict[str, dict[str,
     As with a launcher, a process that fails ends the others. folder: holds `model` and `second`. check: they must end well.
     """
     world = 1 if strategy == "alone" else 2
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**_environment(strategy, world), "STRATEGY": strategy, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {**_environment(strategy, world), "STRATEGY": strategy, "MASTER_ADDR": "127.0.0.1"}
     output.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("fork")
-    processes, logs = [], []
-    for rank in range(world):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
-        environment = {**shared, **{name: str(value) for name, value in own.items()}}
-        logs.append(output / f"process-{rank}.log")
-        processes.append(context.Process(target=_process, args=(environment, logs[-1], folder, output, cases)))
-        processes[-1].start()
-    end = time.monotonic() + TIMEOUT
-    while any(process.is_alive() for process in processes) and time.monotonic() < end:
-        if any(process.exitcode not in (None, 0) for process in processes):
-            break
-        time.sleep(0.05)
-    for process in processes:
-        process.join(timeout=5)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    codes = [int(process.exitcode or 0) for process in processes]
-    assert not check or not any(codes), "\n".join(file.read_text()[-5000:] for file in logs)
+    with free_port() as port:
+        started = []
+        for rank in range(world):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
+            environment = {**shared, "MASTER_PORT": str(port), **{name: str(value) for name, value in own.items()}}
+            started.append(start(_process, strategy, folder, output, cases, environment=environment))
+        codes = end_of(started)
+    assert not check or not any(codes), codes
     return codes
 
 
-def _process(environment: dict[str, str], log: Path, folder: Path, output: Path, cases: dict[str, dict[str, Any]]) -> None:
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
-    os.environ.update(environment)
+def _process(strategy: str, folder: Path, output: Path, cases: dict[str, dict[str, Any]]) -> None:
     torch.set_num_threads(1)
-    code = 1
-    try:
-        if environment["STRATEGY"] not in ("alone", "ddp"):
-            _pretend_accelerators(environment["STRATEGY"])
-        for name, case in cases.items():
-            train(folder, output / name, case)
-            gc.collect()
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        # Without what the forked process's own ending would do, which is the tests'.
-        os._exit(code)
+    if strategy not in ("alone", "ddp"):
+        _pretend_accelerators(strategy)
+    for name, case in cases.items():
+        train(folder, output / name, case)
+        gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    # Without the end of process groups, for which some of these libraries wait.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _pretend_accelerators(strategy: str) -> None:
@@ -158,6 +127,8 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
     strategy, rank = os.environ["STRATEGY"], int(os.environ.get("RANK", "0"))
     output = output.with_name(case.pop("output", output.name))
     lora, kill, second, resume, tied = (case.pop(name, None) for name in ("lora", "kill", "second", "resume_after", "tied"))
+    # Regions are on LLaVA's patches.
+    plain = {} if case.pop("regions", True) else {"region": None, "patch_grid": None}
     kind = Spoilt if case.pop("spoilt", False) else PreferenceTrainer
     if resume is not None and rank == 0:
         # As if the processes had ended right after this checkpoint.
@@ -195,8 +166,8 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
         config(output, **options),
         processing_class=model.processor,
         # One of these has no pictures, so that processes differ in having some.
-        train_dataset=preference_records(9),
-        eval_dataset=preference_records(5),
+        train_dataset=[{**record, **plain} for record in preference_records(9)],
+        eval_dataset=[{**record, **plain} for record in preference_records(5)],
         peft_config=LoraConfig(**lora) if lora else None,
         ref_model=other,
         callbacks=[KillAt(kill)] if kill is not None else None,

@@ -417,11 +417,11 @@ def test_gpu_phases_go_on_after_a_failure(
     phases = (
         gpu.Phase(name="tests", seconds=20, commands=python("raise ValueError('broken')")),
         gpu.Phase(name="build", seconds=0, commands=nothing),
-        # What the first left is not its own to use up.
-        gpu.Phase(name="tiles", seconds=-18.5, commands=python("import time", "print('slow', flush=True)", "time.sleep(60)")),
+        gpu.Phase(name="tiles", seconds=1.5, commands=python("import time", "print('slow', flush=True)", "time.sleep(3600)")),
         gpu.Phase(name="environment", seconds=20, commands=python("print('here')")),
     )
     monkeypatch.setattr(gpu, "PHASES", phases)
+    monkeypatch.setattr(gpu, "time", FakeClock(tmp_path / "log"))
     assert gpu.main(["--device", "cpu", "--small", "--output", str(tmp_path)]) == 1
     summary = (tmp_path / "summary.md").read_text()
     assert re.search(r"\| tests \| failed \| \d+ \| ValueError: broken \|", summary)

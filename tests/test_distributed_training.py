@@ -14,7 +14,6 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from distributed import ROOT, STRATEGIES, fill, launch, needs
 from tiny_models import TINY
-from training_cases import preference_records
 
 from mmdpo_trainers.loading import load_model
 from mmdpo_trainers.training.checkpoints import MARKER, defect
@@ -108,15 +107,13 @@ def test_two_processes_end_as_one(folder: Path, alone: Path, strategy: str) -> N
 
 
 @pytest.mark.parametrize(("family", "strategy"), [("qwen3_vl", "zero3"), ("llava_next", "zero3"), ("mllama", "fsdp2")])
-def test_other_families(family: str, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_families(family: str, strategy: str, tmp_path: Path) -> None:
     """Features for several layers, a weight that no module of its own holds, layers that a batch without pictures leaves out."""
     needs(strategy)
-    # Regions are on LLaVA's patches.
-    records = [{**record, "region": None, "patch_grid": None} for record in preference_records(9)]
-    monkeypatch.setattr("distributed.preference_records", lambda count: records[:count])
     for name, seed in (("model", 0), ("second", 3)):
         TINY[family](tmp_path / name, seed=seed)
-    cases = {"full": {**FULL, "save_strategy": "no", "logging_steps": 1}, "lora": {**LORA, "logging_steps": 1}}
+    plain = {"regions": False, "logging_steps": 1}
+    cases = {"full": {**FULL, **plain, "save_strategy": "no"}, "lora": {**LORA, **plain}}
     for each in ("alone", strategy):
         launch(each, tmp_path, tmp_path / each, cases)
     for name in cases:

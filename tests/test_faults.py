@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,21 @@ RESPONSES = "generate/responses.jsonl"
 # A full disk
 
 
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """What a test writes to its standard error may be larger."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def generate_below(limit: int, folder: Path, model: Path, prompts: Path, rank: int) -> None:
+    with largest_file(limit):
+        run_stage(context_of(folder, model, prompts))
+
+
 def test_a_disk_that_fills_up_in_a_stage(
     tmp_path: Path, model: Path, prompts: Path, whole: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,12 +107,7 @@ def test_a_disk_that_fills_up_in_a_stage(
     limit = len(b"".join(lines[:2])) + len(lines[2]) // 2
     context = context_of(tmp_path, model, prompts)
     path = tmp_path / RESPONSES
-
-    def work(rank: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        run_stage(context)
-
-    assert launch(1, work) == [2]
+    assert launch(1, partial(generate_below, limit, tmp_path, model, prompts)) == [2]
     error = capfd.readouterr().err
     assert f"[0] {path} cannot be written: file too large (" in error and "MiB are free there)" in error
     assert "Its 2 records so far are kept. Make room, or raise the limit, and start the same command again: it continues" in error
@@ -115,16 +127,13 @@ def full(monkeypatch: pytest.MonkeyPatch, function: str, wanted: Callable[[Any],
     monkeypatch.setattr(os, function, no_space)
 
 
-def test_no_space_for_the_lock(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def work(rank: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-        try:
-            with RunFolder(tmp_path).lock():
-                pass
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+def lock_without_space(folder: Path, rank: int) -> None:
+    with largest_file(0), RunFolder(folder).lock():
+        pass
 
-    assert launch(1, work) == [2]
+
+def test_no_space_for_the_lock(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(1, partial(lock_without_space, tmp_path)) == [2]
     assert f"[0] {tmp_path}/.lock cannot be written: file too large" in capfd.readouterr().err
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launches import launch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -81,9 +79,7 @@ def test_weight_that_is_there_only_between_hooks(frozen: bool, kept_bytes: int) 
 
 
 @contextmanager
-def _process_group(rank: int, port: int) -> Iterator[None]:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def _process_group(rank: int) -> Iterator[None]:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
         yield
@@ -91,9 +87,9 @@ def _process_group(rank: int, port: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _sharded(rank: int, port: int) -> None:
+def _sharded(rank: int) -> None:
     """Gradients of a sharded body and head are those of an unsharded pair, averaged over the processes."""
-    with _process_group(rank, port):
+    with _process_group(rank):
         mesh = init_device_mesh("cpu", (2,))
         for frozen, kept_bytes in ((True, 1 << 30), (False, 1 << 30), (False, 0)):
             torch.manual_seed(0)
@@ -117,7 +113,4 @@ def _sharded(rank: int, port: int) -> None:
 
 
 def test_under_fsdp2() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_sharded, args=(port,), nprocs=2)
+    assert launch(2, _sharded) == [0, 0]

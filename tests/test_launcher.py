@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from launches import IDS, launch, write_all
+from processes import HANGS
 from tiny_models import make_tiny_llava
 from torch.distributed import TCPStore
 
@@ -29,24 +31,25 @@ def written(path: Path) -> list[str]:
     return [json.loads(line)["id"] for line in path.read_text().splitlines()]
 
 
+def attempt(path: Path, die_at: int | None, fails: bool, rank: int) -> None:
+    if fails:
+        ranks.on_main(lambda: [1 / 0])
+    assert ranks.on_main(lambda: [die_at]) == [die_at], "an answer of an earlier attempt"
+    ranks.barrier()
+    write_all(path, die_at)
+
+
 def test_attempts_on_one_store_have_keys_of_their_own(tmp_path: Path) -> None:
     """The store of a launcher outlives the processes: one attempt fails, one is killed, one ends well, and another has nothing to do."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
-    def attempt(die_at: int | None, fails: bool = False) -> list[int]:
-        def work(rank: int) -> None:
-            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-            if fails:
-                ranks.on_main(lambda: [1 / 0])
-            assert ranks.on_main(lambda: [die_at]) == [die_at], "an answer of an earlier attempt"
-            ranks.barrier()
-            write_all(tmp_path / "x.jsonl", die_at)
+    def attempts(die_at: int | None, fails: bool = False) -> list[int]:
+        work = partial(attempt, tmp_path / "x.jsonl", die_at, fails)
+        return launch(2, work, port=store.port, TORCHELASTIC_USE_AGENT_STORE="True")
 
-        return launch(2, work, port=store.port)
-
-    assert attempt(None, fails=True) == [1, 2]
-    assert -signal.SIGKILL in attempt(2)
-    assert attempt(None) == attempt(None) == [0, 0]
+    assert attempts(None, fails=True) == [1, 2]
+    assert -signal.SIGKILL in attempts(2)
+    assert attempts(None) == attempts(None) == [0, 0]
     assert written(tmp_path / "x.jsonl") == IDS and shards.part_files(tmp_path / "x.jsonl") == []
 
 
@@ -58,68 +61,72 @@ def test_torchrun_starts_a_killed_process_again(tmp_path: Path) -> None:
         f"write_all(Path({str(tmp_path / 'x.jsonl')!r}), 2 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' else None)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
-    ran = subprocess.run(
-        [*command, str(script)], capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=HANGS, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert "Signal 9" in ran.stderr or "exitcode: -9" in ran.stderr, "it was killed"
     assert written(tmp_path / "x.jsonl") == IDS
 
 
+def take_a_large_result(rank: int) -> None:
+    found = ranks.on_main(lambda: ["ä" * 2**20] * 9 + [0])
+    assert len(found) == 10 and found[8] == "ä" * 2**20
+
+
 def test_a_result_of_any_size_reaches_all() -> None:
     """A store takes values of up to 8 MiB."""
+    assert launch(2, take_a_large_result) == [0, 0]
 
-    def work(rank: int) -> None:
-        found = ranks.on_main(lambda: ["ä" * 2**20] * 9 + [0])
-        assert len(found) == 10 and found[8] == "ä" * 2**20
 
-    assert launch(2, work) == [0, 0]
+def write_in_folders(folders: list[Path], visible: float, rank: int) -> None:
+    shards._VISIBLE = visible
+    write_all(folders[rank] / "x.jsonl")
 
 
 def test_one_folder_under_two_names(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "other").symlink_to(tmp_path / "folder")
-    assert launch(2, lambda rank: write_all(tmp_path / ("other" if rank else "folder") / "x.jsonl")) == [0, 0]
+    assert launch(2, partial(write_in_folders, [tmp_path / "folder", tmp_path / "other"], HANGS)) == [0, 0]
     assert written(tmp_path / "folder" / "x.jsonl") == IDS
 
 
-def test_a_folder_that_is_not_shared(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_VISIBLE", 0.2)
-    assert launch(2, lambda rank: write_all(tmp_path / str(rank) / "x.jsonl")) == [2, 2]
+def test_a_folder_that_is_not_shared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(2, partial(write_in_folders, [tmp_path / "0", tmp_path / "1"], 0.2)) == [2, 2]
     error = capfd.readouterr().err
     assert f"{tmp_path}/0/x.jsonl: 6 of 12 lines are neither in it nor in the part files beside it" in error
     assert "Put it on a file system that all machines share" in error
 
 
+def fail_in_blocks(rank: int) -> None:
+    """The last process is in a batch while the first one fails, and hears of it after all others did."""
+    ranks._LINGER = HANGS
+    with ranks.failing(), ranks.failing(), ranks.failing():
+        ranks.barrier()
+        if rank == 0:
+            raise StageError("the real reason")
+        if rank == 3:
+            while ranks._State.store.add("heard", 0) < 2:
+                time.sleep(0.01)
+        ranks.wait_for(lambda: False)
+
+
 def test_a_failure_is_heard_once_by_each(capfd: pytest.CaptureFixture[str]) -> None:
     """Errors go through several blocks that tell of them; the first process waits for those who are still in a batch."""
-
-    def work(rank: int) -> None:
-        with ranks.failing(), ranks.failing(), ranks.failing():
-            ranks.barrier()
-            if rank == 0:
-                raise StageError("the real reason")
-            if rank == 3:
-                time.sleep(1)
-            ranks.wait_for(lambda: False)
-
-    assert launch(4, work) == [2, 2, 2, 2]
+    assert launch(4, fail_in_blocks) == [2, 2, 2, 2]
     assert capfd.readouterr().err.count("process 0 of 4 failed, and this one ends with it: the real reason") == 3
 
 
+def start_in_time(seconds: float, rank: int) -> None:
+    launcher.CONNECT = timedelta(seconds=seconds)
+    ranks.start()
+
+
 @pytest.mark.parametrize("agent", [False, True])
-def test_processes_that_do_not_come(agent: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_come(agent: bool, capfd: pytest.CaptureFixture[str]) -> None:
     """Of three that WORLD_SIZE names, as an old shell may have it, two are started; with a launcher's store and with their own."""
-    monkeypatch.setattr(launcher, "CONNECT", timedelta(seconds=2))
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
-
-    def work(rank: int) -> None:
-        os.environ["WORLD_SIZE"] = "3"
-        if agent:
-            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-        ranks.start()
-
-    assert launch(2, work, port=None if store is None else store.port)[0] == 2
+    environment = {"WORLD_SIZE": "3", **({"TORCHELASTIC_USE_AGENT_STORE": "True"} if agent else {})}
+    assert launch(2, partial(start_in_time, 2), port=None if store is None else store.port, **environment)[0] == 2
     error = capfd.readouterr().err
     assert (
         "[0] only 2 of 3 processes came within 2 s; start all of them with torchrun or accelerate launch, or take WORLD_SIZE"
@@ -131,30 +138,30 @@ def test_finish_without_a_start() -> None:
     ranks.finish()
 
 
-def test_a_group_of_ones_own_changes_nothing() -> None:
-    def work(rank: int) -> None:
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        assert (ranks.rank(), ranks.world_size()) == (rank, 2)
-        ranks.barrier()
-        for name in ("RANK", "WORLD_SIZE"):
-            del os.environ[name]
-        assert (ranks.rank(), ranks.world_size()) == (rank, 2)
+def make_a_group(rank: int) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    assert (ranks.rank(), ranks.world_size()) == (rank, 2)
+    ranks.barrier()
+    for name in ("RANK", "WORLD_SIZE"):
+        del os.environ[name]
+    assert (ranks.rank(), ranks.world_size()) == (rank, 2)
 
-    assert launch(2, work) == [0, 0]
+
+def test_a_group_of_ones_own_changes_nothing() -> None:
+    assert launch(2, make_a_group) == [0, 0]
+
+
+def look_at_settings(folder: Path, model: Path, rank: int) -> None:
+    config = RunConfig.from_dict({"model": str(model), "device": "cpu"})
+    context = StageContext(run=RunFolder(folder), config=config, stage="train")
+    before = dict(os.environ)
+    ranks.on_main(lambda: check_train_args(context))
+    assert not torch.distributed.is_initialized() and dict(os.environ) == before
 
 
 def test_looking_at_settings_makes_no_process_group(tmp_path: Path) -> None:
     """One process looks, while the others wait for it: transformers must not wait for them in turn."""
-    model = make_tiny_llava(tmp_path / "model")
-
-    def work(rank: int) -> None:
-        config = RunConfig.from_dict({"model": str(model), "device": "cpu"})
-        context = StageContext(run=RunFolder(tmp_path / "run"), config=config, stage="train")
-        before = dict(os.environ)
-        ranks.on_main(lambda: check_train_args(context))
-        assert not torch.distributed.is_initialized() and dict(os.environ) == before
-
-    assert launch(2, work) == [0, 0]
+    assert launch(2, partial(look_at_settings, tmp_path / "run", make_tiny_llava(tmp_path / "model"))) == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_resume import KillAfter, assert_same, killed, outcome
+from processes import killed
+from test_resume import KillAfter, assert_same, outcome
 from tiny_models import sample_pictures
 from training_cases import config, preference_records, tiny
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
-import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from processes import end_of, start
 from training_cases import preference_records, tiny
 
 from mmdpo_kernels import patch_model
@@ -137,13 +138,7 @@ def append(path: Path, writer: int) -> None:
 
 def test_processes_that_share_a_file_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "cache.jsonl"
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=append, args=(path, writer)) for writer in range(3)]
-    for process in writers:
-        process.start()
-    for process in writers:
-        process.join(60)
-        assert process.exitcode == 0
+    assert end_of([start(append, path, writer) for writer in range(3)]) == [0, 0, 0]
     assert len(ReferenceCache(path, HEADER)) == 160
     assert len(path.read_text().splitlines()) == 161
 
@@ -305,26 +300,28 @@ def test_a_record_without_a_number_is_named(folder: Path, tmp_path: Path, monkey
         run_reference(tmp_path / "cache.jsonl", loaded, records)
 
 
+def merge_until(path: Path, begun: Path, done: Path) -> None:
+    cache = ReferenceCache(path, HEADER)
+    while not done.exists():
+        cache.merge()
+        begun.touch()
+
+
 def test_merging_loses_nothing_of_a_process_that_still_writes(tmp_path: Path) -> None:
     """Another launch on the same pairs brings in what this one has so far, while it goes on."""
     path, keys = tmp_path / "cache.jsonl", [f"key {index}" for index in range(150)]
-    context = multiprocessing.get_context("fork")
-    done = context.Event()
-
-    def merges() -> None:
-        cache = ReferenceCache(path, HEADER)
-        while not done.is_set():
-            cache.merge()
-
-    other = context.Process(target=merges)
-    other.start()
+    begun, done = tmp_path / "begun", tmp_path / "done"
+    other = start(merge_until, path, begun, done)
+    while not begun.exists():
+        assert other.process.is_alive()
+        time.sleep(0.005)
     try:
         part = ReferenceCache(path, HEADER).part(0)
         for key in keys:
             part.add({key: {"chosen": 1.0}})
     finally:
-        done.set()
-        other.join()
+        done.touch()
+        assert end_of([other]) == [0]
     cache = ReferenceCache(path, HEADER)
     cache.merge()
     assert not cache.missing(keys) and len(cache) == len(keys)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from processes import killed
 from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
@@ -77,14 +76,6 @@ def train(model: Path, output: Path, *, full: bool = False, kill_after: int | No
     trainer.save_model(str(output / "final"))
 
 
-def killed(work: Callable[[], None]) -> None:
-    """Run `work` in another process, which must end by SIGKILL."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-
-
 def outcome(output: Path, full: bool = False) -> tuple[dict[str, torch.Tensor], str]:
     name = "model.safetensors" if full else "adapter_model.safetensors"
     return safetensors.torch.load_file(output / "final" / name), (output / "log.jsonl").read_text()
@@ -128,24 +119,22 @@ def test_killed_between_checkpoints(model: Path, tmp_path: Path, undisturbed: An
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
 
-@pytest.mark.parametrize("moment", ["_save_optimizer_and_scheduler", "_save_rng_state", "marker"])
-def test_killed_while_a_checkpoint_is_written(
-    model: Path, tmp_path: Path, undisturbed: Any, moment: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def work() -> None:
-        if moment == "marker":
-            owner, name, original = preference_trainer, "mark_complete", checkpoints.mark_complete
-        else:
-            owner, name, original = PreferenceTrainer, moment, getattr(PreferenceTrainer, moment)
+def train_and_die(model: Path, output: Path, moment: str) -> None:
+    """Be killed when the third checkpoint comes to this part of it."""
+    owner: Any = preference_trainer if moment == "mark_complete" else PreferenceTrainer
+    original = getattr(owner, moment)
 
-        def fatal(*args: Any) -> Any:
-            folder = args[-1]
-            return die() if str(folder).endswith("-6") else original(*args)
+    def fatal(*args: Any) -> Any:
+        return die() if str(args[-1]).endswith("-6") else original(*args)
 
-        setattr(owner, name, fatal)
-        train(model, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, moment, fatal)
+        train(model, output)
 
-    killed(work)
+
+@pytest.mark.parametrize("moment", ["_save_optimizer_and_scheduler", "_save_rng_state", "mark_complete"])
+def test_killed_while_a_checkpoint_is_written(model: Path, tmp_path: Path, undisturbed: Any, moment: str) -> None:
+    killed(train_and_die, model, tmp_path, moment)
     assert (tmp_path / "checkpoint-6").exists() and defect(tmp_path / "checkpoint-6") is not None
     train(model, tmp_path)
     assert_same(outcome(tmp_path), undisturbed[False])

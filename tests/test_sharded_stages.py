@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, model: Path, prompts: Path) 
     return files(folder, model, prompts)
 
 
-def run_generate(context: StageContext) -> None:
-    torch.set_num_threads(1)
-    generate.run(context)
+def run_generate(folder: Path, model: Path, prompts: Path, rank: int) -> None:
+    generate.run(context_of(folder, model, prompts, "generate"))
 
 
 def say(log: Path, line: Any) -> None:
@@ -86,13 +85,14 @@ def say(log: Path, line: Any) -> None:
         file.write(f"{line}\n")
 
 
+def say_summaries(folder: Path, model: Path, prompts: Path, rank: int) -> None:
+    summaries = all_stages(folder / "run", model, prompts)
+    say(folder / "log", json.dumps({stage: {**each, "seconds": 0} for stage, each in summaries.items()}, sort_keys=True))
+
+
 def test_the_files_are_those_of_one_process(tmp_path: Path, model: Path, prompts: Path, alone: Any) -> None:
     """Three processes for six batches; two for the work of three that is done."""
-
-    def work(rank: int) -> None:
-        summaries = all_stages(tmp_path / "run", model, prompts)
-        say(tmp_path / "log", json.dumps({stage: {**each, "seconds": 0} for stage, each in summaries.items()}, sort_keys=True))
-
+    work = partial(say_summaries, tmp_path, model, prompts)
     assert launch(3, work) == [0, 0, 0]
     assert files(tmp_path / "run", model, prompts) == alone
     assert not list((tmp_path / "run").rglob("*.part-*"))
@@ -103,40 +103,41 @@ def test_the_files_are_those_of_one_process(tmp_path: Path, model: Path, prompts
     assert len(set((tmp_path / "log").read_text().splitlines())) == 1
 
 
+def generate_logged(folder: Path, model: Path, prompts: Path, log: Path, dies: bool, rank: int) -> None:
+    """Log the records of each batch. dies: the second process is killed in its second batch, the first one waits for that in its third."""
+    context, original = context_of(folder, model, prompts, "generate"), generate.generate_responses
+    path = context.folder / "responses.jsonl"
+
+    def logged(loaded: Any, batch: Any, **options: Any) -> Any:
+        own = len(part_file(path, ranks.rank()).read_bytes().splitlines())
+        if dies and ranks.rank() == 1 and own == 2:
+            ranks.wait_for(lambda: bool(part_file(path, 0).read_bytes()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        if dies and ranks.rank() == 0 and own == 4:
+            signal.pause()
+        say(log, [record["id"] for record in batch])
+        return original(loaded, batch, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "generate_responses", logged)
+        generate.run(context)
+
+
 @pytest.mark.parametrize("again", [1, 3])
 def test_killed_and_started_again_with_another_number(
-    tmp_path: Path, model: Path, prompts: Path, alone: Any, again: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model: Path, prompts: Path, alone: Any, again: int
 ) -> None:
     """The second process dies in its second batch; the first one gets somewhere, and a torn line is left too."""
     context = context_of(tmp_path / "run", model, prompts, "generate")
     path, log = context.folder / "responses.jsonl", tmp_path / "log"
-    original = generate.generate_responses
-
-    def logged(loaded: Any, batch: Any, **options: Any) -> Any:
-        if ranks.rank() == 1 and len(part_file(path, 1).read_bytes().splitlines()) == 2:
-            while not part_file(path, 0).read_bytes():
-                time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGKILL)
-        say(log, [record["id"] for record in batch])
-        return original(loaded, batch, **options)
-
-    def work(rank: int) -> None:
-        torch.set_num_threads(1)
-        generate.run(context)
-
-    monkeypatch.setattr(generate, "generate_responses", logged)
-    assert launch(2, work) == [-signal.SIGKILL] * 2, "the other one by the launcher"
+    dying, work = (partial(generate_logged, tmp_path / "run", model, prompts, log, dies) for dies in (True, False))
+    assert launch(2, dying) == [-signal.SIGKILL] * 2, "the other one by the launcher"
     kept = {json.loads(line)["id"] for part in part_files(path) for line in part.read_bytes().splitlines()}
     assert len(kept) >= 4 and path.read_bytes() == b""
     with part_file(path, 1).open("ab") as file:
         file.write(b'{"id": "torn')
     log.write_text("")
 
-    def only_logged(loaded: Any, batch: Any, **options: Any) -> Any:
-        say(log, [record["id"] for record in batch])
-        return original(loaded, batch, **options)
-
-    monkeypatch.setattr(generate, "generate_responses", only_logged)
     if again == 1:
         work(0)
     else:
@@ -153,7 +154,7 @@ def test_several_continue_what_one_began(tmp_path: Path, model: Path, prompts: P
     lines = alone["generate"].splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]) + lines[3][:20])
     part_file(path, 7).write_bytes(lines[8])
-    assert launch(2, lambda rank: run_generate(context)) == [0, 0]
+    assert launch(2, partial(run_generate, tmp_path / "run", model, prompts)) == [0, 0]
     assert path.read_bytes() == alone["generate"] and part_files(path) == []
 
 
@@ -166,14 +167,14 @@ def test_a_failing_process_ends_the_others_with_its_message(
     picture = prompts.parent / "r2-0.png"
     away = picture.rename(tmp_path / "away.png")
     try:
-        assert launch(2, lambda rank: run_generate(context)) == [2, 2]
+        assert launch(2, partial(run_generate, tmp_path / "run", model, prompts)) == [2, 2]
     finally:
         away.rename(picture)
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("[0] ", "[1] "))]
     own, other = sorted(errors, key=lambda line: "and this one ends with it" in line)
     message = f"record r2/pip: missing: {picture} is not a file"
     assert message in own and f"failed, and this one ends with it: {message}" in other
-    assert launch(2, lambda rank: run_generate(context)) == [0, 0]
+    assert launch(2, partial(run_generate, tmp_path / "run", model, prompts)) == [0, 0]
     assert path.read_bytes() == alone["generate"]
 
 
@@ -193,14 +194,15 @@ def test_a_part_that_another_process_still_writes(tmp_path: Path, model: Path, p
         holder.wait()
 
 
-def test_stages_of_one_process_are_done_once_and_errors_reach_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def work(rank: int) -> None:
-        say(tmp_path / "log", ranks.on_main(lambda: say(tmp_path / "calls", rank) or {"rank": rank}))  # type: ignore[func-returns-value]
-        assert ranks.world_size() == 2 and ranks.rank() == rank
-        ranks.barrier()
-        ranks.on_main(lambda: 1 / 0)
+def done_once(folder: Path, rank: int) -> None:
+    say(folder / "log", ranks.on_main(lambda: say(folder / "calls", rank) or {"rank": rank}))  # type: ignore[func-returns-value]
+    assert ranks.world_size() == 2 and ranks.rank() == rank
+    ranks.barrier()
+    ranks.on_main(lambda: 1 / 0)
 
-    assert launch(2, work) == [1, 2]
+
+def test_stages_of_one_process_are_done_once_and_errors_reach_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(2, partial(done_once, tmp_path)) == [1, 2]
     assert (tmp_path / "calls").read_text() == "0\n" and (tmp_path / "log").read_text() == "{'rank': 0}\n" * 2
     assert "[1] process 0 of 2 failed, and this one ends with it: division by zero" in capfd.readouterr().err
 
@@ -235,6 +237,10 @@ def test_each_process_has_its_own_gpu(tmp_path: Path, model: Path, prompts: Path
         _ = context.device
 
 
+def run_command(arguments: list[str], rank: int) -> None:
+    assert cli.main(arguments) == 0
+
+
 def test_the_command_in_several_processes(
     tmp_path: Path, model: Path, prompts: Path, alone: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,10 +250,8 @@ def test_the_command_in_several_processes(
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
 
-    def work(rank: int) -> None:
-        assert cli.main(["run", str(config), "--run-dir", str(tmp_path / "run"), "--until", "select"]) == 0
-
-    assert launch(2, work) == [0, 0]
+    arguments = ["run", str(config), "--run-dir", str(tmp_path / "run"), "--until", "select"]
+    assert launch(2, partial(run_command, arguments)) == [0, 0]
     for stage in ("generate", "score"):
         assert (tmp_path / "run" / stage / STAGES[stage]).read_bytes() == alone[stage]
     assert (tmp_path / "run" / "select" / "summary.json").exists()

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,25 +289,26 @@ def tokens_of(folder: Path) -> Callable[[dict[str, Any]], int]:
     return lambda record: encode_prompts(loaded, [record], padding_side="left").inputs["input_ids"].shape[1]
 
 
+def generate_beside_others(folder: Path, model: Path, prompts: Path, rank: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        llm = vllm_double.install(patch)
+        original = llm.__init__
+
+        def made(self: Any, *args: Any, **options: Any) -> None:
+            assert "WORLD_SIZE" not in os.environ and "MASTER_PORT" not in os.environ, "vLLM would look for the launcher's store"
+            original(self, *args, **options)
+
+        patch.setattr(llm, "__init__", made)
+        generate.run(context_of(folder, model, prompts, engine="vllm"))
+        assert llm.made
+
+
 def test_several_processes_have_a_vllm_each(tmp_path: Path, llava: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = vllm_double.install(monkeypatch)
-    expected = answers(context_of(tmp_path / "a", llava, prompts, engine="vllm"))
-    context = context_of(tmp_path / "b", llava, prompts, engine="vllm")
-    original = llm.__init__
-
-    def made(self: Any, *args: Any, **options: Any) -> None:
-        assert "WORLD_SIZE" not in os.environ and "MASTER_PORT" not in os.environ, "vLLM would look for the launcher's store"
-        original(self, *args, **options)
-
-    monkeypatch.setattr(llm, "__init__", made)
-
-    def work(rank: int) -> None:
-        torch.set_num_threads(1)
-        generate.run(context)
-
-    assert launch(2, work) == [0, 0]
-    assert list(read_jsonl(context.folder / "responses.jsonl")) == expected
-    assert part_files(context.folder / "responses.jsonl") == []
+    assert launch(2, partial(generate_beside_others, tmp_path / "b", llava, prompts)) == [0, 0]
+    vllm_double.install(monkeypatch)
+    path = context_of(tmp_path / "b", llava, prompts, engine="vllm").folder / "responses.jsonl"
+    assert list(read_jsonl(path)) == answers(context_of(tmp_path / "a", llava, prompts, engine="vllm"))
+    assert part_files(path) == []
 
 
 def test_a_process_shows_vllm_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

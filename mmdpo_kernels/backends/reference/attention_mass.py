@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tree_mask import visible_rows
-from .scores import accumulation_dtype, capped_scores, expand_heads, segment_one_hot, softcap_slope, sum_heads
+from .scores import capped, expand_heads, raw_scores, segment_one_hot, softcap_slope, softmax_of_seen, sum_heads
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
@@ -27,8 +27,8 @@ def forward(
     window: int | None,
     reduce: str | None,
 ) -> Tensor:
-    """-> (B, Hq, R, N), (B, N) or (B, S), as `reduce` says."""
-    probabilities, _ = _probabilities(query_rows, key, row_positions, tree_end, lse, scale, softcap, window)
+    """-> (B, Hq, R, N), (B, N) or (B, S), as `reduce` says. `lse` saves nothing here, and its rounding would be in the result."""
+    probabilities, _ = _probabilities(query_rows, key, row_positions, tree_end, scale, softcap, window)
     if reduce == "tokens":
         return probabilities.sum((1, 2)) / _row_weight(row_positions, query_rows, probabilities.dtype)
     mass = probabilities @ segment_one_hot(segments, num_segments, key, probabilities.dtype)
@@ -52,16 +52,17 @@ def backward(
     reduce: str | None,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of query_rows and key: dscores = P (dP - rowsum(P dP)), dP the upstream gradient at the key's segment."""
-    probabilities, capped = _probabilities(query_rows, key, row_positions, tree_end, lse, scale, softcap, window)
+    probabilities, scores = _probabilities(query_rows, key, row_positions, tree_end, scale, softcap, window)
     wide = probabilities.dtype
     grad = grad.to(wide)
     if reduce is not None:
         grad = (grad / _row_weight(row_positions, query_rows, wide))[:, None, None, :]
     if reduce != "tokens":
         grad = grad @ segment_one_hot(segments, num_segments, key, wide).transpose(-1, -2)
-    grad_scores = probabilities * (grad - (probabilities * grad).sum(-1, keepdim=True)) * scale
+    grad_scores = probabilities * (grad - (probabilities * grad).sum(-1, keepdim=True))
     if softcap is not None:
-        grad_scores = grad_scores * softcap_slope(capped, softcap)
+        grad_scores = grad_scores * softcap_slope(scores, softcap)
+    grad_scores = grad_scores * scale
     grad_query = grad_scores @ expand_heads(key, query_rows.shape[1]).to(wide)
     grad_key = sum_heads(grad_scores.transpose(-1, -2) @ query_rows.to(wide), key.shape[1])
     return grad_query.to(query_rows.dtype), grad_key.to(key.dtype)
@@ -72,21 +73,16 @@ def _probabilities(
     key: Tensor,
     row_positions: Tensor,
     tree_end: Tensor | None,
-    lse: Tensor | None,
     scale: float,
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """-> probabilities (B, Hq, R, S), zero in unused rows and rows that see no key; capped scores."""
+    """-> probabilities (B, Hq, R, S), zero in unused rows and rows that see no key; scores before the softcap."""
     if tree_end is None:
         tree_end = torch.full((key.shape[0], key.shape[2]), key.shape[2], dtype=torch.int32, device=key.device)
-    capped = capped_scores(query_rows, key, scale, softcap)
+    scores = raw_scores(query_rows, key, scale)
     seen = visible_rows(row_positions, tree_end, window)[:, None]
-    scores = capped.masked_fill(~seen, float("-inf"))
-    total = scores.logsumexp(-1) if lse is None else lse.to(accumulation_dtype(query_rows.dtype))
-    probabilities = torch.exp(scores - total.masked_fill(total == float("-inf"), 0.0)[..., None])
-    # Where no key is seen, lse may be anything.
-    return probabilities.masked_fill(~seen, 0.0), capped
+    return softmax_of_seen(capped(scores, softcap), seen), scores
 
 
 def _row_weight(row_positions: Tensor, query_rows: Tensor, dtype: torch.dtype) -> Tensor:

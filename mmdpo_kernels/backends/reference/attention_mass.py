@@ -27,8 +27,8 @@ def forward(
     window: int | None,
     reduce: str | None,
 ) -> Tensor:
-    """-> (B, Hq, R, N), (B, N) or (B, S), as `reduce` says. `lse` saves nothing here, and its rounding would be in the result."""
-    probabilities, _ = _probabilities(query_rows, key, row_positions, tree_end, scale, softcap, window)
+    """-> (B, Hq, R, N), (B, N) or (B, S), as `reduce` says."""
+    probabilities, _ = _probabilities(query_rows, key, row_positions, tree_end, lse, scale, softcap, window)
     if reduce == "tokens":
         return probabilities.sum((1, 2)) / _row_weight(row_positions, query_rows, probabilities.dtype)
     mass = probabilities @ segment_one_hot(segments, num_segments, key, probabilities.dtype)
@@ -52,7 +52,7 @@ def backward(
     reduce: str | None,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of query_rows and key: dscores = P (dP - rowsum(P dP)), dP the upstream gradient at the key's segment."""
-    probabilities, scores = _probabilities(query_rows, key, row_positions, tree_end, scale, softcap, window)
+    probabilities, scores = _probabilities(query_rows, key, row_positions, tree_end, lse, scale, softcap, window)
     wide = probabilities.dtype
     grad = grad.to(wide)
     if reduce is not None:
@@ -73,6 +73,7 @@ def _probabilities(
     key: Tensor,
     row_positions: Tensor,
     tree_end: Tensor | None,
+    lse: Tensor | None,
     scale: float,
     softcap: float | None,
     window: int | None,
@@ -82,7 +83,12 @@ def _probabilities(
         tree_end = torch.full((key.shape[0], key.shape[2]), key.shape[2], dtype=torch.int32, device=key.device)
     scores = raw_scores(query_rows, key, scale)
     seen = visible_rows(row_positions, tree_end, window)[:, None]
-    return softmax_of_seen(capped(scores, softcap), seen), scores
+    limited = capped(scores, softcap)
+    if lse is None:
+        return softmax_of_seen(limited, seen), scores
+    # Of the accuracy that lse was given in. Where no key is seen it may be anything.
+    total = lse.to(scores.dtype).masked_fill(lse == float("-inf"), 0.0)[..., None]
+    return torch.exp(limited.masked_fill(~seen, float("-inf")) - total).masked_fill(~seen, 0.0), scores
 
 
 def _row_weight(row_positions: Tensor, query_rows: Tensor, dtype: torch.dtype) -> Tensor:

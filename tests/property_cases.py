@@ -109,6 +109,31 @@ def draw(op: str, seed: int, dtype: torch.dtype, *, small: bool = False) -> Call
     return replace(_on_device(call), traits=tuple(traits))
 
 
+# Of scores, and the cap above them: below it, about it, and so far above that tanh is 1.
+LARGE_SCORES = [(spread, softcap) for spread in (1.0, 10.0, 100.0, 1000.0) for softcap in (5.0, 50.0)]
+
+
+def under_a_cap(op: str, length: int, spread: float, softcap: float, seed: int) -> Call:
+    """A causal float32 call under a softcap, with scores of about `spread`, all gradients through all outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(1, heads, length, 16, generator=generator) for heads in (2, 1, 1))
+    segments = torch.arange(length)[None] % 2
+    outputs = ["output", "lse", "mass"] if op == "tree_attention" else ["mass"]
+    leaves = (
+        {"query": spread * query, "key": key, "value": value}
+        if op == "tree_attention"
+        else {"query_rows": spread * query, "key": key}
+    )
+    options: dict[str, Any] = {"scale": None, "softcap": softcap, "window": None}
+    call = Call(
+        leaves={name: t.to(DEVICE) for name, t in leaves.items()}, tree_end=None, segments=segments, num_segments=2, options=options,
+        wanted=frozenset(leaves), upstream=frozenset(outputs),
+    )  # fmt: skip
+    if op == "attention_mass":
+        call = replace(call, row_positions=torch.arange(length)[None], options={**options, "reduce": None})
+    return _on_device(call)
+
+
 def _subset(rng: random.Random, names: Any) -> frozenset[str]:
     """A random subset that is not empty."""
     ordered = sorted(names)
@@ -322,6 +347,11 @@ def served(op: str, backend: str, seed: int) -> Call:
     module = load(op, backend)
     dtypes = [dtype for dtype in DTYPES if module.unavailable_reason(DEVICE, dtype) is None]
     call = draw(op, seed, rng.choice(dtypes), small=is_slow_here(backend))
+    return fitted(call, op, backend, rng)
+
+
+def fitted(call: Call, op: str, backend: str, rng: random.Random) -> Call:
+    """The call without the features that the backend lacks."""
     dropped = rng.sample(list(DROPS), len(DROPS)) if _refusal(call, op, backend) else []
     # Drop everything, then give back what can stay.
     for name in list(dropped):
@@ -390,8 +420,10 @@ DROPS: dict[str, Callable[[Call], Call]] = {
 }
 
 
-def check(call: Call, backend: str) -> None:
+def check(call: Call, backend: str, *, lse_kept: bool = True) -> None:
     """Outputs and gradients against float64: as accurate as plain PyTorch in the call's dtype.
+
+    lse_kept: whether probabilities may be made from a rounded lse, which moves them by a rounding step of the scores.
 
     The rule of `trees.assert_accurate`, with two changes that random calls in their thousands ask for: the error of plain PyTorch is its
     largest in the tensor, since it hits single entries by luck, and the rounding step is that of the largest sum of absolute terms, since
@@ -402,7 +434,7 @@ def check(call: Call, backend: str) -> None:
     wide = {name: t.double() for name, t in call.leaves.items()}
     truth = _evaluate(call, wide, lambda leaves: expected(call, leaves))
     plain = _evaluate(call, call.leaves, lambda leaves: expected(call, leaves))
-    steps = _rounding_steps(call, wide, {name: t.dtype for name, t in plain.items()})
+    steps = _rounding_steps(call, wide, {name: t.dtype for name, t in plain.items()}, lse_kept=lse_kept)
     assert ours.keys() == truth.keys()
     for name, want in truth.items():
         got, usual = ours[name], plain[name]
@@ -443,7 +475,7 @@ def _evaluate(
 
 
 @torch.no_grad()
-def _rounding_steps(call: Call, leaves: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> dict[str, float]:
+def _rounding_steps(call: Call, leaves: dict[str, Tensor], dtypes: dict[str, torch.dtype], *, lse_kept: bool) -> dict[str, float]:
     """Per tensor one rounding of its largest sum of absolute terms in its own dtype, and one of each score where scores are kept.
 
     leaves: float64. A float64 call has truth in its own dtype only, whose roundings count as well.
@@ -455,11 +487,16 @@ def _rounding_steps(call: Call, leaves: dict[str, Tensor], dtypes: dict[str, tor
     probabilities, _ = _softmax(query, key, _seen(call), call)
     scores = absolute["key"].repeat_interleave(groups, 1)
     scores = (query.abs() @ scores.mT * scale * (probabilities > 0)).amax(-1, keepdim=True)
+    if call.options["softcap"] is not None:
+        # Under the cap a score's own rounding counts by the slope, and score times slope stays below the cap.
+        scores = scores.clamp(max=call.options["softcap"])
     ups = {name: _upstream(name, output).abs() for name, output in expected(call, leaves).items() if name in call.upstream}
     terms = _absolute_terms(probabilities, absolute, ups, groups, scale)
     of_scores = _absolute_terms(probabilities * scores, absolute, ups, groups, scale)
     of_scores["lse"] = terms["lse"] = scores.amax().item() + 1
     accumulated = torch.finfo(torch.promote_types(call.leaves["key"].dtype, torch.float32)).eps
+    if not lse_kept:
+        of_scores = dict.fromkeys(of_scores, 0.0)
     times = 16 if call.leaves["key"].dtype == torch.float64 else 1
     return {
         name: times * (torch.finfo(dtype).eps * terms[name] + accumulated * of_scores[name]) for name, dtype in dtypes.items()

@@ -16,7 +16,18 @@ import property_cases
 import pytest
 import torch
 from devices import DEVICE
-from property_cases import DTYPES, is_slow_here, reason_not_here, run, served, tree_of
+from property_cases import (
+    DTYPES,
+    LARGE_SCORES,
+    check,
+    fitted,
+    is_slow_here,
+    reason_not_here,
+    run,
+    served,
+    tree_of,
+    under_a_cap,
+)
 from torch import Tensor
 
 from mmdpo_kernels import attention_mass, tree_attention
@@ -61,6 +72,20 @@ def test_random_calls(op: str, backend: str, seeds: range) -> None:
             failures.append(str(error))
     if failures:
         pytest.fail(f"{len(failures)} of {len(seeds)} calls\n\n" + "\n\n".join(failures[:5]), pytrace=False)
+
+
+CAPPED = [pair for pair in HERE if registry.load(*pair).unavailable_reason(DEVICE, torch.float32, softcap=True) is None]
+
+
+@pytest.mark.parametrize(("op", "backend"), CAPPED, ids=["-".join(pair) for pair in CAPPED])
+@pytest.mark.parametrize("length", [3, 17])
+def test_large_scores_under_a_softcap(op: str, backend: str, length: int) -> None:
+    """Where one score carries a row and where the cap takes all to one: three keys, in which nothing averages out, and more than a tile."""
+    cases = LARGE_SCORES[1::3] if is_slow_here(backend) else LARGE_SCORES
+    for spread, softcap in cases:
+        for seed in range(1 if is_slow_here(backend) else 8):
+            call = under_a_cap(op, length, spread, softcap, seed)
+            check(fitted(call, op, backend, random.Random(seed)), backend, lse_kept=backend not in ("reference", "flex"))
 
 
 def test_the_calls_of_a_seed_are_the_same_every_time() -> None:

@@ -199,6 +199,11 @@ class PairsConfig:
         minimum=0,
         below=1,
     )
+    max_held_out: int | None = option(
+        None,
+        "keep at most about this many of your own pairs for evaluation, whole pictures at a time; None: the share",
+        minimum=1,
+    )
     pictures: int = option(800, "`source: shapes_prior` only: number of pictures, one pair each", minimum=1)
     captions: float = option(
         0.5, "`source: shapes_prior` only: share of whole captions, the rest are one-word answers", minimum=0, maximum=1

@@ -84,11 +84,23 @@ def _own(context: StageContext) -> dict[str, list[dict[str, Any]]]:
         raise StageError(f"pairs.source: {source} holds no records")
     groups = _connected([_pictures(record, context.folder) for record in records])
     ranked = sorted(set(groups), key=lambda group: hashlib.sha256(f"{context.seed}|{group}".encode()).hexdigest())
-    held = set(ranked[: round(context.options.held_out * len(ranked))])
+    held = _held(ranked, Counter(groups), share=context.options.held_out, most=context.options.max_held_out)
     sides: dict[str, list[dict[str, Any]]] = {"pairs": [], "held_out": []}
     for record, group in zip(records, groups, strict=True):
         sides["held_out" if group in held else "pairs"].append(record)
     return sides
+
+
+def _held(ranked: Sequence[str], sizes: Mapping[str, int], *, share: float, most: int | None) -> set[str]:
+    """The groups to hold out, from the front: the share of them, with at most `most` records; one at least where there is a share."""
+    held: set[str] = set()
+    records = 0
+    for group in ranked[: max(int(share > 0), round(share * len(ranked)))]:
+        records += sizes[group]
+        if held and most is not None and records > most:
+            break
+        held.add(group)
+    return held
 
 
 def _pictures(record: Mapping[str, Any], folder: Path) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tree_mask import visible_rows
-from .scores import accumulation_dtype, capped_scores, expand_heads, segment_one_hot, softcap_slope, sum_heads
+from .scores import capped, expand_heads, raw_scores, segment_one_hot, softcap_slope, softmax_of_seen, sum_heads
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
@@ -52,16 +52,17 @@ def backward(
     reduce: str | None,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of query_rows and key: dscores = P (dP - rowsum(P dP)), dP the upstream gradient at the key's segment."""
-    probabilities, capped = _probabilities(query_rows, key, row_positions, tree_end, lse, scale, softcap, window)
+    probabilities, scores = _probabilities(query_rows, key, row_positions, tree_end, lse, scale, softcap, window)
     wide = probabilities.dtype
     grad = grad.to(wide)
     if reduce is not None:
         grad = (grad / _row_weight(row_positions, query_rows, wide))[:, None, None, :]
     if reduce != "tokens":
         grad = grad @ segment_one_hot(segments, num_segments, key, wide).transpose(-1, -2)
-    grad_scores = probabilities * (grad - (probabilities * grad).sum(-1, keepdim=True)) * scale
+    grad_scores = probabilities * (grad - (probabilities * grad).sum(-1, keepdim=True))
     if softcap is not None:
-        grad_scores = grad_scores * softcap_slope(capped, softcap)
+        grad_scores = grad_scores * softcap_slope(scores, softcap)
+    grad_scores = grad_scores * scale
     grad_query = grad_scores @ expand_heads(key, query_rows.shape[1]).to(wide)
     grad_key = sum_heads(grad_scores.transpose(-1, -2) @ query_rows.to(wide), key.shape[1])
     return grad_query.to(query_rows.dtype), grad_key.to(key.dtype)
@@ -77,16 +78,17 @@ def _probabilities(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """-> probabilities (B, Hq, R, S), zero in unused rows and rows that see no key; capped scores."""
+    """-> probabilities (B, Hq, R, S), zero in unused rows and rows that see no key; scores before the softcap."""
     if tree_end is None:
         tree_end = torch.full((key.shape[0], key.shape[2]), key.shape[2], dtype=torch.int32, device=key.device)
-    capped = capped_scores(query_rows, key, scale, softcap)
+    scores = raw_scores(query_rows, key, scale)
     seen = visible_rows(row_positions, tree_end, window)[:, None]
-    scores = capped.masked_fill(~seen, float("-inf"))
-    total = scores.logsumexp(-1) if lse is None else lse.to(accumulation_dtype(query_rows.dtype))
-    probabilities = torch.exp(scores - total.masked_fill(total == float("-inf"), 0.0)[..., None])
-    # Where no key is seen, lse may be anything.
-    return probabilities.masked_fill(~seen, 0.0), capped
+    limited = capped(scores, softcap)
+    if lse is None:
+        return softmax_of_seen(limited, seen), scores
+    # Of the accuracy that lse was given in. Where no key is seen it may be anything.
+    total = lse.to(scores.dtype).masked_fill(lse == float("-inf"), 0.0)[..., None]
+    return torch.exp(limited.masked_fill(~seen, float("-inf")) - total).masked_fill(~seen, 0.0), scores
 
 
 def _row_weight(row_positions: Tensor, query_rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tree_mask import visible
-from .scores import accumulation_dtype, capped_scores, expand_heads, segment_one_hot, softcap_slope, sum_heads
+from .scores import capped, expand_heads, raw_scores, segment_one_hot, softcap_slope, softmax_of_seen, sum_heads
 
 LSE_GRADIENT = True
 
@@ -28,7 +28,9 @@ def forward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, Dv), lse (B, Hq, S), mass (B, Hq, S, N); lse and mass in the accumulation dtype."""
-    probabilities, lse, _ = _softmax(query, key, tree_end, scale, softcap, window)
+    scores, seen = _scores(query, key, tree_end, scale, window)
+    scores = capped(scores, softcap)
+    probabilities, lse = softmax_of_seen(scores, seen), scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
     wide = probabilities.dtype
     output = probabilities @ expand_heads(value, query.shape[1]).to(wide)
     mass = probabilities @ segment_one_hot(segments, num_segments, query, wide)
@@ -53,10 +55,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value. With P = softmax(scores):
 
-    dP = dO V' + dmass at the key's segment;  dscores = P (dP - rowsum(P dP) + dlse).
+    dP = dO V' + dmass at the key's segment;  dscores = P (dP - rowsum(P dP)) + P dlse.
     """
     heads, kv_heads = query.shape[1], key.shape[1]
-    probabilities, _, capped = _softmax(query, key, tree_end, scale, softcap, window)
+    scores, seen = _scores(query, key, tree_end, scale, window)
+    probabilities = softmax_of_seen(capped(scores, softcap), seen)
     wide = probabilities.dtype
     grad_p = torch.zeros_like(probabilities)
     grad_value = torch.zeros(value.shape, dtype=wide, device=value.device)
@@ -66,26 +69,21 @@ def backward(
         grad_value = sum_heads(probabilities.transpose(-1, -2) @ grad_wide, kv_heads)
     if grad_mass is not None:
         grad_p += grad_mass.to(wide) @ segment_one_hot(segments, num_segments, query, wide).transpose(-1, -2)
-    row = -(probabilities * grad_p).sum(-1, keepdim=True)
+    grad_scores = probabilities * (grad_p - (probabilities * grad_p).sum(-1, keepdim=True))
     if grad_lse is not None:
-        row = row + grad_lse.to(wide)[..., None]
-    grad_scores = probabilities * (grad_p + row) * scale
+        # Beside the difference, not in it: what cancels there would leave the rounding of a sum with this.
+        grad_scores = grad_scores + probabilities * grad_lse.to(wide)[..., None]
     if softcap is not None:
-        grad_scores = grad_scores * softcap_slope(capped, softcap)
+        grad_scores = grad_scores * softcap_slope(scores, softcap)
+    grad_scores = grad_scores * scale
     grad_query = grad_scores @ expand_heads(key, heads).to(wide)
     grad_key = sum_heads(grad_scores.transpose(-1, -2) @ query.to(wide), kv_heads)
     return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def _softmax(
-    query: Tensor, key: Tensor, tree_end: Tensor | None, scale: float, softcap: float | None, window: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> probabilities (B, Hq, S, S) with zeros in fully masked rows, lse (B, Hq, S), capped scores."""
+def _scores(query: Tensor, key: Tensor, tree_end: Tensor | None, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+    """-> scores (B, Hq, S, S) before a softcap, and which of them count, (B, 1, S, S)."""
     batch, length = query.shape[0], query.shape[2]
     if tree_end is None:
         tree_end = torch.full((batch, length), length, dtype=torch.int32, device=query.device)
-    capped = capped_scores(query, key, scale, softcap)
-    scores = capped.masked_fill(~visible(tree_end, window)[:, None], float("-inf"))
-    lse = scores.logsumexp(-1)
-    probabilities = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    return probabilities, lse.to(accumulation_dtype(query.dtype)), capped
+    return raw_scores(query, key, scale), visible(tree_end, window)[:, None]

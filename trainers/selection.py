@@ -192,7 +192,7 @@ def mix_of(selection: Selection) -> dict[tuple[str, int], int]:
 def random_wrong_pairs(records: Sequence[Record], rules: SelectionRules, *, seed: int) -> Selection:
     """Control arm: every record with a usable truth, rejected = a wrong answer drawn at random.
 
-    It is the truth of another record of the same format that is wrong about this one (`is_right`, as `match` says); where the record has options,
+    It is the truth of another record of the same format that is wrong about this one (`is_right`); where the record has options,
     one of these, as a letter where the truth is one. The model's answer, its attention and its perplexity play no part; the length
     of the truth does.
     """

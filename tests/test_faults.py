@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import vllm_double
 from launches import launch
+from PIL import Image
 from prompt_records import make_prompts
-from tiny_models import make_tiny_llava
+from tiny_models import make_tiny_llava, make_tiny_qwen
 from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
-from mmdpo_trainers import shards
+from mmdpo_trainers import cli, shards
 from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.data.pictures import content_key
 from mmdpo_trainers.errors import DataError, MmdpoError, RunFolderError, StageError
@@ -332,6 +334,25 @@ def test_a_damaged_picture_of_the_users_own(tmp_path: Path, model: Path, prompts
     picture.write_bytes(kept)
     run_stage(context)
     assert ids(tmp_path / "run" / RESPONSES) == ids(whole / RESPONSES)
+
+
+@pytest.mark.parametrize("stage", ["generate", "vllm", "score", "evaluate"])
+def test_a_picture_that_the_processor_refuses(
+    tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every command that runs the model: 227 times as wide as high, which Qwen's processor does not take."""
+    if stage == "vllm":
+        vllm_double.install(monkeypatch)
+    records = make_prompts(tmp_path / "data", [("single", 1), ("sequence", 2)])
+    Image.new("RGB", (227 * 8, 8)).save(tmp_path / "data" / "wide.png")
+    records[1]["images"][1] = str(tmp_path / "data" / "wide.png")
+    path = tmp_path / "data" / "prompts.jsonl"
+    path.write_text("".join(json.dumps({**record, "response": "red"}) + "\n" for record in records))
+    flags = ["--run", tmp_path / "run", "--model", make_tiny_qwen(tmp_path / "model"), "--input", path]
+    flags += ["--engine", "vllm"] if stage == "vllm" else ["--moment", "before"] if stage == "evaluate" else []
+    assert cli.main([str(each) for each in ["generate" if stage == "vllm" else stage, *flags]]) == 2
+    message = "record r1/sequence: the image processor refuses a picture: absolute aspect ratio must be smaller than 200, got 227.0; take"
+    assert f"mmdpo: error: {message}" in capsys.readouterr().err
 
 
 class AtEpoch(TrainerCallback):

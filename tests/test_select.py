@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mmdpo_trainers.config import RunConfig, SelectConfig
-from mmdpo_trainers.data.answers import answers_match, chosen_option, normalize_answer, say_option
+from mmdpo_trainers.data.answers import answers_match, chosen_option, is_right, normalize_answer, say_option
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.run_folder import RunFolder, read_jsonl
 from mmdpo_trainers.selection import (
@@ -72,6 +72,52 @@ def test_normalisation(text: str, expected: str) -> None:
 )
 def test_short_answers(response: str, truth: str, match: str, expected: bool) -> None:
     assert answers_match(response, truth, match=match) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "expected"),
+    [
+        ("The picture shows a cat.", "a cat", True), ("It is not a cat.", "a cat", False), ("It isn't really a cat", "a cat", False),
+        ("It is not a dog, it is a cat", "cat", True), ("not a dog but a cat", "cat", True), ("not only a cat", "cat", True),
+        ("There is no doubt it is a cat.", "cat", True), ("a dog", "cat", False), ("It is not visible.", "Not visible", True),
+        ("There are two dogs.", "2", True), ("2", "two", True), ("There are 12", "2", False), ("2.5 metres", "2", False),
+        ("the red one", "1", False), ("There is one.", "1", True), ("-5", "5", False), ("twenty-two", "2", False),
+        ("No, it is red.", "no", True), ("There is no dog.", "No", True), ("It isn't.", "no", True), ("It is a dog.", "Yes", None),
+        ("It is red.", "no", None), ("Yes, there is no dog.", "no", False), ("No", "Yes", False), ("I would say yes.", "yes", True),
+        ("on the mat", "The cat is on the mat.", None), ("red", "Red circle", None), ("", "cat", False), ("!", "cat", False),
+    ],
+)  # fmt: skip
+def test_sentences_are_compared_by_what_they_say(response: str, truth: str, expected: bool | None) -> None:
+    assert is_right(response, truth, match="contains") is expected
+    assert answers_match(response, truth, match="contains") == (expected is True)
+    assert is_right(response, truth) is (normalize_answer(response) == normalize_answer(truth))
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"), [("It is blue.", True), ("blue", True), ("A", False), ("It is red.", False), ("red or blue", None)]
+)
+def test_sentences_about_options(response: str, expected: bool | None) -> None:
+    for truth in ("B", "blue"):
+        assert is_right(response, truth, options=["red", "blue"], match="contains") is expected
+
+
+@pytest.mark.parametrize(("preset", "match"), [("paper", "contains"), ("custom", "contains"), ("official_code", "exact")])
+def test_a_right_answer_in_a_sentence_is_not_rejected(preset: str, match: str) -> None:
+    options = {"preset": preset, "thresholds": {"sequence": {2: 0.7}}, "max_length_ratio": None, "min_edit_distance": None}
+    record = scored(answer="a cat", response="The picture shows a cat.")
+    assert rules(**options).failing(record) == (["answer"] if match == "contains" else [])
+    assert rules(**options, match="exact").failing(record) == []
+    unclear = scored(answer="yes", response="It is a cat.")
+    assert rules(**options).failing(unclear) == (["unclear"] if match == "contains" else [])
+
+
+def test_wrong_answers_that_are_drawn_are_wrong_by_the_same_comparison() -> None:
+    """Of "a cat", "a black cat" and "a dog", only the dog is wrong about a cat."""
+    records = [scored(str(n), answer=answer) for n, answer in enumerate(["a cat", "a black cat", "a dog"] * 20)]
+    drawn = random_wrong_pairs(records, rules(), seed=0).pairs
+    assert {(r["answer"], r["rejected"]) for r in drawn if "cat" in r["answer"]} == {("a cat", "a dog"), ("a black cat", "a dog")}
+    exact = random_wrong_pairs(records, rules(match="exact"), seed=0).pairs
+    assert ("a cat", "a black cat") in {(r["answer"], r["rejected"]) for r in exact}
 
 
 @pytest.mark.parametrize(
@@ -263,11 +309,12 @@ def test_stage_writes_pairs_dropped_and_the_table(tmp_path: Path, capfd: pytest.
     summary = select.run(context)
     assert summary["pairs"] == {"sequence": 1}
     assert summary["dropped"] == {"ratio": 1, "answer": 1} and summary["dropped_any"]["edit_distance"] == 1
-    assert summary["thresholds"]["sequence"] == SEQUENCE["paper"]
+    assert summary["thresholds"]["sequence"] == SEQUENCE["paper"] and summary["match"] == "contains"
     [pair] = read_jsonl(context.folder / "pairs.jsonl")
     assert pair["id"] == "a" and pair["images"] == ["../images/1.png", "../images/2.png"]
     assert [record["id"] for record in read_jsonl(context.folder / "dropped.jsonl")] == ["b", "c"]
-    assert "dropped by ratio" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "dropped by ratio" in error and "answers compared by contains" in " ".join(error.split())
 
 
 def test_nothing_selected_says_what_to_loosen(tmp_path: Path) -> None:

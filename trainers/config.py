@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmdpo_trainers.config_values import Range, build, read_yaml
+from mmdpo_trainers.data.answers import Match
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.shapes import SHIPPED
 
@@ -35,6 +36,12 @@ def option(
     if factory is not dataclasses.MISSING:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+_MATCH = (
+    "exact: the same text but for case, punctuation and article, or the same option; choice: also the only option named in a sentence; "
+    "contains: choice where there are options, else the truth's words in a sentence, unless negated"
+)
 
 
 @dataclass(kw_only=True)
@@ -170,6 +177,11 @@ class SelectConfig:
     rule: Literal["attention", "random_wrong", "perplexity"] = option(
         "attention", "attention: MIA-DPO; the others are control arms with the attention arm's number of pairs per format"
     )
+    match: Match | Literal["preset"] = option(
+        "preset",
+        "how an answer is compared with the truth: one that is right, or of which nobody can tell, is never rejected; preset: contains "
+        f"(paper, custom), exact (official_code); {_MATCH}",
+    )
     thresholds: dict[str, dict[int, float]] = option(
         help="format -> number of pictures -> attention ratio to stay under; entries replace the preset's", factory=dict
     )
@@ -261,7 +273,7 @@ class EvaluateConfig:
     )
     batch_size: int = option(32, "prompts answered together", minimum=1)
     max_new_tokens: int = option(16, "longest answer, in tokens", minimum=1)
-    match: Literal["exact", "contains", "choice"] = option("exact", "how an answer is compared with the truth")
+    match: Match = option("exact", f"how an answer is compared with the truth; {_MATCH}")
 
 
 @dataclass(kw_only=True)

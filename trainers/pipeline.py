@@ -19,6 +19,7 @@ from mmdpo_trainers.preference_figures import preference_summary
 from mmdpo_trainers.preflight import check_run
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import RunFolder, read_json, write_atomic
+from mmdpo_trainers.selection import match_of
 from mmdpo_trainers.stages import METHOD_STAGES, MODEL_STAGES, SHARED_STAGES, STAGES, Moment, StageContext
 from mmdpo_trainers.tables import run_tables
 
@@ -135,6 +136,9 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     if context.stage == "augment" and context.config.data.source != "shapes":
         # Without the held-out pictures in training, an evaluation that held some out would be of pictures trained on.
         parts["holds_out"] = context.config.holds_out
+    if context.stage == "train" and context.options.replay:
+        # By which wrong answers of replayed records are drawn.
+        parts["select.match"] = match_of(context.config.select)
     if context.stage == "report":
         parts["name"] = context.config.name
     if context.stage in MODEL_STAGES:
@@ -257,8 +261,9 @@ def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
 
 def _mia_dpo_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     summary = _outcome(run, "")
-    before = _done(run, "evaluate/before").get("accuracy")
-    summary["accuracy"] = {"before": before, **summary["accuracy"]}
+    before = _done(run, "evaluate/before")
+    summary["accuracy"] = {"before": before.get("accuracy"), **summary["accuracy"]}
+    summary["match"] = {"select": _done(run, "select").get("match"), "evaluate": before.get("match")}
     summary["prompts"] = _done(run, "augment").get("prompts")
     summary["problems"] = _done(run, "augment").get("problems")
     summary["arms"] = {arm: _outcome(run, f"arms/{arm}/") for arm in config.arms}

@@ -99,7 +99,7 @@ def encode_prompts(
         pictures = [load_pictures(record) for record in records]
     for record, its_pictures in zip(records, pictures, strict=True):
         _check_placeholders(record, len(its_pictures))
-    encoded = _encode_pictures(loaded, pictures)
+    encoded = _encode_pictures(loaded, records, pictures)
     prompts = prompt_ids(loaded, records, _by_row(pictures, () if encoded is None else encoded.blocks))
     answer_ids = [_answer_ids(loaded, *both) for both in zip(records, answers or [()] * len(records), strict=True)]
     rows = [prompt + answer for prompt, answer in zip(prompts, answer_ids, strict=True)]
@@ -158,10 +158,29 @@ def _check_placeholders(record: Mapping[str, Any], pictures: int) -> None:
         )
 
 
-def _encode_pictures(loaded: LoadedModel, pictures: Sequence[Sequence[Image.Image]]) -> EncodedPictures | None:
+def _encode_pictures(
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], pictures: Sequence[Sequence[Image.Image]]
+) -> EncodedPictures | None:
     flat = [picture for row in pictures for picture in row]
     alone = [len(row) == 1 for row in pictures for _ in row]
-    return loaded.family.encode_pictures(loaded.processor, flat, alone) if flat else None
+    try:
+        return loaded.family.encode_pictures(loaded.processor, flat, alone) if flat else None
+    except ValueError:
+        refuse_pictures(loaded, records, pictures)
+        raise
+
+
+def refuse_pictures(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], pictures: Sequence[Sequence[Image.Image]]) -> None:
+    """Raise DataError for the first record with a picture that the image processor refuses; there may be none."""
+    for record, row in zip(records, pictures, strict=True):
+        try:
+            for picture in row:
+                loaded.family.encode_pictures(loaded.processor, [picture], [len(row) == 1])
+        except ValueError as error:
+            raise DataError(
+                f"record {record['id']}: the image processor refuses a picture: {error}; take the record out of the prompts, or the picture out "
+                "of the data, and start again"
+            ) from error
 
 
 def _by_row(pictures: Sequence[Sequence[Image.Image]], values: Iterable[T]) -> list[list[T]]:

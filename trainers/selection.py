@@ -14,7 +14,7 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from mmdpo_trainers.batches import batch_seed
-from mmdpo_trainers.data.answers import answers_match, normalize_answer, say_option
+from mmdpo_trainers.data.answers import Match, is_right, normalize_answer, say_option
 
 Record = dict[str, Any]
 Thresholds = dict[str, dict[int, float]]
@@ -40,6 +40,9 @@ The paper names both rules without cut-offs, the code has neither. A length rati
 texts that differ in under a tenth of their characters are one answer written twice.
 """
 
+MATCH: dict[str, Match] = {"paper": "contains", "official_code": "exact", "custom": "contains"}
+"""Preset -> how an answer is compared with the truth. The code compares the texts; "The picture shows a cat." is no wrong answer, though."""
+
 RULES = (
     "no_truth",
     "empty_response",
@@ -47,6 +50,7 @@ RULES = (
     "no_ratio",
     "ratio",
     "answer",
+    "unclear",
     "perplexity",
     "truth_length",
     "length_ratio",
@@ -66,6 +70,8 @@ class SelectionRules:
     """Formats whose ratio may equal the threshold (the code: sequence `<=`, grid and pip `<`); elsewhere it must be smaller."""
     attention: bool = True
     """False leaves the attention ratio out (control arms)."""
+    match: Match = "contains"
+    """How answers are compared with the truth, see `is_right`."""
     min_perplexity: float | None = 1.1
     max_truth_chars: int | None = 512
     max_length_ratio: float | None = 5.0
@@ -80,6 +86,7 @@ class SelectionRules:
             thresholds={name: {**table.get(name, {}), **options.thresholds.get(name, {})} for name in table | options.thresholds},
             inclusive=frozenset({"sequence"} if options.preset == "official_code" else ()),
             attention=attention,
+            match=match_of(options),
             min_perplexity=options.min_perplexity,
             max_truth_chars=options.max_truth_chars,
             max_length_ratio=length_ratio if options.max_length_ratio == "preset" else options.max_length_ratio,
@@ -91,7 +98,7 @@ class SelectionRules:
 
         - ratio: the attention ratio is not under the threshold of the format and number of pictures (`no_threshold`: there is
           none; `no_ratio`: the answer had no row to score).
-        - answer: the response says what the truth says (`answers_match`, exact).
+        - answer: the response says what the truth says (`is_right`, as `match` says); unclear: it cannot be told whether it does.
         - perplexity: exp(-mean log max p) at or under `min_perplexity`: the model hardly hesitated.
         - truth_length: the truth has `max_truth_chars` characters or more.
         - length_ratio: longer over shorter of truth and response, in characters, above `max_length_ratio`.
@@ -103,8 +110,9 @@ class SelectionRules:
             failed.append(reason)
         if not truth or not response:
             return failed
-        if answers_match(response, truth, options=record.get("options")):
-            failed.append("answer")
+        right = is_right(response, truth, options=record.get("options"), match=self.match)
+        if right is not False:
+            failed.append("answer" if right else "unclear")
         if self.min_perplexity is not None and record["perplexity"] <= self.min_perplexity:
             failed.append("perplexity")
         if self.max_truth_chars is not None and len(truth) >= self.max_truth_chars:
@@ -125,6 +133,11 @@ class SelectionRules:
             return "no_ratio"
         kept = record["ratio"] <= threshold if record["format"] in self.inclusive else record["ratio"] < threshold
         return None if kept else "ratio"
+
+
+def match_of(options: Any) -> Match:
+    """How a `SelectConfig` has answers compared with the truth."""
+    return MATCH[options.preset] if options.match == "preset" else options.match
 
 
 @dataclass
@@ -179,7 +192,7 @@ def mix_of(selection: Selection) -> dict[tuple[str, int], int]:
 def random_wrong_pairs(records: Sequence[Record], rules: SelectionRules, *, seed: int) -> Selection:
     """Control arm: every record with a usable truth, rejected = a wrong answer drawn at random.
 
-    It is the truth of another record of the same format that does not match this record's truth; where the record has options,
+    It is the truth of another record of the same format that is wrong about this one (`is_right`); where the record has options,
     one of these, as a letter where the truth is one. The model's answer, its attention and its perplexity play no part; the length
     of the truth does.
     """
@@ -197,7 +210,7 @@ def random_wrong_pairs(records: Sequence[Record], rules: SelectionRules, *, seed
         else:
             draw = random.Random(batch_seed(seed, "random_wrong", record["id"]))
             options = record.get("options")
-            wrong = _draw_wrong(record, options or truths[record["format"]], draw)
+            wrong = draw_wrong(record, options or truths[record["format"]], draw, rules.match)
             if wrong is None:
                 selection.drop(record, ["no_wrong_answer"])
             else:
@@ -228,14 +241,17 @@ def _keep(selection: Selection, drawn: set[int]) -> None:
     selection.pairs = [record for index, record in enumerate(selection.pairs) if index in drawn]
 
 
-def _draw_wrong(record: Mapping[str, Any], candidates: Sequence[str], draw: random.Random) -> str | None:
-    """A candidate that is not the record's truth. Drawn by trial first: filtering all candidates of all records is quadratic."""
-    options = record.get("options")
+def draw_wrong(record: Mapping[str, Any], candidates: Sequence[str], draw: random.Random, match: Match) -> str | None:
+    """A candidate that is wrong about the record. Drawn by trial first: filtering all candidates of all records is quadratic."""
+
+    def is_wrong(candidate: str) -> bool:
+        return is_right(candidate, record["answer"], options=record.get("options"), match=match) is False
+
     for _ in range(20):
         candidate = draw.choice(candidates)
-        if not answers_match(candidate, record["answer"], options=options):
+        if is_wrong(candidate):
             return candidate
-    wrong = [candidate for candidate in candidates if not answers_match(candidate, record["answer"], options=options)]
+    wrong = [candidate for candidate in candidates if is_wrong(candidate)]
     return draw.choice(wrong) if wrong else None
 
 

@@ -20,10 +20,16 @@ def run_tables(summary: dict[str, Any]) -> list[Table]:
     tables = []
     accuracy = summary["accuracy"]
     if accuracy["before"] or accuracy["after"]:
-        tables.append(_accuracy_table(summary))
+        tables.append(_accuracy_table(summary, *_compared(summary, "evaluate")))
     if summary["pairs"] is not None:
-        tables.append(_selection_table(summary["pairs"], summary["dropped"] or {}))
+        tables.append(_selection_table(summary["pairs"], summary["dropped"] or {}, *_compared(summary, "select")))
     return tables
+
+
+def _compared(summary: dict[str, Any], stage: str) -> list[str]:
+    """How a stage compared answers with the truth, for a table's title; nothing where it has not run."""
+    match = (summary.get("match") or {}).get(stage)
+    return [f"answers compared by {match}"] if match else []
 
 
 def _preference_table(summary: dict[str, Any]) -> Table:
@@ -48,11 +54,11 @@ def _preference_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _accuracy_table(summary: dict[str, Any]) -> Table:
+def _accuracy_table(summary: dict[str, Any], *notes: str) -> Table:
     rows = {"before": summary["accuracy"]["before"], "after": summary["accuracy"]["after"]}
     rows |= {f"arm {name}": arm["accuracy"]["after"] for name, arm in summary["arms"].items()}
     formats = [name for name in FORMATS if any(name in (row or {}) for row in rows.values())]
-    table = Table(title="accuracy", title_justify="left")
+    table = Table(title=", ".join(["accuracy", *notes]), title_justify="left")
     table.add_column("model", no_wrap=True)
     for name in [*formats, "multi-image mean"]:
         table.add_column(name if name != "single" else "single image", justify="right")
@@ -64,8 +70,8 @@ def _accuracy_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _selection_table(pairs: dict[str, int], dropped: dict[str, Any]) -> Table:
-    table = Table(title="preference pairs", title_justify="left")
+def _selection_table(pairs: dict[str, int], dropped: dict[str, Any], *notes: str) -> Table:
+    table = Table(title=", ".join(["preference pairs", *notes]), title_justify="left")
     table.add_column("what")
     table.add_column("number", justify="right")
     for name in sorted(pairs, key=FORMATS.index):

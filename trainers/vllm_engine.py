@@ -20,7 +20,7 @@ from mmdpo_trainers import launcher
 from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.described import describe, own_dtype
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
-from mmdpo_trainers.prompts import encode_prompts, prompt_ids
+from mmdpo_trainers.prompts import encode_prompts, prompt_ids, refuse_pictures
 from mmdpo_trainers.responses import response_of
 
 _NEVER = -100.0
@@ -109,7 +109,11 @@ class VllmEngine:
             from vllm import SamplingParams
 
             params = [SamplingParams(**common, **warped, seed=seed if do_sample else None) for seed in seeds]
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            try:
+                outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            except Exception:
+                refuse_pictures(described, records, pictures)
+                raise
         for record, row, output in zip(records, pictures, outputs, strict=True):
             if len(row) not in self._checked:
                 self._check_prompt(record, row, output)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmdpo_trainers.data.answers import answers_match
+from mmdpo_trainers.data.answers import Match, is_right
 from mmdpo_trainers.run_folder import read_json, read_jsonl
 
 from .intervals import Change, Proportion, paired_change
@@ -127,17 +127,29 @@ class RunContents:
             means.append(sum(values) / len(values) if values else None)
         return means[0], means[1]
 
+    @property
+    def selection_match(self) -> Match:
+        """How selection compared answers with the truth, as its summary says."""
+        return self.summaries.get("select", {}).get("match", "exact")  # type: ignore[no-any-return]
+
+    @property
+    def evaluation_match(self) -> str:
+        """The same of the evaluations; empty where there is none."""
+        found = [self.summaries.get(f"evaluate/{moment}", {}).get("match") for moment in ("before", "after")]
+        return next((match for match in found if match), "")
+
     def thresholds(self) -> dict[str, dict[int, float]]:
         """Format -> number of pictures -> largest ratio selected, as the select stage's summary says."""
         recorded = self.summaries.get("select", {}).get("thresholds") or {}
         return {format: {int(n): float(t) for n, t in table.items()} for format, table in recorded.items()}
 
 
-def is_right(record: Mapping[str, Any]) -> bool | None:
-    """Whether a scored response says what its truth says, as selection sees it; None without a truth."""
+def verdict(record: Mapping[str, Any], match: Match) -> str:
+    """Whether a scored response is `right`, `wrong` or `unclear`, as selection sees it; `answers` without a truth."""
     if not record.get("answer") or record.get("response") is None:
-        return None
-    return answers_match(str(record["response"]), str(record["answer"]), options=record.get("options"))
+        return "answers"
+    right = is_right(str(record["response"]), str(record["answer"]), options=record.get("options"), match=match)
+    return "unclear" if right is None else "right" if right else "wrong"
 
 
 def _records(path: Path) -> list[Record]:

@@ -94,6 +94,7 @@ def _accuracy(contents: RunContents) -> dict[str, Any]:
         "has_ratio": any(row.ratio_before is not None or row.ratio_after is not None for row in rows),
         "accuracy_plot": plots.accuracy_plot([(row.label, row.before, row.after) for row in formats]) if formats else "",
         "headline": _headline(contents),
+        "match": contents.evaluation_match,
     }
 
 
@@ -115,7 +116,8 @@ def _headline(contents: RunContents) -> str:
 
 def _selection_text(contents: RunContents) -> str:
     pairs = contents.pairs or []
-    return f"{len(pairs):,} pairs selected from {len(pairs) + len(contents.dropped):,} answers."
+    compared = f" Answers were compared with the truth by: {contents.selection_match}." if "select" in contents.summaries else ""
+    return f"{len(pairs):,} pairs selected from {len(pairs) + len(contents.dropped):,} answers.{compared}"
 
 
 def _ratios_caption(contents: RunContents, heat: HeatMaps | None) -> str:

@@ -128,9 +128,9 @@ def accuracy_plot(rows: Sequence[tuple[str, Proportion | None, Proportion | None
 def ratio_histogram(groups: Mapping[str, Sequence[float]], thresholds: Mapping[int, float], *, name: str, title: str) -> str:
     """Stacked histogram of attention ratios in [0, 1].
 
-    groups: right, wrong (or answers, where that is unknown) -> ratios. thresholds: number of pictures -> ratio, drawn dashed.
+    groups: right, wrong, unclear (or answers, where there is no truth) -> ratios. thresholds: number of pictures -> ratio, drawn dashed.
     """
-    colours = {"wrong": "wrong", "right": "right"}
+    colours = {"wrong": "wrong", "right": "right", "unclear": "third"}
     counts = ", ".join(f"{len(values)} {group}" for group, values in groups.items())
     marks = ", ".join(f"{value:g} for {n} pictures" for n, value in thresholds.items())
     description = f"Histogram of the attention ratio, {title}: {counts}." + (f" Threshold {marks}." if marks else "")

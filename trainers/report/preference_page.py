@@ -140,7 +140,8 @@ def _accuracy_table(contents: PreferenceContents) -> sections.Table | None:
         for arm, answers in contents.answers.items()
     ]
     return sections.Table(
-        caption="Share of questions answered right, with 95 % Wilson intervals; the same questions for every arm.",
+        caption="Share of questions answered right, with 95 % Wilson intervals; the same questions for every arm."
+        + (f" Answers were compared with the truth by: {match}." if (match := contents.run.evaluation_match) else ""),
         head=["Arm", *(group.replace("/", ": ") for group in groups)],
         rows=rows,
     )

@@ -14,7 +14,7 @@ from typing import Any
 from mmdpo_trainers.selection import RULES
 
 from . import plots
-from .contents import Record, RunContents, by_format, is_right, label_of, proportion, spread
+from .contents import Record, RunContents, by_format, label_of, proportion, spread, verdict
 from .examples import Cell, picture_cells, question_of, text_of
 from .intervals import Proportion
 
@@ -33,6 +33,7 @@ RULE_WORDS = {
     "no_ratio": "no attention ratio",
     "ratio": "enough attention on the target",
     "answer": "the answer is right",
+    "unclear": "nobody can tell whether the answer is right",
     "perplexity": "the model hardly hesitated",
     "truth_length": "the truth is too long",
     "length_ratio": "truth and answer differ too much in length",
@@ -120,12 +121,11 @@ def selection_table(contents: RunContents) -> Table | None:
 def ratio_plots(contents: RunContents) -> list[str]:
     """One histogram a format, answers split by right and wrong where that is known, thresholds marked."""
     drawn: list[str] = []
-    thresholds = contents.thresholds()
+    thresholds, match = contents.thresholds(), contents.selection_match
     for format, records in by_format(r for r in contents.scores if r.get("ratio") is not None).items():
-        groups: dict[str, list[float]] = {"wrong": [], "right": [], "answers": []}
+        groups: dict[str, list[float]] = {"wrong": [], "right": [], "unclear": [], "answers": []}
         for record in records:
-            right = is_right(record)
-            groups["answers" if right is None else "right" if right else "wrong"].append(float(record["ratio"]))
+            groups[verdict(record, match)].append(float(record["ratio"]))
         groups = {name: ratios for name, ratios in groups.items() if ratios}
         used = {int(r["num_images"]) for r in records if r.get("num_images")}
         marks = {n: t for n, t in sorted(thresholds.get(format, {}).items()) if n in used}

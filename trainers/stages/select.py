@@ -31,6 +31,7 @@ _REMEDIES = {
     "no_ratio": "score.drop_first_row leaves one-token answers without a row: switch it off",
     "ratio": "raise select.thresholds",
     "answer": "the model is right: use harder prompts, or sample (generate.do_sample)",
+    "unclear": "answers of which nobody can tell: ask for short ones, or set select.match to exact",
     "perplexity": "lower select.min_perplexity",
     "truth_length": "raise select.max_truth_chars",
     "length_ratio": "raise select.max_length_ratio",
@@ -64,7 +65,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def selection_table(summary: Mapping[str, Any]) -> Table:
     """What each rule dropped: as the first rule a record failed, and among all it failed."""
-    table = Table(title="selection", title_justify="left")
+    table = Table(title=f"selection, answers compared by {summary['match']}", title_justify="left")
     for name in ("", "first", "any"):
         table.add_column(name, justify="right" if name else "left")
     for rule, count in summary["dropped_any"].items():
@@ -90,6 +91,7 @@ def _summary(records: Sequence[Record], selection: Selection, options: Any) -> d
         "dropped": selection.dropped_by(first=True),
         "dropped_any": selection.dropped_by(first=False),
         "rule": options.rule,
+        "match": rules.match,
         "thresholds": rules.thresholds if options.rule == "attention" else {},
         "max_length_ratio": rules.max_length_ratio,
         "min_edit_distance": rules.min_edit_distance,

@@ -17,6 +17,7 @@ from mmdpo_trainers.attention_ratios import default_layer
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.run_folder import read_jsonl
+from mmdpo_trainers.selection import match_of
 from mmdpo_trainers.stages import StageContext
 from mmdpo_trainers.training.checkpoints import replace_folder, writing
 from mmdpo_trainers.training.preference_config import PreferenceConfig
@@ -182,7 +183,9 @@ def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
     if len(pairs) == 0:
         raise StageError(f"{context.pairs} holds no pairs; loosen the rules of select, or give your own with --input")
     kept, held_out = split(len(pairs), options.held_out, context.seed)
-    replay = replay_pairs(replay_source(context), round(options.replay * len(kept)), context.seed)
+    replay = replay_pairs(
+        replay_source(context), round(options.replay * len(kept)), context.seed, match_of(context.config.select)
+    )
     trained: Any = Subset(pairs, kept)
     replayed: Any = replay
     counts = {"pairs": len(kept), "replay": len(replay), "held_out": len(held_out)}

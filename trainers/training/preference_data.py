@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.data.answers import answers_match
+from mmdpo_trainers.data.answers import Match, is_right
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError
 from mmdpo_trainers.run_folder import read_jsonl
@@ -116,11 +116,12 @@ def split(count: int, held_out: float, seed: int) -> tuple[list[int], list[int]]
     return kept, sorted(chosen)
 
 
-def replay_pairs(source: Path, count: int, seed: int) -> list[Record]:
+def replay_pairs(source: Path, count: int, seed: int, match: Match = "contains") -> list[Record]:
     """`count` preference records about one picture each, drawn from prompt records with answers.
 
     Chosen is the true answer. Rejected is a wrong one drawn from the true answers to the same question about other pictures, or
-    from all where that question has one answer only. Records are used again only when all have been.
+    from all where that question has one answer only; `match` says how they are compared with the true one (`is_right`). Records are used
+    again only when all have been.
 
     Raises StageError where the source does not exist, or holds no record with one picture and an answer.
     """
@@ -141,7 +142,8 @@ def replay_pairs(source: Path, count: int, seed: int) -> list[Record]:
     while len(found) < count:
         before = len(found)
         for record in draw.sample(pool, len(pool)):
-            wrong = _wrong_answer(record, sorted(by_question[record["prompt"]]), draw) or _wrong_answer(record, answers, draw)
+            asked = sorted(by_question[record["prompt"]])
+            wrong = _wrong_answer(record, asked, draw, match) or _wrong_answer(record, answers, draw, match)
             if wrong is not None and len(found) < count:
                 found.append(_pair(record, wrong, len(found)))
         if len(found) == before:
@@ -149,14 +151,17 @@ def replay_pairs(source: Path, count: int, seed: int) -> list[Record]:
     return found
 
 
-def _wrong_answer(record: Record, candidates: Sequence[str], draw: random.Random) -> str | None:
-    """A candidate that is not the record's truth, drawn by trial first: there may be very many candidates."""
-    options = record.get("options")
+def _wrong_answer(record: Record, candidates: Sequence[str], draw: random.Random, match: Match) -> str | None:
+    """A candidate that is wrong about the record, drawn by trial first: there may be very many candidates."""
+
+    def is_wrong(candidate: str) -> bool:
+        return is_right(candidate, record["answer"], options=record.get("options"), match=match) is False
+
     for _ in range(20):
         candidate = draw.choice(candidates)
-        if not answers_match(candidate, record["answer"], options=options):
+        if is_wrong(candidate):
             return candidate
-    return next((c for c in candidates if not answers_match(c, record["answer"], options=options)), None)
+    return next((candidate for candidate in candidates if is_wrong(candidate)), None)
 
 
 def _pair(record: Record, wrong: str, number: int) -> Record:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from tiny_models import TINY  # noqa: E402
 
-COLUMNS = ("parity", "segments", "mass", "tree", "gradients", "generate", "shared vision", "heads", "unpatch")
+COLUMNS = ("prompts", "parity", "segments", "mass", "tree", "gradients", "generate", "shared vision", "heads", "unpatch")
 
 
 def check_family(name: str, console: Console) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from PIL import Image, ImageFile, ImageOps
 from tiny_models import make_tiny_llava, make_tiny_qwen, sample_pictures
 from torch.utils.data import DataLoader
 
+from mmdpo_trainers.chat_format import render_prompt
 from mmdpo_trainers.data.corruption import Corruption
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.families import family_of
 from mmdpo_trainers.loading import LoadedModel, load_model
-from mmdpo_trainers.prompts import render_prompt
 from mmdpo_trainers.training import examples
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
 from mmdpo_trainers.training.examples import changed_token_weights

@@ -16,10 +16,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from mmdpo_kernels import SequenceLogps, patch_model, preference_loss
+from mmdpo_trainers.chat_format import render_prompt
 from mmdpo_trainers.data.corruption import Corruption, corrupt
 from mmdpo_trainers.families import family_of
 from mmdpo_trainers.loading import LoadedModel, load_model
-from mmdpo_trainers.prompts import render_prompt
 from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
 

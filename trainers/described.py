@@ -13,6 +13,7 @@ from transformers import AutoConfig, GenerationConfig
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.loading import LoadedModel
 from mmdpo_trainers.processors import load_processor
+from mmdpo_trainers.template_date import TemplateDate
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Number types of a safetensors file in which a model can be loaded."""
@@ -27,12 +28,17 @@ class _Described(torch.nn.Module):
         self.place = torch.nn.Parameter(torch.empty(0))
 
 
-def describe(folder: Path) -> LoadedModel:
-    """The model of a folder, of which everything can be asked that needs no weight."""
+def describe(folder: Path, date: TemplateDate | None = None) -> LoadedModel:
+    """The model of a folder, of which everything can be asked that needs no weight. date: as in `load_model`."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     own = (folder / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(folder) if own else GenerationConfig.from_model_config(config)
-    return LoadedModel(model=_Described(config, generation), processor=load_processor(folder, config.model_type), path=folder)
+    return LoadedModel(
+        model=_Described(config, generation),
+        processor=load_processor(folder, config.model_type),
+        path=folder,
+        date=date or TemplateDate.now(),
+    )
 
 
 def own_dtype(folder: Path, config: Any) -> str:

@@ -6,9 +6,10 @@ Nothing here reaches the network: every path is a folder of this machine.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from mmdpo_trainers.chat_format import render_prompt
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.families import FAMILIES, Family, family_of, picture_layers
 from mmdpo_trainers.processors import load_processor
-from mmdpo_trainers.prompts import EncodedPrompts, encode_prompts, render_prompt
+from mmdpo_trainers.prompts import EncodedPrompts, encode_prompts
 from mmdpo_trainers.shapes import SHIPPED
+from mmdpo_trainers.template_date import TemplateDate
+from mmdpo_trainers.token_rules import TextEncoder
 from mmdpo_trainers.whole_weights import whole_weights
 
 __all__ = [
@@ -47,6 +51,13 @@ class LoadedModel:
     processor: Any
     path: Path
     adapter: Path | None = None
+    date: TemplateDate = field(default_factory=TemplateDate.now)
+    """What a chat template that prints the date is told."""
+
+    @functools.cached_property
+    def texts(self) -> TextEncoder:
+        """Prompts and answers as token ids."""
+        return TextEncoder(self.processor, image_token_id=self.image_token_id, end_ids=self.end_ids, date=self.date)
 
     @property
     def device(self) -> torch.device:
@@ -119,12 +130,14 @@ def load_model(
     processor: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    date: TemplateDate | None = None,
 ) -> LoadedModel:
     """Load a model, its processor and optionally a PEFT adapter (merged into the weights) from local folders.
 
     path: a Hugging Face folder of a family in `FAMILIES` or one that follows the conventions (`Conventional`), or a shipped model's name.
     processor: another folder to take the processor from.
     dtype: `auto` (the checkpoint's own), a name such as `bfloat16`, or a torch dtype. device: `auto` is CUDA where there is one.
+    date: what a chat template that prints the date is told; None: this moment.
     The weights are whole, also in a process that trains with ZeRO-3.
 
     Raises StageError naming what is missing: the folder, config.json, weights, a processor file, or support for the family.
@@ -157,7 +170,13 @@ def load_model(
         model = _merge_adapter(model, Path(adapter))
     model.to(target).eval()
     _check_processor(model, its_processor, folder)
-    return LoadedModel(model=model, processor=its_processor, path=folder, adapter=None if adapter is None else Path(adapter))
+    return LoadedModel(
+        model=model,
+        processor=its_processor,
+        path=folder,
+        adapter=None if adapter is None else Path(adapter),
+        date=date or TemplateDate.now(),
+    )
 
 
 def _model_type(folder: Path) -> str:

@@ -84,6 +84,7 @@ def held(run: RunFolder) -> Iterator[None]:
         if ranks.is_main():
             with ranks.failing():
                 stack.enter_context(run.lock())
+                run.date()
         ranks.barrier()
         yield
 

@@ -40,4 +40,5 @@ def _collator(loaded: LoadedModel, kind: Kind, seed: int) -> PreferenceCollator:
         tree_packing=tree_refusal(loaded.model) is None,
         branches=BRANCHES,
         corruption=Corruption(kind=kind, seed=seed),
+        date=loaded.date,
     )

@@ -1,4 +1,4 @@
-"""Prompt records as model inputs: the model's own chat format, its image tokens, padding, and answers behind the prompts."""
+"""Prompt records as model inputs: their tokens with those of their pictures, padding, and answers behind the prompts."""
 
 from __future__ import annotations
 
@@ -8,50 +8,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 
 from mmdpo_trainers.data.pictures import PictureError, open_picture
 from mmdpo_trainers.data.records import IMAGE_TOKEN
-from mmdpo_trainers.errors import DataError, StageError
-from mmdpo_trainers.families import EncodedPictures, View, expand_ids, family_of, plain_grid
+from mmdpo_trainers.errors import DataError
+from mmdpo_trainers.families import EncodedPictures, View, expand_ids, plain_grid
 
 if TYPE_CHECKING:
     from mmdpo_trainers.loading import LoadedModel
 
 T = TypeVar("T")
-
-
-def render_prompt(processor: Any, prompt: str) -> str:
-    """One user turn and the opening of the answer, through the processor's chat template.
-
-    `<image>` becomes the family's placeholder with the family's own image token, in place. The prompt goes in as one text:
-    templates that collect pictures in front of the text (LLaVA-1.5's does) would undo the interleaving
-    "Image1:<image>\\nImage2:<image>" that questions refer to.
-    Without a chat template: ``USER: {prompt} ASSISTANT:``.
-
-    Raises StageError where the template changes the prompt or the number of pictures in it.
-    """
-    family = family_of(processor)
-    placeholder, mark = family.placeholder(processor), family.processor_text(processor)
-    prompt = prompt.replace(IMAGE_TOKEN, mark)
-    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
-    if template is None:
-        return f"USER: {prompt} ASSISTANT:".replace(mark, placeholder)
-    for content in ([{"type": "text", "text": prompt}], prompt):
-        try:
-            text = processor.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], chat_template=template, add_generation_prompt=True, tokenize=False
-            )
-        except (TemplateError, TypeError, KeyError, ValueError):
-            continue
-        # Templates may trim a turn.
-        if prompt.strip() in text and text.count(mark) == prompt.count(mark):
-            return str(text).replace(mark, placeholder)
-    raise StageError(
-        f"the chat template of {type(processor).__name__} does not keep the text of a user turn ({prompt[:60]!r}); "
-        "give the model folder a chat_template.jinja that does"
-    )
 
 
 @dataclass
@@ -88,10 +55,11 @@ def encode_prompts(
     """Tokenise prompt records, with their pictures and optionally an answer each, into one padded batch on the model's device.
 
     records: `id`, `prompt` and `images` (paths or Pillow pictures; `pictures` replaces them). padding_side: `left` or `right`.
-    answers: text, or token ids to teacher-force exactly. The tokens of prompt and answer are those of each on its own,
-    put together, so a response's ids continue the prompt just as generation had them.
+    answers: text, or token ids to teacher-force exactly. The tokens of prompt and answer are those of each on its own
+    (`TextEncoder`), put together, so a response's ids continue the prompt just as generation had them.
 
-    Raises DataError, naming the record, where the placeholders of a prompt do not match its pictures, or an answer has one.
+    Raises DataError, naming the record, where the placeholders of a prompt do not match its pictures, an answer has one, or a text
+    holds tokens of the chat format.
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side: expected 'left' or 'right', got {padding_side!r}")
@@ -193,13 +161,9 @@ def prompt_ids(
     loaded: LoadedModel, records: Sequence[Mapping[str, Any]], blocks: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[int]]:
     """Token ids of the prompts, `blocks` in the places of their pictures."""
-    bos = loaded.tokenizer.bos_token
-    texts = [render_prompt(loaded.processor, record["prompt"]) for record in records]
-    # A chat template that writes the opening token itself must not have it doubled.
-    add_special_tokens = not (bos and all(text.startswith(bos) for text in texts))
     found = []
-    for record, text, its_blocks in zip(records, texts, blocks, strict=True):
-        ids = loaded.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    for record, its_blocks in zip(records, blocks, strict=True):
+        ids = loaded.texts.prompt(record["id"], record["prompt"])
         try:
             found.append(expand_ids(ids, loaded.image_token_id, its_blocks))
         except ValueError as error:
@@ -208,7 +172,7 @@ def prompt_ids(
 
 
 def _answer_ids(loaded: LoadedModel, record: Mapping[str, Any], answer: str | Sequence[int]) -> list[int]:
-    ids = list(loaded.tokenizer(answer, add_special_tokens=False).input_ids) if isinstance(answer, str) else list(answer)
-    if loaded.image_token_id in ids:
-        raise DataError(f"record {record['id']}: the answer holds the image token; only prompts have pictures")
-    return ids
+    if isinstance(answer, str):
+        return loaded.texts.answer(record["id"], "the answer", answer)
+    loaded.texts.check_answer_ids(record["id"], "the answer", answer)
+    return list(answer)

@@ -7,6 +7,7 @@ fingerprint); `summary.json` is written last. A stage is done iff `summary.json`
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
@@ -192,6 +193,13 @@ class RunFolder:
         self.path = Path(path).resolve()
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"run folder {self.path} is a file; choose another --run-dir")
+
+    def date(self) -> str:
+        """The moment that stands for today in all of the run: kept in `date.json` by the first who asks, who should hold the run."""
+        path = self.path / "date.json"
+        if not path.exists():
+            write_atomic(path, {"date": datetime.datetime.now().isoformat(timespec="seconds")})
+        return str(read_json(path)["date"])
 
     def folder(self, name: str) -> Path:
         """The folder of a stage, created if need be."""

@@ -22,6 +22,7 @@ from mmdpo_trainers.described import describe, own_dtype
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.prompts import encode_prompts, prompt_ids, refuse_pictures
 from mmdpo_trainers.responses import response_of
+from mmdpo_trainers.template_date import TemplateDate
 
 _NEVER = -100.0
 """The lowest bias that vLLM takes for a token."""
@@ -53,10 +54,20 @@ class VllmEngine:
     """A vLLM `LLM` of a model folder.
 
     device: `cuda:N`, or `auto` for vLLM's own choice. most_pictures: of one prompt. arguments: more of `vllm.LLM`.
+    date: as in `load_model`.
     """
 
-    def __init__(self, folder: Path, *, dtype: str, device: str, most_pictures: int, arguments: Mapping[str, Any]) -> None:
-        self.described = describe(folder)
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        device: str,
+        most_pictures: int,
+        arguments: Mapping[str, Any],
+        date: TemplateDate | None = None,
+    ) -> None:
+        self.described = describe(folder, date)
         if dtype == "auto":
             # The checkpoint's own, as elsewhere; vLLM's `auto` would halve float32.
             dtype = own_dtype(folder, self.described.model.config)

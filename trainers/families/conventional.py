@@ -95,6 +95,8 @@ class Conventional(Family):
 
     def placeholder(self, processor: Any) -> str:
         template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
         return _placeholder(processor, self.image_token(processor), template) if template else self.image_token(processor)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from mmdpo_trainers.loading import LoadedModel
 from mmdpo_trainers.model_checks.mass import check_mass
 from mmdpo_trainers.model_checks.parity import check_generate, check_parity, check_unpatch
+from mmdpo_trainers.model_checks.prompts import check_prompts
 from mmdpo_trainers.model_checks.result import CheckResult, timed
 from mmdpo_trainers.model_checks.segments import check_segments
 from mmdpo_trainers.model_checks.training import check_gradients, check_heads, check_shared_vision, check_tree
@@ -19,6 +20,7 @@ from mmdpo_trainers.model_checks.twins import softcapped
 __all__ = ["CHECKS", "CheckResult", "run_checks"]
 
 CHECKS: dict[str, Callable[[LoadedModel], CheckResult]] = {
+    "prompts": check_prompts,
     "parity": check_parity,
     "segments": check_segments,
     "mass": check_mass,

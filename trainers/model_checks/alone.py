@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmdpo_trainers.chat_format import render_prompt
 from mmdpo_trainers.data.corruption import Corruption, corrupt
-from mmdpo_trainers.loading import LoadedModel, render_prompt
+from mmdpo_trainers.loading import LoadedModel
 
 BLUR = Corruption(kind="blur", strength=0.5)
 """Draws nothing, so what is to come out is known."""
@@ -19,13 +20,10 @@ BLUR = Corruption(kind="blur", strength=0.5)
 def processor_inputs(loaded: LoadedModel, prompt: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
     """What the processor gives for one prompt and its pictures, on the model's device."""
     family, processor = loaded.family, loaded.processor
-    text = render_prompt(processor, prompt).replace(family.placeholder(processor), family.processor_text(processor))
-    bos = loaded.tokenizer.bos_token
-    # A chat template that writes the opening token itself must not have it doubled.
-    add_special_tokens = not (bos and text.startswith(bos))
-    encoded = processor(
-        text=[text], images=[list(pictures)] if pictures else None, return_tensors="pt", add_special_tokens=add_special_tokens
-    )
+    text = render_prompt(processor, prompt, loaded.date).replace(family.placeholder(processor), family.processor_text(processor))
+    # The tokenizer's own opening as text: left to itself it may put an end behind the prompt, where the answer goes.
+    text = loaded.texts.opening(text) + text
+    encoded = processor(text=[text], images=[list(pictures)] if pictures else None, return_tensors="pt", add_special_tokens=False)
     tensors = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
     return {
         name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else value.dtype)
@@ -42,7 +40,7 @@ def branch_logp(loaded: LoadedModel, record: dict[str, Any], branch: str) -> Ten
             corrupt(picture, BLUR, "") if place == record["target"] else picture for place, picture in enumerate(pictures)
         ]
     column = "rejected" if branch == "rejected" else "chosen"
-    response = loaded.tokenizer(record[column][0]["content"], add_special_tokens=False).input_ids
+    response = loaded.texts.answer(record["id"], column, record[column][0]["content"])
     ids = torch.tensor([[*response, end_id(loaded)]], device=loaded.device)
     inputs = processor_inputs(loaded, record["prompt"][0]["content"], pictures)
     start = inputs["input_ids"].shape[1]

@@ -33,6 +33,7 @@ def collator(loaded: LoadedModel, *, packing: bool) -> PreferenceCollator:
         tree_packing=packing,
         branches=BRANCHES,
         corruption=BLUR,
+        date=loaded.date,
     )
 
 

@@ -20,6 +20,7 @@ from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import RunFolder
 from mmdpo_trainers.shapes import SHIPPED
+from mmdpo_trainers.template_date import TemplateDate
 
 STAGES = ("augment", "generate", "score", "select", "pairs", "train", "evaluate", "report")
 """All stages, in order."""
@@ -98,6 +99,11 @@ class StageContext:
     @property
     def seed(self) -> int:
         return self.config.seed
+
+    @property
+    def date(self) -> TemplateDate:
+        """What a chat template that prints the date is told in all of the run."""
+        return TemplateDate.read(self.run.date())
 
     @property
     def model(self) -> Path:

@@ -107,7 +107,7 @@ def _base_figures(context: StageContext) -> Path:
 def load_evaluated(context: StageContext) -> LoadedModel:
     """The model this evaluation is about: the base, or what training left (an adapter, merged into a fresh base, or a model)."""
     config = context.config
-    choice: dict[str, Any] = {"dtype": config.dtype, "device": context.device}
+    choice: dict[str, Any] = {"dtype": config.dtype, "device": context.device, "date": context.date}
     if context.moment != "after":
         return load_model(context.model, **choice)
     trained = context.trained

@@ -61,7 +61,7 @@ class _Transformers:
     def answer(self, number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
         context, options = self.context, self.context.options
         if self._loaded is None:
-            self._loaded = load_model(context.model, dtype=context.config.dtype, device=context.device)
+            self._loaded = load_model(context.model, dtype=context.config.dtype, device=context.device, date=context.date)
             patch_model(self._loaded.model)
         return generate_responses(
             self._loaded,
@@ -98,6 +98,7 @@ class _Vllm:
                 device=context.device,
                 most_pictures=self._most,
                 arguments=options.engine_args,
+                date=context.date,
             )
         return self._engine.generate_responses(
             batch,

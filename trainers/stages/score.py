@@ -35,7 +35,7 @@ def run(context: StageContext) -> dict[str, Any]:
         if all(_is_recorded(record, settings) for record in batch):
             return [_ratios_of_recorded(record, options.statistic) for record in batch]
         if loaded is None:
-            loaded = load_model(context.model, dtype=context.config.dtype, device=context.device)
+            loaded = load_model(context.model, dtype=context.config.dtype, device=context.device, date=context.date)
             patch_model(loaded.model)
         return attention_ratios(loaded, batch, statistic=options.statistic, **settings)
 

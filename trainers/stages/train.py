@@ -121,6 +121,7 @@ def preference_config(context: StageContext, layers: Sequence[int], *, evaluate:
         "use_cpu": on_cpu,
         "precompute_ref_log_probs": True,
         "reference_cache": str(reference_cache(context)),
+        "template_date": str(context.date),
     }
     if "loss_type" in context.options.args and "loss_weights" not in context.options.args:
         # The preset's weights belong to the preset's losses.

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmdpo_kernels import SharedRows, TokenLogps, TokenTree
 from mmdpo_trainers.data.corruption import Corruption, Model
 from mmdpo_trainers.families import EncodedPictures, Family, family_of
+from mmdpo_trainers.template_date import TemplateDate
 from mmdpo_trainers.training.examples import BRANCHES, Example, ExampleMaker, TokenSequence
 from mmdpo_trainers.training.ratio_spans import RatioSpan, RatioSpans
 
@@ -81,7 +82,8 @@ class PreferenceCollator:
     `rejected` (one assistant turn), `images` (paths or Pillow pictures). Optional: `id`, `format`, `target` (which of several
     pictures is asked about), `region` with `patch_grid` (where the model's patches are others: `box`) for the attention ratio, and
     `rejected_images`, its own corrupted pictures, and `kind`, a name under which rewards are logged too. Prompt and response are
-    tokenised each on its own and put together, which is what the model sees when it generates; a response ends with `end_id`.
+    tokenised each on its own and put together (`TextEncoder`), which is what the model sees when it generates; a response ends with
+    `end_id`, once, also where its text ends with an end token.
 
     In the corrupted branch the asked-about picture is corrupted, or all of them where a record does not say which; a record without
     pictures has its chosen sequence there. Corruptions follow from seed and content (pictures, prompt text): the same record is
@@ -98,10 +100,11 @@ class PreferenceCollator:
         no_image: leave pictures and placeholders out of the prompts.
         changed_token_weight: weight of response tokens that differ between chosen and rejected, see `changed_token_weights`.
         picture_pool: pictures as in `images`, for corruption kind "other".
+        date: what a chat template that prints the date is told; None: this moment, each time.
 
     Raises DataError naming the record: an unreadable picture, placeholders that do not match the pictures, a conversation of
-    another shape, a target or region that does not fit, an empty chosen response, a response that holds the image token, nothing
-    to corrupt its pictures by.
+    another shape, a target or region that does not fit, an empty chosen response, a response that holds the image token, a text
+    that holds tokens of the chat format or is already in it, nothing to corrupt its pictures by.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class PreferenceCollator:
         no_image: bool = False,
         changed_token_weight: float = 1.0,
         picture_pool: Sequence[Any] = (),
+        date: TemplateDate | None = None,
     ) -> None:
         if tuple(branches) not in (BRANCHES[:2], BRANCHES):
             raise ValueError(f"branches: expected {BRANCHES[:2]} or {BRANCHES}, got {tuple(branches)}")
@@ -140,6 +144,7 @@ class PreferenceCollator:
             no_image=no_image,
             changed_token_weight=changed_token_weight,
             picture_pool=picture_pool,
+            date=date,
         )
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, PreferenceBatch]:

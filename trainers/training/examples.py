@@ -20,7 +20,8 @@ from mmdpo_trainers.data.corruption import Corruption, Model, corrupt, masked_to
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.families import EncodedPictures, Family, expand_ids
-from mmdpo_trainers.prompts import render_prompt
+from mmdpo_trainers.template_date import TemplateDate
+from mmdpo_trainers.token_rules import TextEncoder
 from mmdpo_trainers.training.preference_records import (
     picture_digest,
     picture_size,
@@ -118,6 +119,7 @@ class ExampleMaker:
         no_image: bool,
         changed_token_weight: float,
         picture_pool: Sequence[Any],
+        date: TemplateDate | None,
     ) -> None:
         self.processor, self.family = processor, family
         self.image_token_id, self.end_id = image_token_id, end_id
@@ -126,6 +128,8 @@ class ExampleMaker:
         self.no_image = no_image
         self.changed_token_weight = changed_token_weight
         self.picture_pool = picture_pool
+        ends = {end_id, processor.tokenizer.eos_token_id} - {None}
+        self._encoder = TextEncoder(processor, image_token_id=image_token_id, end_ids=ends, date=date)
         self._tokens_of_size: dict[tuple[tuple[int, int], bool], int] = {}
         if family.cross_attention and corruption is not None and corruption.kind == "mask" and "corrupted" in branches:
             raise ValueError(f"corruption: kind 'mask' hides image tokens, and {family.name} has none; choose another kind")
@@ -195,11 +199,7 @@ class ExampleMaker:
         text, images = prompt_text(record), record_images(record)
         if self.no_image:
             text, images = _without_pictures(text), []
-        rendered = render_prompt(self.processor, text)
-        tokenizer = self.processor.tokenizer
-        # A chat template that writes the opening token itself must not have it doubled.
-        opened = bool(tokenizer.bos_token) and rendered.startswith(tokenizer.bos_token)
-        prompt = tokenizer(rendered, add_special_tokens=not opened).input_ids
+        prompt = self._encoder.prompt(record_name(record), text)
         found = prompt.count(self.image_token_id)
         if found != len(images):
             raise DataError(
@@ -210,10 +210,9 @@ class ExampleMaker:
         return _Texts(record, text, prompt, chosen, rejected, images)
 
     def _response(self, record: Mapping[str, Any], column: str) -> list[int]:
-        text = response_text(record, column)
-        ids = self.processor.tokenizer(text, add_special_tokens=False).input_ids
-        if self.image_token_id in ids or IMAGE_TOKEN in text:
-            raise DataError(f"record {record_name(record)}: {column} holds the image token; only prompts have pictures")
+        ids = self._encoder.answer(record_name(record), column, response_text(record, column))
+        if column == "chosen" and not ids:
+            raise DataError(f"record {record_name(record)}: chosen is an end token alone; give it a text, or remove the record")
         return [*ids, self.end_id]
 
     def _counts(self, record: Mapping[str, Any], images: Sequence[Any]) -> list[int]:

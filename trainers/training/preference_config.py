@@ -11,6 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from mmdpo_kernels.ops.preference_loss import LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED
 from mmdpo_trainers.data.corruption import KINDS, Corruption
+from mmdpo_trainers.template_date import TemplateDate
 
 LOSS_TYPES = tuple(LOSSES)
 """Losses by name; their equations and sources are in `mmdpo_kernels.backends.reference.preference_loss`."""
@@ -75,6 +76,10 @@ class PreferenceConfig(TrainingArguments):
     corruption_draw: str = _option(
         "shared", "shared: policy and reference see the same corrupted picture; separate: two draws, as mDPO's released code"
     )
+    template_date: str | None = _option(
+        None,
+        "date, such as 2025-03-01, that a chat template which prints today's is told; None: the day of the first start, kept in output_dir",
+    )
     no_image: bool = _option(False, "DPO (No Image): leave the pictures out of every prompt")
     precompute_ref_log_probs: bool = _option(
         False, "run the reference once over the data, before the first step, in place of once every step"
@@ -123,6 +128,8 @@ class PreferenceConfig(TrainingArguments):
         self._check_loss()
         self._check_corruption()
         self._check_batches()
+        if self.template_date is not None:
+            TemplateDate.read(self.template_date)
         self._check_strategies()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False (the collator reads the columns itself), got True")

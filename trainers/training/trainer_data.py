@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Subset
 
+from mmdpo_trainers.chat_format import prints_date
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.families import family_of
 from mmdpo_trainers.progress import Progress
+from mmdpo_trainers.run_folder import read_json, write_atomic
+from mmdpo_trainers.template_date import TemplateDate
+from mmdpo_trainers.training import collectives
 from mmdpo_trainers.training.collator import PreferenceCollator
 from mmdpo_trainers.training.preference_config import PreferenceConfig
 from mmdpo_trainers.training.preference_records import record_images, record_name
 
 logger = logging.getLogger(__name__)
+
+TEMPLATE_DATE = "template_date.json"
+"""File of `output_dir`: the date that the chat template is told, where it prints one."""
 
 
 def collator_of(base: Any, processor: Any, args: PreferenceConfig, pool: Any, *, tree_packing: bool) -> PreferenceCollator:
@@ -37,6 +45,7 @@ def collator_of(base: Any, processor: Any, args: PreferenceConfig, pool: Any, *,
         image_token_id=base.config.image_token_id,
         end_id=end_id,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id,
+        date=template_date(processor, args),
         tree_packing=tree_packing,
         branches=args.branches,
         corruption=args.picture_corruption if "corrupted" in args.branches else None,
@@ -44,6 +53,24 @@ def collator_of(base: Any, processor: Any, args: PreferenceConfig, pool: Any, *,
         changed_token_weight=args.changed_token_weight,
         picture_pool=PicturePool(pool) if pool is not None and args.corruption == "other" else (),
     )
+
+
+def template_date(processor: Any, args: PreferenceConfig) -> TemplateDate | None:
+    """The date that the chat template is told: that of `args`, or for a template that prints one the day of the first start.
+
+    With another day's date a continued training would see other prompts than its reference did.
+    """
+    if args.template_date is not None:
+        return TemplateDate.read(args.template_date)
+    if not prints_date(processor):
+        return None
+    found = None
+    if args.process_index == 0:
+        path = Path(str(args.output_dir)) / TEMPLATE_DATE
+        if not path.exists():
+            write_atomic(path, {"template_date": str(TemplateDate.now())})
+        found = str(read_json(path)["template_date"])
+    return TemplateDate.read(str(collectives.gathered(found)[0]))
 
 
 def short_enough(

@@ -482,7 +482,9 @@ def test_bad_records_are_named(folder: Path, tmp_path: Path) -> None:
         "2 <image> placeholders for 1 pictures": {"images": good["images"][:1]},
         "chosen must be text or a list of one assistant message": {"chosen": good["chosen"] * 2},
         "chosen holds the image token": {"chosen": [{"role": "assistant", "content": "like <image>"}]},
-        "rejected holds the image token": {"rejected": [{"role": "assistant", "content": [{"type": "image"}]}]},
+        "rejected[0]['content'][0] is a picture; only prompts have pictures": {
+            "rejected": [{"role": "assistant", "content": [{"type": "image"}]}]
+        },
         "region": {"images": good["images"][:1], "prompt": "<image>\nwhat ?", "region": [0, 0, 9, 9], "patch_grid": [4, 4]},
         "region is on [8, 8] patches": {
             "images": good["images"][:1],
@@ -492,20 +494,23 @@ def test_bad_records_are_named(folder: Path, tmp_path: Path) -> None:
         },
         "target must be the 0-based index of the asked-about picture, 0 to 1": {"target": 9},
         "images must be a list": {"images": "x.png"},
-        "a picture: cannot identify": {"images": [good["images"][0], {"bytes": b"not a picture", "path": None}]},
+        "a picture: not_a_picture": {"images": [good["images"][0], {"bytes": b"not a picture", "path": None}]},
         "chosen is empty": {"chosen": [{"role": "assistant", "content": " "}]},
-        "content of chosen must be text": {"chosen": [{"role": "assistant", "content": None}]},
+        "chosen[0]['content'] must be text or a list of parts": {"chosen": [{"role": "assistant", "content": None}]},
         "chosen must be text": {"chosen": ["x"]},
+        "column 'videos' is not read": {"videos": ["a.mp4"]},
+        "chosen[0]['reasoning_content'] is not read": {
+            "chosen": [{"role": "assistant", "content": "a", "reasoning_content": "hm"}]
+        },
     }
     for message, changes in cases.items():
-        trainer = PreferenceTrainer(
-            tiny(folder, torch.float32).model,
-            config(tmp_path),
-            processing_class=loaded.processor,
-            train_dataset=[{**good, "id": "culprit", **changes}],
-        )
         with pytest.raises(DataError, match="culprit") as error:
-            trainer.train()
+            PreferenceTrainer(
+                tiny(folder, torch.float32).model,
+                config(tmp_path),
+                processing_class=loaded.processor,
+                train_dataset=[{**good, "id": "culprit", **changes}],
+            ).train()
         assert message in str(error.value)
 
 

@@ -66,7 +66,8 @@ def test_turns_of_a_conversation_become_questions_about_its_picture(tmp_path: Pa
     record["conversations"].insert(0, {"from": "system", "value": "Be kind."})
     records, problems = read(tmp_path, [record])
     assert [(r.id, r.question, r.answer) for r in records] == [("x-q0", "What is it?", "A cat."), ("x-q1", "Its colour?", "Red.")]
-    assert [(p.id, p.reason) for p in problems] == [("x-q2", "empty_answer")]
+    assert [(p.id, p.reason, p.dropped) for p in problems] == [("x", "system_prompt", False), ("x-q2", "empty_answer", True)]
+    assert "Be kind." in problems[0].detail
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_other_trl_forms(tmp_path: Path) -> None:
         ("implicit", "What?", "That."),
         ("messages", "What?", "It."),
     ]
-    assert [(p.id, p.reason) for p in problems] == [("audio", "not_text"), ("alone", "no_conversation")]
+    assert [(p.id, p.reason) for p in problems] == [("audio", "unread_content"), ("alone", "no_conversation")]
 
 
 def test_broken_sources_are_errors_with_a_remedy(tmp_path: Path) -> None:

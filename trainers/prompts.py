@@ -110,9 +110,9 @@ def in_forwards(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], work:
 
 
 def load_pictures(record: Mapping[str, Any]) -> list[Image.Image]:
-    """A record's pictures as RGB, those of files upright. Raises DataError naming the record where one cannot be read."""
+    """A record's pictures, upright and in RGB. Raises DataError naming the record where one cannot be read."""
     try:
-        return [image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image) for image in record["images"]]
+        return [open_picture(image) for image in record["images"]]
     except PictureError as error:
         raise DataError(f"record {record['id']}: {error}; run augment again, or mend the path in the prompts") from error
 

@@ -15,6 +15,8 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageFilter
 
+from mmdpo_trainers.data.pictures import open_picture
+
 Kind = Literal["crop", "blank", "other", "blur", "noise", "mask"]
 Draw = Literal["shared", "separate"]
 Model = Literal["policy", "reference"]
@@ -77,28 +79,29 @@ def corrupt(
     """
     if not picture.width or not picture.height:
         raise ValueError(f"corrupt: expected a picture with pixels, got one of {picture.width} x {picture.height} (key {key!r})")
+    picture, other = open_picture(picture), None if other is None else open_picture(other)
     random = _random(corruption, key, model)
     strength = corruption.strength
     match corruption.kind:
         case "crop":
             box = _crop_box(picture.size, corruption.keep, random)
-            return picture.convert("RGB").crop(box).resize(picture.size, Image.Resampling.BICUBIC)
+            return picture.crop(box).resize(picture.size, Image.Resampling.BICUBIC)
         case "blank":
             return Image.new("RGB", picture.size, GREY)
         case "other":
             if other is None:
                 raise ValueError(f"corrupt: kind 'other' needs another picture for key {key!r}, `other` is None")
-            return other.convert("RGB").resize(picture.size, Image.Resampling.BICUBIC)
+            return other.resize(picture.size, Image.Resampling.BICUBIC)
         case "blur":
             assert strength is not None
-            return picture.convert("RGB").filter(ImageFilter.GaussianBlur(strength * min(picture.size)))
+            return picture.filter(ImageFilter.GaussianBlur(strength * min(picture.size)))
         case "noise":
             assert strength is not None
-            pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
+            pixels = np.asarray(picture, dtype=np.float64)
             noisy = pixels + random.normal(0.0, strength, pixels.shape)
             return Image.fromarray(noisy.round().clip(0, 255).astype(np.uint8))
         case _:
-            return picture.convert("RGB")
+            return picture
 
 
 def masked_tokens(count: int, corruption: Corruption, key: str, *, model: Model = "policy") -> np.ndarray:

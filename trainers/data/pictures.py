@@ -1,16 +1,35 @@
-"""Pictures from anywhere, safely: every file becomes an upright 8-bit RGB picture, or an error with a reason."""
+"""Pictures from anywhere, safely: every file, and every picture in memory, becomes an upright 8-bit RGB picture, or an error with a reason.
+
+One opener and one set of rules serve all forms a picture comes in, so the same file is the same picture to the model whether it is
+given by its path, its bytes, a `data:` URL or as Pillow opened it:
+
+- upright: turned as its EXIF orientation says;
+- alpha, and a palette's or colour's transparency, laid over white;
+- 16-bit, 32-bit and float grey scaled to 8 bits, not clipped;
+- of several frames the first, of a Pillow picture the one it is at;
+- other colour spaces converted to RGB by Pillow's fixed formulas. Embedded ICC profiles are not applied: transformers' image
+  processors and vLLM do not apply them either, and a trained model is to see what it will be shown when it is used;
+- at most `MAX_PIXELS` pixels, unless the caller says otherwise.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import contextlib
 import hashlib
 import io
 import os
+import re
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmdpo_trainers.errors import MmdpoError
 
@@ -19,12 +38,17 @@ MAX_PIXELS = 64_000_000
 
 PathLike = str | os.PathLike[str]
 
+PictureSource = PathLike | bytes | Mapping[str, Any] | Image.Image
+"""A file's path, a `data:` URL, a file's bytes, an undecoded `datasets.Image` (`bytes`, or else `path`), or a Pillow picture."""
+
 _PLAIN_MODES = ("RGB", "L", "1", "P")
-_EXIF_ORIENTATION = 0x0112
+_ORIENTATION = ExifTags.Base.Orientation
+_ON_ITS_SIDE = (5, 6, 7, 8)
+_KEPT_DIGESTS = 200_000
 
 
 class PictureError(MmdpoError):
-    """A picture that cannot be used. `reason`: missing, outside_image_folder, not_a_picture, truncated or enormous."""
+    """A picture that cannot be used. `reason`: missing, remote, outside_image_folder, not_a_picture, truncated or enormous."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -42,10 +66,11 @@ class Picture:
 
 
 def locate_picture(path: PathLike, root: PathLike | None) -> Path:
-    """The file of a picture path that may be relative to `root`; with a root, nothing outside it is reached.
+    """The file of a picture path (or `file:` URL) that may be relative to `root`; with a root, nothing outside it is reached.
 
-    Raises PictureError: outside_image_folder (absolute, `..`, or a symbolic link that leads out) or missing.
+    Raises PictureError: outside_image_folder (absolute, `..`, or a symbolic link that leads out), missing, or remote.
     """
+    path = local_path(path)
     try:
         if root is None:
             file = Path(path).resolve()
@@ -64,35 +89,94 @@ def locate_picture(path: PathLike, root: PathLike | None) -> Path:
     return file
 
 
-def read_picture(path: PathLike, *, root: PathLike | None = None, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Open a picture file; the size is checked before a pixel is decoded. Raises PictureError with a reason.
+def local_path(path: PathLike) -> PathLike:
+    """A path, or the path of a `file:` URL. Raises PictureError (remote) for other addresses: nothing is fetched."""
+    if not isinstance(path, str) or not re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
+        return path
+    if not path.startswith("file:///"):
+        raise PictureError(
+            "remote", f"{path[:200]} is an address, and pictures are not fetched; save it, and give the file's path"
+        )
+    return unquote(urlsplit(path).path)
 
-    `root`: the folder that the path is relative to and may not leave. Pillow refuses pictures above twice
+
+def embedded_bytes(source: Any) -> bytes | None:
+    """The bytes of a picture file that come with the record; None: they are in a file, or it is a Pillow picture.
+
+    Raises PictureError (not_a_picture) for a `data:` URL that holds no base64.
+    """
+    if isinstance(source, Mapping):
+        source = source.get("bytes")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source) or None
+    if not isinstance(source, str) or not source.startswith("data:"):
+        return None
+    kind, _, data = source.partition(",")
+    if not kind.endswith(";base64"):
+        raise PictureError("not_a_picture", f"{source[:60]!r} is not a data: URL in base64; write data:image/png;base64,…")
+    return base64_bytes(data)
+
+
+def base64_bytes(text: str) -> bytes:
+    """The bytes that base64 stands for. Raises PictureError (not_a_picture) where it is something else."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise PictureError("not_a_picture", f"{text[:60]!r} is not base64 ({error})") from error
+
+
+def read_picture(source: PictureSource, *, root: PathLike | None = None, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Open a picture; the size is checked before a pixel is decoded. Raises PictureError with a reason.
+
+    `root`: the folder that a path is relative to and may not leave. Pillow refuses pictures above twice
     `PIL.Image.MAX_IMAGE_PIXELS`, whatever `max_pixels` says.
     """
-    file = locate_picture(path, root)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                if image.width * image.height > max_pixels:
-                    size = f"{image.width} x {image.height}"
-                    raise PictureError("enormous", f"{file} has {size} pixels, above the limit of {max_pixels}")
-                return _upright_rgb(image)
-    except PictureError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise PictureError("enormous", f"{file}: {error}") from error
-    except UnidentifiedImageError as error:
-        raise PictureError("not_a_picture", f"{file} is not a picture file that Pillow reads") from error
-    # Pillow's decoders raise many kinds for damaged files; each is a damaged file here.
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError, OverflowError) as error:
-        raise PictureError("truncated", f"{file} is damaged or incomplete ({error})") from error
+    with _opened(_origin(source, root), max_pixels) as image:
+        return _upright_rgb(image)
 
 
-def open_picture(path: PathLike, *, root: PathLike | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(source: PictureSource, *, root: PathLike | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """`read_picture(...).image`: the upright 8-bit RGB picture."""
-    return read_picture(path, root=root, max_pixels=max_pixels).image
+    return read_picture(source, root=root, max_pixels=max_pixels).image
+
+
+def picture_size(source: PictureSource) -> tuple[int, int]:
+    """Width and height of the picture that `open_picture` gives; what files say of themselves is read, not their pixels."""
+    with _opened(_origin(source, None), MAX_PIXELS) as image:
+        # Pillow's TIFF pictures have the size of the upright picture by themselves.
+        turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+        return (image.height, image.width) if turned else image.size
+
+
+def picture_digest(source: PictureSource, *, opened: dict[str, Image.Image] | None = None) -> str:
+    """SHA-256 of what a model sees: size and pixels of the picture that `open_picture` gives, in whatever form it comes.
+
+    Files are decoded once as long as they are not written to, and bytes once. `opened`: gets the picture under its digest where
+    it had to be decoded, so that a caller who needs its pixels too has them.
+    """
+    origin = _origin(source, None)
+    key: tuple[Any, ...] | None = None
+    if isinstance(origin, Path):
+        state = origin.stat()
+        key = str(origin), state.st_mtime_ns, state.st_size
+    elif isinstance(origin, bytes):
+        key = (hashlib.sha256(origin).digest(),)
+    if key is not None and key in _digests:
+        return _digests[key]
+    with _opened(origin, MAX_PIXELS) as image:
+        rgb = _upright_rgb(image).image
+    digest = hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
+    if opened is not None:
+        opened[digest] = rgb
+    if key is not None:
+        if len(_digests) >= _KEPT_DIGESTS:
+            del _digests[next(iter(_digests))]
+        _digests[key] = digest
+    return digest
+
+
+_digests: dict[tuple[Any, ...], str] = {}
+"""By path, time of the last change and length of a file, or by the hash of bytes."""
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -107,19 +191,71 @@ def content_key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def _origin(source: Any, root: PathLike | None) -> Path | bytes | Image.Image:
+    """Where the picture is. Raises PictureError for what is no form of a picture, or a file that is not there."""
+    if isinstance(source, Image.Image):
+        return source
+    data = embedded_bytes(source)
+    if data is not None:
+        return data
+    path = source.get("path") if isinstance(source, Mapping) else source
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise PictureError(
+            "not_a_picture",
+            f"expected a path, a file's bytes or a Pillow picture, got {type(source).__name__} {str(source)[:60]!r}",
+        )
+    return locate_picture(path, root)
+
+
+@contextlib.contextmanager
+def _opened(origin: Path | bytes | Image.Image, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture before a pixel of it is decoded; what Pillow raises then and while it is worked with becomes a PictureError."""
+    name = _name(origin)
+    try:
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if isinstance(origin, Image.Image):
+                image = origin
+            else:
+                image = stack.enter_context(Image.open(io.BytesIO(origin) if isinstance(origin, bytes) else origin))
+            size = f"{image.width} x {image.height}"
+            if not image.width or not image.height:
+                raise PictureError("not_a_picture", f"{name} has {size} pixels")
+            if image.width * image.height > max_pixels:
+                raise PictureError("enormous", f"{name} has {size} pixels, above the limit of {max_pixels}")
+            yield image
+    except (PictureError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError("enormous", f"{name}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise PictureError("not_a_picture", f"{name} is not a picture file that Pillow reads") from error
+    except Exception as error:
+        # Pillow's decoders raise many kinds for damaged files; each is a damaged file here.
+        raise PictureError("truncated", f"{name} is damaged or incomplete ({error})") from error
+
+
+def _name(origin: Path | bytes | Image.Image) -> str:
+    """What errors call a picture."""
+    if isinstance(origin, bytes):
+        return f"the picture stored in the record ({len(origin)} bytes)"
+    if isinstance(origin, Image.Image):
+        return str(getattr(origin, "filename", "")) or f"the Pillow picture ({origin.mode}, {origin.width} x {origin.height})"
+    return str(origin)
+
+
 def _upright_rgb(image: Image.Image) -> Picture:
     done = []
     if getattr(image, "n_frames", 1) > 1:
-        image.seek(0)
         done.append("animated")
     image.load()
     mode = image.mode
-    rotated = image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1)
+    orientation = image.getexif().get(_ORIENTATION, 1)
     if mode in ("I", "F") or mode.startswith("I;16"):
         rgb = _from_deep(image)
         done.append("16-bit")
     elif "transparency" in image.info or mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        rgba = image.convert("RGBA")
+        rgba = image.convert("LA").convert("RGBA") if mode == "La" else image.convert("RGBA")
         rgb = Image.new("RGB", rgba.size, (255, 255, 255))
         rgb.paste(rgba, mask=rgba.getchannel("A"))
         done.append("alpha")
@@ -127,19 +263,23 @@ def _upright_rgb(image: Image.Image) -> Picture:
         rgb = image.convert("RGB")
         if mode not in _PLAIN_MODES:
             done.append(mode)
-    if rotated:
-        rgb.getexif()[_EXIF_ORIENTATION] = image.getexif()[_EXIF_ORIENTATION]
-        rgb = ImageOps.exif_transpose(rgb)
-        done.append("rotated")
     rgb.info.clear()
+    if orientation not in (0, 1):
+        rgb.getexif()[_ORIENTATION] = orientation
+        rgb = ImageOps.exif_transpose(rgb)
+        rgb.info.clear()
+        done.append("rotated")
     return Picture(rgb, "+".join(done) or None)
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey values scaled, not clipped, to 8 bits."""
+    """16-bit, 32-bit and float grey values scaled, not clipped, to 8 bits; a transparent value is white."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     top = float(values.max(initial=0.0))
     usual = (1.0, 255.0) if image.mode == "F" else (65535.0,)
     full = next((value for value in usual if top <= value), top)
     grey = np.rint(np.clip(values / full, 0, 1) * 255).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
     return Image.fromarray(grey).convert("RGB")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from mmdpo_trainers.data.content import UnreadContent, check_columns
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.run_folder import read_jsonl
 
@@ -71,6 +72,10 @@ def check_prompt(record: dict[str, Any], where: str) -> dict[str, Any]:
             raise DataError(f"{where}: {name} must be {words}, got {record.get(name)!r}")
     if (wrong := not_utf8(record)) is not None:
         raise DataError(f"{where}: {wrong}")
+    try:
+        check_columns(record)
+    except UnreadContent as error:
+        raise DataError(f"{where}: {error}") from error
     images = record["images"]
     if not images or not all(isinstance(image, str) and image for image in images):
         raise DataError(f"{where}: images must be a list of one or more paths, got {images!r}")

@@ -13,13 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.data.pictures import PictureError, content_key, locate_picture
+from mmdpo_trainers.data.content import PicturePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
+from mmdpo_trainers.data.pictures import PictureError, content_key, embedded_bytes, locate_picture
 from mmdpo_trainers.data.records import IMAGE_TOKEN, not_utf8
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.run_folder import write_atomic
 
 _ASKS = ("human", "user")
 _ANSWERS = ("gpt", "assistant")
+_SYSTEM = ("system", "system_prompt")
+
+_Turn = tuple[str, str]
+"""Role and text."""
 
 
 @dataclass(frozen=True)
@@ -177,20 +182,30 @@ def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
         if "train" not in data and len(data) != 1:
             raise DataError(f"data source {path} has the splits {', '.join(data)} and no `train`; give the folder of one split")
         data = data["train"] if "train" in data else next(iter(data.values()))
+    yield from undecoded(data)
+
+
+def undecoded(data: Any) -> Any:
+    """A `datasets.Dataset` whose pictures, sounds and videos, alone or in lists, come as `bytes` and `path`."""
+    import datasets
+
+    media = (datasets.Image, datasets.Audio, datasets.Video)
     for column, feature in list(data.features.items()):
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            data = data.cast_column(column, datasets.List(datasets.Image(decode=False)))
-    yield from data
+        each = getattr(feature, "feature", None)
+        if isinstance(feature, media):
+            data = data.cast_column(column, type(feature)(decode=False))
+        elif isinstance(each, media):
+            data = data.cast_column(column, datasets.List(type(each)(decode=False)))
+    return data
 
 
 def _read_record(record_id: str, raw: Mapping[str, Any], root: Path, cache: Path) -> Iterator[SourceRecord | Problem]:
     try:
         if (wrong := not_utf8(raw)) is not None:
             raise _BadRecord("invalid_text", wrong)
-        turns = _turns(raw)
-        picture = _picture(raw, turns, root, cache)
+        check_columns(raw, read=_SYSTEM)
+        turns, system, pictures = _turns(raw)
+        picture = _picture(raw, turns, pictures, root, cache)
         options = _options(raw)
     except _BadRecord as bad:
         yield Problem(record_id, bad.reason, bad.detail)
@@ -198,6 +213,12 @@ def _read_record(record_id: str, raw: Mapping[str, Any], root: Path, cache: Path
     except PictureError as bad_picture:
         yield Problem(record_id, bad_picture.reason, bad_picture.detail)
         return
+    except UnreadContent as unread:
+        yield Problem(record_id, "unread_content", str(unread))
+        return
+    if system:
+        detail = f"prompts are one turn of the user's, so the system prompt is left out: {system[:200]!r}"
+        yield Problem(record_id, "system_prompt", detail, dropped=False)
     several = len(turns) > 2
     for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
         turn_id = f"{record_id}-q{number}" if several else record_id
@@ -212,70 +233,62 @@ def _read_record(record_id: str, raw: Mapping[str, Any], root: Path, cache: Path
             yield SourceRecord(turn_id, picture, question, answer, options)
 
 
-def _turns(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(role, text) of a record's turns: question, answer, question, answer, …"""
+def _turns(raw: Mapping[str, Any]) -> tuple[list[_Turn], str, list[Any]]:
+    """(role, text) of a record's turns: question, answer, question, answer, …; its system prompt; the pictures that questions hold."""
+    pictures: list[Any] = []
     if "conversations" in raw:
-        turns = _messages(raw["conversations"], "conversations", "from", "value")
+        turns = _messages(raw["conversations"], "conversations", "from", "value", pictures)
     elif "messages" in raw:
-        turns = _messages(raw["messages"], "messages", "role", "content")
+        turns = _messages(raw["messages"], "messages", "role", "content", pictures)
     else:
-        turns = _trl_turns(raw)
+        turns = _trl_turns(raw, pictures)
+    system = next((raw[name] for name in _SYSTEM if not is_empty(raw.get(name))), "")
     if turns and turns[0][0] == "system":
-        turns = turns[1:]
+        system, turns = turns[0][1].strip() or system, turns[1:]
     if not turns:
         raise _BadRecord("no_conversation", "there is no question")
     wanted = [_ASKS, _ANSWERS] * ((len(turns) + 1) // 2)
     if len(turns) % 2 or any(role not in roles for (role, _), roles in zip(turns, wanted, strict=True)):
         roles = ", ".join(str(role) for role, _ in turns[:6])
         raise _BadRecord("wrong_roles", f"turns must alternate human and gpt (user and assistant), got {roles}")
-    return turns
+    return turns, str(system), pictures
 
 
-def _trl_turns(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _trl_turns(raw: Mapping[str, Any], pictures: list[Any]) -> list[_Turn]:
     answer_name = next((name for name in ("chosen", "completion") if raw.get(name) is not None), None)
     if answer_name is None:
         raise _BadRecord("no_conversation", "expected `conversations`, `messages`, or `prompt` with `chosen` or `completion`")
     answer, prompt = raw[answer_name], raw.get("prompt")
-    turns: list[tuple[str, str]] = []
+    turns: list[_Turn] = []
     if isinstance(prompt, str):
         turns.append(("user", prompt))
     elif prompt is not None:
-        turns += _messages(prompt, "prompt", "role", "content")
+        turns += _messages(prompt, "prompt", "role", "content", pictures)
     if isinstance(answer, str):
         turns.append(("assistant", answer))
     else:
-        turns += _messages(answer, answer_name, "role", "content")
+        turns += _messages(answer, answer_name, "role", "content", pictures)
     return turns
 
 
-def _messages(value: Any, name: str, role_key: str, text_key: str) -> list[tuple[str, str]]:
+def _messages(value: Any, name: str, role_key: str, text_key: str, pictures: list[Any]) -> list[_Turn]:
+    """The turns of a list of messages. pictures: gets those that parts of the messages hold themselves."""
     if not isinstance(value, list):
         raise _BadRecord("not_text", f"{name} must be a list of turns, got {type(value).__name__}")
     turns = []
     for index, turn in enumerate(value):
         if not isinstance(turn, Mapping):
             raise _BadRecord("not_text", f"{name}[{index}] must have {role_key!r} and {text_key!r}, got {type(turn).__name__}")
-        role, text = turn.get(role_key), _text(turn.get(text_key))
-        if text is None:
-            raise _BadRecord("not_text", f"{name}[{index}][{text_key!r}] must be text, got {type(turn.get(text_key)).__name__}")
-        turns.append((str(role), text))
+        content = turn.get(text_key)
+        if not isinstance(content, str | list):
+            raise _BadRecord("not_text", f"{name}[{index}][{text_key!r}] must be text, got {type(content).__name__}")
+        check_fields(turn, f"{name}[{index}]", read=(role_key, text_key))
+        parts = read_parts(content, f"{name}[{index}][{text_key!r}]")
+        pictures += [part.picture for part in parts if isinstance(part, PicturePart) and part.picture is not None]
+        turns.append(
+            (str(turn.get(role_key)), "\n".join(IMAGE_TOKEN if isinstance(part, PicturePart) else part for part in parts))
+        )
     return turns
-
-
-def _text(content: Any) -> str | None:
-    """Text of a message: a string, or typed parts of which the pictures become the placeholder."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        return None
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        text = IMAGE_TOKEN if kind == "image" else part.get("text") if kind == "text" else None
-        if not isinstance(text, str):
-            return None
-        parts.append(text)
-    return "\n".join(parts)
 
 
 def _options(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -287,9 +300,13 @@ def _options(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(options)
 
 
-def _picture(raw: Mapping[str, Any], turns: list[tuple[str, str]], root: Path, cache: Path) -> Path:
-    value = raw.get("images") if raw.get("images") is not None else raw.get("image")
-    pictures = value if isinstance(value, list) else [value] if value not in (None, "") else []
+def _picture(raw: Mapping[str, Any], turns: list[_Turn], within: list[Any], root: Path, cache: Path) -> Path:
+    """The file of the record's one picture. within: pictures that parts of its messages hold."""
+    pictures = list(within)
+    for column in ("images", "image"):
+        value = raw.get(column)
+        if not is_empty(value):
+            pictures += value if isinstance(value, list) else [value]
     if not pictures:
         raise _BadRecord("no_picture", "the record has no picture")
     places = sum(text.count(IMAGE_TOKEN) for _, text in turns[::2])
@@ -297,10 +314,10 @@ def _picture(raw: Mapping[str, Any], turns: list[tuple[str, str]], root: Path, c
         detail = f"expected one picture, got {len(pictures)} and {places} {IMAGE_TOKEN} in the questions"
         raise _BadRecord("several_pictures", detail)
     picture = pictures[0]
+    data = embedded_bytes(picture)
+    if data is not None:
+        return _cached(data, cache)
     if isinstance(picture, Mapping):
-        data = picture.get("bytes")
-        if isinstance(data, bytes):
-            return _cached(data, cache)
         picture = picture.get("path")
     if not isinstance(picture, str) or not picture:
         raise _BadRecord("no_picture", f"the picture must be a path, got {picture!r}")

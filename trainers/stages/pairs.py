@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.data.pictures import content_key
+from mmdpo_trainers.data.pictures import content_key, embedded_bytes
 from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.run_folder import write_atomic
@@ -140,12 +140,13 @@ def _stored(record: Mapping[str, Any], root: Path, context: StageContext) -> dic
 
 
 def _path(record: Mapping[str, Any], image: Any, root: Path, folder: Path) -> str:
+    data = embedded_bytes(image)
+    if data is not None:
+        file = folder / "images" / content_key(data)
+        if not file.exists():
+            write_atomic(file, data, durable=False)
+        return str(file)
     if isinstance(image, Mapping):
-        if image.get("bytes"):
-            file = folder / "images" / content_key(image["bytes"])
-            if not file.exists():
-                write_atomic(file, image["bytes"], durable=False)
-            return str(file)
         image = image.get("path")
     if not isinstance(image, str) or not image:
         raise DataError(

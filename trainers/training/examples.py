@@ -142,8 +142,8 @@ class ExampleMaker:
 
     def examples(self, records: Sequence[Mapping[str, Any]], model: Model) -> tuple[list[Example], EncodedPictures | None]:
         """The records as `model` (policy or reference) is to see them, and their distinct pictures."""
-        plans = [self._plan(self._texts(record)) for record in records]
         pictures = _Pictures()
+        plans = [self._plan(self._texts(record), pictures.opened) for record in records]
         drafts = [(plan, *self._place(plan, pictures, model)) for plan in plans]
         encoded = pictures.encode(self.family, self.processor)
         return [self._example(*draft, encoded, model) for draft in drafts], encoded
@@ -239,14 +239,15 @@ class ExampleMaker:
         own = record_rejected_images(texts.record)
         return list(range(len(texts.images))) if own is not None or target is None else [target]
 
-    def _plan(self, texts: _Texts) -> _Plan:
-        digests = [picture_digest(texts.record, image) for image in texts.images]
+    def _plan(self, texts: _Texts, opened: dict[str, Image.Image] | None = None) -> _Plan:
+        """opened: gets the pictures that had to be decoded, by digest."""
+        digests = [picture_digest(texts.record, image, opened=opened) for image in texts.images]
         own = record_rejected_images(texts.record) if self.corrupted else None
         substitutes = {}
         for place in self._corrupted_places(texts):
             key = _sha256([digests, texts.text, place])
             if own is not None:
-                substitute = _Substitute(key, own[place], picture_digest(texts.record, own[place]), own=True)
+                substitute = _Substitute(key, own[place], picture_digest(texts.record, own[place], opened=opened), own=True)
             elif self.corruption is None:
                 raise DataError(
                     f"record {record_name(texts.record)}: expected rejected_images, as no corruption is set; add them, or set one"
@@ -398,6 +399,8 @@ class _Pictures:
 
     def __init__(self) -> None:
         self.images: list[Image.Image] = []
+        self.opened: dict[str, Image.Image] = {}
+        """Those that were decoded when they were told apart, by digest."""
         self._alone: list[bool] = []
         self._records: list[Mapping[str, Any]] = []
         self._index_of: dict[tuple[str, bool], int] = {}
@@ -405,7 +408,8 @@ class _Pictures:
     def add(self, record: Mapping[str, Any], image: Any, digest: str, alone: bool) -> int:
         """Index of a picture, which is opened if it is new. DataError naming the record where it cannot be."""
         if (digest, alone) not in self._index_of:
-            self.images.append(record_picture(record, image))
+            known = self.opened.get(digest)
+            self.images.append(record_picture(record, image) if known is None else known)
             self._alone.append(alone)
             self._records.append(record)
             self._index_of[digest, alone] = len(self._index_of)

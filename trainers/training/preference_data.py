@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,12 +11,22 @@ from typing import Any
 
 from mmdpo_trainers.data.answers import Match, is_right
 from mmdpo_trainers.data.records import read_prompts
+from mmdpo_trainers.data.sources import undecoded
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError
 from mmdpo_trainers.run_folder import read_jsonl
-from mmdpo_trainers.training.preference_records import check_record, record_images, record_rejected_images
+from mmdpo_trainers.training.preference_records import (
+    check_content,
+    check_record,
+    record_images,
+    record_rejected_images,
+    with_pictures_from,
+)
 
 Record = dict[str, Any]
 
+_PICTURES = ("images", "rejected_images")
+_ROWS = 1000
+"""Rows of a dataset that are read at once."""
 _COLUMNS = ("prompt", "chosen", "rejected")
 _ACCEPTED = "preference data is a .jsonl file (one record a line), a .parquet file, or a folder that Dataset.save_to_disk wrote"
 
@@ -23,7 +34,8 @@ _ACCEPTED = "preference data is a .jsonl file (one record a line), a .parquet fi
 def read_pairs(path: Path) -> Any:
     """Preference records with TRL's columns: a list from a .jsonl file, a `datasets.Dataset` from parquet or a saved folder.
 
-    Picture paths of a .jsonl file are relative to its folder. Raises DataError naming the file that is no preference data, or the
+    Picture paths are relative to the file's folder, or to the saved folder; pictures that parts of a prompt hold come in `images`.
+    Raises DataError naming the file that is no preference data, or the
     record that cannot be used.
     """
     if path.is_dir() or path.suffix.lower() == ".parquet":
@@ -34,11 +46,11 @@ def read_pairs(path: Path) -> Any:
         record.setdefault("id", f"line {number}")
         _check_columns(path, record, record["id"])
         check_record(record)
+        record = with_pictures_from(record, folder)
         for column, images in _picture_columns(record):
             if not all(isinstance(image, str) for image in images):
-                raise DataError(f"{path}, record {record['id']}: {column} must be paths, got {images}")
-            record[column] = [os.path.normpath(folder / image) for image in images]
-            missing = next((image for image in record[column] if not os.path.exists(image)), None)
+                raise DataError(f"{path}, record {record['id']}: {column} must be paths or data: URLs, got {str(images)[:120]}")
+            missing = next((image for image in images if not (image.startswith("data:") or os.path.exists(image))), None)
             if missing is not None:
                 raise DataError(
                     f"{path}, record {record['id']}: picture {missing} does not exist; restore it, or remove the record"
@@ -84,17 +96,46 @@ def _read_dataset(path: Path) -> Any:
     if not isinstance(dataset, datasets.Dataset):
         raise DataError(f"{path} holds several splits ({', '.join(dataset)}); give the folder of one")
     _check_columns(path, dataset.features, "1")
-    for column in ("images", "rejected_images"):
-        if isinstance(getattr(dataset.features.get(column), "feature", None), datasets.Image):
-            # Pictures are opened with their record at hand, so that a damaged one has a name.
-            dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
+    # Pictures are opened with their record at hand, so that a damaged one has a name.
+    dataset = undecoded(dataset)
     named = "id" in dataset.features
     given = list(dataset["id"]) if named else [f"row {number}" for number in range(len(dataset))]
     names: set[str] = set()
     ids = [_own_name(name, names) for name in given]
-    if named and ids == given:
-        return dataset
-    return (dataset.remove_columns("id") if named else dataset).add_column("id", ids)
+    if not (named and ids == given):
+        dataset = (dataset.remove_columns("id") if named else dataset).add_column("id", ids)
+    check_contents(dataset)
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    return dataset.with_transform(functools.partial(_rows_with_pictures_from, folder=str(folder)))
+
+
+def _rows_with_pictures_from(columns: dict[str, list[Any]], folder: str) -> dict[str, list[Any]]:
+    """Rows of a dataset, one list a column, through `with_pictures_from`; a row of which only some columns are asked for, as it is."""
+    if "prompt" not in columns:
+        return columns
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    placed = [with_pictures_from(row, folder) for row in rows]
+    return {name: [row.get(name) for row in placed] for name in dict.fromkeys(name for row in placed for name in row)}
+
+
+def check_contents(data: Any) -> None:
+    """DataError naming the first record of a list, or of a `datasets.Dataset`, with content that would not be read; or of a dictionary of them.
+
+    Of a dataset the texts are read, and no picture.
+    """
+    import datasets
+
+    if isinstance(data, dict):
+        for each in data.values():
+            check_contents(each)
+    elif isinstance(data, list):
+        for record in data:
+            check_content(record)
+    elif isinstance(data, datasets.Dataset):
+        texts = data.select_columns([name for name in data.column_names if name not in _PICTURES]).with_format("arrow")
+        for start in range(0, len(texts), _ROWS):
+            for record in texts[start : start + _ROWS].to_pylist():
+                check_content(record)
 
 
 def _check_columns(path: Path, record: Mapping[str, Any], name: str) -> None:

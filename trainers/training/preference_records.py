@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import io
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
-from mmdpo_trainers.data.pictures import open_picture
+from mmdpo_trainers.data import pictures
+from mmdpo_trainers.data.content import PicturePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
+from mmdpo_trainers.data.pictures import PictureError
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError
+
+_OTHER_PICTURES = (
+    "image",
+    "image_path",
+    "image_paths",
+    "image_url",
+    "image_urls",
+    "image_bytes",
+    "image_base64",
+    "picture",
+    "pictures",
+)
+"""Columns that hold pictures elsewhere. Beside `images` all but the first are taken as where its pictures came from."""
 
 
 def record_name(record: Mapping[str, Any]) -> str:
@@ -22,81 +35,78 @@ def record_name(record: Mapping[str, Any]) -> str:
 
 
 def record_picture(record: Mapping[str, Any], image: Any) -> Image.Image:
-    """A picture of the record (a path, a Pillow picture, or an undecoded `datasets.Image`) as RGB; DataError names the record."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    data = None
-    if isinstance(image, Mapping):
-        data, image = image.get("bytes"), image.get("path")
-    try:
-        if data:
-            with Image.open(io.BytesIO(data)) as picture:
-                return ImageOps.exif_transpose(picture).convert("RGB")
-        return open_picture(image)
-    except Exception as error:
-        # Pillow's decoders raise many kinds for damaged files.
-        raise _unreadable(record, image, error) from error
+    """A picture of the record (see `PictureSource`) as the model sees it; DataError names the record."""
+    with _named(record, image):
+        return pictures.open_picture(image)
 
 
-def _unreadable(record: Mapping[str, Any], image: Any, error: Exception) -> DataError:
-    name = image.get("path") if isinstance(image, Mapping) else image
-    what = f"picture {name}" if name else "a picture"
-    return DataError(f"record {record_name(record)}: {what}: {error}; restore the file, or remove the record")
-
-
-def picture_digest(record: Mapping[str, Any], image: Any) -> str:
-    """A picture's content key: SHA-256 of its file's bytes, or of a Pillow picture's size and RGB pixels. Kinds as in `record_picture`."""
-    if isinstance(image, Image.Image):
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-        return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
-    try:
-        if isinstance(image, Mapping):
-            if image.get("bytes"):
-                return hashlib.sha256(image["bytes"]).hexdigest()
-            image = image["path"]
-        state = os.stat(image)
-        return _file_digest(os.fspath(image), state.st_mtime_ns, state.st_size)
-    except Exception as error:
-        raise _unreadable(record, image, error) from error
+def picture_digest(record: Mapping[str, Any], image: Any, *, opened: dict[str, Image.Image] | None = None) -> str:
+    """Content key of what the model sees of a picture, and `opened` for what had to be decoded: see `pictures.picture_digest`."""
+    with _named(record, image):
+        return pictures.picture_digest(image, opened=opened)
 
 
 def picture_size(record: Mapping[str, Any], image: Any) -> tuple[int, int]:
-    """Width and height of a picture once it is upright; of a file only the header is read. Kinds as in `record_picture`."""
-    if isinstance(image, Image.Image):
-        return image.size
-    source = image
-    if isinstance(image, Mapping):
-        source = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+    """Width and height of a picture as the model sees it; of a file only the header is read."""
+    with _named(record, image):
+        return pictures.picture_size(image)
+
+
+@contextlib.contextmanager
+def _named(record: Mapping[str, Any], image: Any) -> Iterator[None]:
+    """A picture that cannot be used as a DataError that names the record."""
     try:
-        with Image.open(source) as picture:
-            turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (picture.height, picture.width) if turned else picture.size
-    except Exception as error:
-        raise _unreadable(record, image, error) from error
-
-
-@functools.lru_cache(maxsize=200_000)
-def _file_digest(path: str, modified: int, size: int) -> str:
-    """Of a file that was last written at `modified`; the arguments make an edited file another one."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        yield
+    except (PictureError, OSError) as error:
+        name = image.get("path") if isinstance(image, Mapping) else image
+        named = isinstance(name, str | os.PathLike) and not str(name).startswith("data:")
+        what = f"picture {os.fspath(name)}" if named else "a picture"
+        raise DataError(f"record {record_name(record)}: {what}: {error}; restore the file, or remove the record") from error
 
 
 def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any]:
-    """The record's `images`, or another column of pictures. DataError where they are not a list."""
+    """The record's `images`, or those that parts of its prompt hold; or another column of pictures. DataError where they are no list."""
     images = record.get(column)
-    if images is None and column == "images" and record.get("image") is not None:
-        raise DataError(
-            f"record {record_name(record)}: it has `image`, but pictures are read from `images`; make it a list of one"
-        )
+    within: list[Any] = []
+    if column == "images":
+        within = _pictures_within(record)
+        _check_other_columns(record, within or images)
     if images is None:
-        return []
+        return within
     if isinstance(images, str) or not isinstance(images, Sequence):
         raise DataError(
             f"record {record_name(record)}: {column} must be a list of pictures, got {str(images)[:120]!r}; "
             f"write [{str(images)[:60]!r}]"
         )
-    return list(images)
+    if within and len(images):
+        raise DataError(
+            f"record {record_name(record)}: {len(within)} pictures are in parts of the prompt, and {len(images)} in images; leave "
+            "one of them"
+        )
+    return within or list(images)
+
+
+def _check_other_columns(record: Mapping[str, Any], images: Any) -> None:
+    """DataError for pictures in a column that is not read."""
+    other = next((name for name in _OTHER_PICTURES if not is_empty(record.get(name))), None)
+    if other is None or (other != "image" and not is_empty(images)):
+        return
+    beside = "" if is_empty(images) else " beside images"
+    raise DataError(
+        f"record {record_name(record)}: it has `{other}`{beside}, but pictures are read from `images`; make it a list of one"
+    )
+
+
+def _pictures_within(record: Mapping[str, Any]) -> list[Any]:
+    """Pictures that parts of the prompt hold themselves. DataError where some parts do, and others leave it to `images`."""
+    places = [part for part in _parts(record, "prompt", "user") if isinstance(part, PicturePart)]
+    within = [part.picture for part in places if part.picture is not None]
+    if within and len(within) != len(places):
+        raise DataError(
+            f"record {record_name(record)}: {len(within)} of the prompt's {len(places)} image parts hold their picture themselves; "
+            "let all of them do so, or none, with the pictures in images"
+        )
+    return within
 
 
 def record_rejected_images(record: Mapping[str, Any]) -> list[Any] | None:
@@ -127,11 +137,42 @@ def record_target(record: Mapping[str, Any]) -> int | None:
 
 def check_record(record: Mapping[str, Any]) -> None:
     """DataError naming the record where its texts, placeholders or target cannot be used; its pictures are not opened."""
+    check_content(record)
     prompt_text(record)
     record_target(record)
     record_rejected_images(record)
+
+
+def check_content(record: Mapping[str, Any]) -> None:
+    """DataError naming the record, the place and the remedy for content that would not be read. Columns of pictures are not looked at."""
+    try:
+        check_columns(record)
+    except UnreadContent as error:
+        raise DataError(f"record {record_name(record)}: {error}") from error
+    single_turn(record, "prompt", "user")
     for column in ("chosen", "rejected"):
         response_text(record, column)
+
+
+def with_pictures_from(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record with all its pictures in their columns, none in parts of the prompt, and paths that are relative to `folder` absolute."""
+    found = {**record, "images": record_images(record)}
+    if _pictures_within(record):
+        found["prompt"] = [{"role": "user", "content": single_turn(record, "prompt", "user")}]
+    for column in ("images", "rejected_images"):
+        if not is_empty(found.get(column)):
+            found[column] = [_placed(record, image, folder) for image in record_images(found, column)]
+    return found
+
+
+def _placed(record: Mapping[str, Any], image: Any, folder: str | os.PathLike[str]) -> Any:
+    with _named(record, image):
+        if isinstance(image, Image.Image) or pictures.embedded_bytes(image) is not None:
+            return image
+        path = image.get("path") if isinstance(image, Mapping) else image
+        if not isinstance(path, str) or not path:
+            return image
+        return os.path.normpath(os.path.join(folder, pictures.local_path(path)))
 
 
 def prompt_text(record: Mapping[str, Any]) -> str:
@@ -159,22 +200,28 @@ def response_text(record: Mapping[str, Any], column: str) -> str:
 
 
 def single_turn(record: Mapping[str, Any], column: str, role: str) -> str:
-    """Text of a conversational column of one turn; a plain string is taken as that turn."""
+    """Text of a conversational column of one turn, `<image>` in a picture's place; a plain string is taken as that turn."""
+    return "".join(IMAGE_TOKEN if isinstance(part, PicturePart) else part for part in _parts(record, column, role))
+
+
+def _parts(record: Mapping[str, Any], column: str, role: str) -> list[str | PicturePart]:
+    """Texts and pictures of a column's one turn. DataError naming record and place of what is not read."""
     messages: Any = record.get(column)
     if isinstance(messages, str):
-        return messages
+        return [messages]
     one = isinstance(messages, Sequence) and len(messages) == 1 and isinstance(messages[0], Mapping)
     if not one or messages[0].get("role") != role:
         raise DataError(
             f"record {record_name(record)}: {column} must be text or a list of one {role} message, got {str(messages)[:120]}"
         )
-    content = messages[0].get("content")
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, Sequence) else []
-    if not parts or not all(isinstance(part, Mapping) for part in parts):
+    try:
+        check_fields(messages[0], f"{column}[0]")
+        parts = read_parts(messages[0].get("content"), f"{column}[0]['content']")
+    except UnreadContent as error:
+        raise DataError(f"record {record_name(record)}: {error}") from error
+    picture = next((index for index, part in enumerate(parts) if isinstance(part, PicturePart)), None)
+    if role == "assistant" and picture is not None:
         raise DataError(
-            f"record {record_name(record)}: content of {column} must be text or a list of parts such as "
-            f"{{'type': 'text', 'text': …}}, got {str(content)[:120]}"
+            f"record {record_name(record)}: {column}[0]['content'][{picture}] is a picture; only prompts have pictures, remove the record"
         )
-    return "".join(IMAGE_TOKEN if part.get("type") == "image" else part.get("text") or "" for part in parts)
+    return parts

@@ -18,6 +18,7 @@ from mmdpo_trainers.template_date import TemplateDate
 from mmdpo_trainers.training import collectives
 from mmdpo_trainers.training.collator import PreferenceCollator
 from mmdpo_trainers.training.preference_config import PreferenceConfig
+from mmdpo_trainers.training.preference_data import check_contents
 from mmdpo_trainers.training.preference_records import record_images, record_name
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,9 @@ def short_enough(
 ) -> Any:
     """The records of a dataset, or of each in a dictionary of them, within `max_length`; names of the others are added to `left_out`.
 
-    Raises DataError naming the first that is longer, where `too_long` is "error".
+    Raises DataError naming the first that has content which is not read, or that is longer, where `too_long` is "error".
     """
+    check_contents(dataset)
     limit = args.max_length
     if dataset is None or limit is None:
         return dataset

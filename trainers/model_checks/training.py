@@ -20,6 +20,7 @@ from mmdpo_trainers.model_checks.twins import patched, twin
 from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
 from mmdpo_trainers.training.examples import BRANCHES
+from mmdpo_trainers.training.training_mode import disable_dropout
 
 
 def collator(loaded: LoadedModel, *, packing: bool) -> PreferenceCollator:
@@ -116,7 +117,7 @@ def check_gradients(loaded: LoadedModel) -> CheckResult:
 
 def _with_lora(model: Any) -> Any:
     """The model patched, in training mode without dropout, with LoRA away from its starting point; the embedding is trained too."""
-    model_parts.disable_dropout(model)
+    disable_dropout(model)
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     # Attention and MLP by the names that most decoders have, others by whatever linears there are.

@@ -126,20 +126,25 @@ def make_trainable(model: nn.Module, args: PreferenceConfig, peft_config: PeftCo
     return model
 
 
+def adapters(model: nn.Module, args: PreferenceConfig, peft_config: PeftConfig | None) -> dict[str, PeftConfig]:
+    """The adapters that the policy has or is to get, by name. Raises ValueError where there would be two."""
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise ValueError(
+            f"peft_config: expected one of PEFT's configurations, such as LoraConfig, got {type(peft_config).__name__}"
+        )
+    if not isinstance(model, PeftModel):
+        return {"default": peft_config or lora_config(model, args)}
+    if peft_config is not None:
+        raise ValueError("peft_config: the model has an adapter already; pass the base model, or leave peft_config out")
+    return dict(model.peft_config)
+
+
 def _with_adapter(model: nn.Module, args: PreferenceConfig, peft_config: PeftConfig | None) -> PeftModel:
     if not isinstance(model, PeftModel):
-        peft_config = peft_config or lora_config(model, args)
+        (found,) = adapters(model, args, peft_config).values()
         # The adapter's first weights are a part of the run's seed.
         set_seed(args.seed)
-        model = get_peft_model(model, peft_config)
-    elif peft_config is not None:
-        raise ValueError("peft_config: the model has an adapter already; pass the base model, or leave peft_config out")
-    for name, config in model.peft_config.items():
-        dropout, bias = getattr(config, "lora_dropout", 0.0), getattr(config, "bias", "none")
-        if dropout:
-            raise ValueError(f"adapter {name}: expected lora_dropout 0, got {dropout}; policy and reference would differ by it")
-        if bias != "none":
-            raise ValueError(f"adapter {name}: expected bias 'none', got {bias!r}; it would train the reference's own biases")
+        model = get_peft_model(model, found)
     if args.gradient_checkpointing:
         # Re-entrant checkpointing gives no gradient to layers whose inputs need none.
         model.enable_input_require_grads()
@@ -161,16 +166,6 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
     finally:
         for layer, off in zip(layers, before, strict=True):
             layer._disable_adapters = off
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of the model to 0, attention's own included."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 def picture_features(model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:

@@ -12,6 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from mmdpo_kernels.ops.preference_loss import LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED
 from mmdpo_trainers.data.corruption import KINDS, Corruption
 from mmdpo_trainers.template_date import TemplateDate
+from mmdpo_trainers.training.arguments import TRL_LOSSES, check_inherited, takes_foreign_names
 
 LOSS_TYPES = tuple(LOSSES)
 """Losses by name; their equations and sources are in `mmdpo_kernels.backends.reference.preference_loss`."""
@@ -24,9 +25,12 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+@takes_foreign_names
 @dataclass
 class PreferenceConfig(TrainingArguments):
     """`transformers.TrainingArguments` with the fields of TRL's `DPOConfig` that apply, and ours.
+
+    TRL's other arguments are taken where they say what happens here anyway, else refused with what is in their place (`arguments.py`).
 
     Defaults are MIA-DPO's (arXiv 2410.17637): beta 0.1, LoRA 128/256 on every linear of the language tower, learning rate 5e-5
     linear with a tenth of warm-up. Dropout is always off: policy and reference must differ by the weights only.
@@ -131,6 +135,7 @@ class PreferenceConfig(TrainingArguments):
         if self.template_date is not None:
             TemplateDate.read(self.template_date)
         self._check_strategies()
+        check_inherited(self)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False (the collator reads the columns itself), got True")
         if self.save_total_limit is not None and self.save_total_limit < 2:
@@ -164,8 +169,9 @@ class PreferenceConfig(TrainingArguments):
 
     def _check_loss(self) -> None:
         unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
+        words = "".join(f"; {name}: {TRL_LOSSES[name]}" for name in unknown if name in TRL_LOSSES)
         if unknown or not self.loss_type:
-            raise ValueError(f"loss_type: expected one or more of {', '.join(LOSS_TYPES)}, got {self.loss_type}")
+            raise ValueError(f"loss_type: expected one or more of {', '.join(LOSS_TYPES)}, got {self.loss_type}{words}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"loss_weights: expected one a loss ({len(self.loss_type)}), got {self.loss_weights}")
         if self.loss_weights is not None and not all(map(_is_number, self.loss_weights)):

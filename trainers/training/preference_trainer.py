@@ -9,41 +9,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, patch_model, preference_loss, record_attention
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.families import EncodedPictures, family_of, picture_layers
 from mmdpo_trainers.progress import Progress
-from mmdpo_trainers.run_folder import read_json, write_atomic
-from mmdpo_trainers.training import collectives, head, model_parts
+from mmdpo_trainers.run_folder import read_json
+from mmdpo_trainers.training import adapter_checks, arguments, collectives, given_models, head, model_parts
 from mmdpo_trainers.training.activation_offload import offload_checkpoints
 from mmdpo_trainers.training.blank_pictures import blank_picture, features_of_blank
-from mmdpo_trainers.training.checkpoints import latest_complete, mark_complete, newest, remove_old, start, writing
+from mmdpo_trainers.training.checkpoints import latest_complete, newest
 from mmdpo_trainers.training.collator import PreferenceBatch, PreferenceCollator
+from mmdpo_trainers.training.gradient_check import GradientCheck, connected
 from mmdpo_trainers.training.loss_check import LossCheck
 from mmdpo_trainers.training.packing import batch_sampler
-from mmdpo_trainers.training.preference_config import PreferenceConfig
+from mmdpo_trainers.training.preference_config import BRANCHES, PreferenceConfig
 from mmdpo_trainers.training.reference import Reference
 from mmdpo_trainers.training.reference_cache import Precomputed, ReferenceCache, precompute, reference_header
 from mmdpo_trainers.training.root_call import through_root
+from mmdpo_trainers.training.saving import LOG_STATE, SavingTrainer
 from mmdpo_trainers.training.sharded_batches import COUNTS, batches_of, sharded_loader
 from mmdpo_trainers.training.sharding import Sharding, check_whole
-from mmdpo_trainers.training.trainer_data import collator_of, short_enough
+from mmdpo_trainers.training.trainer_data import check_datasets, collator_of, is_streaming, short_enough
 from mmdpo_trainers.training.training_log import Averages
+from mmdpo_trainers.training.training_mode import disable_dropout, quiet
 
 logger = logging.getLogger(__name__)
-
-LOG_STATE = "log_state.json"
 
 _PAIRWISE = "pairwise_loss"
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(SavingTrainer):
     """Trains a policy on chosen and rejected responses to prompts with pictures.
 
     Chosen and rejected responses of a whole micro-batch are packed into one token tree, so a shared prompt and its pictures are
@@ -52,14 +53,17 @@ class PreferenceTrainer(Trainer):
     from hidden states (`linear_logprobs`). The reference is the model with its adapter switched off, or a second model.
 
     Args:
-        model: a transformers model of a family in `families.FAMILIES` or one that follows the conventions, or a PEFT model around one. Its
-            dropout is switched off, and it is patched (`mmdpo_kernels.patch_model`) unless neither tree packing nor attention logging is on.
+        model: a transformers model of a family in `families.FAMILIES` or one that follows the conventions, or a PEFT model around one; or
+            its name, a folder or a repository of the Hub. Its dropout is switched off, and it is patched (`mmdpo_kernels.patch_model`)
+            unless neither tree packing nor attention logging is on.
         args: see `PreferenceConfig`.
-        processing_class: the model's processor.
-        train_dataset, eval_dataset: TRL's columns, see `PreferenceCollator`: a `datasets.Dataset` or a list of records.
+        processing_class: the model's processor, or a name; None: that of the model's own folder.
+        train_dataset, eval_dataset: TRL's columns, see `PreferenceCollator`: a `datasets.Dataset` or a list of records; with `max_steps` also
+            a `datasets.IterableDataset`, in one process. A dictionary of several to evaluate on.
         peft_config: in place of the LoRA adapter that `args` describes.
-        ref_model: the reference; None: the adapter switched off, or for full fine-tuning a copy of the model as it comes.
+        ref_model: the reference, or its name; None: the adapter switched off, or for full fine-tuning a copy of the model as it comes.
         callbacks: as in `transformers.Trainer`.
+        others: TRL's arguments that are not here: an error says what is in their place.
 
     `train(resume_from_checkpoint="auto")` continues from the last whole checkpoint of `output_dir`, or starts. With the same
     number of threads a continued run ends with the same weights, bit for bit, as one that was never interrupted.
@@ -85,38 +89,40 @@ class PreferenceTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | str,
         args: PreferenceConfig,
         *,
-        processing_class: Any,
+        processing_class: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         peft_config: PeftConfig | None = None,
-        ref_model: nn.Module | None = None,
+        ref_model: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         progress: Progress | None = None,
+        **others: Any,
     ) -> None:
+        arguments.check_trainer_arguments(args, others, PreferenceConfig)
+        check_datasets(train_dataset, eval_dataset, args)
         if args.n_gpu > 1:
             # DataParallel would split a batch that is one tree.
             args._n_gpu = 1
         if args.world_size > 1 and args.train_sampling_strategy == "batch_rebalance":
             raise ValueError("train_sampling_strategy: batch_rebalance deals records out by itself; use max_tokens_per_batch")
+        if any(map(is_streaming, (train_dataset, *_several(eval_dataset)))):
+            # accelerate would put records of several batches together.
+            args.accelerator_config.dispatch_batches = False
         self.args = args
-        if args.full_finetune and args.needs_reference and ref_model is None:
-            check_whole(model, "full_finetune keeps a copy of the model as its reference")
-        self.ref_model = model_parts.second_model(model, args, peft_config, ref_model)
-        model = model_parts.make_trainable(model, args, peft_config)
-        packs = model_parts.packs_trees(model, args)
-        for each in (model, self.ref_model):
+        policy, processing_class = self._policy_and_reference(model, processing_class, peft_config, ref_model)
+        packs = model_parts.packs_trees(policy, args)
+        for each in (policy, self.ref_model):
             if each is not None:
                 head.check_head(each)
-                model_parts.disable_dropout(each)
+                disable_dropout(each)
                 if packs or args.attention_layer is not None:
                     patch_model(each)
-        shares_features = ref_model is None and model_parts.sees_as_reference(model)
-        shares_head = ref_model is None and head.heads_alike(model)
-        base = model_parts.base_of(model)
-        _check_layer(args.attention_layer, picture_layers(base.config))
+        shares_features = ref_model is None and model_parts.sees_as_reference(policy)
+        shares_head = ref_model is None and head.heads_alike(policy)
+        base = model_parts.base_of(policy)
         pool = train_dataset if train_dataset is not None else next(iter(_several(eval_dataset)))
         collator = collator_of(base, processing_class, args, pool, tree_packing=packs)
         self.progress = progress or Progress()
@@ -125,7 +131,7 @@ class PreferenceTrainer(Trainer):
         text = base.config.get_text_config()
         # Weights that a step without pictures leaves without a gradient, or one whose tokens take other experts.
         self._uneven = family_of(base).cross_attention or any(
-            parameter.requires_grad for parameter in model_parts.picture_parameters(model)
+            parameter.requires_grad for parameter in model_parts.picture_parameters(policy)
         )
         if args.ddp_find_unused_parameters is None:
             experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
@@ -133,13 +139,13 @@ class PreferenceTrainer(Trainer):
         self._averages = {"train": Averages(), "eval": Averages()}
         self._resumed_from: Path | None = None
         super().__init__(
-            model=model,
+            model=policy,
             args=args,
             data_collator=collator,
             train_dataset=short_enough(train_dataset, collator, args, self.progress, self.left_out),
             eval_dataset=short_enough(eval_dataset, collator, args, self.progress, self.left_out),
             processing_class=processing_class,
-            callbacks=[_RestoreLog(self), *(callbacks or [])],
+            callbacks=[_RestoreLog(self), GradientCheck(self), *(callbacks or [])],
         )
         # `compute_loss` divides by the whole accumulated batch itself.
         self.model_accepts_loss_kwargs = True
@@ -152,7 +158,7 @@ class PreferenceTrainer(Trainer):
             # A hash of the weights needs them whole.
             self._header = self._reference_header(self.ref_model)
         self.reference = Reference(
-            model,
+            policy,
             self.ref_model,
             shares_features=shares_features,
             shares_head=shares_head,
@@ -163,6 +169,25 @@ class PreferenceTrainer(Trainer):
         # What other processes' batches make a process run, although its own has no picture.
         self._blank = blank_picture(family_of(base), processing_class) if args.world_size > 1 else None
 
+    def _policy_and_reference(
+        self, model: Any, processor: Any, peft_config: PeftConfig | None, ref_model: Any
+    ) -> tuple[nn.Module, Any]:
+        """The model to train and its processor, of what the trainer was given; sets `ref_model`."""
+        args, given = self.args, ref_model
+        model = given_models.model_of("model", model, args)
+        adapter_checks.check_plain(model)
+        base = model_parts.base_of(model)
+        _check_layer(args.attention_layer, picture_layers(base.config))
+        processor = given_models.processor_of(processor, base)
+        plain = collator_of(base, processor, args, None, tree_packing=False, branches=BRANCHES[:2])
+        given_models.note_full_training(model, args, copied=given is None)
+        if given is not None:
+            given = given_models.model_of("ref_model", given, args)
+        self.ref_model = model_parts.second_model(model, args, peft_config, given)
+        if given is not None:
+            given_models.check_reference(given, base, plain, processor)
+        return adapter_checks.policy(model, args, peft_config, plain, has_reference=self.ref_model is not None), processor
+
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
     ) -> TrainOutput:
@@ -172,7 +197,7 @@ class PreferenceTrainer(Trainer):
             if found is None and resume_from_checkpoint is True:
                 raise ValueError(f"resume_from_checkpoint: {self.args.output_dir} has no whole checkpoint; pass 'auto' to start")
             resume_from_checkpoint = found
-        if self.train_dataset is not None and not len(self.train_dataset):  # type: ignore[arg-type]
+        if self.train_dataset is not None and not is_streaming(self.train_dataset) and not len(self.train_dataset):  # type: ignore[arg-type]
             long = f"; {len(self.left_out)} are longer than max_length={self.args.max_length}, raise it" if self.left_out else ""
             raise DataError(f"train_dataset: expected records, got none{long}")
         self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
@@ -204,6 +229,8 @@ class PreferenceTrainer(Trainer):
 
         num_items_in_batch: (2,) int64, records and chosen tokens of the whole step; None: the micro-batch is all there is.
         """
+        if model.training:
+            quiet(self._policy)
         batch: PreferenceBatch = inputs["batch"].to(self.args.device)
         counts = inputs.get(COUNTS, True)
         averages = self._averages["train" if model.training else "eval"] if counts else Averages()
@@ -214,6 +241,8 @@ class PreferenceTrainer(Trainer):
             self._loss_check.look(loss, batch.ids, parts)
             if self.accelerator.sync_gradients:
                 self._loss_check.stop(self.state.global_step + 1, self.args.device, self._kept)
+        if model.training and not self.sharding.in_shards:
+            loss = connected(loss, self._policy)
         if not counts:
             loss = loss * 0
         if model.training and collectives.several():
@@ -451,6 +480,7 @@ class PreferenceTrainer(Trainer):
         given = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(given, str):  # transformers evaluates a dictionary of datasets name by name
             given = self.eval_dataset[given]  # type: ignore[index, call-overload]
+        check_datasets(None, given, self.args)
         self.precompute_reference(*_several(given))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -487,62 +517,6 @@ class PreferenceTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: the estimate of transformers knows no token trees."""
         return 0
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        averages, loss = self._averages["train"].state(), collectives.gathered(self._tr_loss.item())
-        self.sharding.complete_optimizer(self.optimizer)
-        with writing(folder):
-            if self.args.process_index == 0:
-                start(folder)
-            collectives.barrier()
-            limit, self.args.save_total_limit = self.args.save_total_limit, None
-            try:
-                # Its own removal of old checkpoints would not wait for the marker, nor spare what others wrote.
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-            # Every process has written what is its own.
-            collectives.barrier()
-            if self.args.process_index == 0:
-                state = {"loss": sum(loss) / len(loss), "last_logged": self._globalstep_last_logged, "averages": averages}
-                write_atomic(folder / LOG_STATE, state)
-                mark_complete(folder)
-                remove_old(folder.parent, limit, keep=self.state.best_model_checkpoint)
-            collectives.barrier()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `transformers.Trainer`: an adapter or a whole model that `from_pretrained` reads, gathered where weights are in shards."""
-        if self.is_fsdp_enabled and not _internal_call:
-            # By itself it writes nothing where checkpoints are in shards.
-            state = self.accelerator.get_state_dict(self.model)
-            self._save(output_dir, state_dict=state)
-        else:
-            super().save_model(output_dir, _internal_call)
-        collectives.barrier()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """As in `transformers.Trainer`; a tied weight once, also where gathering has made two of it."""
-        if state_dict is not None and not isinstance(self.model, PeftModel):
-            once = dict(self.model.named_parameters())  # type: ignore[union-attr]
-            twice = [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in once]  # type: ignore[union-attr]
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in twice}
-        super()._save(output_dir, state_dict)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As in `transformers.Trainer`; a whole model by `from_pretrained`, which knows under what names weights are saved."""
-        target: Any = model if model is not None else self.model
-        if isinstance(target, PeftModel) or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            saved = type(target).from_pretrained(resume_from_checkpoint, dtype="auto", local_files_only=True)
-            target.load_state_dict(saved.state_dict())
-
-    def _load_best_model(self) -> None:
-        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _restore_log(self) -> None:
         """Put back what was averaged but not yet logged when the checkpoint was written."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Subset
+import datasets
+from torch.utils.data import IterableDataset, Subset
 
 from mmdpo_trainers.chat_format import prints_date
 from mmdpo_trainers.errors import DataError
@@ -19,7 +20,7 @@ from mmdpo_trainers.training import collectives
 from mmdpo_trainers.training.collator import PreferenceCollator
 from mmdpo_trainers.training.preference_config import PreferenceConfig
 from mmdpo_trainers.training.preference_data import check_contents
-from mmdpo_trainers.training.preference_records import record_images, record_name
+from mmdpo_trainers.training.preference_records import check_content, record_images, record_name
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,12 @@ TEMPLATE_DATE = "template_date.json"
 """File of `output_dir`: the date that the chat template is told, where it prints one."""
 
 
-def collator_of(base: Any, processor: Any, args: PreferenceConfig, pool: Any, *, tree_packing: bool) -> PreferenceCollator:
+def collator_of(
+    base: Any, processor: Any, args: PreferenceConfig, pool: Any, *, tree_packing: bool, branches: tuple[str, ...] | None = None
+) -> PreferenceCollator:
     """The collator that `args` describes, for a model without its adapter. pool: a dataset, whose pictures corruption "other" draws from.
 
-    Raises ValueError where neither tokenizer nor model has an end token.
+    branches: in place of those of `args`. Raises ValueError where neither tokenizer nor model has an end token.
     """
     tokenizer = processor.tokenizer
     end = base.generation_config.eos_token_id
@@ -40,6 +43,7 @@ def collator_of(base: Any, processor: Any, args: PreferenceConfig, pool: Any, *,
     if not ends:
         raise ValueError("processing_class: neither tokenizer nor generation_config has an end token; responses could not end")
     end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
+    branches = branches or args.branches
     return PreferenceCollator(
         processor,
         family=family_of(base),
@@ -48,11 +52,11 @@ def collator_of(base: Any, processor: Any, args: PreferenceConfig, pool: Any, *,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id,
         date=template_date(processor, args),
         tree_packing=tree_packing,
-        branches=args.branches,
-        corruption=args.picture_corruption if "corrupted" in args.branches else None,
+        branches=branches,
+        corruption=args.picture_corruption if "corrupted" in branches else None,
         no_image=args.no_image,
         changed_token_weight=args.changed_token_weight,
-        picture_pool=PicturePool(pool) if pool is not None and args.corruption == "other" else (),
+        picture_pool=PicturePool(pool) if pool is not None and args.corruption == "other" and "corrupted" in branches else (),
     )
 
 
@@ -74,6 +78,50 @@ def template_date(processor: Any, args: PreferenceConfig) -> TemplateDate | None
     return TemplateDate.read(str(collectives.gathered(found)[0]))
 
 
+def is_streaming(dataset: Any) -> bool:
+    """Whether a dataset has no records by number, but gives one after the other."""
+    return isinstance(dataset, IterableDataset | datasets.IterableDataset)
+
+
+def check_datasets(train: Any, evaluation: Any, args: PreferenceConfig) -> None:
+    """ValueError for data of another kind, naming the argument, and for settings that need all records at hand with streaming data."""
+    several = isinstance(evaluation, dict)
+    named = {f"eval_dataset[{name!r}]": each for name, each in evaluation.items()} if several else {"eval_dataset": evaluation}
+    for name, each in {"train_dataset": train, **named}.items():
+        if each is not None:
+            _check_dataset(name, each, args)
+    if is_streaming(train) and args.max_steps < 1:
+        raise ValueError(f"max_steps: streaming data (train_dataset) have no length; expected 1 or more, got {args.max_steps}")
+
+
+def _check_dataset(name: str, dataset: Any, args: PreferenceConfig) -> None:
+    if isinstance(dataset, dict):
+        first = next(iter(dataset), "train")
+        raise ValueError(
+            f"{name}: expected one dataset, got {type(dataset).__name__} of {', '.join(dataset)}; pass one, as in dataset[{first!r}]"
+        )
+    if not is_streaming(dataset) and (
+        isinstance(dataset, str) or not all(hasattr(dataset, part) for part in ("__len__", "__getitem__"))
+    ):
+        raise ValueError(
+            f"{name}: expected a datasets.Dataset, an IterableDataset or a list of records, got {type(dataset).__name__}; read files with "
+            "datasets.load_dataset"
+        )
+    if not is_streaming(dataset):
+        return
+    whole = {
+        "precompute_ref_log_probs": args.precompute_ref_log_probs and args.needs_reference,
+        "max_tokens_per_batch": args.max_tokens_per_batch,
+        "group_by_pictures": args.group_by_pictures,
+        "corruption 'other'": args.corruption == "other" and "corrupted" in args.branches,
+        f"{args.world_size} processes": args.world_size > 1,
+    }
+    for setting in (setting for setting, used in whole.items() if used):
+        raise ValueError(
+            f"{name}: {setting} needs all records at hand, got streaming data; load them (streaming=False), or leave it out"
+        )
+
+
 def short_enough(
     dataset: Any, collator: PreferenceCollator, args: PreferenceConfig, progress: Progress, left_out: list[str]
 ) -> Any:
@@ -81,6 +129,8 @@ def short_enough(
 
     Raises DataError naming the first that has content which is not read, or that is longer, where `too_long` is "error".
     """
+    if is_streaming(dataset):
+        return _ShortOnes(dataset, collator, args, left_out)
     check_contents(dataset)
     limit = args.max_length
     if dataset is None or limit is None:
@@ -91,14 +141,8 @@ def short_enough(
         kept, long = [], []
         for index in range(len(dataset)):
             record = dataset[index]
-            length = collator.length(record)
-            if length <= limit:
+            if _fits(record, collator, args):
                 kept.append(index)
-            elif args.too_long == "error":
-                raise DataError(
-                    f"record {record_name(record)}: {length} tokens are more than max_length={limit}; raise it, shorten the record, "
-                    "or leave such records out with too_long='drop'"
-                )
             else:
                 long.append(record_name(record))
             task.advance()
@@ -106,6 +150,43 @@ def short_enough(
         logger.warning("%d records are longer than max_length=%d and left out: %s", len(long), limit, ", ".join(long[:10]))
         left_out += long
     return dataset.select(kept) if hasattr(dataset, "select") else Subset(dataset, kept)
+
+
+def _fits(record: Mapping[str, Any], collator: PreferenceCollator, args: PreferenceConfig) -> bool:
+    """Whether a record is within `max_length`; DataError where it is not and `too_long` is "error"."""
+    limit = args.max_length
+    if limit is None:
+        return True
+    length = collator.length(record)
+    if length <= limit:
+        return True
+    if args.too_long == "error":
+        raise DataError(
+            f"record {record_name(record)}: {length} tokens are more than max_length={limit}; raise it, shorten the record, "
+            "or leave such records out with too_long='drop'"
+        )
+    return False
+
+
+class _ShortOnes(IterableDataset[Any]):
+    """Those records of streaming data that are within `max_length`, their contents checked; others are named as they come by."""
+
+    def __init__(self, dataset: Any, collator: PreferenceCollator, args: PreferenceConfig, left_out: list[str]) -> None:
+        self.dataset, self.collator, self.args, self.left_out = dataset, collator, args, left_out
+
+    def __iter__(self) -> Iterator[Any]:
+        for record in self.dataset:
+            check_content(record)
+            if _fits(record, self.collator, self.args):
+                yield record
+                continue
+            logger.warning("record %s is longer than max_length=%d and left out", record_name(record), self.args.max_length)
+            self.left_out.append(record_name(record))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let a shuffled dataset know the epoch."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
 
 class PicturePool(Sequence[Any]):

@@ -30,7 +30,7 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -e '.[train,plots,dev,peers]'

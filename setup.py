@@ -158,9 +158,9 @@ def level_flags(source: Path) -> list[str]:
 
 
 def native_sources() -> list[str]:
-    """csrc/*.cpp, those of x86 SIMD levels only where the machine is one, and csrc/*.cu, which are compiled where there is nvcc."""
+    """The *.cpp of csrc/, those of x86 SIMD levels only where the machine is one, and the *.cu, which are compiled where there is nvcc."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sources = sorted(CSRC.glob("*.cu")) + sorted(CSRC.glob("*.cpp"))
+    sources = sorted(CSRC.rglob("*.cu")) + sorted(CSRC.rglob("*.cpp"))
     return [str(path.relative_to(ROOT)) for path in sources if x86 or not level_flags(path)]
 
 
@@ -181,7 +181,7 @@ setup(
             "mmdpo_kernels._native",
             sources=native_sources(),
             depends=[
-                str(path.relative_to(ROOT)) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("*.inl"), *CSRC.glob("cuda/*.cuh")])
+                str(path.relative_to(ROOT)) for ending in ("h", "inl", "cuh") for path in sorted(CSRC.rglob(f"*.{ending}"))
             ],
         )
     ],

@@ -10,15 +10,15 @@
 #include <utility>
 #include <vector>
 
-#include "attention_mass.h"
+#include "attention_mass/attention_mass.h"
 #ifdef MMDPO_CUDA_TARGETS
-#include "attention_mass_cuda.h"
-#include "logit_rows_cuda.h"
+#include "attention_mass/attention_mass_cuda.h"
+#include "logit_rows/logit_rows_cuda.h"
 #endif
-#include "cpu_level.h"
-#include "logit_rows.h"
-#include "preference_loss.h"
-#include "tree_attention.h"
+#include "common/cpu_level.h"
+#include "logit_rows/logit_rows.h"
+#include "preference_loss/preference_loss.h"
+#include "tree_attention/tree_attention.h"
 
 namespace py = pybind11;
 

@@ -44,7 +44,7 @@ def build() -> Path:
 
 
 class _Args(ctypes.Structure):
-    """`AttentionMassArgs` of csrc/attention_mass.h."""
+    """`AttentionMassArgs` of csrc/attention_mass/attention_mass.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("B", "Hq", "Hkv", "R", "S", "D", "N")),
@@ -64,7 +64,7 @@ class _Args(ctypes.Structure):
 
 
 class _LogitRowsArgs(ctypes.Structure):
-    """`LogitRowsArgs` of csrc/logit_rows_cuda.h."""
+    """`LogitRowsArgs` of csrc/logit_rows/logit_rows_cuda.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "vocabulary", "row_stride")),
@@ -80,7 +80,7 @@ class _LogitRowsArgs(ctypes.Structure):
 
 
 class _LogitRowsPlace(ctypes.Structure):
-    """`LogitRowsPlace` of csrc/logit_rows_cuda.h."""
+    """`LogitRowsPlace` of csrc/logit_rows/logit_rows_cuda.h."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("device", "multiprocessors", "capability", "shared_bytes")),

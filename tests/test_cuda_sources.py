@@ -233,7 +233,7 @@ def test_nvcc_compiles_every_target_without_spills(setup_module: ModuleType, tmp
     if nvcc is None:
         pytest.skip("no nvcc on the PATH nor in CUDA_HOME: the CUDA sources cannot be compiled here")
     kernels = 0
-    for source in sorted((ROOT / "csrc").glob("*.cu")):
+    for source in sorted((ROOT / "csrc").rglob("*.cu")):
         command = [str(nvcc), *setup_module.CUDA_FLAGS, *setup_module.cuda_codes(), f"-I{ROOT / 'csrc'}", "-c", str(source)]
         done = subprocess.run([*command, "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -1,5 +1,5 @@
 // csrc/attention_mass_cuda.cu on the CPU, its arrays copied to guarded memory for the call.
-#include "attention_mass_cuda.cu"
+#include "attention_mass/attention_mass_cuda.cu"
 
 #include "guarded.h"
 

@@ -14,7 +14,7 @@
 // Shared memory starts as NaN in every block, and so shows what was never written.
 //
 // Not the hardware's: speed; the order and rounding inside a matrix product (here in double, rounded once); the last bits of exp2f, tanhf and log.
-// Covered: what the kernels in csrc/ use. A new kernel's instruction goes here or, where CUDA C++ has no name for it, into cuda/ptx.cuh.
+// Covered: what the kernels in csrc/ use. A new kernel's instruction goes here or, where CUDA C++ has no name for it, into common/ptx.cuh.
 #pragma once
 
 #include <algorithm>

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "cuda/ptx.cuh"
+#include "common/ptx.cuh"
 #include "guarded.h"
 
 namespace {

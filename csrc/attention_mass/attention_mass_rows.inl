@@ -1,0 +1,304 @@
+#pragma once
+
+// What forward and backward of attention_mass share: the rows of a task, packed; blocks of keys, packed and described; scores of rows on a
+// block. Each attention_mass_<level>.cpp defines kVectorBytes and the tile shape first. Written with the compiler's vector extensions; nothing
+// here may call an inline function of the standard library, see simd.inl.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "attention_mass/attention_mass_task.h"
+#include "common/simd.inl"
+#include "common/tanh.inl"
+#include "common/tile.inl"
+
+namespace {
+
+using mmdpo::AttentionMassArgs;
+using mmdpo::AttentionMassTask;
+using mmdpo::DType;
+
+// Keys packed together: a multiple of every tile's rows and columns, and 48 x 128 floats stay in a 32 KiB L1 cache.
+constexpr int kKeyBlock = 48;
+
+inline Vec<double> exp_(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
+  return x;
+}
+
+inline Vec<double> tanh_(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = ::tanh(x[i]);
+  return x;
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline float from_half(uint16_t half) {
+  // A power of two moves the exponent from half's bias to float's and brings subnormals along; infinity and NaN need theirs filled.
+  const float scaled = from_bits(static_cast<uint32_t>(half & 0x7FFF) << 13) * 0x1p112f;
+  const float special = from_bits((static_cast<uint32_t>(half & 0x3FF) << 13) | 0x7F800000u);
+  const float value = (half & 0x7C00) == 0x7C00 ? special : scaled;
+  return half & 0x8000 ? -value : value;
+}
+
+// Head vector `offset` elements into `data`, as T.
+template <class T>
+void convert(const void* data, DType dtype, int64_t offset, int64_t D, T* out) {
+  switch (dtype) {
+    case DType::float32:
+      for (int64_t d = 0; d < D; ++d) out[d] = static_cast<const float*>(data)[offset + d];
+      break;
+    case DType::bfloat16:
+      for (int64_t d = 0; d < D; ++d) out[d] = from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[offset + d]) << 16);
+      break;
+    case DType::float16:
+      for (int64_t d = 0; d < D; ++d) out[d] = from_half(static_cast<const uint16_t*>(data)[offset + d]);
+      break;
+    case DType::float64:
+      for (int64_t d = 0; d < D; ++d) out[d] = static_cast<T>(static_cast<const double*>(data)[offset + d]);
+      break;
+  }
+}
+
+// What the rows of a task need to know of kKeyBlock consecutive keys. Lanes past the last key are never visible.
+template <class T>
+struct KeyBlock {
+  alignas(64) Int<T> index[kKeyBlock];
+  alignas(64) Int<T> end[kKeyBlock];
+  alignas(64) Int<T> depth[kKeyBlock];
+  alignas(64) Int<T> segment[kKeyBlock];
+  Int<T> min_end, max_end, min_depth, max_depth;
+  bool one_segment, any_segment;
+  int64_t first, count;
+};
+
+enum class Sight { none, part, all };
+
+template <class T>
+class Rows {
+ protected:
+  using V = Vec<T>;
+  static constexpr int kTileKeys = kTileColumns<T>;
+  static constexpr int kBlockVectors = kKeyBlock / kLanes<T>;
+  static_assert(kKeyBlock % kTileKeys == 0 && kKeyBlock % kTileRows == 0, "blocks are whole tiles");
+
+  explicit Rows(const AttentionMassTask& task)
+      : task_(task),
+        a_(*task.args),
+        group_(a_.Hq / a_.Hkv),
+        M_(task.num_rows * group_),
+        num_strips_((M_ + kTileRows - 1) / kTileRows) {}
+
+  // Runs `compute` on a workspace that `lay_out` divides -> false where there is no memory for it.
+  template <class LayOut, class Compute>
+  static bool with_workspace(const LayOut& lay_out, const Compute& compute) {
+    Arena measure{nullptr};
+    lay_out(measure);
+    void* memory = aligned_alloc(64, measure.used + 64);
+    if (memory == nullptr) return false;
+    Arena arena{static_cast<char*>(memory)};
+    lay_out(arena);
+    compute();
+    free(memory);
+    return true;
+  }
+
+  void lay_out(Arena& arena) {
+    query_ = arena.take<T>(num_strips_ * kTileRows * a_.D);
+    keys_ = arena.take<T>(kKeyBlock * a_.D);
+    head_ = arena.take<T>(a_.D);
+    position_ = arena.take<Int<T>>(M_);
+    depth_ = arena.take<Int<T>>(M_);
+    shift_ = arena.take<T>(M_);
+    total_ = arena.take<double>(M_);
+  }
+
+  int64_t row_of(int64_t m) const { return task_.rows[m / group_]; }
+  int64_t head_of(int64_t m) const { return task_.key_head * group_ + m % group_; }
+  int64_t flat_row(int64_t m) const { return (task_.batch * a_.Hq + head_of(m)) * a_.R + row_of(m); }
+
+  int64_t query_offset(int64_t m) const {
+    return task_.batch * a_.query_strides[0] + head_of(m) * a_.query_strides[1] + row_of(m) * a_.query_strides[2];
+  }
+  int64_t key_offset(int64_t j) const {
+    return task_.batch * a_.key_strides[0] + task_.key_head * a_.key_strides[1] + j * a_.key_strides[2];
+  }
+
+  // query_: (strips, D, kTileRows), zero in the rows that fill up the last strip.
+  void pack_query() {
+    memset(query_, 0, num_strips_ * kTileRows * a_.D * sizeof(T));
+    for (int64_t m = 0; m < M_; ++m) {
+      convert(a_.query, a_.dtype, query_offset(m), a_.D, head_);
+      T* to = query_ + m / kTileRows * kTileRows * a_.D + m % kTileRows;
+      for (int64_t d = 0; d < a_.D; ++d) to[d * kTileRows] = head_[d];
+    }
+  }
+
+  // Where lse is known, exponentials are probabilities: their total is 1.
+  void start_rows() {
+    const bool known = a_.lse != nullptr;
+    const T* lse = static_cast<const T*>(a_.lse);
+    for (int64_t m = 0; m < M_; ++m) {
+      const int32_t position = a_.row_positions[task_.batch * a_.R + row_of(m)];
+      position_[m] = position;
+      depth_[m] = a_.depth == nullptr ? position : a_.depth[task_.batch * a_.S + position];
+      shift_[m] = known ? lse[flat_row(m)] : -T(INFINITY);
+      if (known && shift_[m] == -T(INFINITY)) shift_[m] = 0;
+      total_[m] = known ? 1.0 : 0.0;
+    }
+  }
+
+  // Calls on_block(block) for each block of keys that some row may see, up to the last row's position.
+  template <class OnBlock>
+  void for_blocks(const OnBlock& on_block) {
+    KeyBlock<T> block;
+    Int<T> last = -1;
+    for (int64_t m = 0; m < M_; ++m) last = position_[m] > last ? position_[m] : last;
+    for (int64_t first = 0; first <= last; first += kKeyBlock) {
+      describe(block, first);
+      on_block(block);
+    }
+  }
+
+  // Calls on_row(m, scores, peak) for each row that may see a key of the block: its scaled, capped and masked scores, and what
+  // finish_scores found -> whether there was such a row.
+  template <class OnRow>
+  bool for_rows(const KeyBlock<T>& block, const OnRow& on_row) {
+    alignas(64) T scores[kTileRows * kKeyBlock];
+    Sight sights[kTileRows];
+    bool packed = false;
+    for (int64_t strip = 0; strip < num_strips_; ++strip) {
+      if (!look(block, strip, sights)) continue;
+      if (!packed) pack_keys(block);
+      packed = true;
+      score(query_ + strip * kTileRows * a_.D, scores);
+      for (int64_t r = 0; r < kTileRows && strip * kTileRows + r < M_; ++r) {
+        if (sights[r] == Sight::none) continue;
+        const int64_t m = strip * kTileRows + r;
+        const T peak = finish_scores(block, m, scores + r * kKeyBlock, sights[r] == Sight::part);
+        on_row(m, scores + r * kKeyBlock, peak);
+      }
+    }
+    return packed;
+  }
+
+  void describe(KeyBlock<T>& block, int64_t first) {
+    block.first = first;
+    block.count = a_.S - first < kKeyBlock ? a_.S - first : kKeyBlock;
+    block.any_segment = false;
+    block.one_segment = true;
+    for (int64_t j = 0; j < kKeyBlock; ++j) {
+      const bool real = j < block.count;
+      const int64_t flat = task_.batch * a_.S + first + j;
+      block.index[j] = static_cast<Int<T>>(first + j);
+      block.end[j] = !real ? 0 : a_.tree_end == nullptr ? static_cast<Int<T>>(a_.S) : a_.tree_end[flat];
+      block.depth[j] = !real ? block.depth[0] : a_.depth == nullptr ? block.index[j] : a_.depth[flat];
+      block.segment[j] = real ? a_.segments[flat] : -1;
+      block.any_segment |= block.segment[j] >= 0;
+      block.one_segment &= block.segment[j] == block.segment[0] || !real;
+      if (j == 0 || block.end[j] < block.min_end) block.min_end = block.end[j];
+      if (j == 0 || block.end[j] > block.max_end) block.max_end = block.end[j];
+      if (j == 0 || block.depth[j] < block.min_depth) block.min_depth = block.depth[j];
+      if (j == 0 || block.depth[j] > block.max_depth) block.max_depth = block.depth[j];
+    }
+  }
+
+  // -> whether any row of the strip may see a key of the block.
+  bool look(const KeyBlock<T>& block, int64_t strip, Sight* sights) const {
+    bool any = false;
+    for (int64_t r = 0; r < kTileRows && strip * kTileRows + r < M_; ++r) {
+      const Int<T> i = position_[strip * kTileRows + r], depth = depth_[strip * kTileRows + r];
+      const bool none = i < block.index[0] || i >= block.max_end || (a_.window > 0 && depth - block.max_depth >= a_.window);
+      const bool all = i >= block.index[kKeyBlock - 1] && i < block.min_end && (a_.window == 0 || depth - block.min_depth < a_.window);
+      sights[r] = none ? Sight::none : all ? Sight::all : Sight::part;
+      any |= !none;
+    }
+    return any;
+  }
+
+  // keys_: (kKeyBlock / kTileKeys, D, kTileKeys), zero past the last key.
+  void pack_keys(const KeyBlock<T>& block) {
+    if (block.count < kKeyBlock) memset(keys_, 0, kKeyBlock * a_.D * sizeof(T));
+    for (int64_t j = 0; j < block.count; ++j) {
+      convert(a_.key, a_.dtype, key_offset(block.first + j), a_.D, head_);
+      T* to = keys_ + j / kTileKeys * kTileKeys * a_.D + j % kTileKeys;
+      for (int64_t d = 0; d < a_.D; ++d) to[d * kTileKeys] = head_[d];
+    }
+  }
+
+  // scores: (kTileRows, kKeyBlock) products of one strip with the packed keys.
+  void score(const T* query, T* scores) const {
+    // Sums of kDotChunk products are formed in registers and added up: shorter chains of rounding than one sum over D.
+    constexpr int64_t kDotChunk = 32;
+    for (int64_t tile = 0; tile < kKeyBlock; tile += kTileKeys) {
+      const T* keys = keys_ + tile * a_.D;
+      multiply<false>(a_.D < kDotChunk ? a_.D : kDotChunk, query, 1, kTileRows, keys, kTileKeys, scores + tile, kKeyBlock);
+      for (int64_t d = kDotChunk; d < a_.D; d += kDotChunk) {
+        const int64_t count = a_.D - d < kDotChunk ? a_.D - d : kDotChunk;
+        multiply<true>(count, query + d * kTileRows, 1, kTileRows, keys + d * kTileKeys, kTileKeys, scores + tile, kKeyBlock);
+      }
+    }
+  }
+
+  // Scale, softcap and visibility -> the largest visible score, NaN where all visible ones are.
+  T finish_scores(const KeyBlock<T>& block, int64_t m, T* scores, bool part) const {
+    const T scale = static_cast<T>(a_.scale), cap = static_cast<T>(a_.softcap);
+    V peaks = broadcast(-T(INFINITY));
+    for (int v = 0; v < kBlockVectors; ++v) {
+      V s = load(scores + v * kLanes<T>) * scale;
+      if (cap > 0) s = cap * tanh_(s / cap);
+      if (part) s = visible(block, m, v) ? s : broadcast(-T(INFINITY));
+      peaks = s > peaks ? s : peaks;
+      store<T>(scores + v * kLanes<T>, s);
+    }
+    const T peak = fold<T>(peaks, [](T a, T b) { return a > b ? a : b; });
+    // No comparison finds NaN. Beside finite scores it spoils the row's total; alone it must not pass for nothing.
+    for (int j = 0; peak == -T(INFINITY) && j < kKeyBlock; ++j) {
+      if (scores[j] != scores[j]) return scores[j];
+    }
+    return peak;
+  }
+
+  Vec<Int<T>> visible(const KeyBlock<T>& block, int64_t m, int v) const {
+    const Int<T> i = position_[m];
+    const int64_t at = v * kLanes<T>;
+    Vec<Int<T>> seen = (load(block.index + at) <= i) & (load(block.end + at) > i);
+    if (a_.window > 0) seen &= depth_[m] - load(block.depth + at) < static_cast<Int<T>>(a_.window);
+    return seen;
+  }
+
+  // Raises the row's shift to `peak` -> the factor that everything summed up so far shrinks by.
+  double raise_shift(int64_t m, T peak) {
+    if (!(peak > shift_[m])) return 1.0;
+    const double factor = ::exp(static_cast<double>(shift_[m]) - static_cast<double>(peak));
+    shift_[m] = peak;
+    total_[m] *= factor;
+    return factor;
+  }
+
+  // scores: (kKeyBlock) become exp(score - shift) -> their sum.
+  T exponentials(T* scores, T shift) const {
+    V sums = {};
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const V p = exp_(load(scores + v * kLanes<T>) - shift);
+      store<T>(scores + v * kLanes<T>, p);
+      sums += p;
+    }
+    return sum_of<T>(sums);
+  }
+
+  const AttentionMassTask& task_;
+  const AttentionMassArgs& a_;
+  const int64_t group_, M_, num_strips_;  // M_: rows times heads of the group, row-major
+  T *query_, *keys_, *head_, *shift_;
+  Int<T> *position_, *depth_;
+  double* total_;  // (M) of exponentials relative to shift_
+};
+
+}  // namespace

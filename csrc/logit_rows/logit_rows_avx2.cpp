@@ -1,0 +1,11 @@
+// Compiled with -mavx2 -mfma.
+namespace {
+constexpr int kVectorBytes = 32;
+}
+#include "logit_rows/logit_rows.inl"
+
+namespace mmdpo::avx2 {
+
+void fold_logit_rows(const LogitRowsTask& task) { Fold(task).run(); }
+
+}  // namespace mmdpo::avx2

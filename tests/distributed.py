@@ -56,7 +56,7 @@ def launch(strategy: str, folder: Path, output: Path, cases: dict[str, dict[str,
 def _process(strategy: str, folder: Path, output: Path, cases: dict[str, dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     if strategy not in ("alone", "ddp"):
-        _pretend_accelerators(strategy)
+        pretend_accelerators(strategy)
     for name, case in cases.items():
         train(folder, output / name, case)
         gc.collect()
@@ -68,7 +68,7 @@ def _process(strategy: str, folder: Path, output: Path, cases: dict[str, dict[st
     os._exit(0)
 
 
-def _pretend_accelerators(strategy: str) -> None:
+def pretend_accelerators(strategy: str) -> None:
     """accelerate shards on accelerators only; here the CPU stands for one."""
     from accelerate.state import DistributedType, PartialState
 
@@ -87,8 +87,10 @@ def _environment(strategy: str, world: int) -> dict[str, str]:
 
     file = ROOT / "configs" / "accelerate" / f"{strategy}.yaml"
     known = ["--config_file", str(file), "--num_processes", str(world), "script.py"]
-    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(known))
-    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    arguments, defaults, has_precision = _validate_launch_command(launch_command_parser().parse_args(known))
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(
+        [*defaults.deepspeed_config, *["mixed_precision"] * has_precision]
+    )
     found = prepare_deepspeed_cmd_env(arguments)[1] if strategy.startswith("zero") else prepare_multi_gpu_env(arguments)
     if strategy.startswith("zero"):
         settings = json.loads(file.with_suffix(".json").read_text())

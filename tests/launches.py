@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import end_of, free_port, start
+from processes import HANGS, end_of, free_port, start
 
 from mmdpo_trainers import ranks, shards
 from mmdpo_trainers.errors import MmdpoError
@@ -34,6 +34,8 @@ def launch(processes: int, work: Callable[[int], object], port: int | None = Non
 
 def _enter(rank: int, work: Callable[[int], object]) -> None:
     torch.set_num_threads(1)
+    # However busy the machine is, the others hear of a failure.
+    ranks._LINGER = HANGS
     try:
         with ranks.failing():
             work(rank)

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -352,23 +351,19 @@ def test_kill_and_resume_gives_the_files_of_an_undisturbed_run(tmp_path: Path) -
     settings = ["--data", tmp_path / "data.json", "--image-folder", tmp_path / "images", "--num-prompts", 500, "--holdout", 0]
     settings += ["--cell-size", 100, "--patch-grid", "[6, 6]"]
 
-    def start(run: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "mmdpo_trainers.cli", "augment", "--run", tmp_path / run, *settings]
+    def start(run: str, *kill: str) -> subprocess.Popen[bytes]:
+        program = [Path(__file__).with_name("killed_command.py"), *kill] if kill else ["-m", "mmdpo_trainers.cli"]
+        command = [sys.executable, *program, "augment", "--run", tmp_path / run, *settings]
         return subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start("whole").wait() == 0
     whole = files_of(tmp_path / "whole")
-    killed = 0
+    prompts = tmp_path / "killed" / "augment" / "prompts.jsonl"
     for lines in (1, 130, 320):
-        process = start("killed")
-        prompts = tmp_path / "killed" / "augment" / "prompts.jsonl"
-        while process.poll() is None and (not prompts.exists() or prompts.read_bytes().count(b"\n") < lines):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+        assert start("killed", str(prompts.parent), prompts.name, str(lines)).wait() == -signal.SIGKILL
+        assert not (prompts.parent / "summary.json").exists()
         with prompts.open("ab") as file:
             file.write(b'{"id": "torn')
-    assert killed == 3
     assert start("killed").wait() == 0
     assert files_of(tmp_path / "killed") == whole
     first, second = (read_json(tmp_path / run / "augment" / "summary.json") for run in ("whole", "killed"))

@@ -99,7 +99,6 @@ def test_a_folder_that_is_not_shared(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 def fail_in_blocks(rank: int) -> None:
     """The last process is in a batch while the first one fails, and hears of it after all others did."""
-    ranks._LINGER = HANGS
     with ranks.failing(), ranks.failing(), ranks.failing():
         ranks.barrier()
         if rank == 0:
@@ -116,20 +115,24 @@ def test_a_failure_is_heard_once_by_each(capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr().err.count("process 0 of 4 failed, and this one ends with it: the real reason") == 3
 
 
-def start_in_time(seconds: float, rank: int) -> None:
+def start_in_time(seconds: float, folder: Path, rank: int) -> None:
+    """The time begins when both processes are at work."""
     launcher.CONNECT = timedelta(seconds=seconds)
+    (folder / str(rank)).touch()
+    while not (folder / str(1 - rank)).exists():
+        time.sleep(0.01)
     ranks.start()
 
 
 @pytest.mark.parametrize("agent", [False, True])
-def test_processes_that_do_not_come(agent: bool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_processes_that_do_not_come(agent: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Of three that WORLD_SIZE names, as an old shell may have it, two are started; with a launcher's store and with their own."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent else None
     environment = {"WORLD_SIZE": "3", **({"TORCHELASTIC_USE_AGENT_STORE": "True"} if agent else {})}
-    assert launch(2, partial(start_in_time, 2), port=None if store is None else store.port, **environment)[0] == 2
+    assert launch(2, partial(start_in_time, 8, tmp_path), port=None if store is None else store.port, **environment)[0] == 2
     error = capfd.readouterr().err
     assert (
-        "[0] only 2 of 3 processes came within 2 s; start all of them with torchrun or accelerate launch, or take WORLD_SIZE"
+        "[0] only 2 of 3 processes came within 8 s; start all of them with torchrun or accelerate launch, or take WORLD_SIZE"
         in error
     )
 

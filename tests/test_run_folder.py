@@ -106,28 +106,31 @@ def test_a_stage_within_a_stage_is_not_foreign(tmp_path: Path) -> None:
     assert not run.stage_is_done("evaluate/before", Fingerprint({"a": 1}))
 
 
-def test_seconds_add_up_over_attempts(tmp_path: Path) -> None:
+def test_seconds_add_up_over_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunFolder(tmp_path)
     fingerprint = Fingerprint({})
     run.begin_stage("train", fingerprint)
     state = tmp_path / "train" / "state.json"
     write_atomic(state, {**read_json(state), "seconds": 100.0})
     run.begin_stage("train", fingerprint)
+    now = 5.0
+    monkeypatch.setattr("mmdpo_trainers.run_folder.time.monotonic", lambda: now)
     with pytest.raises(RuntimeError), run.clock("train"):
+        now = 5.5
         raise RuntimeError
-    assert 100.0 < run.seconds("train") < 101.0
-    assert run.finish_stage("train", fingerprint, {})["seconds"] >= 100.0
+    assert run.seconds("train") == 100.5
+    assert run.finish_stage("train", fingerprint, {})["seconds"] == 100.5
 
 
 def test_two_processes_cannot_write_one_run_but_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
     program = textwrap.dedent(f"""
-        import time
+        import sys
         from mmdpo_trainers.run_folder import RunFolder
         with RunFolder({str(tmp_path)!r}).lock():
             print("locked", flush=True)
-            time.sleep(60)
+            sys.stdin.read()
     """)
-    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline().strip() == "locked"
         with pytest.raises(RunFolderError, match=f"pid {holder.pid}"), RunFolder(tmp_path).lock():

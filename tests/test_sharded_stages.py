@@ -124,9 +124,7 @@ def generate_logged(folder: Path, model: Path, prompts: Path, log: Path, dies: b
 
 
 @pytest.mark.parametrize("again", [1, 3])
-def test_killed_and_started_again_with_another_number(
-    tmp_path: Path, model: Path, prompts: Path, alone: Any, again: int
-) -> None:
+def test_killed_and_started_again_with_another_number(tmp_path: Path, model: Path, prompts: Path, alone: Any, again: int) -> None:
     """The second process dies in its second batch; the first one gets somewhere, and a torn line is left too."""
     context = context_of(tmp_path / "run", model, prompts, "generate")
     path, log = context.folder / "responses.jsonl", tmp_path / "log"

@@ -167,7 +167,8 @@ def _benchmarks(plan: Plan, seconds: float) -> list[list[str]]:
 
 def _accuracy(plan: Plan, seconds: float) -> list[list[str]]:
     options = ["--device", plan.device, "--output", str(plan.folder), "--seconds", str(max(5, seconds - 15))]
-    return [[*_other("accuracy"), *options, *_small(plan)]]
+    # Interpreted kernels would take the phase's whole time.
+    return [[*_other("accuracy"), *options, *_small(plan), *(["--backends", "reference"] if plan.small else [])]]
 
 
 def _tiles(plan: Plan, seconds: float) -> list[list[str]]:

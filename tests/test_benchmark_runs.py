@@ -6,10 +6,12 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from devices import DEVICE
 
 from benchmarks import (
@@ -21,6 +23,7 @@ from benchmarks import (
     kill_demo,
     mdpo_seeds,
     mia_dpo_seeds,
+    registry,
     sweep_tiles,
 )
 from benchmarks.measure import ROOT
@@ -152,6 +155,28 @@ def test_tiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         sweep_tiles.main(["--device", "cpu"])
     assert "add --small" in capsys.readouterr().err
+
+
+def test_ops_by_pytest_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import test_ops
+
+    class Benchmark:
+        """What pytest-benchmark's fixture is to a test."""
+
+        def __init__(self) -> None:
+            self.group, self.extra_info, self.calls = "", dict[str, Any](), 0
+
+        def __call__(self, call: Any) -> None:
+            call()
+            self.calls += 1
+
+    setting = replace(test_ops.SETTING, device=torch.device("cpu"), dtype=torch.float32, size="small")
+    monkeypatch.setattr(test_ops, "SETTING", setting)
+    [case] = registry.cases(["attention_mass"], ["rows"])
+    [reference] = [each for each in registry.contestants(case.op) if each.name == "reference"]
+    measured = Benchmark()
+    test_ops.test_op(measured, case, reference)
+    assert measured.calls == 1 and measured.group == "attention_mass rows" and measured.extra_info["errors"]
 
 
 def test_environment() -> None:

@@ -1,6 +1,7 @@
 """How accurate every backend is that runs here, beside plain PyTorch in the same dtype.
 
     python -m benchmarks.accuracy                # table, results/accuracy_<device>.json and its section of docs/kernels.md
+    python -m benchmarks.accuracy --small        # the sizes of interpreted kernels for all, into build/benchmarks
 
 The accuracy rule: against float64 truth, the error is at most twice that of plain PyTorch in the same dtype, plus one rounding step of the
 tensor's largest entry. Here it is applied to the largest error in a tensor, since PyTorch hits single entries exactly by luck; the share of
@@ -17,16 +18,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import accuracy_head as head
-from benchmarks.measure import RESULTS, machine, markdown, write_result, write_section
+from benchmarks.measure import RESULTS, add_place, machine, markdown, place_of
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -174,9 +174,11 @@ def evaluated(leaves: Named, outputs_of: Callable[[Named], Named], through: tupl
     return {**{name: t.detach() for name, t in outputs.items()}, **named}
 
 
-def measure(case: Case | head.Case, backend: str, dtype: torch.dtype, device: str) -> list[dict[str, Any]]:
+def measure(
+    case: Case | head.Case, backend: str, dtype: torch.dtype, device: str, *, small: bool = False
+) -> list[dict[str, Any]]:
     """One record a tensor of the case, or one that says why the backend does not serve it, or how it failed."""
-    small = backend in ("triton", "flex") and device == "cpu"
+    small = small or (backend in ("triton", "flex") and device == "cpu")
     if isinstance(case, head.Case):
         return _measure_head(case, backend, dtype, device, small=small)
     given = problem(case, small=small, dtype=dtype, device=device)
@@ -283,13 +285,14 @@ def page() -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--backends", nargs="*", help="only these")
-    parser.add_argument("--output", type=Path, help="folder for the JSON; the page is then left alone")
+    parser.add_argument("--backends", nargs="*", help="only these; written to build/benchmarks")
+    add_place(parser)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after these")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    place = place_of(arguments, part=bool(arguments.backends))
     end = time.monotonic() + arguments.seconds
     chosen: list[tuple[Case | head.Case, str]] = [
         (case, name)
@@ -304,16 +307,13 @@ def main() -> None:
     for case, backend in chosen:
         for dtype in DTYPES:
             if time.monotonic() < end and load(case.op, backend).unavailable_reason(arguments.device, dtype) is None:
-                records += measure(case, backend, dtype, arguments.device)
+                records += measure(case, backend, dtype, arguments.device, small=arguments.small)
         print(f"{case.op}, {case.name}: {backend}", file=sys.stderr, flush=True)
-        if not arguments.backends:
-            # Backend by backend, so that a kill loses no more than one.
-            path = write_result(f"accuracy_{arguments.device}", result, arguments.output)
+        # Backend by backend, so that a kill loses no more than one.
+        path = place.result(f"accuracy_{arguments.device}", result)
     print(section(result))
-    if not arguments.backends:
-        print(f"written: {path}")
-        if arguments.output is None:
-            write_section("docs/kernels.md", "accuracy", page())
+    print(f"written: {path}")
+    place.section("docs/kernels.md", "accuracy", page() if place.committed else section(result))
     broken = [record for record in records if record.get("margin", 0.0) > 1]
     for record in broken:
         print("broken: {op} {backend} {dtype} {tensor} in '{case}', margin {margin:.2f}".format(**record), file=sys.stderr)

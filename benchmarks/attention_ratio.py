@@ -1,6 +1,7 @@
 """Attention ratios of answers to multi-image prompts: `score` and `generate` against the eager way with attention maps.
 
     python -m benchmarks.attention_ratio            # table, and results/attention_ratio_cpu.json
+    python -m benchmarks.attention_ratio --small    # the same on tiny inputs, into build/benchmarks
 
 A LLaVA of random weights, five pictures, 1,500 prompt tokens, a 40-token answer, float32. Four things are timed in turn in one process:
 
@@ -19,7 +20,8 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from benchmarks.measure import alternate, machine, markdown, peak_memory, ratios, write_result, write_section
+from benchmarks.measure import add_place, alternate, machine, markdown, peak_memory, place_of, ratios
 from mmdpo_kernels import patch_model, unpatch_model
 from mmdpo_trainers.attention_ratios import attention_ratios, default_layer, ratios_of
 from mmdpo_trainers.loading import LoadedModel
@@ -37,29 +39,49 @@ from mmdpo_trainers.prompts import encode_prompts
 from mmdpo_trainers.shapes.model import build_processor
 from mmdpo_trainers.stages.generate import generate_responses
 
-PICTURES, PROMPT_TOKENS, ANSWER_TOKENS = 5, 1500, 40
-SIDE, PATCH = 238, 14  # 17 x 17 = 289 tokens a picture
-LAYERS, HIDDEN, HEADS = 8, 1024, 16
+PICTURES, PATCH = 5, 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Sizes of model and prompt."""
+
+    prompt_tokens: int = 1500
+    answer_tokens: int = 40
+    side: int = 238
+    """17 x 17 = 289 tokens a picture."""
+    layers: int = 8
+    hidden: int = 1024
+    heads: int = 16
+
+
+SMALL = Setting(prompt_tokens=140, answer_tokens=5, side=56, layers=4, hidden=64, heads=4)
+"""To see that everything runs."""
 COMPARISONS = {"score": "eager pass", "generate + score": "official way"}
 GOALS = {"score": 2.5, "generate + score": 1.5}
 
 
-def build() -> LoadedModel:
-    """A LLaVA with the proportions of a small real one: 8 layers, width 1,024, 16 heads of 64."""
+def build(setting: Setting) -> LoadedModel:
+    """A LLaVA with the proportions of a small real one: by default 8 layers, width 1,024, 16 heads of 64."""
     torch.manual_seed(0)
     processor = build_processor()
     processor.patch_size = PATCH
     processor.tokenizer.model_max_length = 4096
-    processor.image_processor.size = {"shortest_edge": SIDE}
-    processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
+    processor.image_processor.size = {"shortest_edge": setting.side}
+    processor.image_processor.crop_size = {"height": setting.side, "width": setting.side}
     vision = CLIPVisionConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=setting.side,
+        patch_size=PATCH,
     )
     text = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=HIDDEN * 11 // 4,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+        hidden_size=setting.hidden,
+        intermediate_size=setting.hidden * 11 // 4,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.heads,
         vocab_size=32064,
         max_position_embeddings=4096,
     )
@@ -72,13 +94,14 @@ def build() -> LoadedModel:
     return LoadedModel(model=model, processor=processor, path=Path("benchmark"))
 
 
-def prompt_record(loaded: LoadedModel) -> dict[str, Any]:
-    """One sequence prompt of exactly PROMPT_TOKENS tokens."""
-    pictures = [Image.effect_noise((SIDE, SIDE), 64 + 8 * k).convert("RGB") for k in range(PICTURES)]
+def prompt_record(loaded: LoadedModel, setting: Setting) -> dict[str, Any]:
+    """One sequence prompt of exactly `prompt_tokens` tokens, and how long its answer is to be."""
+    pictures = [Image.effect_noise((setting.side, setting.side), 64 + 8 * k).convert("RGB") for k in range(PICTURES)]
     opening = "".join(f"Image{k + 1}:<image>\n" for k in range(PICTURES)) + "In Image3, what is shown"
     record = {"id": "benchmark", "format": "sequence", "images": pictures, "target": 2, "num_images": PICTURES}
+    record["answer_tokens"] = setting.answer_tokens
     tokens = encode_prompts(loaded, [{**record, "prompt": opening}], padding_side="right").inputs["input_ids"].shape[1]
-    return {**record, "prompt": opening + " and" * (PROMPT_TOKENS - tokens)}
+    return {**record, "prompt": opening + " and" * (setting.prompt_tokens - tokens)}
 
 
 def eager_ratio(maps: torch.Tensor, rows: slice, input_ids: torch.Tensor, image_token_id: int, target: int) -> float:
@@ -111,22 +134,22 @@ def official_way(loaded: LoadedModel, record: dict[str, Any]) -> float:
     encoded = encode_prompts(loaded, [record], padding_side="left")
     out = loaded.model.generate(
         **encoded.inputs,
-        max_new_tokens=ANSWER_TOKENS,
+        max_new_tokens=record["answer_tokens"],
         do_sample=False,
         output_attentions=True,
         output_scores=True,
         return_dict_in_generate=True,
         pad_token_id=loaded.pad_id,
     )
-    layer = default_layer(loaded.picture_layers)
-    steps = torch.stack([step[layer][:, :, -1, :PROMPT_TOKENS] for step in out.attentions[1:]], dim=2)
+    layer, prompt_tokens = default_layer(loaded.picture_layers), encoded.inputs["input_ids"].shape[1]
+    steps = torch.stack([step[layer][:, :, -1, :prompt_tokens] for step in out.attentions[1:]], dim=2)
     return eager_ratio(steps, slice(None), encoded.inputs["input_ids"], loaded.image_token_id, record["target"])
 
 
 def generate_and_score(loaded: LoadedModel, record: dict[str, Any]) -> float:
     _patched(loaded)
     settings = {"layer": None, "regions": "box", "drop_first_row": True}
-    [answer] = generate_responses(loaded, [record], max_new_tokens=ANSWER_TOKENS, record=settings)
+    [answer] = generate_responses(loaded, [record], max_new_tokens=record["answer_tokens"], record=settings)
     recorded = answer["recorded"]
     return float(ratios_of(record, recorded["attention"], recorded["tokens"], "mean")["ratio"])
 
@@ -147,49 +170,53 @@ def _patched(loaded: LoadedModel) -> None:
 def with_answer(loaded: LoadedModel, record: dict[str, Any]) -> dict[str, Any]:
     """The prompt with the model's own answer."""
     _patched(loaded)
-    answer = generate_responses(loaded, [record], max_new_tokens=ANSWER_TOKENS)[0]
-    if answer["num_tokens"] != ANSWER_TOKENS:
-        raise RuntimeError(f"the answer has {answer['num_tokens']} tokens, not {ANSWER_TOKENS}")
+    wanted = record["answer_tokens"]
+    answer = generate_responses(loaded, [record], max_new_tokens=wanted)[0]
+    if answer["num_tokens"] != wanted:
+        raise RuntimeError(f"the answer has {answer['num_tokens']} tokens, not {wanted}")
     return {**record, **answer}
 
 
-def memory_of(way: str) -> int:
+def memory_of(way: str, setting: Setting) -> int:
     """Peak bytes of one way in this process, in which nothing has run before."""
-    loaded = build()
-    record = {**prompt_record(loaded), "response_ids": list(range(10, 10 + ANSWER_TOKENS))}
+    loaded = build(setting)
+    record = {**prompt_record(loaded, setting), "response_ids": list(range(10, 10 + setting.answer_tokens))}
     return peak_memory(lambda: WAYS[way](loaded, record))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count, after one warm-up (default 5)")
+    parser.add_argument("--repeats", type=int, help="turns that count, after one warm-up (default 5, small 1)")
     parser.add_argument("--memory-of", choices=WAYS, help="print the peak bytes above the model of one way, and stop")
-    arguments = parser.parse_args()
+    add_place(parser)
+    arguments = parser.parse_args(argv)
+    setting = SMALL if arguments.small else Setting()
     if arguments.memory_of:
-        print(json.dumps(memory_of(arguments.memory_of)))
+        print(json.dumps(memory_of(arguments.memory_of, setting)))
         return
-    console = Console()
-    loaded = build()
-    record = with_answer(loaded, prompt_record(loaded))
+    console, place = Console(), place_of(arguments)
+    loaded = build(setting)
+    record = with_answer(loaded, prompt_record(loaded, setting))
     found = {name: way(loaded, record) for name, way in WAYS.items()}
     for ours, theirs in COMPARISONS.items():
         if abs(found[ours] - found[theirs]) > 1e-5:
             raise SystemExit(f"{ours} gives ratio {found[ours]}, {theirs} {found[theirs]}: not comparable")
     timed = {name: (lambda way=way: way(loaded, record)) for name, way in WAYS.items()}
-    seconds = alternate(timed, arguments.repeats, console.print)
-    memory = {name: _memory_in_fresh_process(name) for name in WAYS}
+    seconds = alternate(timed, arguments.repeats or (1 if arguments.small else 5), console.print)
+    # Small, where the figures say nothing, in this process.
+    memory = {name: memory_of(name, setting) if arguments.small else _memory_in_fresh_process(name) for name in WAYS}
     result = {
         "machine": machine(),
-        "setting": {"pictures": PICTURES, "prompt_tokens": PROMPT_TOKENS, "answer_tokens": ANSWER_TOKENS, "dtype": "float32"},
+        "setting": {"pictures": PICTURES, **asdict(setting), "dtype": "float32"},
         "ratios": found,
         "seconds": seconds,
         "peak_bytes_above_model": memory,
         "speed_up": {ours: ratios(seconds, theirs, ours) for ours, theirs in COMPARISONS.items()},
-        "memory_share": {ours: memory[ours] / memory[theirs] for ours, theirs in COMPARISONS.items()},
+        "memory_share": {ours: memory[ours] / max(1, memory[theirs]) for ours, theirs in COMPARISONS.items()},
     }
-    path = write_result("attention_ratio_cpu", result)
+    path = place.result("attention_ratio_cpu", result)
     console.print(_table(result))
-    write_section("docs/results.md", "attention_ratio", _markdown(result))
+    place.section("docs/results.md", "attention_ratio", _markdown(result))
     console.print(f"written: {path}")
 
 
@@ -214,7 +241,8 @@ def _rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(title="5 pictures, 1,500 prompt tokens, 40 answer tokens")
+    sizes = result["setting"]
+    table = Table(title=f"{PICTURES} pictures, {sizes['prompt_tokens']:,} prompt tokens, {sizes['answer_tokens']} answer tokens")
     for column in COLUMNS:
         table.add_column(column)
     for row in _rows(result):

@@ -1,6 +1,6 @@
 """Times every backend of the attention ops on this machine, for the table that `backend="auto"` uses (`mmdpo_kernels/backends/choice.py`).
 
-    python -m benchmarks.choose_backends [--device cuda] [--repeats 5] [--seconds 40] [--output FOLDER]
+    python -m benchmarks.choose_backends [--device cuda] [--repeats 5] [--seconds 40] [--output FOLDER] [--small]
 
 Writes `benchmarks/results/choice_<device>.json`, after each setting, so that an end before its time loses none: per op, dtype and shape the
 seconds of each backend, the reason where one cannot serve, the fastest, and what "auto" takes. On the CPU seconds are processor time, since
@@ -13,22 +13,22 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import RESULTS, alternate, write_result
+from benchmarks.measure import add_place, alternate, place_of
 from mmdpo_kernels import attention_mass, tree_attention
 from mmdpo_kernels.backends.registry import PREFERENCE, load, resolve
 
 CPU_SHAPES = ((16, 16), (120, 16), (400, 20), (1620, 60))
 CUDA_SHAPES = ((256, 32), (1024, 64), (3200, 100), (8192, 100), (16384, 200))
 """(packed length S, tokens of each of the two responses)."""
+SMALL_SHAPES = ((24, 4),)
 DENSE = 500
 """Longest S at which mass of every row is timed on a CPU, where only the reference has it."""
 
@@ -52,8 +52,8 @@ class Setting:
         return {**self.__dict__, "dtype": str(self.dtype).removeprefix("torch.")}
 
 
-def settings(device: str) -> Iterator[Setting]:
-    """Every kind of call that the table may tell apart."""
+def settings(device: str, *, small: bool = False) -> Iterator[Setting]:
+    """Every kind of call that the table may tell apart; small: of one size and dtype."""
     on_gpu = device == "cuda"
     sizes = {"heads": 32, "kv_heads": 8, "dim": 128} if on_gpu else {}
     dtypes = (
@@ -61,8 +61,11 @@ def settings(device: str) -> Iterator[Setting]:
         if on_gpu
         else (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     )
+    shapes: tuple[tuple[int, int], ...] = CUDA_SHAPES if on_gpu else CPU_SHAPES
+    if small:
+        dtypes, shapes = dtypes[:1], SMALL_SHAPES
     for dtype in dtypes:
-        for length, response in CUDA_SHAPES if on_gpu else CPU_SHAPES:
+        for length, response in shapes:
             known = {"dtype": dtype, "length": length, "response": response, **sizes}
             for tree in (False, True):
                 for gradient in (False, True):
@@ -160,21 +163,22 @@ def _automatic(setting: Setting, device: str) -> str:
     return next(name for name in PREFERENCE[setting.op] if load(setting.op, name) is module)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count, after one warm-up (default 5)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other setting after these")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
-    options = parser.parse_args()
+    add_place(parser)
+    options = parser.parse_args(argv)
+    place = place_of(options)
     device = "cpu" if options.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "_")
     clock = "wall seconds" if options.device == "cuda" else "processor seconds"
     end = time.monotonic() + options.seconds
     rows: list[dict[str, Any]] = []
-    for setting in settings(options.device):
+    for setting in settings(options.device, small=options.small):
         rows.append(compare(setting, options.device, options.repeats))
         result = {"clock": clock, "repeats": options.repeats, "settings": rows}
-        path = write_result(f"choice_{device}", result, options.output)
+        path = place.result(f"choice_{device}", result)
         row = rows[-1]
         times = ", ".join(
             f"{name} {1e3 * took:.3g} ms" for name, took in sorted(row["seconds"].items(), key=lambda item: item[1])

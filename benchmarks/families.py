@@ -1,7 +1,7 @@
 """Checks of every model family on a tiny checkpoint of it, into docs/families.md.
 
     python -m benchmarks.families                   # results/families.json and the table in docs/families.md
-    python -m benchmarks.families llava qwen3_vl    # just these, printed
+    python -m benchmarks.families llava qwen3_vl    # just these, into build/benchmarks
 
 They are those of `mmdpo check`, in float64: what differs is not rounding.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.measure import ROOT, machine, markdown, write_result, write_section
+from benchmarks.measure import ROOT, add_place, machine, markdown, place_of
 from mmdpo_trainers.loading import load_model
 from mmdpo_trainers.model_checks import CHECKS, run_checks
 from mmdpo_trainers.model_checks.command import number, table
@@ -79,7 +79,10 @@ def text_of(result: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"all by default: {', '.join(TINY)}")
-    chosen = parser.parse_args(arguments).families or list(TINY)
+    add_place(parser)
+    options = parser.parse_args(arguments)
+    # Small: the first family alone, since every checkpoint is tiny as it is.
+    chosen = options.families or list(TINY)[: 1 if options.small else None]
     unknown = [name for name in chosen if name not in TINY]
     if unknown:
         parser.error(f"{unknown[0]}: expected a family among {', '.join(TINY)}")
@@ -87,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     families = {name: check_family(name, console) for name in chosen}
     result = {"checks": list(CHECKS), "families": families}
-    if len(chosen) == len(TINY):
-        console.print(f"written: {write_result('families', result)}")
-        write_section("docs/families.md", "families", text_of({"machine": machine(), **result}))
+    place = place_of(options, part=len(chosen) < len(TINY))
+    console.print(f"written: {place.result('families', result)}")
+    place.section("docs/families.md", "families", text_of({"machine": machine(), **result}))
     failed = [
         name for name, family in families.items() if any(check["verdict"].startswith("FAILED") for check in family["checks"])
     ]

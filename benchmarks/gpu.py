@@ -166,25 +166,26 @@ def _benchmarks(plan: Plan, seconds: float) -> list[list[str]]:
 
 
 def _accuracy(plan: Plan, seconds: float) -> list[list[str]]:
-    if plan.small:
-        raise LeftOut("it has no tiny inputs")
     options = ["--device", plan.device, "--output", str(plan.folder), "--seconds", str(max(5, seconds - 15))]
-    return [[*_other("accuracy"), *options]]
+    # Interpreted kernels would take the phase's whole time.
+    return [[*_other("accuracy"), *options, *_small(plan), *(["--backends", "reference"] if plan.small else [])]]
 
 
 def _tiles(plan: Plan, seconds: float) -> list[list[str]]:
     if plan.device != "cuda":
         raise LeftOut("tiles of interpreted kernels have no speed")
     return [
-        _module("benchmarks.sweep_tiles", "--output", str(plan.folder / "tiles.json"), "--seconds", str(max(5, seconds - 15)))
+        _module("benchmarks.sweep_tiles", "--output", str(plan.folder), "--seconds", str(max(5, seconds - 15)), *_small(plan))
     ]
 
 
 def _choices(plan: Plan, seconds: float) -> list[list[str]]:
-    if plan.small:
-        raise LeftOut("it has no tiny inputs")
     options = ["--device", plan.device, "--repeats", "3", "--output", str(plan.folder), "--seconds", str(max(5, seconds - 15))]
-    return [[*_other("choose_backends"), *options]]
+    return [[*_other("choose_backends"), *options, *_small(plan)]]
+
+
+def _small(plan: Plan) -> list[str]:
+    return ["--small"] if plan.small else []
 
 
 def _other(module: str) -> list[str]:

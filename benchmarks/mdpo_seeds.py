@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, markdown, write_result, write_section
+from benchmarks.measure import ROOT, add_place, markdown, place_of, run_mmdpo, settings_of
 from mmdpo_trainers.preference_figures import BASE, CORRUPTIONS, MAIN, over_seeds
 from mmdpo_trainers.report.preference_page import name_of
 
@@ -29,18 +27,26 @@ GROUPS = tuple(f"accuracy/{kind}/{when}" for kind in KINDS for when in ("disagre
 GAPS = tuple(f"gap/{kind}/{name}" for kind in (*KINDS, "all") for name in CORRUPTIONS)
 REWARDS = tuple(f"reward/{kind}/{side}" for kind in KINDS for side in ("chosen", "rejected"))
 
+SMALL = {
+    "pairs": {"pictures": 16, "held_out": 0.5, "questions": {"disagree": 2, "agree": 2}},
+    "train": {"args": {"num_train_epochs": 1, "per_device_train_batch_size": 8, "lora_r": 4, "lora_alpha": 8}},
+    "evaluate": {"max_new_tokens": 4},
+}
+"""Settings of a run that shows no more than that it runs."""
+
 Values = Mapping[str, Mapping[str, list[float]]]
 
 
-def folder_of(seed: int, first: int) -> Path:
+def folder_of(seed: int, first: int, runs: Path) -> Path:
     """Where a seed's run is."""
-    return ROOT / "runs" / ("shapes_mdpo" if seed == first else f"mdpo_seed{seed}")
+    return runs / ("shapes_mdpo" if seed == first else f"mdpo_seed{seed}")
 
 
-def run_seed(seed: int, folder: Path, others: Sequence[Path] = ()) -> dict[str, Any]:
-    """Run one seed, or continue it, and return its summary. others: runs that its page shows beside it."""
-    command = [sys.executable, "-m", "mmdpo_trainers.cli", "run", str(CONFIG), "--seed", str(seed), "--run-dir", str(folder)]
-    subprocess.run([*command, "--set", f"report.seeds={json.dumps([str(path) for path in others])}"], check=True, cwd=ROOT)
+def run_seed(seed: int, folder: Path, changes: Mapping[str, Any], others: Sequence[Path] = ()) -> dict[str, Any]:
+    """Run one seed, or continue it, and return its summary. changes: of the configuration's settings; others: runs that its page
+    shows beside it."""
+    seeds = {"report": {"seeds": [str(path) for path in others]}}
+    run_mmdpo("run", str(CONFIG), "--seed", str(seed), "--run-dir", str(folder), *settings_of({**changes, **seeds}))
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -96,18 +102,21 @@ def without_curves(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {**summary, "arms": arms}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
-    seeds = parser.parse_args().seeds
-    folders = {seed: folder_of(seed, seeds[0]) for seed in seeds}
-    found = {seed: run_seed(seed, folders[seed]) for seed in seeds[1:]}
-    found[seeds[0]] = run_seed(seeds[0], folders[seeds[0]], [folders[seed] for seed in seeds[1:]])
+    add_place(parser)
+    arguments = parser.parse_args(argv)
+    seeds, place, changes = arguments.seeds, place_of(arguments), SMALL if arguments.small else {}
+    runs = ROOT / "runs" if place.committed else place.folder / "runs"
+    folders = {seed: folder_of(seed, seeds[0], runs) for seed in seeds}
+    found = {seed: run_seed(seed, folders[seed], changes) for seed in seeds[1:]}
+    found[seeds[0]] = run_seed(seeds[0], folders[seeds[0]], changes, [folders[seed] for seed in seeds[1:]])
     summaries = {seed: found[seed] for seed in seeds}
     text = text_of(summaries)
     print(text)
-    write_result("mdpo_seeds", {"summaries": {seed: without_curves(summary) for seed, summary in summaries.items()}})
-    write_section("docs/results.md", "mdpo_seeds", text)
+    place.result("mdpo_seeds", {"summaries": {seed: without_curves(summary) for seed, summary in summaries.items()}})
+    place.section("docs/results.md", "mdpo_seeds", text)
 
 
 if __name__ == "__main__":

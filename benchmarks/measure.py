@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,64 @@ def write_section(page: str, name: str, text: str) -> None:
         raise ValueError(f"{page} needs the lines {begin} and {end} once each")
     before, rest = content.split(begin)
     path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where results go. Only whole ones of full size may stand in the place of the committed files and of the pages' sections."""
+
+    folder: Path
+    committed: bool
+
+    def result(self, name: str, result: Mapping[str, Any]) -> Path:
+        """As `write_result`."""
+        return write_result(name, result, self.folder)
+
+    def section(self, page: str, name: str, text: str) -> None:
+        """As `write_section`; beside the committed ones, a file of its own."""
+        if self.committed:
+            write_section(page, name, text)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"{Path(page).stem}_{name}.md").write_text(text + "\n", encoding="utf-8")
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument(
+        "--small", action="store_true", help="tiny inputs, to see that everything runs; written to build/benchmarks"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where results go in place of benchmarks/results and the pages"
+    )
+
+
+def place_of(arguments: argparse.Namespace, *, part: bool = False) -> Place:
+    """What the options say. part: whether the result is no whole one for another reason than its size."""
+    whole = not (arguments.small or part or arguments.output)
+    folder = arguments.output or (RESULTS if whole else ROOT / "build" / "benchmarks")
+    return Place(folder=folder.resolve(), committed=whole)
+
+
+def run_mmdpo(*arguments: str) -> None:
+    """`mmdpo` in this process. Raises SystemExit where it fails."""
+    from mmdpo_trainers.cli import main
+
+    status = main(arguments)
+    if status:
+        raise SystemExit(f"mmdpo {' '.join(arguments)} ended with {status}")
+
+
+def settings_of(changes: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Changes of a run's configuration, section by section, as options of `mmdpo run`. `arms` and what is no section are set whole."""
+    options: list[str] = []
+    for name, value in changes.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key != "arms" and key.count(".") < 2:
+            options += settings_of(value, f"{key}.")
+        else:
+            options += ["--set", f"{key}={json.dumps(value)}"]
+    return options
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, markdown, write_result, write_section
+from benchmarks.measure import ROOT, add_place, markdown, place_of, run_mmdpo, settings_of
 
 CONFIG = ROOT / "configs" / "shapes_mia_dpo.yaml"
 MULTI = ("sequence", "grid", "pip")
@@ -27,6 +27,16 @@ ARMS = {
     "perplexity": ("perplexity only, same format mix", {"select": {"rule": "perplexity"}}),
     "sft": ("SFT on the same chosen answers", {"train": {"args": {"loss_type": ["nll"], "loss_weights": [1.0]}}}),
 }
+
+
+SMALL = {
+    "data": {"pictures": 60},
+    "augment": {"num_prompts": 120},
+    "train": {"args": {"num_train_epochs": 1, "lora_r": 4, "lora_alpha": 8}},
+    "evaluate": {"per_format": {"sequence": 4, "grid": 4, "pip": 4, "single": 4}},
+    "report": {"heat_maps": 0},
+}
+"""Settings of a run that shows no more than that it runs."""
 
 
 def accuracies(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -41,13 +51,10 @@ def multi(accuracy: dict[str, float]) -> float:
     return statistics.fmean(accuracy[name] for name in MULTI)
 
 
-def run_seed(seed: int) -> dict[str, Any]:
-    """Run one seed, or continue it, and return its summary."""
-    folder = ROOT / "runs" / f"mia_dpo_seed{seed}"
-    arms = json.dumps({name: overrides for name, (_, overrides) in ARMS.items()})
-    command = [sys.executable, "-m", "mmdpo_trainers.cli", "run", str(CONFIG)]
-    command += ["--seed", str(seed), "--run-dir", str(folder), "--set", f"arms={arms}"]
-    subprocess.run(command, check=True, cwd=ROOT)
+def run_seed(seed: int, folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one seed, or continue it, and return its summary. changes: of the configuration's settings."""
+    arms = {name: overrides for name, (_, overrides) in ARMS.items()}
+    run_mmdpo("run", str(CONFIG), "--seed", str(seed), "--run-dir", str(folder), *settings_of({**changes, "arms": arms}))
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -83,16 +90,20 @@ def short_table(summaries: dict[int, dict[str, Any]]) -> str:
     return markdown([f"accuracy, mean of {len(summaries)} seeds", *MULTI, "single"], rows)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
-    arguments = parser.parse_args()
-    summaries = {seed: run_seed(seed) for seed in arguments.seeds}
+    add_place(parser)
+    arguments = parser.parse_args(argv)
+    place = place_of(arguments)
+    runs = ROOT / "runs" if place.committed else place.folder / "runs"
+    changes = SMALL if arguments.small else {}
+    summaries = {seed: run_seed(seed, runs / f"mia_dpo_seed{seed}", changes) for seed in arguments.seeds}
     text = table(summaries)
     print(text)
-    write_result("mia_dpo_seeds", {"summaries": summaries})
-    write_section("docs/results.md", "mia_dpo_seeds", text)
-    write_section("README.md", "mia_dpo_seeds", short_table(summaries))
+    place.result("mia_dpo_seeds", {"summaries": summaries})
+    place.section("docs/results.md", "mia_dpo_seeds", text)
+    place.section("README.md", "mia_dpo_seeds", short_table(summaries))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tile sizes of the Triton kernels tried on the GPU at hand: what their tables of tiles are read from.
 
-    python -m benchmarks.sweep_tiles --output tiles.json
+    python -m benchmarks.sweep_tiles --output FOLDER             # tiles.json in it
+    python -m benchmarks.sweep_tiles --small --device cpu        # a candidate a pass, interpreted, to see that everything runs
 
 Tree attention: causal 8k, head dim 128; one pass is varied at a time, the others keep the table's tiles. Rows of logits: few and many, of
 152,064 in bfloat16, with their gradient. Kernels are compiled in as many processes as there are cores first.
@@ -9,22 +10,24 @@ Tree attention: causal 8k, head dim 128; one pass is varied at a time, the other
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
 from benchmarks.harness import CudaTimer, timed
-from benchmarks.measure import machine, markdown
-from benchmarks.ops.tree_attention import LLM, LONG, Problem, make
+from benchmarks.measure import add_place, markdown, place_of
+from benchmarks.ops.tree_attention import LLM, LONG, TINY, Problem, make
 from mmdpo_kernels.backends.logit_options import LogitOptions
 from mmdpo_kernels.backends.triton import logit_rows, runtime, tiles
 from mmdpo_kernels.backends.triton import tree_attention as kernels
@@ -78,9 +81,27 @@ COMPILED_LENGTH = 1024
 """Long enough for every branch, short enough to cost nothing; the compiled kernels serve any multiple of 16."""
 
 
-def problem_of(length: int) -> Problem:
-    sizes = {**LLM, "length": length}
-    return make(lambda sizes: [(sizes["length"], [])], timed="forward")(sizes, torch.device("cuda"), torch.bfloat16)
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Inputs of every pass, and how many of its candidates are tried."""
+
+    device: str = "cuda"
+    attention: Mapping[str, int]
+    rows: Mapping[str, int]
+    vocabulary: int = VOCABULARY
+    most: int | None = None
+
+
+FULL = Size(attention=LONG["cuda"], rows=ROWS)
+COMPILED = Size(attention={**LLM, "length": COMPILED_LENGTH}, rows=dict.fromkeys(ROWS, 1))
+"""To compile for, of the same kernels."""
+SMALL = Size(attention={**TINY, "length": 32}, rows=dict.fromkeys(ROWS, 2), vocabulary=96, most=1)
+"""To see that everything runs."""
+
+
+def problem_of(size: Size) -> Problem:
+    forest = make(lambda sizes: [(sizes["length"], [])], timed="forward")
+    return forest(size.attention, torch.device(size.device), torch.bfloat16)
 
 
 def table_tiles(problem: Problem) -> tiles.TreeAttentionTiles:
@@ -152,11 +173,10 @@ class LogitRows:
         return {**block._asdict(), "in_table": block == logit_rows.block_of(self.logits.dtype, ())}
 
 
-def subject_of(which: str, *, small: bool) -> Subject:
-    """small: to compile for, of the same kernels."""
+def subject_of(which: str, size: Size) -> Subject:
     if which in ROWS:
-        return LogitRows(1 if small else ROWS[which], VOCABULARY, torch.device("cuda"))
-    return Passes(problem_of(COMPILED_LENGTH if small else LONG["cuda"]["length"]))
+        return LogitRows(size.rows[which], size.vocabulary, torch.device(size.device))
+    return Passes(problem_of(size))
 
 
 def candidates() -> dict[str, list[Candidate]]:
@@ -167,7 +187,7 @@ def candidates() -> dict[str, list[Candidate]]:
 def compile_one(which: str, candidate: Candidate) -> str:
     """Fill Triton's cache on disk; returns why the tiles cannot run, or nothing."""
     try:
-        subject = subject_of(which, small=True)
+        subject = subject_of(which, COMPILED)
         with subject.varied(which, candidate):
             subject.one(which)
         torch.cuda.synchronize()
@@ -176,10 +196,8 @@ def compile_one(which: str, candidate: Candidate) -> str:
     return ""
 
 
-def sweep(seconds: float) -> list[dict[str, Any]]:
-    """Milliseconds by pass and tiles."""
-    end = time.monotonic() + seconds
-    wanted = [(which, candidate) for which, several in candidates().items() for candidate in several]
+def compile_all(wanted: Sequence[tuple[str, Candidate]], seconds: float) -> dict[tuple[str, Candidate], str]:
+    """Why each cannot run, or nothing."""
     problems: dict[tuple[str, Candidate], str] = {one: "not compiled in time" for one in wanted}
     pool = ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), mp_context=get_context("spawn"))
     try:
@@ -190,8 +208,17 @@ def sweep(seconds: float) -> list[dict[str, Any]]:
         pass
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    device = torch.device("cuda")
-    timer, subjects = CudaTimer(device), {which: subject_of(which, small=False) for which in ("forward", *ROWS)}
+    return problems
+
+
+def sweep(seconds: float, size: Size = FULL) -> list[dict[str, Any]]:
+    """Milliseconds by pass and tiles."""
+    end = time.monotonic() + seconds
+    wanted = [(which, candidate) for which, several in candidates().items() for candidate in several[: size.most]]
+    problems = dict.fromkeys(wanted, "") if size.most else compile_all(wanted, seconds)
+    device = torch.device(size.device)
+    subjects = {which: subject_of(which, size) for which in ("forward", *ROWS)}
+    seconds_of = _timer(device)
     rows = []
     for which, candidate in wanted:
         subject = subjects.get(which, subjects["forward"])
@@ -202,10 +229,22 @@ def sweep(seconds: float) -> list[dict[str, Any]]:
             continue
         call = partial(subject.one, which)
         with subject.varied(which, candidate):
-            whole = min(timed(call, device) for _ in range(3))
-            took = [timer.seconds(call, whole) for _ in range(5)]
+            took = seconds_of(call)
         rows.append({**row, "seconds": took, "milliseconds": 1e3 * sorted(took)[len(took) // 2]})
     return rows
+
+
+def _timer(device: torch.device) -> Callable[[Callable[[], Any]], list[float]]:
+    """Seconds of a call, several times."""
+    if device.type == "cpu":
+        return lambda call: [timed(call, device)]
+    timer = CudaTimer(device)
+
+    def several(call: Callable[[], Any]) -> list[float]:
+        whole = min(timed(call, device) for _ in range(3))
+        return [timer.seconds(call, whole) for _ in range(5)]
+
+    return several
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -228,17 +267,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the figures go as JSON")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu: with --small only, interpreted")
+    add_place(parser)
     parser.add_argument("--seconds", type=float, default=300.0, help="begin nothing new after this many seconds")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cpu" and not arguments.small:
+        parser.error("--device cpu: tiles of interpreted kernels have no speed; add --small to see that they run")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("sweep_tiles: it needs a GPU, and there is none")
-    rows = sweep(arguments.seconds)
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    print(table(rows))
+    size = replace(SMALL, device=arguments.device) if arguments.small else FULL
+    rows = sweep(arguments.seconds, size)
+    print(f"{table(rows)}\nwritten: {place_of(arguments).result('tiles', {'rows': rows})}")
 
 
 if __name__ == "__main__":

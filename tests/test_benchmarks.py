@@ -32,23 +32,10 @@ from benchmarks.case import Ceilings, Contestant, Run, Work
 from benchmarks.ops import attention_mass as mass_cases
 from benchmarks.ops import tree_attention as tree_cases
 from benchmarks.training_step import page, parts
+from benchmarks.training_step.setting import SMALL as TINY_STEP
 from benchmarks.training_step.setting import Setting
 from benchmarks.training_step.sides import MDPO, Side, make, ours
 from benchmarks.training_step.stepping import Loop
-
-TINY_STEP = Setting(
-    layers=1,
-    width=32,
-    heads=2,
-    mlp=64,
-    vision_layers=2,
-    vision_width=64,
-    vision_mlp=64,
-    side=28,
-    pictures=2,
-    response_tokens=3,
-    records=4,
-)
 
 
 def test_ratio_is_taken_within_turns() -> None:
@@ -71,11 +58,9 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
     assert 60 << 20 < measure.peak_memory(work) < 96 << 20
 
 
-def test_four_ways_give_one_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SIDE": 56, "PROMPT_TOKENS": 140, "ANSWER_TOKENS": 5, "HIDDEN": 64, "HEADS": 4, "LAYERS": 4}.items():
-        monkeypatch.setattr(attention_ratio, name, value)
-    loaded = attention_ratio.build()
-    record = attention_ratio.with_answer(loaded, attention_ratio.prompt_record(loaded))
+def test_four_ways_give_one_ratio() -> None:
+    loaded = attention_ratio.build(attention_ratio.SMALL)
+    record = attention_ratio.with_answer(loaded, attention_ratio.prompt_record(loaded, attention_ratio.SMALL))
     found = {name: way(loaded, record) for name, way in attention_ratio.WAYS.items()}
     assert found["score"] == pytest.approx(found["eager pass"], abs=1e-5)
     assert found["generate + score"] == pytest.approx(found["official way"], abs=1e-5)

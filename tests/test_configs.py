@@ -14,7 +14,8 @@ from mmdpo_trainers import cli
 from mmdpo_trainers.config import RunConfig, merge
 from mmdpo_trainers.config_values import read_yaml
 from mmdpo_trainers.pipeline import run_pipeline
-from mmdpo_trainers.run_folder import read_json, read_jsonl
+from mmdpo_trainers.run_folder import RunFolder, read_json, read_jsonl
+from mmdpo_trainers.stages import StageContext, pairs
 from mmdpo_trainers.training.presets import PRESETS
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -84,6 +85,15 @@ def test_mdpo_has_the_paper_s_settings(name: str) -> None:
     assert args["per_device_train_batch_size"] * args["gradient_accumulation_steps"] == 32
     assert not config.arms, "one training"
     assert 0 < config.pairs.held_out <= 0.05 and config.pairs.max_held_out is not None
+
+
+@pytest.mark.parametrize(("share", "most", "held_out"), [(0.01, None, 1), (0.5, None, 5), (0.5, 2, 2), (0.5, 1, 1)])
+def test_held_out_pairs_are_a_share_with_a_cap(tmp_path: Path, share: float, most: int | None, held_out: int) -> None:
+    """One at least, or training would come to its end before anybody noticed that there is nothing to evaluate on."""
+    options = {"source": str(write_pairs(tmp_path)), "held_out": share, "max_held_out": most}
+    config = RunConfig.from_dict({"method": "mdpo", "pairs": options})
+    context = StageContext(run=RunFolder(tmp_path / "run"), config=config, stage="pairs")
+    assert pairs.run(context) == {"pairs": {"all": 10 - held_out}, "held_out": {"all": held_out}}
 
 
 @pytest.mark.parametrize(("name", "make"), OWN_PAIRS.items())

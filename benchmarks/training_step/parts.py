@@ -31,6 +31,8 @@ class Bench:
     repeats: int
     progress: Callable[[str], None]
     clock: Callable[[], float] = time.perf_counter
+    small: bool = False
+    """Whether all that is asked for is that it runs: memory is then measured in this process, and a side's best setting is one of them."""
 
     def race(
         self, sides: Mapping[str, Side], setting: Setting, *, repeats: int | None = None, terms: int | None = None
@@ -119,9 +121,7 @@ def memory(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method, sides in _candidates().items():
         setting = bench.setting.but(corrupted=method == "mdpo")
-        found[method] = {
-            name: _memory_in_fresh_process(side, setting.but(records=side.batch), bench.progress) for name, side in sides.items()
-        }
+        found[method] = {name: _memory(side, setting.but(records=side.batch), bench) for name, side in sides.items()}
     shares = {
         "dpo": {
             "plain": _share(found["dpo"], "TRL", "ours"),
@@ -142,6 +142,8 @@ def best(bench: Bench, peaks: dict[str, Any]) -> dict[str, Any]:
         peak = peaks["peak_bytes_above_model"][method]
         budget = peak[_budget_side(method)]
         fitting = {name: side for name, side in sides.items() if peak[name] <= budget}
+        if bench.small:
+            fitting = {name: sides[name] for name in (_budget_side(method), "ours")}
         seconds = bench.race(fitting, bench.setting.but(corrupted=method == "mdpo"), repeats=max(1, bench.repeats // 2))
         own, other = ({name: seconds[name] for name in seconds if name.startswith("ours") == mine} for mine in (True, False))
         fastest = {group: min(times, key=lambda name: sum(times[name])) for group, times in (("ours", own), ("baseline", other))}
@@ -183,12 +185,16 @@ def questions(bench: Bench) -> dict[str, Any]:
     return {"seconds_per_pair": seconds, "speed_up": ratios(seconds, "TRL", "ours")}
 
 
+PICTURES, TOKENS, BATCHES = (1, 2, 4, 8), (20, 100, 400), (1, 4, 16)
+
+
 def growth(bench: Bench) -> list[dict[str, Any]]:
     """One size changed at a time."""
+    pictures, tokens, batches = ((1,), (2,), (2,)) if bench.small else (PICTURES, TOKENS, BATCHES)
     points = [
-        *(("pictures", count, {"pictures": count}, 1) for count in (1, 2, 4, 8)),
-        *(("response tokens", count, {"response_tokens": count}, 1) for count in (20, 100, 400)),
-        *(("batch", batch, {"records": max(batch, 4)}, batch) for batch in (1, 4, 16)),
+        *(("pictures", count, {"pictures": count}, 1) for count in pictures),
+        *(("response tokens", count, {"response_tokens": count}, 1) for count in tokens),
+        *(("batch", batch, {"records": max(batch, 4)}, batch) for batch in batches),
     ]
     rows = []
     for what, value, changes, batch in points:
@@ -229,17 +235,21 @@ def memory_of(side: Side, setting: Setting) -> int:
         return peak_memory(loop.step)
 
 
-def _memory_in_fresh_process(side: Side, setting: Setting, progress: Callable[[str], None]) -> int:
+def _memory(side: Side, setting: Setting, bench: Bench) -> int:
+    peak = memory_of(side, setting) if bench.small else _memory_in_fresh_process(side, setting)
+    bench.progress(f"peak of {side}: {peak / 1e6:.0f} MB")
+    return peak
+
+
+def _memory_in_fresh_process(side: Side, setting: Setting) -> int:
     wanted = json.dumps({"side": dataclasses.asdict(side), "setting": dataclasses.asdict(setting)})
     command = [sys.executable, "-m", "benchmarks.training_step", "--memory-of", wanted]
     # glibc keeps freed blocks of up to 32 MB in its heap, where they add up to more than the step itself needs. With blocks of their own
     # they go back at once, as in an allocator made for tensors.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-    peak = int(done.stdout.strip().splitlines()[-1])
-    progress(f"peak of {side}: {peak / 1e6:.0f} MB")
-    return peak
+    return int(done.stdout.strip().splitlines()[-1])
 
 
 def _share(peaks: Mapping[str, int], theirs: str, own: str) -> float:
-    return peaks[own] / peaks[theirs]
+    return peaks[own] / max(1, peaks[theirs])

@@ -56,6 +56,22 @@ class Setting:
         return dataclasses.replace(self, **changes)
 
 
+SMALL = Setting(
+    layers=1,
+    width=32,
+    heads=2,
+    mlp=64,
+    vision_layers=2,
+    vision_width=64,
+    vision_mlp=64,
+    side=28,
+    pictures=2,
+    response_tokens=3,
+    records=4,
+)
+"""To see that everything runs."""
+
+
 def processor_of(setting: Setting) -> Any:
     """A Pillow image processor and a word-level tokenizer."""
     processor = build_processor()

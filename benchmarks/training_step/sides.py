@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer
 
 from benchmarks.training_step.setting import Setting, build, processor_of, records
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.training import model_parts
-from mmdpo_trainers.training.collator import PreferenceBatch
 from mmdpo_trainers.training.preference_config import PreferenceConfig
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
 from mmdpo_trainers.training.reference_cache import ReferenceCache, precompute
@@ -37,7 +36,7 @@ class Side:
     batch: int = 1
     checkpointing: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `PreferenceConfig` that differ from its defaults; `own_vision`: see `_OwnVision`."""
+    """Fields of `PreferenceConfig` that differ from its defaults; `own_vision`: see `see_apart`."""
 
     @property
     def caches(self) -> bool:
@@ -66,11 +65,12 @@ def make(side: Side, setting: Setting) -> Trainer:
         "bf16": False,
     }
     options = dict(side.options)
-    kind = _OwnVision if options.pop("own_vision", False) else PreferenceTrainer
+    own_vision = options.pop("own_vision", False)
     config = PreferenceConfig(**arguments, lora_r=setting.lora_r, lora_alpha=2 * setting.lora_r, **options)
     model, processor, data = build(setting), processor_of(setting), records(setting)
     if side.kind == "ours":
-        return kind(model, config, processing_class=processor, train_dataset=data, progress=_quiet())
+        trainer = PreferenceTrainer(model, config, processing_class=processor, train_dataset=data, progress=_quiet())
+        return see_apart(trainer) if own_vision else trainer
     adapter = model_parts.lora_config(model, config)
     if side.kind == "trl":
         return _trl(model, arguments, processing_class=processor, train_dataset=data, peft_config=adapter)
@@ -97,25 +97,23 @@ def _trl(model: nn.Module, arguments: dict[str, Any], **options: Any) -> Trainer
     return DPOTrainer(model, args=DPOConfig(**arguments, max_length=None), **options)
 
 
-class _OwnVision(PreferenceTrainer):
-    """The vision tower run for every sequence of the policy, and again for the reference, as without shared features."""
+def see_apart(trainer: PreferenceTrainer) -> PreferenceTrainer:
+    """Have the vision tower run for every sequence, and again for the reference, as without shared features.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.reference.shares_features = False
+    A token tree has its pictures once; where sequences are apart, tower and projector run again for each branch but the first.
+    """
+    trainer.reference.shares_features = False
+    again = 0 if trainer.args.tree_packing else len(trainer.args.branches) - 1
 
-    def _features(self, batch: PreferenceBatch) -> list[Tensor]:
-        self._again(batch)
-        return super()._features(batch)
+    def run_again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for _ in range(again):
+            # Not by a call of the module, which would end here once more.
+            module.forward(*args, **kwargs)
 
-    def _reference_logps(self, inputs: dict[str, Any], batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
-        if self.reference.cache is None:
-            self._again(batch)
-        return super()._reference_logps(inputs, batch, features)
-
-    def _again(self, batch: PreferenceBatch) -> None:
-        for _ in () if self.args.tree_packing else batch.branches[1:]:
-            super()._features(batch)
+    body = model_parts.base_of(trainer.model).model  # type: ignore[arg-type]
+    for part in (body.vision_tower, body.multi_modal_projector):
+        part.register_forward_hook(run_again, with_kwargs=True)
+    return trainer
 
 
 def reference_pass(trainer: PreferenceTrainer, count: int) -> None:
@@ -176,6 +174,6 @@ def warm(model: nn.Module) -> None:
 
 def loss_of(trainer: Trainer, rows: Sequence[int]) -> float:
     """Loss of the records `rows` as one batch, by the trainer's own collator and `compute_loss`."""
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[row] for row in rows]))  # type: ignore[index]
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])  # type: ignore[index]
     with torch.no_grad():
         return float(trainer.compute_loss(trainer.model.train(), batch))  # type: ignore[union-attr]

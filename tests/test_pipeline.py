@@ -108,6 +108,31 @@ def test_stages_run_in_order_once_and_are_summed_up(tmp_path: Path, counting: Co
     assert text.count("done before") == len(MAIN)
 
 
+def test_what_was_lost_is_in_the_closing_tables(
+    tmp_path: Path, counting: CountingStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = {"records": 275, "of": 300, "reasons": {"missing": 270, "truncated": 5}}
+    summaries = {
+        "augment": {"prompts": {"sequence": 5, "pip": 0}, "problems": {}, "lost": loss},
+        "evaluate": {"accuracy": {"sequence": 0.5}, "counts": {"sequence": 4, "pip": 0}, "match": "contains"},
+    }
+    original = counting.module
+
+    def module(stage: str) -> Any:
+        made = original(stage)
+        if stage in summaries:
+            run = made.run
+            monkeypatch.setattr(made, "run", staticmethod(lambda context: {**run(context), **summaries[stage]}))
+        return made
+
+    monkeypatch.setattr(stages, "stage_module", module)
+    summary, text = go(config_of(tmp_path))
+    assert summary["lost"] == {"augment": loss}
+    assert "augment: 275 of 300 records left out (missing: 270, truncated: 5); none of format pip" in text
+    for words in ("records left out", "275 / 300", "truncated", "pip (n = 0)", "selected, pip", "answers compared by contains"):
+        assert words in " ".join(text.split()), words
+
+
 def test_an_interrupted_stage_is_continued_and_its_seconds_add_up(tmp_path: Path, counting: CountingStages) -> None:
     counting.broken = "score"
     with pytest.raises(RuntimeError, match="power cut"):

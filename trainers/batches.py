@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers import ranks
+from mmdpo_trainers.data.losses import lost
 from mmdpo_trainers.data.pictures import content_key
 from mmdpo_trainers.data.records import read_prompts, relative_images
 from mmdpo_trainers.errors import DataError, StageError
@@ -26,6 +29,25 @@ def read_records(path: Path, what: str) -> list[Record]:
     if not records:
         raise StageError(f"{path} holds no {what}; see the summary of the stage that wrote it, or give your own with --input")
     return records
+
+
+def own_records(context: StageContext, path: Path, what: str) -> tuple[list[Record], dict[str, Any]]:
+    """`read_records`, and what of them is left out (`lost`), where that is allowed: those with pictures that do not exist."""
+    records = read_records(path, what)
+    gone = missing_pictures(records) if context.config.allow_missing else {}
+    kept = [record for record in records if record["id"] not in gone]
+    if not kept:
+        raise DataError(
+            f"{path}: none of its {len(records):,} records has its pictures, such as {next(iter(gone.values()))}; mend the paths"
+        )
+    return kept, lost(len(records), {"missing": len(gone)})
+
+
+def missing_pictures(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Record's id -> its first picture that does not exist."""
+    exists = functools.lru_cache(maxsize=None)(os.path.isfile)
+    gone = ((record["id"], next((image for image in record["images"] if not exists(image)), None)) for record in records)
+    return {id: image for id, image in gone if image is not None}
 
 
 def require(records: Sequence[Mapping[str, Any]], names: Mapping[str, type | tuple[type, ...]], path: Path) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mmdpo_trainers import ranks, stages
 from mmdpo_trainers.config import RunConfig
+from mmdpo_trainers.data.losses import loss_line
 from mmdpo_trainers.errors import ConfigError, MmdpoError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.preference_figures import preference_summary
@@ -115,8 +116,9 @@ def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> d
         # A page is drawn from the other stages' files alone, so drawing it again loses nothing.
         run.remove(context.name)
     if run.stage_is_done(context.name, fingerprint):
-        context.progress.print(f"{label}{context.name}: done before")
-        return run.summary(context.name)
+        summary = run.summary(context.name)
+        context.progress.print("; ".join(filter(None, [f"{label}{context.name}: done before", loss_line(summary)])))
+        return summary
     interrupted = (run.path / context.name / "state.json").exists()
     context.progress.print(f"{label}{context.name}: {'continuing' if interrupted else 'starting'}")
     run.begin_stage(context.name, fingerprint)
@@ -124,6 +126,8 @@ def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> d
         if context.stage in SHARED_STAGES:
             ranks.on_main(lambda: "work")
         summary = module.run(context)
+    if line := loss_line(summary):
+        context.progress.print(f"{label}{context.name}: {line}")
     return run.finish_stage(context.name, fingerprint, summary)
 
 
@@ -253,6 +257,9 @@ def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         "augment", "generate", "score", "select", "pairs", "train", "evaluate/before", "evaluate/after", "report",
         *(f"arms/{arm}/{stage}" for arm in config.arms for stage in ("select", "train", "evaluate/after")),
     ]  # fmt: skip
+    # Of evaluation prompts, which are made beside their answers.
+    losses = {name: _done(run, name).get("lost") for name in ("evaluate", *names)}
+    summary["lost"] = {name: found for name, found in losses.items() if found}
     seconds = {name: round(run.seconds(name), 2) for name in names if (run.path / name / "state.json").exists()}
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
     write_atomic(run.path / "summary.json", summary)
@@ -263,6 +270,7 @@ def _mia_dpo_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     summary = _outcome(run, "")
     before = _done(run, "evaluate/before")
     summary["accuracy"] = {"before": before.get("accuracy"), **summary["accuracy"]}
+    summary["counts"] = {"evaluate": before.get("counts")}
     summary["match"] = {"select": _done(run, "select").get("match"), "evaluate": before.get("match")}
     summary["prompts"] = _done(run, "augment").get("prompts")
     summary["problems"] = _done(run, "augment").get("problems")

@@ -14,7 +14,7 @@ from rich.console import Console
 from mmdpo_trainers import ranks, stages
 from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.data.losses import loss_line
-from mmdpo_trainers.errors import ConfigError, MmdpoError
+from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.preference_figures import preference_summary
 from mmdpo_trainers.preflight import check_run
@@ -151,6 +151,8 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     for path in inputs:
         inside = path.absolute().is_relative_to(context.run.path)
         name = path.absolute().relative_to(context.run.path).as_posix() if inside else path.name
+        if not inside and not path.exists():
+            raise RunFolderError(f"{path} does not exist, and is none of the run's own files: mend its path, or leave it out")
         parts[f"input {name}"] = content_hash(path)
     return Fingerprint(json.loads(json.dumps(parts)))
 

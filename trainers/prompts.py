@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 
-from mmdpo_trainers.data.pictures import PictureError, open_picture
+from mmdpo_trainers.data.pictures import PictureError, is_made, open_picture
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.families import EncodedPictures, View, expand_ids, family_of, plain_grid
@@ -143,10 +143,14 @@ def in_forwards(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], work:
 
 def load_pictures(record: Mapping[str, Any]) -> list[Image.Image]:
     """A record's pictures as RGB, those of files upright. Raises DataError naming the record where one cannot be read."""
-    try:
-        return [image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image) for image in record["images"]]
-    except PictureError as error:
-        raise DataError(f"record {record['id']}: {error}; run augment again, or mend the path in the prompts") from error
+    found = []
+    for image in record["images"]:
+        try:
+            found.append(image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image))
+        except PictureError as error:
+            remedy = "run augment again" if is_made(image) else "restore the file"
+            raise DataError(f"record {record['id']}: {error}; {remedy}, or mend the path in the prompts") from error
+    return found
 
 
 def _check_placeholders(record: Mapping[str, Any], pictures: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,12 @@ def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=6)
     return buffer.getvalue()
+
+
+def is_made(path: PathLike) -> bool:
+    """Whether a path is one of a picture that a run made, which is named by its content."""
+    file = Path(path)
+    return file.parent.name == "images" and re.fullmatch(r"[0-9a-f]{16}", file.stem) is not None
 
 
 def content_key(data: bytes) -> str:

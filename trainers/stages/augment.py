@@ -130,7 +130,8 @@ def _write(
     total = sum(count for _, count in plans)
     with _Writer(folder, singles=singles) as writer:
         writer.report(source.problems)
-        with context.progress.task(f"{stage}: prompts", total=total) as task:
+        context.progress.print(f"{stage}: {total:,} prompts from {len(records):,} records")
+        with context.progress.task(f"{stage}: prompts", total, folder=folder) as task:
             for plan, count in plans:
                 _make(plan, count, len(records), maker, writer, task)
     summary, share = _summarize(folder, source, [name for name, wanted in formats.items() if wanted])

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import default_layer
 from mmdpo_trainers.data.losses import check_losses, lost
+from mmdpo_trainers.disk import free_mib
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.run_folder import read_jsonl
@@ -62,6 +63,7 @@ def run(context: StageContext) -> dict[str, Any]:
     log = context.folder / "log.jsonl"
     with TrainingProgress(context.progress) as bar:
         trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_main() else []), bar, _LogLastStep()])
+        _check_disk(context, trainer)
         trainer.train(resume_from_checkpoint="auto")
     _save(trainer, context.folder)
     missing = counts.pop("missing")
@@ -200,6 +202,19 @@ def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
     replayed: Any = replay
     counts = {"pairs": len(kept), "replay": len(replay), "held_out": len(held_out), "missing": len(missing or ())}
     return ConcatDataset([trained, replayed]) if replay else trained, Subset(pairs, held_out) if held_out else None, counts
+
+
+def _check_disk(context: StageContext, trainer: PreferenceTrainer) -> None:
+    """Warn where the disk is too small for the checkpoints: trained weights and two moments of each, one more while one is written."""
+    model: Any = trainer.model
+    trained = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters() if p.requires_grad)
+    kept = 0 if str(trainer.args.save_strategy) == "no" else (trainer.args.save_total_limit or 10) + 1
+    needed, free = (3 * kept + 2) * trained // 2**20, free_mib(context.folder)
+    if needed > free:
+        context.progress.print(
+            f"train: warning: checkpoints and the trained weights need about {needed:,} MiB, and {free:,} MiB are free in {context.folder}; make "
+            "room, or lower train.args.save_total_limit"
+        )
 
 
 def _save(trainer: PreferenceTrainer, folder: Path) -> None:

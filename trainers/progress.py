@@ -14,7 +14,6 @@ from rich.progress import Progress as RichProgress
 from mmdpo_trainers import ranks
 from mmdpo_trainers.disk import folder_bytes, free_mib
 
-
 _SAMPLE = 16
 """Pieces by which the rest is estimated."""
 _LONG_SECONDS = 60.0

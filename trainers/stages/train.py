@@ -208,12 +208,12 @@ def _check_disk(context: StageContext, trainer: PreferenceTrainer) -> None:
     """Warn where the disk is too small for the checkpoints: trained weights and two moments of each, one more while one is written."""
     model: Any = trainer.model
     trained = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters() if p.requires_grad)
-    kept = 0 if str(trainer.args.save_strategy) == "no" else (trainer.args.save_total_limit or 10) + 1
+    kept = 0 if trainer.args.save_strategy == "no" else (trainer.args.save_total_limit or 10) + 1
     needed, free = (3 * kept + 2) * trained // 2**20, free_mib(context.folder)
     if needed > free:
         context.progress.print(
-            f"train: warning: checkpoints and the trained weights need about {needed:,} MiB, and {free:,} MiB are free in {context.folder}; make "
-            "room, or lower train.args.save_total_limit"
+            f"train: warning: checkpoints and the trained weights need about {needed:,} MiB, and {free:,} MiB are free in {context.folder}; "
+            "make room, or lower train.args.save_total_limit"
         )
 
 

@@ -19,10 +19,12 @@ from PIL import Image
 
 from mmdpo_trainers.config import AugmentConfig, RunConfig
 from mmdpo_trainers.data.held_out import hold_out
+from mmdpo_trainers.data.losses import loss_line
 from mmdpo_trainers.data.multi_image import PIP_OPENINGS, _draws, check_options
 from mmdpo_trainers.data.records import check_prompt, read_prompts
 from mmdpo_trainers.data.sources import SourceRecord
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
+from mmdpo_trainers.pipeline import run_stage
 from mmdpo_trainers.run_folder import RunFolder, read_json, read_jsonl
 from mmdpo_trainers.stages import StageContext, augment
 
@@ -181,11 +183,69 @@ def test_nothing_usable_is_an_error_with_counts(tmp_path: Path) -> None:
     write_data(tmp_path, pictures=2)
     for file in (tmp_path / "images").iterdir():
         file.unlink()
-    with pytest.raises(DataError, match=r"no usable record \(missing: 2\)"):
+    with pytest.raises(
+        DataError, match=r"no usable record \(missing: 2\); such as .*images/0.png is not a file: set data.image_folder"
+    ):
         augment.run(context_of(tmp_path))
     (tmp_path / "data.json").write_text("[]")
     with pytest.raises(DataError, match="it is empty"):
         augment.run(context_of(tmp_path))
+
+
+def test_most_pictures_gone_is_asked_about(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The message counts by reason, and says a path that was tried and the setting that mends it; allowed, the counts are shown."""
+    write_data(tmp_path)
+    for index in range(12):
+        (tmp_path / "images" / f"{index}.png").unlink()
+    context = context_of(tmp_path, augment={"num_prompts": 20, "formats": {"sequence": 1}})
+    with pytest.raises(DataError) as error:
+        run_stage(context)
+    said = str(error.value)
+    assert "12 of 20 records cannot be used (missing: 12); such as " in said and f"{tmp_path}/images/0.png is not a file" in said
+    assert f"set data.image_folder to the folder that picture paths are relative to (it is {tmp_path}/images)" in said
+    assert said.endswith("; or pass --allow-missing (allow_missing: true) to go on with the rest")
+    assert not list((tmp_path / "run" / "augment").glob("*.jsonl"))
+    allowed = run_stage(context_of(tmp_path, augment={"num_prompts": 20, "formats": {"sequence": 1}}, allow_missing=True))
+    assert allowed["lost"] == {"records": 12, "of": 20, "reasons": {"missing": 12}} and sum(allowed["prompts"].values()) == 20
+    assert "augment: 12 of 20 records left out (missing: 12)" in capfd.readouterr().err
+    run_stage(context_of(tmp_path, augment={"num_prompts": 20, "formats": {"sequence": 1}}, allow_missing=True))
+    assert "augment: done before; 12 of 20 records left out (missing: 12)" in capfd.readouterr().err
+
+
+def test_a_conversation_counts_once_however_many_questions_it_has(tmp_path: Path) -> None:
+    path = write_data(tmp_path)
+    records = json.loads(path.read_text())
+    for record in records[12:]:
+        record["conversations"] += [{**record["conversations"][0], "value": "And?"}, record["conversations"][1]] * 4
+    path.write_text(json.dumps(records))
+    for index in range(12):
+        (tmp_path / "images" / f"{index}.png").unlink()
+    with pytest.raises(DataError, match="12 of 20 records cannot be used"):
+        augment.run(context_of(tmp_path))
+
+
+def test_damage_is_asked_about_too_and_a_repeated_record_is_no_loss(tmp_path: Path) -> None:
+    path = write_data(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) * 3))
+    assert augment.run(context_of(tmp_path, run="a"))["problems"] == {"duplicate_record": 40}
+    for index in range(12):
+        (tmp_path / "images" / f"{index}.png").write_bytes(b"no picture")
+    context = context_of(tmp_path, run="b")
+    with pytest.raises(DataError, match=r"augment: 12 of 20 records left out .*not_a_picture: 12.*--allow-missing"):
+        augment.run(context)
+    context.config.allow_missing = True
+    assert augment.run(context)["lost"]["records"] == 12
+
+
+def test_a_format_that_vanished_is_counted_as_empty(tmp_path: Path) -> None:
+    write_data(tmp_path, pictures=3)
+    options = {"num_prompts": 12, "formats": {"sequence": 1, "pip": 1}, "num_images": {"sequence": {5: 1}}}
+    context = context_of(tmp_path, augment=options, evaluate={"per_format": {"sequence": 2, "single": 2}})
+    summary = augment.run(context)
+    assert summary["prompts"]["sequence"] == 0 and summary["prompts"]["pip"] > 0
+    assert loss_line(summary).endswith("none of format sequence")
+    augment.build_evaluation_prompts(context)
+    assert read_json(tmp_path / "run/evaluate/summary.json")["prompts"] == {"sequence": 0, "single": 2}
 
 
 @pytest.mark.parametrize(

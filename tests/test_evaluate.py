@@ -126,6 +126,24 @@ def test_prompts_without_answers_are_refused(tmp_path: Path, model_path: Path, p
         evaluate.run(context_of(tmp_path / "run", model_path, path))
 
 
+def test_prompts_without_their_pictures_are_left_out_where_that_is_allowed(
+    tmp_path: Path, model_path: Path, prompts: Path
+) -> None:
+    rows = [{**record, "images": [*record["images"][:-1], "none.png"]} for record in read_jsonl(prompts)]
+    rows[0] = next(read_jsonl(prompts))
+    path = tmp_path / "gone.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    context = context_of(tmp_path / "run", model_path, path)
+    with pytest.raises(DataError, match="missing: .*none.png is not a file"):
+        evaluate.run(context)
+    context.config.allow_missing = True
+    summary = evaluate.run(context)
+    assert summary["lost"] == {"records": 5, "of": 6, "reasons": {"missing": 5}} and summary["counts"] == {"sequence": 1}
+    path.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(DataError, match="none of its 1 records has its pictures, such as .*none.png"):
+        evaluate.run(context)
+
+
 def test_summary_of_answers() -> None:
     def answer(format: str, num_images: int, correct: bool, ratio: float | None) -> dict[str, Any]:
         return {"format": format, "num_images": num_images, "correct": correct, "ratio": ratio}
@@ -141,5 +159,7 @@ def test_summary_of_answers() -> None:
     assert summary["accuracy"] == pytest.approx({"sequence": 1 / 3, "single": 1.0})
     assert {n: cell["accuracy"] for n, cell in summary["by_images"]["sequence"].items()} == {2: 0.5, 5: 0.0}
     assert summary["mean_ratio"] == pytest.approx({"sequence": 0.3})
+    empty = accuracy_summary([answer("single", 1, True, None)], ["single", "grid"])
+    assert empty["counts"] == {"single": 1, "grid": 0} and empty["accuracy"] == {"single": 1.0}
     # Wilson's interval for 1 of 3.
     assert summary["intervals"]["sequence"] == pytest.approx([0.0615, 0.7923], abs=1e-4)

@@ -414,3 +414,48 @@ def test_a_picture_that_goes_between_epochs(tmp_path: Path, damage: str) -> None
     picture.write_bytes(kept)
     found = train(tmp_path / "disturbed")
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# Files of the user's own
+
+
+@pytest.mark.parametrize("stage", ["generate", "score", "evaluate", "select"])
+def test_a_file_of_ones_own_that_changed(
+    copy: Path, model: Path, whole: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It need not be put back as it was: the remedy is to do the stage anew with it."""
+    own = copy.parent / "mine.jsonl"
+    shutil.copy(whole / "score" / "scores.jsonl", own)
+    records = [json.loads(line) for line in own.read_text().splitlines()]
+    for record in records:
+        record["images"] = [str((whole / "score" / image).resolve()) for image in record["images"]]
+    own.write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = [
+        "--run",
+        copy,
+        "--model",
+        model,
+        "--input",
+        own,
+        "--restart",
+        *(["--moment", "before"] if stage == "evaluate" else []),
+    ]
+    assert cli.main([stage, *map(str, flags)]) == 0
+    own.write_text("".join(json.dumps({**record, "answer": "grey"}) + "\n" for record in records))
+    flags.remove("--restart")
+    assert cli.main([stage, *map(str, flags)]) == 2
+    error = capsys.readouterr().err
+    name = "evaluate/own/mine-before" if stage == "evaluate" else stage
+    assert (
+        f"{name} was made with another content of your own mine.jsonl. To go on with the file as it is, pass --restart" in error
+    )
+    assert ("no other changes" in error) == (stage == "evaluate") and "Put" not in error
+    own.write_text("{\n")
+    assert cli.main([stage, *map(str, flags), "--restart"]) == 2
+    assert "mend this line of your file, or take it out" in capsys.readouterr().err
+    own.write_text("")
+    assert cli.main([stage, *map(str, flags), "--restart"]) == 2
+    assert "write some into it" in capsys.readouterr().err
+    own.unlink()
+    assert cli.main([stage, *map(str, flags), "--restart"]) == 2
+    assert f"{own} does not exist, and is none of the run's own files" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mmdpo_trainers import pipeline
+from mmdpo_trainers import cli, pipeline
 from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.preference_figures import flat_figures, held_out_figures, reward_curves
@@ -202,6 +202,27 @@ def test_copies_of_a_picture_and_lists_that_share_one_are_on_one_side(tmp_path: 
         assert shown[0] and shown[1] and not shown[0] & shown[1]
         splits.append([record["id"] for record in sides[1]])
     assert splits[0] == splits[1]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_pairs_without_their_pictures(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused with their number, or left out and counted where that is allowed."""
+    source = own_data(tmp_path)
+    for index in range(4):
+        (tmp_path / f"{index}.png").unlink()
+    if form == "parquet":
+        import datasets
+
+        datasets.Dataset.from_list(list(read_jsonl(source))).to_parquet(str(tmp_path / "mine.parquet"))
+        source = tmp_path / "mine.parquet"
+    command = ["pairs", "--run", str(tmp_path / "run"), "--source", str(source), "--held-out", "0"]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert "record q0: picture " in error and "and so it is with 8 of 12 records" in error and "or pass --allow-missing" in error
+    assert cli.main([*command, "--allow-missing"]) == 0
+    assert "pairs: 8 of 12 records left out (missing: 8)" in capsys.readouterr().err
+    assert read_json(tmp_path / "run/pairs/summary.json")["pairs"] == {"all": 4}
+    assert RunConfig.from_yaml(tmp_path / "run/config.yaml").allow_missing
 
 
 @pytest.mark.parametrize("form", ["jsonl", "dataset"])

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prompt_records import make_prompts
 from rich.console import Console
+from tiny_models import make_tiny_mllama, make_tiny_qwen
 
 from mmdpo_trainers import pipeline, stages
+from mmdpo_trainers import progress as progress_module
 from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import read_json, write_atomic
+from mmdpo_trainers.shapes import SHIPPED
 from mmdpo_trainers.stages import StageContext
 
 FILES = {
@@ -71,8 +77,8 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> CountingStages:
 
 def config_of(folder: Path, **values: Any) -> RunConfig:
     model = folder / "model"
-    model.mkdir(exist_ok=True)
-    (model / "config.json").write_text("{}")
+    if not model.exists():
+        shutil.copytree(SHIPPED["shapes"], model)
     return RunConfig.from_dict({"name": "t", "run_dir": str(folder / "run"), "model": str(model), "seed": 4, **values})
 
 
@@ -106,6 +112,31 @@ def test_stages_run_in_order_once_and_are_summed_up(tmp_path: Path, counting: Co
     again, text = go(config_of(tmp_path))
     assert counting.calls == MAIN and again == summary
     assert text.count("done before") == len(MAIN)
+
+
+def test_what_was_lost_is_in_the_closing_tables(
+    tmp_path: Path, counting: CountingStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = {"records": 275, "of": 300, "reasons": {"missing": 270, "truncated": 5}}
+    summaries = {
+        "augment": {"prompts": {"sequence": 5, "pip": 0}, "problems": {}, "lost": loss},
+        "evaluate": {"accuracy": {"sequence": 0.5}, "counts": {"sequence": 4, "pip": 0}, "match": "contains"},
+    }
+    original = counting.module
+
+    def module(stage: str) -> Any:
+        made = original(stage)
+        if stage in summaries:
+            run = made.run
+            monkeypatch.setattr(made, "run", staticmethod(lambda context: {**run(context), **summaries[stage]}))
+        return made
+
+    monkeypatch.setattr(stages, "stage_module", module)
+    summary, text = go(config_of(tmp_path))
+    assert summary["lost"] == {"augment": loss}
+    assert "augment: 275 of 300 records left out (missing: 270, truncated: 5); none of format pip" in text
+    for words in ("records left out", "275 / 300", "truncated", "pip (n = 0)", "selected, pip", "answers compared by contains"):
+        assert words in " ".join(text.split()), words
 
 
 def test_an_interrupted_stage_is_continued_and_its_seconds_add_up(tmp_path: Path, counting: CountingStages) -> None:
@@ -147,7 +178,8 @@ def test_another_model_or_seed_is_refused(tmp_path: Path, counting: CountingStag
     go(config)
     with pytest.raises(RunFolderError, match="seed: was 4, is 5"):
         go(config_of(tmp_path, seed=5))
-    (tmp_path / "model" / "config.json").write_text("[]")
+    with (tmp_path / "model" / "config.json").open("a") as file:
+        file.write("\n")
     with pytest.raises(RunFolderError, match="generate was made with other settings .*model: was"):
         go(config)
 
@@ -174,7 +206,7 @@ def test_stages_before_ones_own_file_are_left_out(tmp_path: Path, counting: Coun
     go(config_of(tmp_path, train={"input": str(pairs)}, arms={"a": {}}))
     assert counting.calls == ["train", "evaluate/before", "evaluate/after", "arms/a/train", "arms/a/evaluate/after", "report"]
     pairs.write_text('{"a": 1}\n')
-    with pytest.raises(RunFolderError, match=r"train was made with other settings \(input pairs\.jsonl: was"):
+    with pytest.raises(RunFolderError, match=r"train was made with another content of your own pairs\.jsonl.*--restart train"):
         go(config_of(tmp_path, train={"input": str(pairs)}, arms={"a": {}}))
 
 
@@ -210,6 +242,88 @@ def test_what_would_fail_hours_later_fails_first(
     with pytest.raises(MmdpoError, match=message):
         go(config_of(tmp_path, **values))
     assert counting.calls == [] and not (tmp_path / "run").exists()
+
+
+def changed(folder: Path, **values: Any) -> None:
+    path = folder / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("values", "model", "message"),
+    [
+        ({"score": {"layer": 4}}, {}, "score.layer: expected 0 to 3 for this model, got 4"),
+        ({"train": {"args": {"attention_layer": 4}}}, {}, r"train\.args: attention_layer: expected one of .*, got 4"),
+        ({"train": {"args": {"lora_target": "nowhere"}}}, {}, r"train\.args: .*nowhere"),
+        ({"arms": {"a": {"train": {"args": {"lora_target": "nowhere"}}}}}, {}, r"arms\.a\.train\.args: .*nowhere"),
+        ({}, {"model_type": "clip"}, "family 'clip' has no declaration"),
+        (
+            {},
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"its weights are quantised .*gptq.*; expected float32",
+        ),
+        (
+            {},
+            {"text_config": {"model_type": "llama", "final_logit_softcapping": 0}},
+            "final_logit_softcapping: expected a number above 0",
+        ),
+    ],
+)
+def test_what_the_models_files_say_is_said_first(
+    tmp_path: Path, counting: CountingStages, values: dict[str, Any], model: dict[str, Any], message: str
+) -> None:
+    config = config_of(tmp_path, **values)
+    changed(tmp_path, **model)
+    with pytest.raises(MmdpoError, match=message):
+        go(config)
+    assert counting.calls == [] and not (tmp_path / "run").exists()
+
+
+def test_a_model_folder_without_its_weights_or_processor_is_said_first(tmp_path: Path, counting: CountingStages) -> None:
+    config = config_of(tmp_path)
+    for pattern, message in (("*processor*.json", "processor cannot be loaded"), ("*.safetensors", "no weights")):
+        for file in (tmp_path / "model").glob(pattern):
+            file.unlink()
+        with pytest.raises(MmdpoError, match=message):
+            go(config)
+    assert counting.calls == []
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (
+            make_tiny_qwen,
+            {"score": {"regions": "official_code"}},
+            "score.regions: official_code is how .* pictures of qwen2_5_vl have",
+        ),
+        (make_tiny_mllama, {}, r"augment\.formats: a grid asks about a part .* with mllama only whole pictures"),
+        (make_tiny_mllama, {"augment": {"formats": {"sequence": 1}}}, r"evaluate\.per_format: a grid asks"),
+    ],
+)
+def test_what_a_family_cannot_measure_is_said_first(
+    tmp_path: Path, counting: CountingStages, make: Any, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MmdpoError, match=message):
+        go(config_of(tmp_path, **values, model=str(make(tmp_path / "other"))))
+    assert counting.calls == []
+
+
+def test_own_prompts_and_evaluation_data_without_pictures_are_said_first(tmp_path: Path, counting: CountingStages) -> None:
+    prompts = make_prompts(tmp_path / "data", [("single", 1), ("single", 1)])
+    Path(prompts[1]["images"][0]).unlink()
+    path = str(tmp_path / "data" / "prompts.jsonl")
+    with pytest.raises(
+        MmdpoError, match=r"generate\.input: 1 of 2 records of .* lack a picture, such as record r1/single: .*--allow"
+    ):
+        go(config_of(tmp_path, generate={"input": path}))
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "x"}]
+    (tmp_path / "own.json").write_text(json.dumps([{"id": n, "image": f"{n}.png", "conversations": turns} for n in range(3)]))
+    with pytest.raises(MmdpoError, match=r"no usable record \(missing: 3\).*set evaluate\.image_folder to the folder"):
+        go(config_of(tmp_path, evaluate={"source": str(tmp_path / "own.json")}))
+    assert counting.calls == []
+    go(config_of(tmp_path, generate={"input": path}, allow_missing=True))
+    assert counting.calls[0] == "generate"
 
 
 def test_pictures_trained_on_are_never_evaluated_on(tmp_path: Path, counting: CountingStages) -> None:
@@ -248,6 +362,26 @@ def test_progress_on_a_pipe_is_lines() -> None:
         task.advance(note="[ratio 0.5]")
         task.advance()
     assert output.getvalue().splitlines() == ["score: 2/3 [ratio 0.5]", "score: 3/3 [ratio 0.5]", "score: 3/3 [ratio 0.5]"]
+
+
+def test_a_long_stage_says_what_the_rest_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rate and the sizes behind the first piece, once; a disk that is too small for it is warned of."""
+    clock = iter(range(0, 100_000, 10))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: float(next(clock)))
+    (tmp_path / "file").write_bytes(bytes(2**20))
+    for free, words in (
+        (2**20, "983 more take about "),
+        (10, "warning: the 983 that are missing need about 57.8 MiB at the size of the first 17"),
+    ):
+        monkeypatch.setattr(progress_module, "free_mib", lambda folder, free=free: free)
+        output = io.StringIO()
+        with Progress(Console(file=output, width=200), every=0.0).task("score", 1000, folder=tmp_path) as task:
+            for _ in range(17):
+                task.advance()
+        lines = output.getvalue().splitlines()
+        assert sum("more take" in line or "warning" in line for line in lines) == 1, "once"
+        assert any(words in line for line in lines), lines
+        assert "h" in lines[-1] and " left" in lines[-1]
 
 
 def test_progress_on_a_terminal_is_a_bar() -> None:

@@ -291,3 +291,24 @@ def test_without_matplotlib_the_remedy_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(StageError, match=r"pip install 'mmdpo-kernels\[plots\]'"):
         report.run(stage_context(tmp_path, model=str(tmp_path)))
+
+
+def test_what_was_left_out_and_how_answers_were_compared(tmp_path: Path) -> None:
+    """Counts by reason, a format without questions or prompts as an empty row, and the comparison of both stages."""
+    folder = write_run(tmp_path / "run", arms=False)
+
+    def add(stage: str, **values: Any) -> None:
+        path = folder / stage / "summary.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**found, **values}))
+
+    add("augment", seconds=1.0, lost={"records": 275, "of": 300, "reasons": {"missing": 270, "not_a_picture": 5}})
+    add("evaluate", seconds=0.0, lost={"records": 3, "of": 40, "reasons": {"truncated": 3}})
+    add("select", match="contains", pairs={"sequence": 5, "grid": 4, "pip": 3, "single": 0})
+    add("evaluate/before", match="choice", counts={"sequence": 60, "grid": 60, "pip": 60, "single": 60, "other": 0})
+    page = text_of(page_of(folder, heat=None))
+    assert "augment missing 270 augment not a picture 5" in page and "275 of 300" in page and "evaluate truncated 3" in page
+    assert "Answers were compared with the truth by: contains." in page and "compared with the truth by: choice." in page
+    assert "other 0 – – –" in page, "a row of the accuracy table"
+    assert "Pairs selected" in page and "Single image All Failing" in page, "a column of the selection table"

@@ -70,7 +70,7 @@ def test_read_jsonl_names_file_and_line(tmp_path: Path) -> None:
 
 def test_stage_is_done_only_with_its_fingerprint(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    first = Fingerprint({"score.layer": 2, "input a": "x"})
+    first = Fingerprint({"score.layer": 2, "input s/a": "x"})
     assert not run.stage_is_done("score", first)
     run.begin_stage("score", first)
     assert not run.stage_is_done("score", Fingerprint({"score.layer": 9})), "nothing is written yet, so nothing is lost"
@@ -78,12 +78,12 @@ def test_stage_is_done_only_with_its_fingerprint(tmp_path: Path) -> None:
     write_atomic(run.folder("score") / "scores.jsonl", "{}\n")
     assert not run.stage_is_done("score", first)
     with pytest.raises(RunFolderError, match=r"score\.layer: was 2, is 3.*--restart score"):
-        run.stage_is_done("score", Fingerprint({"score.layer": 3, "input a": "x"}))
+        run.stage_is_done("score", Fingerprint({"score.layer": 3, "input s/a": "x"}))
     run.finish_stage("score", first, {"records": 5})
     assert run.stage_is_done("score", first)
     assert run.summary("score")["records"] == 5
-    with pytest.raises(RunFolderError, match="input a: was"):
-        run.stage_is_done("score", Fingerprint({"score.layer": 2, "input a": "y"}))
+    with pytest.raises(RunFolderError, match="input s/a: was"):
+        run.stage_is_done("score", Fingerprint({"score.layer": 2, "input s/a": "y"}))
     run.remove("score")
     assert not run.stage_is_done("score", Fingerprint({"score.layer": 3}))
     assert [p.name for p in tmp_path.iterdir()] == []

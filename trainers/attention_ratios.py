@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from mmdpo_kernels import AttentionRecorder, image_segments, record_attention
 from mmdpo_trainers.data.compose import box_to_region, official_grid_region, official_pip_region
 from mmdpo_trainers.errors import DataError, StageError
-from mmdpo_trainers.families import View, inside, plain_grid
+from mmdpo_trainers.families import Family, View, inside, plain_grid
 from mmdpo_trainers.loading import LoadedModel
 from mmdpo_trainers.prompts import EncodedPrompts, encode_prompts, in_forwards
 
@@ -180,6 +181,25 @@ def default_layer(layers: Sequence[int]) -> int:
     return layers[len(layers) // 2]
 
 
+def check_regions(family: Family, regions: str, formats: Mapping[str, str] = MappingProxyType({})) -> None:
+    """StageError for rectangles of another family, and for formats (format -> the setting that asks for it) that it cannot measure."""
+    if regions == "official_code" and family.name != "llava":
+        raise StageError(
+            f"score.regions: official_code is how MIA-DPO's code cuts LLaVA-1.5's 24x24 patches; pictures of {family.name} "
+            "have patch grids of their own; set it to box"
+        )
+    reason = None
+    if family.cross_attention:
+        reason = "only whole pictures can be told apart"
+    elif type(family).views is Family.views:
+        reason = "nothing is known of where its image tokens lie"
+    asked = next((name for name in REGION_FORMATS if name in formats), None)
+    if reason is not None and asked is not None:
+        raise StageError(
+            f"{formats[asked]}: a {asked} asks about a part of a picture, and with {family.name} {reason}; leave the format out"
+        )
+
+
 def target_segments(
     loaded: LoadedModel, records: Sequence[Mapping[str, Any]], encoded: EncodedPrompts, *, regions: str = "box"
 ) -> Tensor:
@@ -190,11 +210,7 @@ def target_segments(
     Raises DataError naming a `grid` or `pip` record without one picture or without a place in it, StageError for rectangles of
     another family.
     """
-    if regions == "official_code" and loaded.family.name != "llava":
-        raise StageError(
-            f"score.regions: official_code is how MIA-DPO's code cuts LLaVA-1.5's 24x24 patches; pictures of {loaded.family.name} "
-            "have patch grids of their own; set it to box"
-        )
+    check_regions(loaded.family, regions)
     if encoded.cross_segments is not None:
         in_regions = next((record for record in records if record["format"] in REGION_FORMATS), None)
         if in_regions is not None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import re
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers import ranks
-from mmdpo_trainers.data.pictures import content_key
+from mmdpo_trainers.data.losses import lost
+from mmdpo_trainers.data.pictures import content_key, is_made
 from mmdpo_trainers.data.records import read_prompts, relative_images
 from mmdpo_trainers.errors import DataError, StageError
-from mmdpo_trainers.run_folder import JsonLines
+from mmdpo_trainers.run_folder import JsonLines, is_stage_file
 from mmdpo_trainers.shards import merge_parts, part_files, write_shards
 from mmdpo_trainers.stages import StageContext
 
@@ -24,8 +26,32 @@ def read_records(path: Path, what: str) -> list[Record]:
     """The prompt records of a file, with whatever earlier stages added. Raises StageError where there are none."""
     records = list(read_prompts(path))
     if not records:
-        raise StageError(f"{path} holds no {what}; see the summary of the stage that wrote it, or give your own with --input")
+        remedy = (
+            "see the summary of the stage that wrote it, or give your own with --input"
+            if is_stage_file(path)
+            else "write some into it"
+        )
+        raise StageError(f"{path} holds no {what}; {remedy}")
     return records
+
+
+def own_records(context: StageContext, path: Path, what: str) -> tuple[list[Record], dict[str, Any]]:
+    """`read_records`, and what of them is left out (`lost`), where that is allowed: those with pictures that do not exist."""
+    records = read_records(path, what)
+    gone = missing_pictures(records) if context.config.allow_missing else {}
+    kept = [record for record in records if record["id"] not in gone]
+    if not kept:
+        raise DataError(
+            f"{path}: none of its {len(records):,} records has its pictures, such as {next(iter(gone.values()))}; mend the paths"
+        )
+    return kept, lost(len(records), {"missing": len(gone)})
+
+
+def missing_pictures(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Record's id -> its first picture that does not exist."""
+    exists = functools.lru_cache(maxsize=None)(os.path.isfile)
+    gone = ((record["id"], next((image for image in record["images"] if not exists(image)), None)) for record in records)
+    return {id: image for id, image in gone if image is not None}
 
 
 def require(records: Sequence[Mapping[str, Any]], names: Mapping[str, type | tuple[type, ...]], path: Path) -> None:
@@ -68,7 +94,7 @@ def run_batches(
     if ranks.several() or part_files(path):
         write_shards(path, ids, write, context.progress, description)
         return path
-    with JsonLines(path) as out, context.progress.task(description, total=len(ordered), completed=len(out)) as task:
+    with JsonLines(path) as out, context.progress.task(description, len(ordered), len(out), context.folder) as task:
         holes = any(record["id"] not in out for record in ordered[: len(out)])
         for number, each in enumerate(ids):
             missing = [id for id in each if id not in out]
@@ -86,11 +112,7 @@ def check_pictures(batch: Sequence[Mapping[str, Any]], context: StageContext) ->
     for record in batch:
         for image in record["images"]:
             file = Path(image)
-            own = (
-                file.is_relative_to(context.run.path)
-                and file.parent.name == "images"
-                and re.fullmatch(r"[0-9a-f]{16}", file.stem)
-            )
+            own = file.is_relative_to(context.run.path) and is_made(file)
             if own and file.is_file() and content_key(file.read_bytes()) != file.stem:
                 stage = file.relative_to(context.run.path).parts[0]
                 raise DataError(

@@ -22,6 +22,7 @@ from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.stages import STAGES
 
 _SHARED = ("method", "model", "seed", "threads", "dtype", "device")
+_ALLOW = "allow_missing"
 
 _ABOUT = {
     "augment": "Make multi-image prompts (sequence, grid collage, pic-in-pic) from single-image data.",
@@ -129,6 +130,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--restart", metavar="STAGE", help="remove this stage's files and those of later stages first")
     about_set = "replace one value, such as score.layer=8; may be repeated"
     run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=about_set)
+    _add_allow_missing(run)
     run.set_defaults(action=_run)
 
 
@@ -186,6 +188,12 @@ def _add_section(parser: argparse.ArgumentParser, stage: str) -> None:
     _add_fields(parser, get_type_hints(RunConfig)[stage], stage)
     for name in _SHARED:
         _add_field(parser, sections[name], get_type_hints(RunConfig)[name], name, name)
+    _add_allow_missing(parser)
+
+
+def _add_allow_missing(parser: argparse.ArgumentParser) -> None:
+    about = next(f.metadata["help"] for f in dataclasses.fields(RunConfig) if f.name == _ALLOW)
+    parser.add_argument("--allow-missing", dest=_ALLOW, action="store_const", const="true", default=argparse.SUPPRESS, help=about)
 
 
 def _add_fields(parser: argparse.ArgumentParser, cls: Any, section: str, rename: dict[str, str] | None = None) -> None:
@@ -214,6 +222,8 @@ def _run(options: argparse.Namespace) -> None:
         values["seed"] = convert(_flag_value("--seed", options.seed), int, where="command line", name="--seed")
     if options.run_dir is not None:
         values["run_dir"] = options.run_dir
+    if hasattr(options, _ALLOW):
+        values[_ALLOW] = True
     values.setdefault("name", Path(options.config).stem)
     run_pipeline(RunConfig.from_dict(values, where=options.config), until=options.until, restart=options.restart)
 
@@ -259,7 +269,7 @@ def _configuration(options: argparse.Namespace, saved: Path) -> RunConfig:
         # Only mDPO runs have this stage.
         values.setdefault("method", "mdpo")
     for key, text in vars(options).items():
-        if key.split(".")[0] in ("data", *STAGES, *_SHARED) and key != "config":
+        if key.split(".")[0] in ("data", *STAGES, *_SHARED, _ALLOW) and key != "config":
             values = _assigned(values, key.split("."), _typed(key, text))
     return RunConfig.from_dict(values, where=str(file) if file.exists() else "command line").with_absolute_paths()
 

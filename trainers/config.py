@@ -305,6 +305,11 @@ class RunConfig:
     threads: int | None = option(None, "CPU threads of PyTorch; None: PyTorch's own default", result=False, minimum=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type the model is loaded in")
     device: str | None = option(None, "cpu, cuda, cuda:1, ...; None: cuda if there is one")
+    allow_missing: bool = option(
+        False,
+        "go on where over half of the records are lost, or where prompts or pairs lack their pictures: these are left out",
+        result=False,
+    )
     data: DataConfig = option(help="source data", factory=DataConfig)
     augment: AugmentConfig = option(help="multi-image prompts", factory=AugmentConfig)
     generate: GenerateConfig = option(help="the model's answers", factory=GenerateConfig)

@@ -17,8 +17,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def free_mib(path: str | os.PathLike[str]) -> int:
     """MiB that are free where `path` is, or would be."""
-    folder = next(each for each in Path(path).absolute().parents if each.exists())
+    path = Path(path).absolute()
+    folder = next(each for each in (path, *path.parents) if each.is_dir())
     return round(shutil.disk_usage(folder).free / 2**20)
+
+
+def folder_bytes(folder: str | os.PathLike[str]) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
 @contextlib.contextmanager

@@ -144,9 +144,7 @@ def load_model(
     """
     target = resolve_device(device)
     folder = resolve_model_path(path)
-    model_type = _model_type(folder)
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
-        raise StageError(f"model {folder}: no weights ({' or '.join(_WEIGHT_FILES)}); download the whole checkpoint")
+    model_type = check_folder(folder).model_type
     torch_dtype = dtype if isinstance(dtype, torch.dtype) else _dtype(dtype)
     its_processor = load_processor(folder if processor is None else resolve_model_path(processor), model_type)
     bars = transformers_logging.is_progress_bar_enabled()
@@ -177,6 +175,31 @@ def load_model(
         adapter=None if adapter is None else Path(adapter),
         date=date or TemplateDate.now(),
     )
+
+
+def check_folder(folder: Path) -> Any:
+    """The configuration of a model folder. StageError where it says, without a weight read, that the model cannot be used."""
+    _model_type(folder)
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise StageError(f"model {folder}: no weights ({' or '.join(_WEIGHT_FILES)}); download the whole checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StageError(f"model {folder}: config.json cannot be used ({error}); download the checkpoint again") from error
+    text = config.get_text_config()
+    quantized = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
+        name = getattr(method, "value", method)
+        raise StageError(
+            f"model {folder}: its weights are quantised (quantization_config in config.json: {name}); expected float32, bfloat16 or float16, "
+            "in which the output head and the adapters compute; give the checkpoint that it was made from"
+        )
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        cap = getattr(text, name, None)
+        if cap is not None and not (isinstance(cap, int | float) and 0 < cap < float("inf")):
+            raise StageError(f"model {folder}: config.json: {name}: expected a number above 0, or null for none, got {cap!r}")
+    return config
 
 
 def _model_type(folder: Path) -> str:

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from mmdpo_trainers import ranks, stages
 from mmdpo_trainers.config import RunConfig
-from mmdpo_trainers.errors import ConfigError, MmdpoError
+from mmdpo_trainers.data.losses import loss_line
+from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.preference_figures import preference_summary
 from mmdpo_trainers.preflight import check_run
@@ -116,8 +117,9 @@ def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> d
         # A page is drawn from the other stages' files alone, so drawing it again loses nothing.
         run.remove(context.name)
     if run.stage_is_done(context.name, fingerprint):
-        context.progress.print(f"{label}{context.name}: done before")
-        return run.summary(context.name)
+        summary = run.summary(context.name)
+        context.progress.print("; ".join(filter(None, [f"{label}{context.name}: done before", loss_line(summary)])))
+        return summary
     interrupted = (run.path / context.name / "state.json").exists()
     context.progress.print(f"{label}{context.name}: {'continuing' if interrupted else 'starting'}")
     run.begin_stage(context.name, fingerprint)
@@ -125,6 +127,8 @@ def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> d
         if context.stage in SHARED_STAGES:
             ranks.on_main(lambda: "work")
         summary = module.run(context)
+    if line := loss_line(summary):
+        context.progress.print(f"{label}{context.name}: {line}")
     return run.finish_stage(context.name, fingerprint, summary)
 
 
@@ -148,6 +152,8 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     for path in inputs:
         inside = path.absolute().is_relative_to(context.run.path)
         name = path.absolute().relative_to(context.run.path).as_posix() if inside else path.name
+        if not inside and not path.exists():
+            raise RunFolderError(f"{path} does not exist, and is none of the run's own files: mend its path, or leave it out")
         parts[f"input {name}"] = content_hash(path)
     return Fingerprint(json.loads(json.dumps(parts)))
 
@@ -254,6 +260,9 @@ def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         "augment", "generate", "score", "select", "pairs", "train", "evaluate/before", "evaluate/after", "report",
         *(f"arms/{arm}/{stage}" for arm in config.arms for stage in ("select", "train", "evaluate/after")),
     ]  # fmt: skip
+    # Of evaluation prompts, which are made beside their answers.
+    losses = {name: _done(run, name).get("lost") for name in ("evaluate", *names)}
+    summary["lost"] = {name: found for name, found in losses.items() if found}
     seconds = {name: round(run.seconds(name), 2) for name in names if (run.path / name / "state.json").exists()}
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
     write_atomic(run.path / "summary.json", summary)
@@ -264,6 +273,7 @@ def _mia_dpo_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     summary = _outcome(run, "")
     before = _done(run, "evaluate/before")
     summary["accuracy"] = {"before": before.get("accuracy"), **summary["accuracy"]}
+    summary["counts"] = {"evaluate": before.get("counts")}
     summary["match"] = {"select": _done(run, "select").get("match"), "evaluate": before.get("match")}
     summary["prompts"] = _done(run, "augment").get("prompts")
     summary["problems"] = _done(run, "augment").get("problems")

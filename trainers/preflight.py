@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from mmdpo_trainers import launcher, ranks
 from mmdpo_trainers.config_values import convert
-from mmdpo_trainers.errors import ConfigError
-from mmdpo_trainers.run_folder import RunFolder, read_json
+from mmdpo_trainers.data.losses import ALLOW
+from mmdpo_trainers.errors import ConfigError, DataError
+from mmdpo_trainers.run_folder import read_json
 from mmdpo_trainers.shapes import SHIPPED
 from mmdpo_trainers.stages import MODEL_STAGES, StageContext, stage_module
 
@@ -41,11 +39,17 @@ def check_run(contexts: Sequence[StageContext]) -> None:
             _check_evaluation(context)
         if context.stage == "report":
             _check_seeds(context)
+    if any(context.stage in MODEL_STAGES and context.stage != "report" for context in contexts):
+        from mmdpo_trainers.model_preflight import check_model
+
+        check_model(contexts)
+    for context in contexts:
+        _check_data(context)
 
 
 def check_train_args(context: StageContext) -> None:
     """Raise ConfigError for `train.args` that PreferenceConfig does not have or does not take."""
-    from mmdpo_trainers.stages.train import preference_config
+    from mmdpo_trainers.model_preflight import training_settings
     from mmdpo_trainers.training.preference_config import PreferenceConfig
 
     where = f"arms.{context.arm}.train.args" if context.arm else "train.args"
@@ -58,11 +62,7 @@ def check_train_args(context: StageContext) -> None:
         # transformers takes a learning rate that is a text, and fails with it in the first step.
         if _is_number(hints[name]):
             convert(value, hints[name], where=where, name=name)
-    # transformers makes the process group with its settings, for which the others would have to be here.
-    alone = launcher.hidden() if ranks.several() else contextlib.nullcontext()
-    with alone, tempfile.TemporaryDirectory() as folder:
-        somewhere = dataclasses.replace(context, run=RunFolder(folder))
-        preference_config(somewhere, range(1), evaluate=context.options.held_out > 0)
+    training_settings(context, range(1))
 
 
 def _is_number(hint: Any) -> bool:
@@ -99,6 +99,30 @@ def _check_preferences(context: StageContext) -> None:
         )
     if config.pairs.held_out == 0 and config.pairs.source not in SHIPPED:
         raise ConfigError("pairs.held_out: nothing is left to evaluate on; raise it, or give prompts as evaluate.input")
+
+
+def _check_data(context: StageContext) -> None:
+    """Data that an early stage does not look at, and a later one would find gone."""
+    if (
+        context.config.method == "mia_dpo"
+        and context.stage == "evaluate"
+        and context.moment == "before"
+        and not context.options.input
+    ):
+        from mmdpo_trainers.stages.augment import check_evaluation_source
+
+        check_evaluation_source(context)
+    path = getattr(context.options, "input", None)
+    if path and context.stage in ("generate", "score", "evaluate") and not context.config.allow_missing:
+        from mmdpo_trainers.batches import missing_pictures, read_records
+
+        records = read_records(Path(path), "records")
+        if gone := missing_pictures(records):
+            name, picture = next(iter(gone.items()))
+            raise DataError(
+                f"{context.stage}.input: {len(gone):,} of {len(records):,} records of {path} lack a picture, such as record {name}: "
+                f"{picture} is not a file; mend the paths, which are relative to the file's folder; or {ALLOW}"
+            )
 
 
 def _check_seeds(context: StageContext) -> None:

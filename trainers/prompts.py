@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from PIL import Image
 
-from mmdpo_trainers.data.pictures import PictureError, open_picture
+from mmdpo_trainers.data.pictures import PictureError, is_made, open_picture
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.families import EncodedPictures, View, expand_ids, plain_grid
@@ -111,10 +111,14 @@ def in_forwards(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], work:
 
 def load_pictures(record: Mapping[str, Any]) -> list[Image.Image]:
     """A record's pictures, upright and in RGB. Raises DataError naming the record where one cannot be read."""
-    try:
-        return [open_picture(image) for image in record["images"]]
-    except PictureError as error:
-        raise DataError(f"record {record['id']}: {error}; run augment again, or mend the path in the prompts") from error
+    found = []
+    for image in record["images"]:
+        try:
+            found.append(open_picture(image))
+        except PictureError as error:
+            remedy = "run augment again" if is_made(image) else "restore the file"
+            raise DataError(f"record {record['id']}: {error}; {remedy}, or mend the path in the prompts") from error
+    return found
 
 
 def _check_placeholders(record: Mapping[str, Any], pictures: int) -> None:

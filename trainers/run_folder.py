@@ -15,7 +15,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -60,7 +60,21 @@ def write_atomic(
 _GROWING = (".reference.jsonl",)
 """Kept beside a stage's files, and added to after it is done."""
 
-_MEND = "put the file back as it was, or write it anew: --restart with the stage that wrote it"
+
+def is_stage_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a stage of a run wrote the file: beside its files it keeps its state. Any other file is the user's own."""
+    return (Path(path).parent / "state.json").is_file()
+
+
+def is_own(name: str) -> bool:
+    """Whether a stage's name is that of an evaluation beside the run's, on a file of the user's own; no later stage depends on it."""
+    return "/own/" in name
+
+
+def _mend(path: Path) -> str:
+    if is_stage_file(path):
+        return "put the file back as it was, or write it anew: --restart with the stage that wrote it"
+    return "mend this line of your file, or take it out"
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -86,9 +100,9 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise RunFolderError(f"{path}, line {number}: not valid JSON ({error}); {_MEND}") from error
+                raise RunFolderError(f"{path}, line {number}: not valid JSON ({error}); {_mend(path)}") from error
             if not isinstance(record, dict):
-                raise RunFolderError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}; {_MEND}")
+                raise RunFolderError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}; {_mend(path)}")
             yield record
 
 
@@ -237,15 +251,25 @@ class RunFolder:
             self.remove(name)
             return False
         if recorded["fingerprint"] != fingerprint.digest:
-            changes = "; ".join(fingerprint.differences(recorded["parts"])) or "its fingerprint"
-            raise RunFolderError(
-                f"{self.path / name} was made with other settings ({changes}). Put the settings back, pass --restart {name} to "
-                "remove this stage and the later ones, or choose another --run-dir"
-            )
+            raise RunFolderError(self._other_settings(name, fingerprint.differences(recorded["parts"])))
         if not (self.path / name / "summary.json").exists():
             return False
         self._check_sizes(name, recorded.get("files", {}))
         return True
+
+    def _other_settings(self, name: str, changes: Sequence[str]) -> str:
+        """Message for a stage whose files are of other settings or input; a file of the user's own need not be put back as it was."""
+        # Files of the run are named by their paths in it.
+        own = [change.split(":")[0].removeprefix("input ") for change in changes if change.startswith("input ")]
+        own = [file for file in own if "/" not in file]
+        if own and len(own) == len(changes):
+            made, back = f"another content of your own {', '.join(own)}", "To go on with the file as it is, pass"
+        else:
+            made, back = f"other settings ({'; '.join(changes) or 'its fingerprint'})", "Put the settings back, or pass"
+        again = "to do this evaluation anew (no other changes), or give the file another name"
+        if not is_own(name):
+            again = f"{name} to remove this stage and the later ones, or choose another --run-dir"
+        return f"{self.path / name} was made with {made}. {back} --restart {again}"
 
     def _check_sizes(self, name: str, sizes: Mapping[str, int]) -> None:
         """Raise RunFolderError where a file of a finished stage is not as long as it was: lines that are gone leave no other trace."""
@@ -254,9 +278,13 @@ class RunFolder:
             found = path.stat().st_size if path.exists() else None
             if found != size:
                 now = "is gone" if found is None else f"has {found} bytes"
+                remedy = (
+                    "or pass --restart to do this evaluation anew"
+                    if is_own(name)
+                    else f"pass --restart {name} to make it and what follows anew, or give a file of your own to the next stage with --input"
+                )
                 raise RunFolderError(
-                    f"{path} {now}, and had {size} when the stage was done: it was damaged, or edited. Put it back, pass --restart {name} to "
-                    "make it and what follows anew, or give a file of your own to the next stage with --input"
+                    f"{path} {now}, and had {size} when the stage was done: it was damaged, or edited. Put it back, {remedy}"
                 )
 
     def holds_output(self, name: str) -> bool:

@@ -53,7 +53,7 @@ def write_shards(path: Path, batches: Batches, write: Write, progress: Progress,
     counter = ranks.meeting("written")
     own = missing[ranks.rank() :: ranks.world_size()]
     completed = total - sum(len(places) for _, places in missing)
-    with _task(progress, description, total, completed) as task, ranks.failing():
+    with _task(progress, description, total, completed, path.parent) as task, ranks.failing():
 
         def seen() -> None:
             if task is not None:
@@ -151,10 +151,10 @@ def _alone(part: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _task(progress: Progress, description: str, total: int, completed: int) -> Iterator[Any]:
+def _task(progress: Progress, description: str, total: int, completed: int, folder: Path) -> Iterator[Any]:
     """The first process shows the work of all."""
     if not ranks.is_main():
         yield None
         return
-    with progress.task(description, total=total, completed=completed) as task:
+    with progress.task(description, total, completed, folder) as task:
         yield task

@@ -16,14 +16,31 @@ def run_tables(summary: dict[str, Any]) -> list[Table]:
     Of an mDPO run, by arm: accuracy by group of questions, and gaps and rewards on held-out pairs.
     """
     if summary.get("method") == "mdpo":
-        return [_preference_table(summary)]
+        return [_preference_table(summary), *_lost_table(summary)]
     tables = []
     accuracy = summary["accuracy"]
     if accuracy["before"] or accuracy["after"]:
         tables.append(_accuracy_table(summary, *_compared(summary, "evaluate")))
     if summary["pairs"] is not None:
-        tables.append(_selection_table(summary["pairs"], summary["dropped"] or {}, *_compared(summary, "select")))
-    return tables
+        # With the formats that no prompt could be made of.
+        pairs = {**{name: 0 for name, count in (summary.get("prompts") or {}).items() if not count}, **summary["pairs"]}
+        tables.append(_selection_table(pairs, summary["dropped"] or {}, *_compared(summary, "select")))
+    return tables + _lost_table(summary)
+
+
+def _lost_table(summary: dict[str, Any]) -> list[Table]:
+    """Records left out, by stage and reason; no table where there are none."""
+    if not summary.get("lost"):
+        return []
+    table = Table(title="records left out", title_justify="left")
+    for name in ("stage", "reason"):
+        table.add_column(name)
+    table.add_column("number", justify="right")
+    for stage, loss in summary["lost"].items():
+        for reason, count in loss["reasons"].items():
+            table.add_row(stage, reason, f"{count:,}")
+        table.add_row(stage, "records, of", f"{loss['records']:,} / {loss['of']:,}")
+    return [table]
 
 
 def _compared(summary: dict[str, Any], stage: str) -> list[str]:
@@ -57,11 +74,14 @@ def _preference_table(summary: dict[str, Any]) -> Table:
 def _accuracy_table(summary: dict[str, Any], *notes: str) -> Table:
     rows = {"before": summary["accuracy"]["before"], "after": summary["accuracy"]["after"]}
     rows |= {f"arm {name}": arm["accuracy"]["after"] for name, arm in summary["arms"].items()}
-    formats = [name for name in FORMATS if any(name in (row or {}) for row in rows.values())]
+    # A format without a single question is shown as that.
+    asked = (summary.get("counts") or {}).get("evaluate") or {}
+    formats = [name for name in FORMATS if name in asked or any(name in (row or {}) for row in rows.values())]
     table = Table(title=", ".join(["accuracy", *notes]), title_justify="left")
     table.add_column("model", no_wrap=True)
     for name in [*formats, "multi-image mean"]:
-        table.add_column(name if name != "single" else "single image", justify="right")
+        label = name if name != "single" else "single image"
+        table.add_column(f"{label} (n = 0)" if asked.get(name) == 0 else label, justify="right")
     for label, row in rows.items():
         if row:
             several = [row[name] for name in formats if name in row and name != "single"]

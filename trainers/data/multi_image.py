@@ -56,6 +56,9 @@ PIP_OPENINGS = (
 )
 """Ways to point at the pasted picture."""
 
+TOO_FEW = "too_few_pictures"
+"""Reason of a prompt, though not of its record, for which there are no companions."""
+
 Planned = tuple[SourceRecord, str, int]
 """A prompt to make: record, format, variant (0: the record's first prompt of this plan)."""
 
@@ -170,7 +173,7 @@ class PromptMaker:
         companions = self._companions(record, count - 1, rng)
         if companions is None:
             detail = f"{format} of {count} needs {count - 1} other pictures that can be read and differ; there are fewer"
-            return None, [*self._problems, Problem(record.id, "too_few_pictures", detail)]
+            return None, [*self._problems, Problem(record.id, TOO_FEW, detail)]
         place = rng.randrange(count)
         paths = [*companions[:place], record.picture, *companions[place:]]
         build = {"single": self._single, "sequence": self._sequence, "grid": self._grid, "pip": self._pip}[format]

@@ -186,6 +186,14 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def is_made(picture: Any) -> bool:
+    """Whether a picture is the path of one that a run made, which is named by its content."""
+    if not isinstance(picture, str | os.PathLike):
+        return False
+    file = Path(picture)
+    return file.parent.name == "images" and re.fullmatch(r"[0-9a-f]{16}", file.stem) is not None
+
+
 def content_key(data: bytes) -> str:
     """Name of a picture by its content: 16 hexadecimal digits of SHA-256."""
     return hashlib.sha256(data).hexdigest()[:16]

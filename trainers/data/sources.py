@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from mmdpo_trainers.data.pictures import PictureError, content_key, embedded_byt
 from mmdpo_trainers.data.records import IMAGE_TOKEN, not_utf8
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.run_folder import write_atomic
+
+DUPLICATE = "duplicate_record"
+"""Reason of a record that repeats another."""
 
 _ASKS = ("human", "user")
 _ANSWERS = ("gpt", "assistant")
@@ -36,6 +39,8 @@ class SourceRecord:
     question: str
     answer: str
     options: tuple[str, ...] | None = None
+    row: int = field(default=-1, compare=False)
+    """Number of its record in the source, from 0; the turns of a conversation share it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Problem:
     reason: str
     detail: str
     dropped: bool = True
+    row: int = field(default=-1, compare=False)
 
     @property
     def key(self) -> str:
@@ -86,14 +92,15 @@ def read_source(
         if limit is not None and index >= limit:
             return
         if isinstance(raw, Problem):
-            yield raw
+            yield replace(raw, row=index)
             continue
         record_id, problem = _unique_id(raw, index, seen)
         if problem is not None:
-            yield problem
+            yield replace(problem, row=index)
             if problem.dropped:
                 continue
         for item in _read_record(record_id, raw, root, Path(cache)):
+            item = replace(item, row=index)
             yield from (item,) if item.id == record_id else _unique_turn(item, index, seen)
 
 
@@ -121,7 +128,7 @@ def _unique_id(raw: Mapping[str, Any], index: int, seen: dict[str, str]) -> tupl
         if name not in seen:
             break
         if seen[name] == digest:
-            return name, Problem(f"{name}@{index}", "duplicate_record", f"record {index} repeats record {name!r} word for word")
+            return name, Problem(f"{name}@{index}", DUPLICATE, f"record {index} repeats record {name!r} word for word")
     seen[name] = digest
     if name == record_id:
         return name, None

@@ -67,7 +67,7 @@ class AccuracyRow:
 
     @property
     def questions(self) -> int:
-        return max(p.total for p in (self.before, self.after) if p is not None)
+        return max((p.total for p in (self.before, self.after) if p is not None), default=0)
 
 
 @dataclass(kw_only=True)
@@ -89,6 +89,8 @@ class RunContents:
     log: list[Record] = field(default_factory=list)
     summaries: dict[str, Record] = field(default_factory=dict)
     arms: dict[str, tuple[list[Record], int | None]] = field(default_factory=dict)
+    evaluation_data: Record = field(default_factory=dict)
+    """Summary of how the evaluation prompts were made."""
 
     @classmethod
     def read(cls, folder: Path) -> RunContents:
@@ -105,6 +107,7 @@ class RunContents:
             log=_records(folder / "train" / "log.jsonl"),
             summaries=_summaries(folder),
             arms=_arms(folder / "arms"),
+            evaluation_data=read_json(made) if (made := folder / "evaluate" / "summary.json").is_file() else {},
         )
 
     def accuracy_rows(self, *, nested: bool) -> list[AccuracyRow]:
@@ -117,7 +120,9 @@ class RunContents:
             counts = sorted({int(a["num_images"]) for a in (*old, *new) if a.get("num_images")})
             if nested and len(counts) > 1:
                 rows += [_accuracy_row(f"{n} pictures", *(_with_images(g, n) for g in (old, new)), nested=True) for n in counts]
-        return rows
+        return rows + [
+            _accuracy_row(label_of(name), [], []) for name in self.empty_formats if name not in before and name not in after
+        ]
 
     def multi_image_mean(self) -> tuple[float | None, float | None]:
         """Accuracy before and after, averaged over the multi-image formats (each format counts the same)."""
@@ -137,6 +142,12 @@ class RunContents:
         """The same of the evaluations; empty where there is none."""
         found = [self.summaries.get(f"evaluate/{moment}", {}).get("match") for moment in ("before", "after")]
         return next((match for match in found if match), "")
+
+    @property
+    def empty_formats(self) -> list[str]:
+        """Formats that were to be evaluated, of which there is no question."""
+        counts = self.summaries.get("evaluate/before") or self.summaries.get("evaluate/after") or {}
+        return [name for name, count in (counts.get("counts") or {}).items() if not count]
 
     def thresholds(self) -> dict[str, dict[int, float]]:
         """Format -> number of pictures -> largest ratio selected, as the select stage's summary says."""

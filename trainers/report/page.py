@@ -74,6 +74,7 @@ def common(contents: RunContents, *, title: str, config: Mapping[str, Any], now:
             ("Seed", config.get("seed", "–")),
             ("Date", now.strftime("%Y-%m-%d %H:%M UTC")),
         ],
+        "lost": sections.lost_table(contents),
         "seconds": sections.seconds_table(contents),
         "versions": sections.versions_table(),
         "config": yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True) if config else "",
@@ -85,12 +86,12 @@ def _ratio(value: float | None) -> str:
 
 
 def _accuracy(contents: RunContents) -> dict[str, Any]:
-    formats = contents.accuracy_rows(nested=False)
+    formats = [row for row in contents.accuracy_rows(nested=False) if row.questions]
     rows = contents.accuracy_rows(nested=True)
     return {
         "accuracy": formats,
         "accuracy_rows": rows,
-        "by_images": len(rows) > len(formats),
+        "by_images": any(row.nested for row in rows),
         "has_ratio": any(row.ratio_before is not None or row.ratio_after is not None for row in rows),
         "accuracy_plot": plots.accuracy_plot([(row.label, row.before, row.after) for row in formats]) if formats else "",
         "headline": _headline(contents),

@@ -99,7 +99,11 @@ def selection_table(contents: RunContents) -> Table | None:
     pairs = Counter(record["format"] for record in contents.pairs)
     first = Counter((record["rule"], record["format"]) for record in contents.dropped)
     failed = Counter(rule for record in contents.dropped for rule in record.get("rules", [record["rule"]]))
-    formats = list(by_format([*contents.pairs, *contents.dropped]))
+    # With formats of which nothing came here.
+    wanted = (contents.summaries.get("augment", {}).get("prompts") or {}).keys() | contents.summaries.get("select", {}).get(
+        "pairs", {}
+    ).keys()
+    formats = list(by_format([*contents.pairs, *contents.dropped, *({"format": name} for name in wanted)]))
     rules = [*(rule for rule in RULES if rule in failed), *sorted(failed.keys() - set(RULES))]
 
     def row(name: str, counts: Sequence[int], last: str = "") -> list[str]:
@@ -195,6 +199,23 @@ def arms_table(contents: RunContents) -> Table | None:
 def _accuracies(answers: Sequence[Record], formats: Sequence[str]) -> list[Proportion | None]:
     groups = by_format(answers)
     return [proportion(groups.get(format, [])) for format in formats]
+
+
+def lost_table(contents: RunContents) -> Table | None:
+    """Records left out, by stage and reason; None where there are none."""
+    found = {"augment": contents.summaries.get("augment"), "evaluate": contents.evaluation_data, **contents.summaries}
+    losses = {name: summary["lost"] for name, summary in found.items() if summary and summary.get("lost")}
+    if not losses:
+        return None
+    rows = []
+    for name, loss in losses.items():
+        rows += [[name, reason.replace("_", " "), f"{count:,}"] for reason, count in loss["reasons"].items()]
+        rows.append([name, "all records left out, of those read", f"{loss['records']:,} of {loss['of']:,}"])
+    return Table(
+        caption="Records that were left out, by stage and reason; a record may have several. Each is in the stage's problems.jsonl.",
+        head=["Stage", "Reason", "Number"],
+        rows=rows,
+    )
 
 
 def seconds_table(contents: RunContents) -> Table | None:

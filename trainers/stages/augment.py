@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.config import DataConfig
 from mmdpo_trainers.data.held_out import hold_out
-from mmdpo_trainers.data.multi_image import Planned, PromptMaker, check_options, plan_prompts, prompt_id
-from mmdpo_trainers.data.sources import Problem, SourceRecord, read_source
+from mmdpo_trainers.data.losses import check_losses, loss_line, lost, named
+from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id
+from mmdpo_trainers.data.sources import DUPLICATE, Problem, SourceRecord, read_source
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.progress import ProgressTask
@@ -42,10 +45,11 @@ def run(context: StageContext) -> dict[str, Any]:
     """Write `prompts.jsonl`, `singles.jsonl` (the same records as single-image prompts), `images/` and `problems.jsonl`."""
     options = context.config.augment
     check_options(options, options.formats, max_pixels=context.config.data.max_pixels)
-    records, problems = _training_records(context)
+    source = _training_records(context)
+    records = source.records
     wanted = options.num_prompts if options.num_prompts is not None else max(1, round(options.per_record * len(records)))
     plan = plan_prompts(records, context.seed, options.formats)
-    return _write(context, "augment", records, problems, [(plan, wanted)], formats=options.formats, singles=True)
+    return _write(context, "augment", source, [(plan, wanted)], formats=options.formats, singles=True)
 
 
 def build_evaluation_prompts(context: StageContext) -> Path:
@@ -69,11 +73,15 @@ def build_evaluation_prompts(context: StageContext) -> Path:
     fingerprint = Fingerprint(json.loads(json.dumps(parts)))
     if not context.run.stage_is_done("evaluate", fingerprint):
         context.run.begin_stage("evaluate", fingerprint)
-        records, problems = _evaluation_records(context)
-        plans = [(plan_prompts(records, config.seed, {name: 1.0}), count) for name, count in config.evaluate.per_format.items()]
+        source = _evaluation_records(context, context.run.folder("evaluate"))
+        plans = [
+            (plan_prompts(source.records, config.seed, {name: 1.0}), count) for name, count in config.evaluate.per_format.items()
+        ]
         formats = config.evaluate.per_format
-        summary = _write(context, "evaluate", records, problems, plans, formats=formats, singles=False)
+        summary = _write(context, "evaluate", source, plans, formats=formats, singles=False)
         context.run.finish_stage("evaluate", fingerprint, summary)
+        if line := loss_line(summary):
+            context.progress.print(f"evaluate: {line}; see {context.run.path / 'evaluate' / 'problems.jsonl'}")
     return context.evaluation_prompts
 
 
@@ -101,14 +109,13 @@ def _source_files(source: str) -> list[Path]:
 def _write(
     context: StageContext,
     stage: str,
-    records: Sequence[SourceRecord],
-    problems: Sequence[Problem],
+    source: _Source,
     plans: Sequence[tuple[Iterator[Planned], int]],
     *,
     formats: Mapping[str, float],
     singles: bool,
 ) -> dict[str, Any]:
-    folder = context.run.folder(stage)
+    folder, records = context.run.folder(stage), source.records
     if _need_regions(formats) and not context.config.augment.square:
         _refuse_centre_crop(context.model)
     maker = PromptMaker(
@@ -122,13 +129,17 @@ def _write(
     )
     total = sum(count for _, count in plans)
     with _Writer(folder, singles=singles) as writer:
-        writer.report(problems)
-        with context.progress.task(f"{stage}: prompts", total=total) as task:
+        writer.report(source.problems)
+        context.progress.print(f"{stage}: {total:,} prompts from {len(records):,} records")
+        with context.progress.task(f"{stage}: prompts", total, folder=folder) as task:
             for plan, count in plans:
                 _make(plan, count, len(records), maker, writer, task)
-    summary = _summarize(folder, len(records))
-    if not summary["prompts"]:
+    summary, share = _summarize(folder, source, [name for name, wanted in formats.items() if wanted])
+    if not any(summary["prompts"].values()):
         raise DataError(f"no prompt could be made: {_reasons(summary['problems'])}. See {folder / 'problems.jsonl'}")
+    check_losses(
+        share, context.config.allow_missing, f"{stage}: {loss_line(summary)}. See {folder / 'problems.jsonl'} and mend the data"
+    )
     return summary
 
 
@@ -200,22 +211,42 @@ class _Writer:
                 file.close()
 
 
-def _training_records(context: StageContext) -> tuple[list[SourceRecord], list[Problem]]:
+@dataclass(frozen=True)
+class _Source:
+    """What there is to make prompts of. rows: records of the source that were read; lost: those of them that cannot be used."""
+
+    records: list[SourceRecord]
+    problems: list[Problem]
+    rows: int
+    lost: int
+
+
+def _training_records(context: StageContext) -> _Source:
     config = context.config
     records, problems, root = _read(config.data, context.run.folder("augment"), config.seed)
-    records = _usable(records, problems, config.data.source)
+    rows, lost = _check_usable(records, problems, config.data, "data", config.allow_missing)
     if config.holds_out:
         records = hold_out(records, config.data.holdout, root)[0]
         if not records:
             raise DataError(
                 f"data source {config.data.source}: all pictures are held out; lower data.holdout or give evaluate.source"
             )
-    return records, problems
+    return _Source(records, problems, rows, lost)
 
 
-def _evaluation_records(context: StageContext) -> tuple[list[SourceRecord], list[Problem]]:
+def check_evaluation_source(context: StageContext) -> None:
+    """Raise DataError where most of the user's own evaluation data cannot be used, without making anything of it.
+
+    Pictures inside a dataset would have to be written to be looked at; they cannot be missing.
+    """
+    source = context.config.evaluate.source
+    if source and source != SHAPES and Path(source).suffix.lower() in (".json", ".jsonl"):
+        with tempfile.TemporaryDirectory() as folder:
+            _evaluation_records(context, Path(folder))
+
+
+def _evaluation_records(context: StageContext, folder: Path) -> _Source:
     config = context.config
-    folder = context.run.folder("evaluate")
     source = config.evaluate.source or config.data.source
     data = DataConfig(**{**vars(config.data), "source": source})
     if config.evaluate.source:
@@ -223,12 +254,13 @@ def _evaluation_records(context: StageContext) -> tuple[list[SourceRecord], list
     if source == SHAPES:
         data.pictures = max(config.evaluate.per_format.values(), default=1)
     records, problems, root = _read(data, folder, config.seed + EVALUATION_SEED)
-    records = _usable(records, problems, source)
+    section = "evaluate" if config.evaluate.source else "data"
+    rows, lost = _check_usable(records, problems, data, section, config.allow_missing)
     if source != SHAPES and not config.evaluate.source:
         records = hold_out(records, config.data.holdout, root)[1]
         if not records:
             raise DataError("nothing is held out for evaluation (data.holdout is 0); give evaluate.source or evaluate.input")
-    return records, problems
+    return _Source(records, problems, rows, lost)
 
 
 def _read(data: DataConfig, folder: Path, seed: int) -> tuple[list[SourceRecord], list[Problem], Path]:
@@ -254,35 +286,65 @@ def _read(data: DataConfig, folder: Path, seed: int) -> tuple[list[SourceRecord]
     return records, problems, root.resolve()
 
 
-def _usable(records: list[SourceRecord], problems: Sequence[Problem], source: str) -> list[SourceRecord]:
+def _check_usable(
+    records: Sequence[SourceRecord], problems: Sequence[Problem], data: DataConfig, section: str, allow_missing: bool
+) -> tuple[int, int]:
+    """(records of the source, those that cannot be used); DataError where these are all, or more than half and that is not allowed."""
+    dropped = [problem for problem in problems if problem.dropped]
+    used = {record.row for record in records}
+    # A record that repeats another is no loss.
+    lost = {problem.row for problem in dropped if problem.reason != DUPLICATE} - used
+    reasons = Counter(problem.reason for problem in dropped)
+    remedy = "expected questions about one picture"
+    gone = next((problem for problem in dropped if problem.reason in ("missing", "outside_image_folder")), None)
+    if gone is not None and gone.reason == reasons.most_common(1)[0][0]:
+        where = f"it is {data.image_folder}" if data.image_folder else "it is unset, so that they are looked for beside the data"
+        remedy = f"such as {gone.detail}: set {section}.image_folder to the folder that picture paths are relative to ({where})"
+    elif dropped:
+        first = next(problem for problem in dropped if problem.reason == reasons.most_common(1)[0][0])
+        remedy = f"such as record {first.id}: {first.detail}; {remedy}"
     if not records:
-        reasons = Counter(problem.reason for problem in problems if problem.dropped)
-        raise DataError(f"data source {source}: no usable record ({_reasons(reasons)}); expected questions about one picture")
-    return records
+        raise DataError(f"data source {data.source}: no usable record ({_reasons(reasons)}); {remedy}")
+    total = len(used | lost)
+    what = f"data source {data.source}: {len(lost):,} of {total:,} records cannot be used ({_reasons(reasons)}); {remedy}"
+    check_losses(len(lost) / total, allow_missing, what)
+    return total, len(lost)
 
 
-def _reasons(counts: dict[str, int]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in counts.items()) or "it is empty"
+def _reasons(counts: Mapping[str, int]) -> str:
+    return named(counts) or "it is empty"
 
 
-def _summarize(folder: Path, records: int) -> dict[str, Any]:
-    """Counted from the files, so a resumed run counts what all its attempts wrote."""
+def _summarize(folder: Path, source: _Source, formats: Sequence[str]) -> tuple[dict[str, Any], float]:
+    """Counted from the files, so a resumed run counts what all its attempts wrote; and the share of records that was lost.
+
+    formats: those asked for. Of the records that prompts were to be made of, those are lost that none was made of.
+    """
     prompts: Counter[str] = Counter()
     sizes: dict[str, Counter[str]] = {}
+    made: set[str] = set()
     for prompt in read_jsonl(folder / "prompts.jsonl"):
+        made.add(prompt["source_id"])
         prompts[prompt["format"]] += 1
         sizes.setdefault(prompt["format"], Counter())[str(prompt["num_images"])] += 1
     dropped: Counter[str] = Counter()
     handled: Counter[str] = Counter()
+    unmade = {record.id for record in source.records} - made
+    barren: set[str] = set()
     for problem in read_jsonl(folder / "problems.jsonl"):
         (dropped if problem["dropped"] else handled)[problem["reason"]] += 1
-    return {
-        "records": records,
-        "prompts": {name: prompts[name] for name in FORMATS if name in prompts},
+        if problem["dropped"] and problem["reason"] != TOO_FEW and problem["id"] in unmade:
+            barren.add(problem["id"])
+    kept = (1 - source.lost / source.rows) * (1 - len(barren) / max(1, len(barren | made)))
+    summary = {
+        "records": len(source.records),
+        "prompts": {name: prompts[name] for name in FORMATS if name in prompts or name in formats},
         "num_images": {name: dict(sorted(counts.items())) for name, counts in sizes.items()},
         "problems": dict(sorted(dropped.items())),
         "handled": dict(sorted(handled.items())),
+        **lost(source.rows, dropped, source.lost + len(barren)),
     }
+    return summary, 1 - kept
 
 
 def _need_regions(formats: Mapping[str, float]) -> bool:

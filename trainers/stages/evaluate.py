@@ -9,8 +9,9 @@ from typing import Any
 from mmdpo_kernels import patch_model
 from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import mean_ratios, ratios_of
-from mmdpo_trainers.batches import Record, read_records, require, run_batches
+from mmdpo_trainers.batches import Record, own_records, require, run_batches
 from mmdpo_trainers.data.answers import answers_match
+from mmdpo_trainers.data.losses import lost
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.preference_evaluation import pair_logps
@@ -64,7 +65,7 @@ class _Evaluated:
 
 def _answers(context: StageContext, prompts: Path, model: _Evaluated) -> dict[str, Any]:
     options = context.options
-    records = read_records(prompts, "evaluation prompts")
+    records, left_out = own_records(context, prompts, "evaluation prompts")
     require(records, {"answer": str}, prompts)
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
@@ -73,7 +74,13 @@ def _answers(context: StageContext, prompts: Path, model: _Evaluated) -> dict[st
     path = run_batches(context, "answers.jsonl", records, options.batch_size, work, f"evaluate {context.moment or ''}".strip())
     if not ranks.is_main():
         return {}
-    return {**accuracy_summary(list(read_jsonl(path))), "match": options.match}
+    # With the formats that were asked for and have no prompt.
+    asked = (
+        [name for name, count in options.per_format.items() if count]
+        if not options.input and context.config.method == "mia_dpo"
+        else []
+    )
+    return {**accuracy_summary(list(read_jsonl(path)), asked), "match": options.match, **left_out}
 
 
 def _held_out(context: StageContext, model: _Evaluated) -> dict[str, Any]:
@@ -82,13 +89,15 @@ def _held_out(context: StageContext, model: _Evaluated) -> dict[str, Any]:
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
         return [{"logps": logps} for logps in pair_logps(model(), batch, seed=context.seed)]
 
-    records = read_pairs(context.held_out_pairs)
+    missing: list[str] | None = [] if context.config.allow_missing else None
+    records = read_pairs(context.held_out_pairs, missing)
+    left_out = lost(len(records) + len(missing or ()), {"missing": len(missing or ())})
     path = run_batches(context, HELD_OUT, records, context.options.batch_size, work, f"held-out pairs {context.moment}")
     if not ranks.is_main():
         return {}
     beta = float(preset_args(context.config).get("beta", 0.1))
     base = list(read_jsonl(_base_figures(context))) if context.moment == "after" else None
-    return {"held_out": held_out_figures(list(read_jsonl(path)), base, beta=beta), "beta": beta}
+    return {"held_out": held_out_figures(list(read_jsonl(path)), base, beta=beta), "beta": beta, **left_out}
 
 
 def _has_prompts(context: StageContext) -> bool:
@@ -137,9 +146,10 @@ def answer_batch(loaded: LoadedModel, batch: Sequence[Mapping[str, Any]], *, opt
     return results
 
 
-def accuracy_summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def accuracy_summary(answers: Sequence[Mapping[str, Any]], asked: Sequence[str] = ()) -> dict[str, Any]:
     """`accuracy`, `counts`, `intervals` (Wilson, 95 %) and `mean_ratio` by format; `by_images` by number of pictures too.
 
+    asked: formats that are counted, with 0, though they have no answers.
     Answers with a `group`, a name of the prompts' own, count under it in place of their format.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {name: [] for name in FORMATS}
@@ -154,7 +164,7 @@ def accuracy_summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             by_images.setdefault(name, {})[count] = {"accuracy": share.value, "count": share.total, "interval": _interval(share)}
     return {
         "accuracy": {name: share.value for name, share in overall.items()},
-        "counts": {name: share.total for name, share in overall.items()},
+        "counts": {**{name: share.total for name, share in overall.items()}, **{name: 0 for name in asked if name not in groups}},
         "intervals": {name: _interval(share) for name, share in overall.items()},
         "by_images": by_images,
         "mean_ratio": mean_ratios(answers),

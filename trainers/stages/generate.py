@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from mmdpo_kernels import patch_model
 from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import recorded_generation, sees_pictures
-from mmdpo_trainers.batches import Record, batch_seed, count_formats, read_records, run_batches
+from mmdpo_trainers.batches import Record, batch_seed, count_formats, own_records, run_batches
 from mmdpo_trainers.data.compose import add_noise
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.loading import LoadedModel, load_model
@@ -36,7 +36,7 @@ def inputs(context: StageContext) -> list[Path]:
 def run(context: StageContext) -> dict[str, Any]:
     """Answer every prompt; writes `responses.jsonl`."""
     options = context.options
-    records = read_records(context.prompts, "prompts")
+    records, left_out = own_records(context, context.prompts, "prompts")
     answerer = _Vllm(context, records) if options.engine == "vllm" else _Transformers(context)
     with contextlib.closing(answerer):
         path = run_batches(context, "responses.jsonl", records, options.batch_size, answerer.answer, "generate")
@@ -48,6 +48,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "ended": sum(record["ended"] for record in written) / len(written),
         "mean_perplexity": sum(record["perplexity"] for record in written) / len(written),
         "mean_tokens": sum(record["num_tokens"] for record in written) / len(written),
+        **left_out,
     }
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from PIL import Image
 
+from mmdpo_trainers.data.losses import lost
 from mmdpo_trainers.data.pictures import content_key, embedded_bytes
 from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.run_folder import write_atomic
 from mmdpo_trainers.shapes import prior_world
 from mmdpo_trainers.stages import StageContext
-from mmdpo_trainers.training.preference_data import read_pairs
+from mmdpo_trainers.training.preference_data import read_pairs, refuse_missing
 from mmdpo_trainers.training.preference_records import picture_digest, record_name
 
 SHAPES_PRIOR = "shapes_prior"
@@ -37,13 +38,15 @@ def inputs(context: StageContext) -> list[Path]:
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write `pairs.jsonl` and `held_out.jsonl` (TRL's columns, the same in both), the built-in world also `prompts.jsonl`."""
-    made = _built_in(context) if context.options.source == SHAPES_PRIOR else _own(context)
+    missing: list[str] = []
+    made = _built_in(context) if context.options.source == SHAPES_PRIOR else _own(context, missing)
     if not made["pairs"]:
         raise StageError(f"pairs.held_out: {context.options.held_out} leaves no pairs of {context.options.source} to train on")
     for name, records in made.items():
         if records:
             write_atomic(context.folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    return {name: dict(sorted(Counter(_kind(record) for record in records).items())) for name, records in made.items()}
+    counts = {name: dict(sorted(Counter(_kind(record) for record in records).items())) for name, records in made.items()}
+    return {**counts, **lost(len(missing) + sum(map(len, made.values())), {"missing": len(missing)})}
 
 
 def _kind(record: Mapping[str, Any]) -> str:
@@ -75,11 +78,22 @@ def _built_in(context: StageContext) -> dict[str, list[dict[str, Any]]]:
     return made
 
 
-def _own(context: StageContext) -> dict[str, list[dict[str, Any]]]:
-    """The user's records, those that share a picture on the same side; which side follows from seed and pictures' content."""
+def _own(context: StageContext, missing: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The user's records, those that share a picture on the same side; which side follows from seed and pictures' content.
+
+    missing: takes the names of those whose pictures do not exist, where it is allowed to leave them out.
+    """
     source = Path(context.options.source)
     root = source.resolve() if source.is_dir() else source.resolve().parent
-    records = [_stored(record, root, context) for record in read_pairs(source)]
+    allowed = context.config.allow_missing
+    found = read_pairs(source, missing if allowed else None)
+    records = [_stored(record, root, context) for record in found]
+    # Those of a dataset; read_pairs has looked at those of a file.
+    gone = {str(record["id"]): path for record in records if (path := _missing(record, context.folder)) is not None}
+    if gone and (not allowed or len(gone) == len(records)):
+        refuse_missing(source, gone, len(records))
+    missing += gone
+    records = [record for record in records if str(record["id"]) not in gone]
     if not records:
         raise StageError(f"pairs.source: {source} holds no records")
     groups = _connected([_pictures(record, context.folder) for record in records])
@@ -101,6 +115,12 @@ def _held(ranked: Sequence[str], sizes: Mapping[str, int], *, share: float, most
             break
         held.add(group)
     return held
+
+
+def _missing(record: Mapping[str, Any], folder: Path) -> str | None:
+    """The first of the record's pictures that does not exist."""
+    paths = (str(folder / image) for name in _PICTURES for image in record.get(name) or ())
+    return next((path for path in paths if not Path(path).exists()), None)
 
 
 def _pictures(record: Mapping[str, Any], folder: Path) -> list[str]:

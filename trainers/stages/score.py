@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from mmdpo_kernels import patch_model
 from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import attention_ratios, mean_ratios, ratio_settings, ratios_of
-from mmdpo_trainers.batches import Record, count_formats, read_records, require, run_batches
+from mmdpo_trainers.batches import Record, count_formats, own_records, require, run_batches
 from mmdpo_trainers.families import picture_layers
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.run_folder import read_jsonl
@@ -25,7 +25,7 @@ def inputs(context: StageContext) -> list[Path]:
 def run(context: StageContext) -> dict[str, Any]:
     """Score every response; writes `scores.jsonl`. Responses that carry attention recorded with the same settings need no model."""
     options = context.options
-    records = read_records(context.responses, "responses")
+    records, left_out = own_records(context, context.responses, "responses")
     require(records, {"response": str}, context.responses)
     settings = ratio_settings(_picture_layers(context.model), **options.recording)
     loaded: LoadedModel | None = None
@@ -50,6 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "scores": count_formats(written),
         "mean_ratio": mean_ratios(written),
         "without_ratio": sum(record["ratio"] is None for record in written),
+        **left_out,
     }
 
 

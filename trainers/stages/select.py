@@ -85,9 +85,11 @@ def _select(records: Sequence[Record], options: Any, seed: int) -> Selection:
 
 def _summary(records: Sequence[Record], selection: Selection, options: Any) -> dict[str, Any]:
     rules = SelectionRules.from_options(options)
+    # A format of which nothing is left is counted too.
+    pairs, seen = count_formats(selection.pairs), count_formats(records)
     return {
         "records": len(records),
-        "pairs": count_formats(selection.pairs),
+        "pairs": {name: pairs.get(name, 0) for name in FORMATS if name in seen},
         "dropped": selection.dropped_by(first=True),
         "dropped_any": selection.dropped_by(first=False),
         "rule": options.rule,

@@ -14,6 +14,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import default_layer
+from mmdpo_trainers.data.losses import check_losses, lost
+from mmdpo_trainers.disk import free_mib
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.run_folder import read_jsonl
@@ -61,9 +63,12 @@ def run(context: StageContext) -> dict[str, Any]:
     log = context.folder / "log.jsonl"
     with TrainingProgress(context.progress) as bar:
         trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_main() else []), bar, _LogLastStep()])
+        _check_disk(context, trainer)
         trainer.train(resume_from_checkpoint="auto")
     _save(trainer, context.folder)
-    return {**counts, **_summary(trainer, log)}
+    missing = counts.pop("missing")
+    total = sum(counts.values()) + missing + len(trainer.left_out)
+    return {**counts, **_summary(trainer, log), **lost(total, {"missing": missing, "too_long": len(trainer.left_out)})}
 
 
 def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tuple[PreferenceTrainer, dict[str, int]]:
@@ -91,6 +96,12 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
     data: Any = trainer.train_dataset
     if len(data) == 0:
         raise StageError(f"every record of {context.pairs} is longer than max_length={settings.max_length}; raise it")
+    read = len(train_data) + (0 if eval_data is None else len(eval_data))
+    check_losses(
+        len(trainer.left_out) / read,
+        context.config.allow_missing,
+        f"train: {len(trainer.left_out):,} of {read:,} records are longer than train.args.max_length={settings.max_length}; raise it",
+    )
     if data is not train_data:
         # Some records were longer than max_length.
         pairs = sum(index < counts["pairs"] for index in data.indices)
@@ -180,7 +191,8 @@ def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
     options = context.options
     if options.replay < 0:
         raise ConfigError(f"train.replay: expected a share of 0 or more, got {options.replay}")
-    pairs = read_pairs(context.pairs)
+    missing: list[str] | None = [] if context.config.allow_missing else None
+    pairs = read_pairs(context.pairs, missing)
     if len(pairs) == 0:
         raise StageError(f"{context.pairs} holds no pairs; loosen the rules of select, or give your own with --input")
     kept, held_out = split(len(pairs), options.held_out, context.seed)
@@ -189,8 +201,21 @@ def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
     )
     trained: Any = Subset(pairs, kept)
     replayed: Any = replay
-    counts = {"pairs": len(kept), "replay": len(replay), "held_out": len(held_out)}
+    counts = {"pairs": len(kept), "replay": len(replay), "held_out": len(held_out), "missing": len(missing or ())}
     return ConcatDataset([trained, replayed]) if replay else trained, Subset(pairs, held_out) if held_out else None, counts
+
+
+def _check_disk(context: StageContext, trainer: PreferenceTrainer) -> None:
+    """Warn where the disk is too small for the checkpoints: trained weights and two moments of each, one more while one is written."""
+    model: Any = trainer.model
+    trained = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters() if p.requires_grad)
+    kept = 0 if trainer.args.save_strategy == "no" else (trainer.args.save_total_limit or 10) + 1
+    needed, free = (3 * kept + 2) * trained // 2**20, free_mib(context.folder)
+    if needed > free:
+        context.progress.print(
+            f"train: warning: checkpoints and the trained weights need about {needed:,} MiB, and {free:,} MiB are free in {context.folder}; "
+            "make room, or lower train.args.save_total_limit"
+        )
 
 
 def _save(trainer: PreferenceTrainer, folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.data.answers import Match, is_right
+from mmdpo_trainers.data.losses import ALLOW
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.data.sources import undecoded
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError
@@ -31,17 +32,18 @@ _COLUMNS = ("prompt", "chosen", "rejected")
 _ACCEPTED = "preference data is a .jsonl file (one record a line), a .parquet file, or a folder that Dataset.save_to_disk wrote"
 
 
-def read_pairs(path: Path) -> Any:
+def read_pairs(path: Path, missing: list[str] | None = None) -> Any:
     """Preference records with TRL's columns: a list from a .jsonl file, a `datasets.Dataset` from parquet or a saved folder.
 
-    Picture paths are relative to the file's folder, or to the saved folder; pictures that parts of a prompt hold come in `images`.
-    Raises DataError naming the file that is no preference data, or the
-    record that cannot be used.
+    Picture paths are relative to the file's folder, or to the saved folder; pictures that parts of a prompt hold come in `images`. Those
+    of a dataset are looked at when a record is read. missing: takes the names of records that lack a picture, which are then left out;
+    None: they are refused. Raises DataError naming the file that is no preference data, or the record that cannot be used.
     """
     if path.is_dir() or path.suffix.lower() == ".parquet":
         return _read_dataset(path)
     folder, records = path.resolve().parent, []
     names: set[str] = set()
+    gone: dict[str, str] = {}
     for number, record in enumerate(_lines(path), start=1):
         record.setdefault("id", f"line {number}")
         _check_columns(path, record, record["id"])
@@ -50,14 +52,28 @@ def read_pairs(path: Path) -> Any:
         for column, images in _picture_columns(record):
             if not all(isinstance(image, str) for image in images):
                 raise DataError(f"{path}, record {record['id']}: {column} must be paths or data: URLs, got {str(images)[:120]}")
-            missing = next((image for image in images if not (image.startswith("data:") or os.path.exists(image))), None)
-            if missing is not None:
-                raise DataError(
-                    f"{path}, record {record['id']}: picture {missing} does not exist; restore it, or remove the record"
-                )
+            first = next((image for image in images if not (image.startswith("data:") or os.path.exists(image))), None)
+            if first is not None:
+                gone.setdefault(str(record["id"]), first)
+        known = str(record["id"]) not in gone
         record["id"] = _own_name(record["id"], names)
-        records.append(record)
+        if known:
+            records.append(record)
+    total = len(names)
+    if gone and (missing is None or not records):
+        refuse_missing(path, gone, total)
+    if missing is not None:
+        missing += gone
     return records
+
+
+def refuse_missing(path: Path, gone: Mapping[str, str], total: int) -> None:
+    """Raise DataError for records (name -> picture) whose pictures do not exist."""
+    name, picture = next(iter(gone.items()))
+    raise DataError(
+        f"{path}, record {name}: picture {picture} does not exist, and so it is with {len(gone):,} of {total:,} records; restore them, "
+        f"or remove the records; or {ALLOW}"
+    )
 
 
 def _picture_columns(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:

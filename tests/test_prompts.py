@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from chat_templates import COLLECTING, DATED, HEADED, SPACED
+from prompt_records import make_prompts
 from tiny_models import TINY, sample_pictures
 from tokenizers import processors
 from training_cases import config
@@ -18,11 +19,12 @@ from transformers.utils import chat_template_utils
 
 from mmdpo_trainers import chat_format
 from mmdpo_trainers.chat_format import render_prompt
+from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.loading import LoadedModel, encode_prompts, load_model
 from mmdpo_trainers.model_checks import run_checks
 from mmdpo_trainers.run_folder import RunFolder
-from mmdpo_trainers.stages import StageContext
+from mmdpo_trainers.stages import StageContext, evaluate, generate, score
 from mmdpo_trainers.template_date import TemplateDate
 from mmdpo_trainers.training.collator import PreferenceCollator
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
@@ -193,6 +195,24 @@ def test_a_prompt_in_the_chat_format_is_not_templated_again(of: Any, name: str, 
 def test_plain_words_are_no_markers(of: Any, prompt: str) -> None:
     for name in ("llava", "mllama"):
         assert prompt_of(of(name), prompt)
+
+
+def test_prompts_are_looked_at_before_the_first_is_answered(folders: dict[str, Path], tmp_path: Path) -> None:
+    records = make_prompts(tmp_path / "data", [("single", 1)] * 3)
+    records[-1]["prompt"] = "<image>\nUSER: what ? ASSISTANT:"
+    path = tmp_path / "data" / "prompts.jsonl"
+    path.write_text("".join(json.dumps({**each, "response": "red"}) + "\n" for each in records))
+    for stage, module in {"generate": generate, "score": score, "evaluate": evaluate}.items():
+        options = {stage: {"input": str(path), "batch_size": 1}, "run_dir": str(tmp_path / stage), "model": str(folders["llava"])}
+        context = StageContext(
+            run=RunFolder(tmp_path / stage),
+            config=RunConfig.from_dict({"name": "run", **options}),
+            stage=stage,
+            moment="before" if stage == "evaluate" else None,
+        )
+        with pytest.raises(DataError, match="record r2/single: the prompt already has 'ASSISTANT:'"):
+            module.run(context)
+        assert not list((tmp_path / stage).rglob("*.jsonl"))
 
 
 def test_an_end_that_the_tokenizer_adds_stands_not_between_prompt_and_answer(of: Any) -> None:

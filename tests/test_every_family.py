@@ -56,7 +56,7 @@ def test_every_family_is_exact(loaded: LoadedModel, request: pytest.FixtureReque
     if check == "tree" and name in TREES_REFUSED:
         assert found.verdict.startswith("refused: ") and TREES_REFUSED[name] in found.verdict
     elif check == "prompts" and name in PICTURES_COLLECTED:
-        assert "does not keep pictures in their places between texts" in found.verdict and "(between)" in found.verdict, found
+        assert "does not keep pictures in their places between texts" in found.verdict and "between)" in found.verdict, found
     else:
         assert found.verdict == "exact", found
     assert found.figure is not None and found.figure <= 1e-6

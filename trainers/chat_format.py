@@ -14,15 +14,12 @@ from jinja2 import TemplateError
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.families import family_of
-from mmdpo_trainers.template_date import TemplateDate
+from mmdpo_trainers.template_date import ASKED, TemplateDate
 
 logger = logging.getLogger(__name__)
 
 Part = dict[str, str]
 """A typed part of a turn's content: `{"type": "text", "text": …}` or `{"type": "image"}`."""
-
-_DATED = "strftime_now"
-"""The function by which chat templates ask for the date."""
 
 
 def template_of(processor: Any) -> str | None:
@@ -40,7 +37,7 @@ def template_of(processor: Any) -> str | None:
 
 def prints_date(processor: Any) -> bool:
     """Whether the chat template asks for today's date."""
-    return _DATED in (template_of(processor) or "")
+    return ASKED in (template_of(processor) or "")
 
 
 def render_prompt(processor: Any, prompt: str, date: TemplateDate | None = None) -> str:
@@ -95,12 +92,16 @@ class Chat:
     tokenizer: Any = field(compare=False, repr=False)
     date: TemplateDate | None = field(default=None, compare=False)
 
+    @property
+    def source(self) -> str:
+        """The template, told the date."""
+        return self.template if self.date is None else self.date.told(self.template)
+
     def render(self, messages: Sequence[dict[str, Any]], *, opens_answer: bool = True) -> str | None:
         """The conversation; None where the template does not take it."""
-        dated = {} if self.date is None else {_DATED: self.date.moment.strftime}
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.template, add_generation_prompt=opens_answer, tokenize=False, **dated
+                list(messages), chat_template=self.source, add_generation_prompt=opens_answer, tokenize=False
             )
         except (TemplateError, TypeError, KeyError, ValueError):
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def describe(folder: Path, date: TemplateDate | None = None) -> LoadedModel:
         path=folder,
         date=date or TemplateDate.now(),
     )
+
+
+def check_prompts(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Raise DataError, naming the record, for a prompt that does not go into the model's chat format: before the first is answered."""
+    texts = describe(folder).texts
+    for record in records:
+        texts.check_prompt(record["id"], record["prompt"])
 
 
 def own_dtype(folder: Path, config: Any) -> str:

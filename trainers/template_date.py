@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import json
 from dataclasses import dataclass
 
 from mmdpo_trainers.errors import ConfigError
+
+ASKED = "strftime_now"
+"""The function by which chat templates ask for the date."""
+
+_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
+_PERCENT = "\ue000"
 
 
 @dataclass(frozen=True)
@@ -30,3 +38,17 @@ class TemplateDate:
 
     def __str__(self) -> str:
         return self.moment.isoformat()
+
+    def told(self, template: str) -> str:
+        """A chat template that prints this date where it asks for today's."""
+        # The line break is the block's own: what the template begins with stays.
+        return f"{_macro(self)}\n{template}" if ASKED in template else template
+
+
+@functools.lru_cache(maxsize=16)
+def _macro(date: TemplateDate) -> str:
+    """A Jinja macro in place of transformers' function: a function that is passed to a template arrives as text from 5.24 on."""
+    codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in _DIRECTIVES]
+    values = {"%%": _PERCENT, **{code: date.moment.strftime(code) for code in codes}, _PERCENT: "%"}
+    replaced = "".join(f".replace({json.dumps(code)}, {json.dumps(value)})" for code, value in values.items())
+    return f"{{% macro {ASKED}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmdpo_trainers.chat_format import Part, chat_of, prints_date, typed_parts
+from transformers import ProcessorMixin
+
+from mmdpo_trainers.chat_format import Chat, Part, chat_of, typed_parts
 from mmdpo_trainers.loading import LoadedModel, encode_prompts
 from mmdpo_trainers.model_checks.inputs import prompt_records
 from mmdpo_trainers.model_checks.result import CheckFailure, CheckResult
@@ -26,7 +28,7 @@ def check_prompts(loaded: LoadedModel) -> CheckResult:
         if chat.typed(record["prompt"]) is None:
             mixed.append(record["id"])
             continue
-        theirs = [_without_end(loaded, found, len(ours)) for found in _theirs(loaded, record)]
+        theirs = [_without_end(loaded, found, len(ours)) for found in _theirs(loaded, chat, record)]
         if ours not in theirs:
             first = next((at for at, both in enumerate(zip(ours, theirs[0], strict=False)) if both[0] != both[1]), None)
             first = min(len(ours), len(theirs[0])) if first is None else first
@@ -44,7 +46,7 @@ def check_prompts(loaded: LoadedModel) -> CheckResult:
     return CheckResult(name="prompts", figure=0.0, limit=0.0, verdict=verdict, detail=f"{tokens} tokens of {same} prompts")
 
 
-def _theirs(loaded: LoadedModel, record: Mapping[str, Any]) -> Iterator[list[int]]:
+def _theirs(loaded: LoadedModel, chat: Chat, record: Mapping[str, Any]) -> Iterator[list[int]]:
     """The processor's ids of the record's parts, and of these without a line break or a blank text behind a picture."""
     parts = typed_parts(record["prompt"])
     plain: list[Part] = []
@@ -53,17 +55,19 @@ def _theirs(loaded: LoadedModel, record: Mapping[str, Any]) -> Iterator[list[int
             part = {**part, "text": part["text"].removeprefix("\n")}
         if part["type"] == "image" or part["text"].strip():
             plain.append(part)
-    dated = {"strftime_now": loaded.date.moment.strftime} if prints_date(loaded.processor) else {}
+    # SmolVLM's own asks for a video processor, which is left out where there is no torchvision.
+    apply: Any = type(loaded.processor) if hasattr(loaded.processor, "video_processor") else ProcessorMixin
     for content in (parts, plain):
         pictures = iter(record["images"])
         shown = [{**part, "image": next(pictures)} if part["type"] == "image" else part for part in content]
-        encoded = loaded.processor.apply_chat_template(
+        encoded = apply.apply_chat_template(
+            loaded.processor,
             [{"role": "user", "content": shown}],
+            chat_template=chat.source,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            **dated,
         )
         yield encoded["input_ids"][0].tolist()
 

@@ -12,6 +12,7 @@ from mmdpo_trainers.attention_ratios import mean_ratios, ratios_of
 from mmdpo_trainers.batches import Record, own_records, require, run_batches
 from mmdpo_trainers.data.answers import answers_match
 from mmdpo_trainers.data.losses import lost
+from mmdpo_trainers.described import check_prompts
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.preference_evaluation import pair_logps
@@ -67,6 +68,7 @@ def _answers(context: StageContext, prompts: Path, model: _Evaluated) -> dict[st
     options = context.options
     records, left_out = own_records(context, prompts, "evaluation prompts")
     require(records, {"answer": str}, prompts)
+    check_prompts(context.model, records)
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
         return answer_batch(model(), batch, options=options, score=context.config.score)

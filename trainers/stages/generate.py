@@ -16,6 +16,7 @@ from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import recorded_generation, sees_pictures
 from mmdpo_trainers.batches import Record, batch_seed, count_formats, own_records, run_batches
 from mmdpo_trainers.data.compose import add_noise
+from mmdpo_trainers.described import check_prompts
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.prompts import EncodedPrompts, encode_prompts, in_forwards, load_pictures
@@ -37,6 +38,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Answer every prompt; writes `responses.jsonl`."""
     options = context.options
     records, left_out = own_records(context, context.prompts, "prompts")
+    check_prompts(context.model, records)
     answerer = _Vllm(context, records) if options.engine == "vllm" else _Transformers(context)
     with contextlib.closing(answerer):
         path = run_batches(context, "responses.jsonl", records, options.batch_size, answerer.answer, "generate")

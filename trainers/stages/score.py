@@ -12,6 +12,7 @@ from mmdpo_kernels import patch_model
 from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import attention_ratios, mean_ratios, ratio_settings, ratios_of
 from mmdpo_trainers.batches import Record, count_formats, own_records, require, run_batches
+from mmdpo_trainers.described import check_prompts
 from mmdpo_trainers.families import picture_layers
 from mmdpo_trainers.loading import LoadedModel, load_model
 from mmdpo_trainers.run_folder import read_jsonl
@@ -27,6 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
     options = context.options
     records, left_out = own_records(context, context.responses, "responses")
     require(records, {"response": str}, context.responses)
+    check_prompts(context.model, records)
     settings = ratio_settings(_picture_layers(context.model), **options.recording)
     loaded: LoadedModel | None = None
 

@@ -19,7 +19,7 @@ from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.data.sources import Problem, SourceRecord, read_source
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.training.preference_data import read_pairs
-from mmdpo_trainers.training.preference_records import check_record, prompt_text, record_images
+from mmdpo_trainers.training.preference_records import check_record, prompt_text, record_images, with_pictures_from
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
 
 COLUMNS: dict[str, Any] = {
@@ -197,6 +197,8 @@ def test_pictures_are_in_images_or_in_parts_and_nowhere_else() -> None:
         check_record(pair(prompt=turn("user", [*own, {"type": "image"}]), images=[]))
     with pytest.raises(DataError, match="record one: it has `image` beside images, but pictures are read from `images`"):
         check_record(pair(image="b.png"))
+    with pytest.raises(DataError, match="record one: picture https://example.org/a.png: remote"):
+        with_pictures_from(pair(images=["https://example.org/a.png"]), "folder")
     for column in ("image", "image_path", "image_url", "pictures"):
         with pytest.raises(DataError, match=f"record one: it has `{column}`, but pictures are read from `images`"):
             check_record(pair(images=[], prompt="what ?", **{column: "b.png"}))
@@ -262,3 +264,12 @@ def test_the_trainer_refuses_records_when_it_is_made(folder: Path) -> None:
         options = {"processing_class": loaded.processor, "train_dataset": train_dataset}
         with pytest.raises(DataError, match=r"record two: chosen\[0\]\['reasoning_content'\] is not read, and holds hm"):
             PreferenceTrainer(loaded.model, config(folder / "out"), **options)
+    # What is made while it is read has nothing to look into beforehand.
+    trainer = PreferenceTrainer(
+        tiny(folder / "model", torch.float32).model,
+        config(folder / "out"),
+        processing_class=loaded.processor,
+        train_dataset=datasets.Dataset.from_list([good]).with_transform(lambda rows: {**rows, "videos": [["a.mp4"]]}),
+    )
+    with pytest.raises(DataError, match="record one: column 'videos' is not read"):
+        trainer.train()

@@ -22,6 +22,7 @@ from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.families import EncodedPictures, Family, expand_ids
 from mmdpo_trainers.prompts import render_prompt
 from mmdpo_trainers.training.preference_records import (
+    check_content,
     picture_digest,
     picture_size,
     prompt_text,
@@ -192,6 +193,7 @@ class ExampleMaker:
         return _sha256([picture_digest(record, image) for image in images])
 
     def _texts(self, record: Mapping[str, Any]) -> _Texts:
+        check_content(record)
         text, images = prompt_text(record), record_images(record)
         if self.no_image:
             text, images = _without_pictures(text), []

@@ -35,8 +35,7 @@ def read_pairs(path: Path) -> Any:
     """Preference records with TRL's columns: a list from a .jsonl file, a `datasets.Dataset` from parquet or a saved folder.
 
     Picture paths are relative to the file's folder, or to the saved folder; pictures that parts of a prompt hold come in `images`.
-    Raises DataError naming the file that is no preference data, or the
-    record that cannot be used.
+    Raises DataError naming the file that is no preference data, or the record that cannot be used.
     """
     if path.is_dir() or path.suffix.lower() == ".parquet":
         return _read_dataset(path)

@@ -15,6 +15,7 @@ from training_cases import config, preference_records, tiny
 
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.progress import Progress
+from mmdpo_trainers.training.collator import PreferenceCollator
 from mmdpo_trainers.training.packing import batch_sampler, batch_tokens, measure, pack_by_tokens
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
 from mmdpo_trainers.training.training_log import LogFile
@@ -67,6 +68,16 @@ def test_no_batch_holds_more_tokens_than_packing_counts(model: Path, tmp_path: P
         apart += sum(collator([records[index]])["batch"].input_ids.shape[1] for index in batch)
     assert apart == sum(sizes.lengths)
     assert together < (0.5 if losses != MDPO else 0.75) * apart
+
+
+def test_pictures_are_told_apart_only_where_records_are_grouped(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = questions(5, 4)
+    monkeypatch.setattr(PreferenceCollator, "picture_key", lambda self, record: pytest.fail("a picture was decoded"))
+    packed = trainer(model, tmp_path, records, max_tokens_per_batch=260)
+    names = sorted(name for batch in packed.get_train_dataloader() for name in batch["batch"].ids)
+    assert names == sorted(record["id"] for record in records)
 
 
 def test_the_dataloader_packs_and_says_what_it_saves(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,12 @@ class DataConfig:
     )
     image_folder: str | None = option(None, "folder that the records' picture paths are relative to; no path may leave it")
     limit: int | None = option(None, "use at most this many source records, from the start of the file; None: all", minimum=1)
-    max_pixels: int = option(64_000_000, "pictures with more pixels than this are reported, not opened", minimum=1)
+    max_pixels: int = option(
+        64_000_000,
+        "pictures with more pixels than this are reported, not opened; later stages open none above the default",
+        minimum=1,
+        maximum=64_000_000,
+    )
     holdout: float = option(
         0.1, "share of the pictures kept for evaluation if evaluate.source is None (`shapes` draws new ones)", minimum=0, below=1
     )

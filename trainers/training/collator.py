@@ -79,11 +79,12 @@ class PreferenceCollator:
     """Turns preference records into `{"batch": PreferenceBatch}`.
 
     A record has TRL's columns: `prompt` (one user turn, text or a list of parts, `<image>` standing for a picture), `chosen` and
-    `rejected` (one assistant turn), `images` (paths or Pillow pictures). Optional: `id`, `format`, `target` (which of several
-    pictures is asked about), `region` with `patch_grid` (where the model's patches are others: `box`) for the attention ratio, and
-    `rejected_images`, its own corrupted pictures, and `kind`, a name under which rewards are logged too. Prompt and response are
-    tokenised each on its own and put together (`TextEncoder`), which is what the model sees when it generates; a response ends with
-    `end_id`, once, also where its text ends with an end token.
+    `rejected` (one assistant turn), `images` (paths, Pillow pictures and other forms, see `data.pictures`; or the prompt's image
+    parts hold them). Columns, fields and parts with content that is not read are refused (`data.content`).
+    Optional: `id`, `format`, `target` (which of several pictures is asked about), `region` with `patch_grid` (where the model's
+    patches are others: `box`) for the attention ratio, and `rejected_images`, its own corrupted pictures, and `kind`, a name under
+    which rewards are logged too. Prompt and response are tokenised each on its own and put together (`TextEncoder`), which is what
+    the model sees when it generates; a response ends with `end_id`, once, also where its text ends with an end token.
 
     In the corrupted branch the asked-about picture is corrupted, or all of them where a record does not say which; a record without
     pictures has its chosen sequence there. Corruptions follow from seed and content (pictures, prompt text): the same record is

@@ -23,6 +23,7 @@ from mmdpo_trainers.families import EncodedPictures, Family, expand_ids
 from mmdpo_trainers.template_date import TemplateDate
 from mmdpo_trainers.token_rules import TextEncoder
 from mmdpo_trainers.training.preference_records import (
+    check_content,
     picture_digest,
     picture_size,
     prompt_text,
@@ -196,6 +197,7 @@ class ExampleMaker:
         return _sha256([picture_digest(record, image) for image in images])
 
     def _texts(self, record: Mapping[str, Any]) -> _Texts:
+        check_content(record)
         text, images = prompt_text(record), record_images(record)
         if self.no_image:
             text, images = _without_pictures(text), []

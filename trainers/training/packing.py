@@ -125,20 +125,30 @@ class Sizes:
     lengths: list[int]
     """Tokens of a tree of its own."""
     groups: list[str]
-    """Key of its pictures; records without pictures have keys of their own."""
+    """Key of its pictures; records without pictures have keys of their own, and so have all where none are grouped."""
     shared: list[int]
     """Leading tokens that all records of its group share."""
 
 
-def measure(dataset: Any, collator: PreferenceCollator, indices: Sequence[int], progress: Progress | None = None) -> Sizes:
-    """Sizes of the records at `indices`. Raises DataError naming a record that cannot be used."""
+def measure(
+    dataset: Any,
+    collator: PreferenceCollator,
+    indices: Sequence[int],
+    progress: Progress | None = None,
+    *,
+    grouped: bool = True,
+) -> Sizes:
+    """Sizes of the records at `indices`. Raises DataError naming a record that cannot be used.
+
+    grouped=False: every record is a group of its own, and no picture is decoded to tell it from others.
+    """
     lengths, groups = [], []
     members: dict[str, list[int]] = defaultdict(list)
     with (progress or Progress()).task("measure records", total=len(indices)) as task:
         for index in indices:
             record = dataset[index]
             lengths.append(collator.tree_tokens(record))
-            groups.append(collator.picture_key(record))
+            groups.append(collator.picture_key(record) if grouped else str(index))
             members[groups[-1]].append(index)
             task.advance()
     # Read again, group by group: records may hold their pictures.
@@ -154,7 +164,7 @@ def batch_sampler(dataset: Any, collator: PreferenceCollator, args: PreferenceCo
 
     Raises DataError naming the records that are longer than the token budget.
     """
-    sizes = measure(dataset, collator, range(len(dataset)), progress)
+    sizes = measure(dataset, collator, range(len(dataset)), progress, grouped=args.group_by_pictures)
     groups = sizes.groups if args.group_by_pictures else None
     budget = args.max_tokens_per_batch
     if budget is None:

@@ -60,7 +60,7 @@ def _named(record: Mapping[str, Any], image: Any) -> Iterator[None]:
     except (PictureError, OSError) as error:
         name = image.get("path") if isinstance(image, Mapping) else image
         named = isinstance(name, str | os.PathLike) and not str(name).startswith("data:")
-        what = f"picture {os.fspath(name)}" if named else "a picture"
+        what = f"picture {name}" if named else "a picture"
         raise DataError(f"record {record_name(record)}: {what}: {error}; restore the file, or remove the record") from error
 
 

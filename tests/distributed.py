@@ -20,6 +20,7 @@ from processes import end_of, free_port, start
 from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
+from mmdpo_trainers.training.gradient_check import NoGradientError
 from mmdpo_trainers.training.loss_check import NonFiniteLossError
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
 from mmdpo_trainers.whole_weights import whole_weights
@@ -176,7 +177,7 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
     )
     try:
         trainer.train(resume_from_checkpoint="auto")
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, NoGradientError) as error:
         output.joinpath(f"error-{rank}.txt").write_text(str(error))
         return
     if rank == 0:

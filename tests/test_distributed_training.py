@@ -38,6 +38,7 @@ CASES = {
     "full_again": {**FULL, "output": "full", "resume_after": 2},
     "packed_again": {**PACKED, "output": "packed", "resume_after": 2},
     "spoilt": {**SAVED, "spoilt": True, "logging_steps": 1},
+    "still": {"loss_weights": [0.0, 0.0]},
 }
 # A continued run has means over its own steps.
 CLOCK = ("_runtime", "_per_second", "_time", "total_flos", "train_loss")
@@ -104,6 +105,9 @@ def test_two_processes_end_as_one(folder: Path, alone: Path, strategy: str) -> N
     assert errors[0] == errors[1]
     assert "step 2: the loss is not finite; record record-" in errors[0] and "loss inf (sigmoid" in errors[0]
     assert "checkpoint-1 is whole, and training continues from it" in errors[0]
+    for rank in range(2):
+        error = (output / "still" / f"error-{rank}.txt").read_text()
+        assert error.startswith("step 1: all gradients are zero, so nothing would be trained; ")
 
 
 @pytest.mark.parametrize(("family", "strategy"), [("qwen3_vl", "zero3"), ("llava_next", "zero3"), ("mllama", "fsdp2")])

@@ -15,11 +15,11 @@ from mmdpo_kernels import patch_model
 from mmdpo_kernels.ops.preference_loss import NEEDS_CORRUPTED
 from mmdpo_trainers import launcher, ranks
 from mmdpo_trainers.attention_ratios import check_layer, check_regions
+from mmdpo_trainers.chat_format import render_prompt
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.families import Family, family_of, picture_layers
 from mmdpo_trainers.loading import check_folder
 from mmdpo_trainers.processors import load_processor
-from mmdpo_trainers.prompts import render_prompt
 from mmdpo_trainers.run_folder import RunFolder
 from mmdpo_trainers.stages import StageContext
 

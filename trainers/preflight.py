@@ -50,12 +50,15 @@ def check_run(contexts: Sequence[StageContext]) -> None:
 def check_train_args(context: StageContext) -> None:
     """Raise ConfigError for `train.args` that PreferenceConfig does not have or does not take."""
     from mmdpo_trainers.model_preflight import training_settings
+    from mmdpo_trainers.training.arguments import ARGUMENTS
     from mmdpo_trainers.training.preference_config import PreferenceConfig
 
     where = f"arms.{context.arm}.train.args" if context.arm else "train.args"
     known = [f.name for f in dataclasses.fields(PreferenceConfig) if f.init]
     hints = get_type_hints(PreferenceConfig)
     for name, value in context.options.args.items():
+        if name in ARGUMENTS:
+            continue  # for PreferenceConfig to take, or to say what is in its place
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(f"{where}: PreferenceConfig has no field {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")

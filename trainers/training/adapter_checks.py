@@ -183,7 +183,7 @@ def _moved(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad():
             for parameter in kept:
-                parameter += 0.1
+                parameter.add_(0.1)
         yield
     finally:
         with torch.no_grad():

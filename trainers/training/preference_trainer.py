@@ -110,7 +110,7 @@ class PreferenceTrainer(SavingTrainer):
             raise ValueError("train_sampling_strategy: batch_rebalance deals records out by itself; use max_tokens_per_batch")
         if any(map(is_streaming, (train_dataset, *_several(eval_dataset)))):
             # accelerate would put records of several batches together.
-            args.accelerator_config.dispatch_batches = False
+            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         self.args = args
         policy, processing_class = self._policy_and_reference(model, processing_class, peft_config, ref_model)
         packs = model_parts.packs_trees(policy, args)

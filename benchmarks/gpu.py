@@ -26,8 +26,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-# As a script, this folder would come first, and nothing in it is meant to be imported by its bare name.
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    # As a script, this folder would come first, and nothing in it is meant to be imported by its bare name.
+    sys.path[0] = str(ROOT)
 
 TESTS = (
     # First those that compile most.

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,21 +38,26 @@ class Started(NamedTuple):
     error: Path
 
 
+def context() -> ForkServerContext:
+    """The server's, for what takes a context of multiprocessing."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(list(_PRELOADED))
+    own = {**_ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with mock.patch.dict(os.environ, own):
+        forkserver.ensure_running()
+    return found
+
+
 def start(work: Callable[..., object], *args: Any, environment: Mapping[str, str] | None = None) -> Started:
     """Start `work(*args)` in a process with this one's environment and `environment`. Both must be found by name, as for pickle.
 
     What this process has changed in its modules is not changed in that one.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
-    own = {**_ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with mock.patch.dict(os.environ, own):
-        forkserver.ensure_running()
     folder = Path(tempfile.mkdtemp())
     files = folder / "output", folder / "error"
     for path in files:
         path.touch()
-    process = context.Process(target=_enter, args=({**os.environ, **(environment or {})}, files, work, args))
+    process = context().Process(target=_enter, args=({**os.environ, **(environment or {})}, files, work, args))
     process.start()
     return Started(process, *files)
 

@@ -177,10 +177,14 @@ def evaluated(leaves: Named, outputs_of: Callable[[Named], Named], through: tupl
 def measure(
     case: Case | head.Case, backend: str, dtype: torch.dtype, device: str, *, small: bool = False
 ) -> list[dict[str, Any]]:
-    """One record a tensor of the case, or one that says why the backend does not serve it, or how it failed."""
-    small = small or (backend in ("triton", "flex") and device == "cpu")
+    """One record a tensor of the case, or one that says why the backend does not serve it, or how it failed.
+
+    small: of an attention case the size of interpreted kernels, which those have anyway.
+    """
+    interpreted = backend in ("triton", "flex") and device == "cpu"
     if isinstance(case, head.Case):
-        return _measure_head(case, backend, dtype, device, small=small)
+        return _measure_head(case, backend, dtype, device, small=interpreted)
+    small = small or interpreted
     given = problem(case, small=small, dtype=dtype, device=device)
     about = {"op": case.op, "case": case.name, "backend": backend, "dtype": str(dtype).removeprefix("torch."), "small": small}
     refusal = ""
@@ -296,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     end = time.monotonic() + arguments.seconds
     chosen: list[tuple[Case | head.Case, str]] = [
         (case, name)
-        for case in (*CASES, *head.CASES)
+        for case in (*CASES, *(head.SMALL_CASES if arguments.small else head.CASES))
         for name in here(case.op, arguments.device)
         if name in (arguments.backends or [name])
     ]

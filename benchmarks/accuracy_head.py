@@ -42,6 +42,13 @@ CASES = tuple(
 )  # fmt: skip
 
 
+SMALL_CASES = (
+    Case(name="frozen", rows=40, vocabulary=301, softcap=5.0),
+    Case(name="trained", rows=40, vocabulary=301, trained=True),
+)
+"""To see that everything runs; with fewer rows plain PyTorch may hit all of them by luck."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """The inputs of a case in one dtype."""

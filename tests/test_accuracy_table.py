@@ -16,15 +16,11 @@ SMALL = [
     accuracy.Case(op=case.op, name=case.name, heads=(4, 2), dim=16, tree=case.tree, prompt=(96, 96), options=case.options, rows=case.rows)
     for case in accuracy.CASES
 ]  # fmt: skip
-HEADS = [
-    accuracy.head.Case(name="frozen", rows=40, vocabulary=301, softcap=5.0),
-    accuracy.head.Case(name="trained", rows=40, vocabulary=301, trained=True),
-]
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(accuracy, "CASES", SMALL)
-    monkeypatch.setattr(accuracy.head, "CASES", HEADS)
+    monkeypatch.setattr(accuracy.head, "CASES", accuracy.head.SMALL_CASES)
     monkeypatch.setattr(accuracy, "here", lambda op, device: ["reference"])
     monkeypatch.setattr(sys, "argv", ["accuracy", "--device", DEVICE, "--output", str(folder)])
     with pytest.raises(SystemExit) as ended:

@@ -22,6 +22,7 @@ from mmdpo_trainers.selection import (
     select_pairs,
 )
 from mmdpo_trainers.stages import StageContext, select
+from mmdpo_trainers.training.preference_data import replay_pairs
 
 
 def scored(id: str = "a", **changes: Any) -> dict[str, Any]:
@@ -352,3 +353,19 @@ def test_the_perplexity_rule_can_be_left_out(tmp_path: Path) -> None:
     record = scored("a")
     del record["perplexity"]
     assert select.run(context_of(tmp_path, [record], min_perplexity=None))["pairs"] == {"sequence": 1}
+
+
+def test_replayed_records_get_wrong_answers_by_the_same_comparison(tmp_path: Path) -> None:
+    """Of "a cat", "a black cat" and "a dog", only the dog is wrong about a cat; compared exactly the black cat is too."""
+    answers = ["a cat", "a black cat", "a dog"]
+    singles = [
+        {"id": str(n), "images": ["1.png"], "prompt": "<image>\nWhat is it?", "answer": answers[n % 3], "target": 0}
+        for n in range(30)
+    ]
+    (tmp_path / "singles.jsonl").write_text("".join(json.dumps(record) + "\n" for record in singles))
+    drawn = {match: replay_pairs(tmp_path / "singles.jsonl", 60, 0, match) for match in ("contains", "exact")}
+    texts = {
+        match: {(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs}
+        for match, pairs in drawn.items()
+    }
+    assert ("a cat", "a black cat") in texts["exact"] - texts["contains"] and ("a cat", "a dog") in texts["contains"]

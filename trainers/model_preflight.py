@@ -43,6 +43,8 @@ def check_model(contexts: Sequence[StageContext]) -> None:
         check_layer(picture_layers(config), measured[0].config.score.layer)
         check_regions(family, measured[0].config.score.regions, _formats(contexts))
     model = _without_weights(family, config)
+    if model is None:
+        return
     try:
         patch_model(model)
     except ValueError as error:
@@ -83,10 +85,15 @@ def _formats(contexts: Sequence[StageContext]) -> dict[str, str]:
     return found
 
 
-def _without_weights(family: Family, config: Any) -> Any:
-    """The model as a shape: no memory, no file but its configuration."""
-    with torch.device("meta"):
-        return family.model_class(copy.deepcopy(config)).eval()
+def _without_weights(family: Family, config: Any) -> Any | None:
+    """The model as a shape, without memory; None where its class cannot be made so, and is looked at when it is loaded."""
+    try:
+        with torch.device("meta"):
+            return family.model_class(copy.deepcopy(config)).eval()
+    except ImportError as error:
+        raise StageError(f"family {family.name}: a package that it needs is missing: {error}") from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError):
+        return None
 
 
 def _check_training(context: StageContext, family: Family, model: Any, layers: Sequence[int]) -> None:

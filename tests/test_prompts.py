@@ -23,7 +23,9 @@ from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.loading import LoadedModel, encode_prompts, load_model
 from mmdpo_trainers.model_checks import run_checks
+from mmdpo_trainers.processors import load_processor
 from mmdpo_trainers.run_folder import RunFolder
+from mmdpo_trainers.shapes import SHIPPED
 from mmdpo_trainers.stages import StageContext, evaluate, generate, score, train
 from mmdpo_trainers.template_date import TemplateDate
 from mmdpo_trainers.training.collator import PreferenceCollator
@@ -87,6 +89,12 @@ def test_prompts_are_the_templates_own(of: Any, name: str, template: str, prompt
     roles = {role: f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant")}
     expected = expected.format(prompt=INTERLEAVED.replace("<image>", "[IMG]"), **roles)
     assert render_prompt(loaded.processor, prompt, TemplateDate.read("2025-03-01")) == expected
+
+
+@pytest.mark.parametrize("prompt", ["<image>\nwhat colour is the circle ?", INTERLEAVED, "what colour ?"])
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_prompts_of_the_shipped_models_stay_as_they_are_written(name: str, prompt: str) -> None:
+    assert render_prompt(load_processor(SHIPPED[name], "llava"), prompt) == f"USER: {prompt} ASSISTANT:"
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,10 @@ from mmdpo_trainers.config import RunConfig
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.loading import LoadedModel, encode_prompts, load_model
 from mmdpo_trainers.model_checks import run_checks
+from mmdpo_trainers.processors import load_processor
 from mmdpo_trainers.run_folder import RunFolder
-from mmdpo_trainers.stages import StageContext, evaluate, generate, score
+from mmdpo_trainers.shapes import SHIPPED
+from mmdpo_trainers.stages import StageContext, evaluate, generate, score, train
 from mmdpo_trainers.template_date import TemplateDate
 from mmdpo_trainers.training.collator import PreferenceCollator
 from mmdpo_trainers.training.preference_trainer import PreferenceTrainer
@@ -87,6 +89,12 @@ def test_prompts_are_the_templates_own(of: Any, name: str, template: str, prompt
     roles = {role: f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("user", "assistant")}
     expected = expected.format(prompt=INTERLEAVED.replace("<image>", "[IMG]"), **roles)
     assert render_prompt(loaded.processor, prompt, TemplateDate.read("2025-03-01")) == expected
+
+
+@pytest.mark.parametrize("prompt", ["<image>\nwhat colour is the circle ?", INTERLEAVED, "what colour ?"])
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_prompts_of_the_shipped_models_stay_as_they_are_written(name: str, prompt: str) -> None:
+    assert render_prompt(load_processor(SHIPPED[name], "llava"), prompt) == f"USER: {prompt} ASSISTANT:"
 
 
 @pytest.mark.parametrize(
@@ -297,6 +305,37 @@ def test_a_run_keeps_its_date(tmp_path: Path, clock: list[datetime.datetime]) ->
     clock.append(clock[0] + datetime.timedelta(days=1))
     assert context().date == first == TemplateDate.read("2025-03-01T23:59:00")
     assert json.loads((tmp_path / "date.json").read_text()) == {"date": "2025-03-01T23:59:00"}
+
+
+def test_every_stage_renders_on_the_runs_date(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_prompts(tmp_path / "data", [("single", 1)])
+    path = tmp_path / "data" / "prompts.jsonl"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "response": "red", "response_ids": [5]}) + "\n")
+    (tmp_path / "date.json").write_text('{"date": "2025-03-01T23:59:00"}')
+
+    class Loaded(Exception):
+        pass
+
+    def load(*args: Any, date: TemplateDate, **options: Any) -> None:
+        raise Loaded(str(date))
+
+    for module in (generate, score, evaluate):
+        monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(generate, "VllmEngine", load)
+    monkeypatch.setattr(generate, "check_vllm", lambda config: None)
+    for stage, module, options in (
+        ("generate", generate, {}),
+        ("generate", generate, {"engine": "vllm"}),
+        ("score", score, {}),
+        ("evaluate", evaluate, {}),
+    ):
+        values = {"name": "run", "model": str(folders["llava"]), stage: {"input": str(path), **options}}
+        moment = "before" if stage == "evaluate" else None
+        context = StageContext(run=RunFolder(tmp_path), config=RunConfig.from_dict(values), stage=stage, moment=moment)
+        with pytest.raises(Loaded, match="2025-03-01T23:59:00"):
+            module.run(context)
+    context = StageContext(run=RunFolder(tmp_path), config=RunConfig.from_dict({"name": "run", "device": "cpu"}), stage="train")
+    assert train.preference_config(context, [0], evaluate=False).template_date == "2025-03-01T23:59:00"
 
 
 @pytest.mark.parametrize("given", [None, "2025-02-02"])

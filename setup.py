@@ -180,9 +180,7 @@ setup(
         Extension(
             "mmdpo_kernels._native",
             sources=native_sources(),
-            depends=[
-                str(path.relative_to(ROOT)) for ending in ("h", "inl", "cuh") for path in sorted(CSRC.rglob(f"*.{ending}"))
-            ],
+            depends=[str(path.relative_to(ROOT)) for ending in ("h", "inl", "cuh") for path in sorted(CSRC.rglob(f"*.{ending}"))],
         )
     ],
     cmdclass={"build_ext": NinjaBuild},

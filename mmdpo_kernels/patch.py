@@ -7,53 +7,32 @@ tower's configuration is pointed at it. transformers is imported only when a mod
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .backends.reference.scores import capped_scores, expand_heads
 from .backends.registry import PREFERENCE
 from .ops.precision import autocast_to
 from .ops.tree_attention import tree_attention
-
-if TYPE_CHECKING:
-    from .recorder import AttentionRecorder
-
-# Without "flash" or "/", which transformers reads as its own kernels and as hub addresses.
-IMPLEMENTATION = "mmdpo_tree"
+from .patched import (
+    IMPLEMENTATION,
+    PatchState,
+    attach,
+    detach,
+    place_of,
+    remember_configs,
+    restore_configs,
+    state_of,
+)
+from .recorder_ops import remove_watch, watch_attention
+from .tree_mask import PlanCache, visible
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-
-@dataclass
-class PatchState:
-    """What a patched language tower's attention function needs to know."""
-
-    backend: str = "auto"
-    mass_backend: str = "auto"
-    recorder: AttentionRecorder | None = None
-    tree_refusal: str | None = None
-    cross_layers: frozenset[int] = frozenset()
-    """Layers whose keys are of pictures, and not of the tokens."""
-
-
-class _Original:
-    """The attention implementation a configuration had before, and the patched towers that share the configuration."""
-
-    def __init__(self, implementation: str | None) -> None:
-        self.implementation = implementation
-        self.towers: WeakSet[nn.Module] = WeakSet()
-
-
-_CONFIGS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_TOWERS: WeakKeyDictionary[nn.Module, PatchState] = WeakKeyDictionary()
-_ATTENTIONS: WeakKeyDictionary[nn.Module, PatchState] = WeakKeyDictionary()
-_PADDING: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Masks of padded batches that `tree_mask` made."""
+# The dtype tells masks that `tree_mask` made of padding from packed trees, which are int32, wherever they have been on their way.
+_PADDING = torch.uint32
 
 
 def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "auto") -> ModelT:
@@ -77,42 +56,28 @@ def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "au
         if name != "auto" and name not in PREFERENCE[op]:
             raise ValueError(f"patch_model: {op} has no backend {name!r}; choose 'auto' or one of {', '.join(PREFERENCE[op])}")
     tower = language_tower(model)
-    state = _TOWERS.setdefault(tower, PatchState())
-    for module in tower.modules():
-        if hasattr(module, "layer_idx"):
-            _ATTENTIONS[module] = state
-    for config in _configs(tower):
-        original = _CONFIGS.get(config)
-        if config._attn_implementation_internal != IMPLEMENTATION:
-            original = _Original(config._attn_implementation_internal)
-        elif original is None:  # a copy of a patched model
-            original = _Original(_default_implementation(tower))
-        original.towers.add(tower)
-        _CONFIGS[config] = original
-    if tower.config._attn_implementation != IMPLEMENTATION:
-        _register()
-        tower.set_attn_implementation(IMPLEMENTATION)
+    state = state_of(tower) or PatchState()
     state.backend, state.mass_backend = backend, mass_backend
     state.tree_refusal, state.cross_layers = tree_refusal(model), _cross_layers(tower)
+    remember_configs(state, tower)
+    if tower.config._attn_implementation != IMPLEMENTATION:
+        register()
+        tower.set_attn_implementation(IMPLEMENTATION)
+    attach(tower, state)
     return model
 
 
 def unpatch_model(model: ModelT) -> ModelT:
     """Give the model its own attention back, attribute for attribute. An unpatched model is returned as it is.
 
-    Models that share one configuration object share its attention implementation: the last to be unpatched restores it. A copy of a
-    patched model gets the default implementation of its class.
+    Models that share one configuration object share its attention implementation: the last to be unpatched restores it, and until then
+    the others run as with transformers' "sdpa". A copy of a patched model gets back what its original would.
     """
     tower = language_tower(model)
-    _TOWERS.pop(tower, None)
-    for module in tower.modules():
-        _ATTENTIONS.pop(module, None)
-    for config in _configs(tower):
-        original = _CONFIGS.get(config) or _Original(_default_implementation(tower))
-        original.towers.discard(tower)
-        if config._attn_implementation_internal == IMPLEMENTATION and not original.towers:
-            config._attn_implementation_internal = original.implementation
-            _CONFIGS.pop(config, None)
+    state = state_of(tower)
+    detach(tower)
+    remove_watch(model)
+    restore_configs(state, tower)
     return model
 
 
@@ -123,7 +88,7 @@ def patch_state(model: nn.Module) -> PatchState:
         ValueError: the model is not patched, or its attention implementation was changed since.
     """
     tower = language_tower(model)
-    state = _TOWERS.get(tower)
+    state = state_of(tower)
     if state is None or tower.config._attn_implementation != IMPLEMENTATION:
         raise ValueError(f"{type(model).__name__} is not patched; call mmdpo_kernels.patch_model(model) first")
     return state
@@ -176,22 +141,8 @@ def language_tower(model: nn.Module) -> Any:
     return tower
 
 
-def _configs(tower: Any) -> list[Any]:
-    """The distinct configurations inside the tower."""
-    found: dict[int, Any] = {}
-    for module in tower.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation_internal"):
-            found.setdefault(id(config), config)
-    return list(found.values())
-
-
-def _default_implementation(tower: Any) -> str:
-    """What transformers gives a model of this class when nothing is asked for."""
-    return "sdpa" if getattr(tower, "_supports_sdpa", False) else "eager"
-
-
-def _register() -> None:
+def register() -> None:
+    """Make the attention and mask functions known to transformers, in this process."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, tree_attention_forward)
@@ -208,7 +159,7 @@ def tree_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask hook: padding as a tree, (B, 1, 1, S) int32, or None for plain causal attention.
+    """transformers' mask hook: padding as a tree, (B, 1, 1, S) uint32, or None for plain causal attention.
 
     Whatever is not causal attention over whole sequences (decoding, packed position ids, bidirectional pictures, windows) gets the boolean
     mask that transformers makes for its own "sdpa", and is served exactly by that.
@@ -227,12 +178,11 @@ def tree_mask(
             attention_mask=attention_mask,
             **kwargs,
         )
-    if attention_mask is None or bool(attention_mask.all()):
+    # Traced, padding that is not there is not seen.
+    if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
         return None
     index = torch.arange(kv_length, dtype=torch.int32, device=attention_mask.device)
-    mask = torch.where(attention_mask.bool(), kv_length, index)[:, None, None, :].to(torch.int32)
-    _PADDING[mask] = True
-    return mask
+    return torch.where(attention_mask.bool(), kv_length, index)[:, None, None, :].to(torch.int32).view(_PADDING)
 
 
 def tree_attention_forward(
@@ -253,40 +203,34 @@ def tree_attention_forward(
             raise ValueError(f"{type(module).__name__}: attention argument '{name}' is not supported by a patched model")
     # Rotary embeddings leave query and key wider than value under autocast.
     query, key, value = autocast_to(query, key, value)
-    state = _ATTENTIONS.get(module)
-    is_cross = state is not None and getattr(module, "layer_idx", None) in state.cross_layers
-    tree_end = None if is_cross else _tree_end(attention_mask, key)
+    place = place_of(module)
+    if place is None:
+        return _unpatched_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
+    state = place.state
+    tree_end = None if place.crosses else _tree_end(attention_mask, key)
     is_tree = tree_end is not None
-    refused = is_tree and state is not None and state.tree_refusal is not None
-    # Padding is a tree of `tree_mask`'s own. A checkpointed layer that runs again in backward was looked at before.
-    if refused and attention_mask not in _PADDING and torch._C._current_graph_task_id() == -1:
-        assert state is not None
+    if is_tree and state.tree_refusal is not None and not _is_padding(attention_mask):
         raise ValueError(
             f"{type(module).__name__}: a packed token tree is not exact with this model: {state.tree_refusal}; run its sequences as a "
             "padded batch"
         )
-    if state is not None and state.recorder is not None:
-        mask = None if is_tree else attention_mask
-        state.recorder.observe(
-            module,
+    if state.recorder is not None:
+        watch_attention(
+            place,
+            state.recorder,
             query,
             key,
             tree_end=tree_end,
-            mask=mask,
+            mask=None if is_tree else attention_mask,
             scale=scaling,
             softcap=softcap,
             window=sliding_window if is_tree else None,
-            backend=state.mass_backend,
         )
     whole_causal = (
-        not is_cross and attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
+        not place.crosses and attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
     )
     if not (is_tree or whole_causal) or (dropout > 0 and not is_tree):
-        if softcap is not None:
-            return _capped_attention(query, key, value, attention_mask, dropout, scaling, softcap), None
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return _dense_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
     if dropout > 0:
         raise ValueError(
             f"{type(module).__name__}: attention dropout {dropout} with a padded or packed batch; set config.attention_dropout = 0, "
@@ -294,9 +238,52 @@ def tree_attention_forward(
         )
     # A causal mask from `tree_mask` already stands for layers without a window; a prepared tree reaches windowed layers as it is.
     window = sliding_window if is_tree else None
-    backend = "auto" if state is None else state.backend
-    output = tree_attention(query, key, value, tree_end, scale=scaling, softcap=softcap, window=window, backend=backend).output
+    output = tree_attention(
+        query, key, value, tree_end, scale=scaling, softcap=softcap, window=window, backend=state.backend
+    ).output
     return output.transpose(1, 2).contiguous(), None
+
+
+def _unpatched_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """A model that is not patched, whose configuration is a patched model's or a copy of one: attention as transformers' "sdpa" has it."""
+    tree_end = _tree_end(mask, key)
+    if tree_end is not None:
+        if not _is_padding(mask):
+            raise ValueError(
+                f"{type(module).__name__}: a packed token tree came to a model that is not patched, although its configuration, a patched "
+                "model's, asks for tree attention; call mmdpo_kernels.patch_model(model) first"
+            )
+        mask = visible(tree_end)[:, None]
+    return _dense_attention(module, query, key, value, mask, dropout, scaling, softcap, kwargs)
+
+
+def _dense_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """transformers' own attention under a mask of its own."""
+    if softcap is not None:
+        return _capped_attention(query, key, value, mask, dropout, scaling, softcap), None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
 
 
 def _capped_attention(
@@ -316,7 +303,7 @@ def _capped_attention(
 
 
 def _tree_end(mask: Tensor | None, key: Tensor) -> Tensor | None:
-    """(B, S) `tree_end` from an integer mask (B or 1, 1, 1, S); None where the mask is boolean or additive.
+    """(B, S) int32 `tree_end` from an integer mask (B or 1, 1, 1, S); None where the mask is boolean or additive.
 
     Raises:
         ValueError: an integer mask of another kind, which unpatched attention refuses too.
@@ -324,9 +311,24 @@ def _tree_end(mask: Tensor | None, key: Tensor) -> Tensor | None:
     if mask is None or mask.dtype.is_floating_point or mask.dtype == torch.bool:
         return None
     expected = (1, 1, key.shape[2])
-    if mask.dtype != torch.int32 or mask.shape[1:] != expected or mask.shape[0] not in (1, key.shape[0]):
+    if mask.dtype not in (torch.int32, _PADDING) or mask.shape[1:] != expected or mask.shape[0] not in (1, key.shape[0]):
         raise ValueError(
             f"attention_mask: an integer mask is a token tree, int32 of shape ({key.shape[0]} or 1, 1, 1, {key.shape[2]}), see "
             f"TokenTree.attention_mask; got {mask.dtype} {tuple(mask.shape)}. A padding mask has two dimensions, any other is boolean"
         )
+    if mask.dtype == _PADDING:
+        mask = mask.view(torch.int32) if torch.compiler.is_compiling() else _as_int32(mask)
     return mask[:, 0, 0, :].expand(key.shape[0], -1)
+
+
+def _view_as_int32(mask: Tensor) -> Tensor:
+    return mask.view(torch.int32)
+
+
+_as_int32 = PlanCache(_view_as_int32)
+"""One view for all layers: what they derive from it is kept by tensor, and views of another dtype do not know of each other."""
+
+
+def _is_padding(mask: Tensor | None) -> bool:
+    """Whether `tree_mask` made a tree of a padded batch."""
+    return mask is not None and mask.dtype == _PADDING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .patch import language_tower, patch_state
 from .recorder import AttentionRecorder, ForwardStopped
+from .recorder_ops import Replaced, replace_method, ticket_of, watch_decoder, watch_model
 
 # Ways of `generate` in which a row of a forward is not the one sequence that it was at the start, or a forward does not emit one token;
 # with the values that leave them off.
@@ -29,8 +30,6 @@ _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1,),
     "custom_generate": (),
 }
-# What a decoder calls the cache it is given: transformers 5.24 and later, and before.
-_CACHE_NAMES = ("cache", "past_key_values")
 # What may end rows of a batch at different steps, unseen from the tokens.
 _OWN_ENDS = ("stop_strings", "stopping_criteria")
 
@@ -76,7 +75,8 @@ def record_attention(
     Raises:
         ValueError: a model that is not patched, layers it does not have, shapes that do not fit, a recorder that is already active, or a
             `generate` whose rows cannot be followed: beams, several sequences a prompt, contrastive or assisted decoding, guidance, and
-            for more than one row stop strings or stopping criteria.
+            for more than one row stop strings or stopping criteria. At the end of the block: a layer that was not observed, layers that
+            counted different rows, or a prompt that was not read as far as `segments` cover it; with what was seen instead.
     """
     state = patch_state(model)
     if state.recorder is not None:
@@ -99,45 +99,29 @@ def record_attention(
     largest = max(int(each.max()) for each in (segments, cross_segments) if each is not None)
     count = largest + 1 if num_segments is None else num_segments
     recorder = AttentionRecorder(segments, rows, wanted, count, reduce, stop_early, cross_segments, state.cross_layers)
+    recorder.ticket = ticket_of(recorder)
     with ExitStack() as undo:
         if rows is None:
-            ends = None if eos_token_ids is None else tuple(eos_token_ids)
-            _follow_generate(model, recorder, ends, undo)
-        undo.callback(tower.register_forward_pre_hook(_before_decoder(recorder), with_kwargs=True).remove)
+            _follow_generate(model, recorder, None if eos_token_ids is None else tuple(eos_token_ids), undo)
+        watch_decoder(tower, undo)
         if stop_early:
-            _make_stoppable(model, undo)
+            replace_method(model, "forward", _stoppable, undo)
         state.recorder = recorder
         try:
             yield recorder
         finally:
             state.recorder = None
+    recorder.check()
 
 
-def _before_decoder(recorder: AttentionRecorder) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = kwargs.get("inputs_embeds")
-        if inputs is None:
-            inputs = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        cache = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
-        # A static cache keeps its length on the device.
-        recorder.before_decoder(0 if cache is None else int(cache.get_seq_length()), inputs.shape[1])
-
-    return hook
-
-
-def _make_stoppable(model: nn.Module, undo: ExitStack) -> None:
-    """Make `model(...)` return an empty output where a recorder ends the forward."""
+def _stoppable(replaced: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward that returns an empty output where a recorder ends it."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    original: Callable[..., Any] = model.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(*args, **kwargs)
-        except ForwardStopped:
-            return BaseModelOutput()
-
-    _replace(model, "forward", forward, undo)
+    try:
+        return replaced.original()(*args, **kwargs)
+    except ForwardStopped:
+        return BaseModelOutput()
 
 
 def _follow_generate(model: nn.Module, recorder: AttentionRecorder, ends: tuple[int, ...] | None, undo: ExitStack) -> None:
@@ -145,34 +129,26 @@ def _follow_generate(model: nn.Module, recorder: AttentionRecorder, ends: tuple[
     # A PEFT model's `generate` calls that of the model inside.
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for module in {model, base}:
-        undo.callback(module.register_forward_pre_hook(_before_model(recorder), with_kwargs=True).remove)
-    recorder.end_with(_token_ids(_setting("eos_token_id", base, {})) if ends is None else ends)
-    original: Callable[..., Any] | None = getattr(base, "generate", None)
-    if original is None:
-        return
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
-        _check_generate(base, given, batch=recorder.segments.shape[0])
-        if ends is None:
-            recorder.end_with(_token_ids(_setting("eos_token_id", base, given)))
-        # A compiled forward would not call the recorder.
-        result = original(*args, **{**kwargs, "disable_compile": True})
-        if not recorder.prompt_is_read:
-            raise ValueError(
-                f"record_attention: segments cover {recorder.segments.shape[1]} tokens, the prompt of generate has fewer, so no row was counted"
-            )
-        return result
-
-    _replace(base, "generate", generate, undo)
+        watch_model(module, undo)
+    recorder.end_with(_token_ids(_setting("eos_token_id", base, {})) if ends is None else ends, fixed=ends is not None)
+    if hasattr(base, "generate"):
+        replace_method(base, "generate", _followed, undo)
 
 
-def _before_model(recorder: AttentionRecorder) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder.before_model(kwargs.get("input_ids", args[0] if args else None))
-
-    return hook
+def _followed(replaced: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A `generate` that tells its recorder where it begins and ends."""
+    module, original = replaced.module, replaced.original()
+    recorder = patch_state(module).recorder
+    if recorder is None:  # a copy that was made while its original was recorded
+        return original(*args, **kwargs)
+    given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+    given = {**given, **given.get("kwargs", {})}
+    _check_generate(module, given, batch=recorder.segments.shape[0])
+    recorder.begin_generate(_token_ids(_setting("eos_token_id", module, given)))
+    # Steps of a compiled forward would be made again for each number of tokens.
+    result = original(*args, **{**kwargs, "disable_compile": True})
+    recorder.end_generate()
+    return result
 
 
 def _check_generate(model: Any, given: dict[str, Any], batch: int) -> None:
@@ -208,16 +184,6 @@ def _token_ids(found: Any) -> tuple[int, ...]:
 
 def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, int | float | str | list) else type(value).__name__
-
-
-def _replace(module: nn.Module, name: str, function: Callable[..., Any], undo: ExitStack) -> None:
-    """Give the module a method of its own until `undo`, and then back what it had."""
-    before = module.__dict__.get(name)
-    module.__dict__[name] = function
-    if before is None:
-        undo.callback(module.__dict__.pop, name)
-    else:
-        undo.callback(module.__dict__.__setitem__, name, before)
 
 
 def _check_layers(layers: Iterable[int], available: int) -> tuple[int, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from .ops.attention_mass import attention_mass
@@ -17,6 +18,28 @@ class ForwardStopped(Exception):  # noqa: N818 - control flow, not an error
 
     def __str__(self) -> str:
         return "record_attention(stop_early=True) ended this forward; call the model that was given to it, not one of its parts"
+
+
+class Seen:
+    """What a recorder saw of its model, in words for its errors."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.layers: Counter[int] = Counter()
+        """How often each layer's attention ran."""
+        self._last = 0, 0
+        self._most = 0
+
+    def forward(self, past: int, length: int) -> None:
+        """A forward of the decoder, of `length` tokens after `past` in its cache."""
+        self.forwards, self._last, self._most = self.forwards + 1, (past, length), max(self._most, length)
+
+    def __str__(self) -> str:
+        past, length = self._last
+        calls = ", ".join(f"{layer}: {count}" for layer, count in sorted(self.layers.items()))
+        return f"{self.forwards} forwards of at most {self._most} tokens, the last of {length} after {past} in its cache; " + (
+            f"attention of layers (times) {calls}" if calls else "the attention function was never reached"
+        )
 
 
 class AttentionRecorder:
@@ -44,12 +67,17 @@ class AttentionRecorder:
         self._row_positions = None if rows is None else _positions(rows)
         # Tokens that the model had read before its present forward and has read with it, and which of them is the first of `segments`.
         self._past = self._read = self._first = 0
+        self.ticket = torch.empty(0)
+        """What compiled code knows the recorder by, see `recorder_ops`."""
         self._input_ids: Tensor | None = None
+        self._in_generate = self._prompt_begun = self._ends_are_fixed = False
+        self._seen = Seen()
         self._end_tokens = torch.empty(0, dtype=torch.long)
         self._finished: Tensor | None = None
         self._sums: dict[int, Tensor] = {}
-        self._counts: dict[int, Tensor] = {}
         self._rows: dict[int, list[Tensor]] = {}
+        self._counted: dict[int, Tensor] = {}
+        """Per layer (B,): rows counted so far, whatever `reduce` is."""
 
     @property
     def mass(self) -> dict[int, Tensor]:
@@ -59,21 +87,33 @@ class AttentionRecorder:
         """
         if self.reduce is None:
             return {layer: torch.cat(parts, dim=2) for layer, parts in self._rows.items()}
-        return {layer: total / self._counts[layer].clamp(min=1)[:, None] for layer, total in self._sums.items()}
+        return {layer: total / self._counted[layer].clamp(min=1)[:, None] for layer, total in self._sums.items()}
 
     @property
     def counts(self) -> dict[int, Tensor]:
         """Per layer (B,): rows counted so far. Empty with `reduce=None`."""
-        return self._counts
+        return {} if self.reduce is None else self._counted
 
     @property
     def prompt_is_read(self) -> bool:
         """Whether the model has read as many tokens as `segments` cover."""
         return self._read >= self._first + self.segments.shape[1]
 
-    def end_with(self, token_ids: tuple[int, ...]) -> None:
-        """End tokens of the `generate` calls to come."""
+    def end_with(self, token_ids: tuple[int, ...], *, fixed: bool) -> None:
+        """End tokens of the `generate` calls to come; `fixed`: whatever these themselves end with."""
         self._end_tokens = torch.tensor(token_ids, dtype=torch.long)
+        self._ends_are_fixed = fixed
+
+    def begin_generate(self, end_tokens: tuple[int, ...]) -> None:
+        """A call of `generate` begins, which ends rows with these tokens."""
+        if not self._ends_are_fixed:
+            self._end_tokens = torch.tensor(end_tokens, dtype=torch.long)
+        self._in_generate, self._prompt_begun = True, False
+
+    def end_generate(self) -> None:
+        """It has ended. Raises ValueError where its prompt was not read as far as `segments` cover it."""
+        self._in_generate = False
+        self._check_prompt()
 
     def before_model(self, input_ids: Tensor | None) -> None:
         """The model is called with these ids (B, L), or with embeddings."""
@@ -83,15 +123,28 @@ class AttentionRecorder:
         """The decoder is about to read `length` tokens, after `past` tokens that its cache knows.
 
         Raises:
-            ValueError: in `generate`, a prompt longer than `segments`.
+            ValueError: in `generate`, a prompt longer than `segments`, or a forward that does not go on where the last one ended.
         """
+        self._seen.forward(past, length)
         if self._row_positions is not None:
             self._first = past
-        elif self.prompt_is_read and past + length == self._read + 1:
+        elif self.prompt_is_read and past + length == self._read + 1 and not self._awaits_prompt:
             self._read_emitted_token()
-        elif past == 0 or past != self._read or self.prompt_is_read:  # not the next chunk of one prompt
+        elif self._in_generate and self._prompt_begun and (self.prompt_is_read or past != self._read):
+            raise ValueError(
+                f"record_attention: a forward of generate read {length} tokens after {past} in its cache, {self._read} were read before it: "
+                f"expected {'one more in all' if self.prompt_is_read else 'the next piece of the prompt'}; is the decoder given its cache, "
+                "an object with get_seq_length(), and this as long as what was read?"
+            )
+        elif self._awaits_prompt or past == 0 or past != self._read or self.prompt_is_read:  # not the next chunk of one prompt
             self._begin_prompt(past, length)
+        self._prompt_begun = True
         self._past, self._read = past, past + length
+
+    @property
+    def _awaits_prompt(self) -> bool:
+        """Whether a `generate` has begun that has read nothing yet."""
+        return self._in_generate and not self._prompt_begun
 
     def _read_emitted_token(self) -> None:
         """A row that has emitted an end token emits nothing more."""
@@ -108,7 +161,7 @@ class AttentionRecorder:
 
     def observe(
         self,
-        module: nn.Module,
+        layer: int,
         query: Tensor,  # (B, Hq, L, D)
         key: Tensor,  # (B, Hkv, K, D)
         *,
@@ -121,11 +174,37 @@ class AttentionRecorder:
     ) -> None:
         """Add one attention call of the model. Raises `ForwardStopped` after the last wanted layer of an early-stopping recorder."""
         # A checkpointed layer runs again inside backward; its rows are counted already.
-        if module.layer_idx not in self._wanted or torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:
             return
-        self._observe(int(module.layer_idx), query, key, tree_end, mask, scale, softcap, window, backend)  # type: ignore[arg-type]
-        if module.layer_idx == self._stop_after:
+        self._seen.layers[layer] += 1
+        if layer not in self._wanted:
+            return
+        self._observe(layer, query, key, tree_end, mask, scale, softcap, window, backend)
+        if layer == self._stop_after:
             raise ForwardStopped
+
+    def check(self) -> None:
+        """At the end of a recording: that it counted what it was asked for, in every layer the same rows. Raises ValueError."""
+        if not self._seen.forwards and not self._seen.layers:
+            raise ValueError(
+                "record_attention: no forward of the recorded model was seen, so nothing was counted; run the model that was given to it, "
+                "not a copy or another one, inside the block"
+            )
+        if self._row_positions is None:
+            self._check_prompt()
+        missing = [layer for layer in sorted(self._wanted) if layer not in self._counted]
+        if missing:
+            raise ValueError(f"record_attention: layers {missing} were asked for and counted nothing; seen: {self._seen}")
+        rows = {layer: counted.tolist() for layer, counted in sorted(self._counted.items())}
+        if len({tuple(each) for each in rows.values()}) > 1:
+            raise ValueError(f"record_attention: layers counted different numbers of rows, {rows}; seen: {self._seen}")
+
+    def _check_prompt(self) -> None:
+        if self._seen.forwards and not self.prompt_is_read:
+            raise ValueError(
+                f"record_attention: segments cover {self.segments.shape[1]} tokens and the model read {self._read - self._first}, so no row "
+                f"that emits a token was counted; seen: {self._seen}"
+            )
 
     @torch.no_grad()
     def _observe(
@@ -229,17 +308,17 @@ class AttentionRecorder:
         return self.cross_segments.to(key.device)
 
     def _add(self, layer: int, found: Tensor, counted: Tensor) -> None:
+        self._counted[layer] = self._counted.get(layer, 0) + counted
         if self.reduce is None:
             self._rows.setdefault(layer, []).append(found)
             return
         found = found * counted[:, None]
         total = self._sums.get(layer)
         if total is None:
-            self._sums[layer], self._counts[layer] = found, counted
+            self._sums[layer] = found
             return
         longer = max(total.shape[1], found.shape[1])
         self._sums[layer] = pad(total, (0, longer - total.shape[1])) + pad(found, (0, longer - found.shape[1]))
-        self._counts[layer] = self._counts[layer] + counted
 
 
 def _positions(rows: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mmdpo_trainers.config import AugmentConfig, RunConfig
 from mmdpo_trainers.data.held_out import hold_out
-from mmdpo_trainers.data.losses import loss_line
+from mmdpo_trainers.data.left_out import loss_line
 from mmdpo_trainers.data.multi_image import PIP_OPENINGS, _draws, check_options
 from mmdpo_trainers.data.records import check_prompt, read_prompts
 from mmdpo_trainers.data.sources import SourceRecord

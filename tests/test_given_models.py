@@ -144,7 +144,11 @@ def test_data_that_cannot_be_trained_on(folder: Path, tmp_path: Path) -> None:
             "record .*: column 'tools' is not read, and holds .*look",
         ),
         ({"train_dataset": [{**records[0], "chat_template_kwargs": {"a": 1}}]}, {}, "column 'chat_template_kwargs' is not read"),
-        ({"train_dataset": [{**records[0], "ref_chosen_logps": -1.0}]}, {}, "'ref_chosen_logps' is not read.* keeps the reference's"),
+        (
+            {"train_dataset": [{**records[0], "ref_chosen_logps": -1.0}]},
+            {},
+            "'ref_chosen_logps' is not read.* keeps the reference's",
+        ),
         ({"train_dataset": stream}, {"max_steps": -1}, "max_steps: streaming data .* expected 1 or more, got -1"),
         ({"train_dataset": stream}, {"precompute_ref_log_probs": True}, "precompute_ref_log_probs needs all records at hand"),
         ({"eval_dataset": stream}, {"max_tokens_per_batch": 99}, "eval_dataset: max_tokens_per_batch needs all records at hand"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers import ranks
-from mmdpo_trainers.data.losses import lost
+from mmdpo_trainers.data.left_out import lost
 from mmdpo_trainers.data.pictures import content_key, is_made
 from mmdpo_trainers.data.records import read_prompts, relative_images
 from mmdpo_trainers.errors import DataError, StageError

@@ -156,7 +156,8 @@ def _line_breaks(chat: Chat, kinds: tuple[str, ...]) -> tuple[bool, ...] | None:
     rendered = chat.render([{"role": "user", "content": parts}])
     if rendered is None or rendered.count(chat.mark) != kinds.count("image"):
         return None
-    found, start = [], 0
+    found: list[bool] = []
+    start = 0
     for part in parts:
         written = part.get("text", chat.mark)
         place = rendered.find(written, start)

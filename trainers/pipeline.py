@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mmdpo_trainers import ranks, stages
 from mmdpo_trainers.config import RunConfig
-from mmdpo_trainers.data.losses import loss_line
+from mmdpo_trainers.data.left_out import loss_line
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.preference_figures import preference_summary

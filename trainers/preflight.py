@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from mmdpo_trainers.config_values import convert
-from mmdpo_trainers.data.losses import ALLOW
+from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.errors import ConfigError, DataError
 from mmdpo_trainers.run_folder import read_json
 from mmdpo_trainers.shapes import SHIPPED

@@ -22,7 +22,7 @@ from .checks import (
     default_scale,
     grad_or_none,
 )
-from .precision import without_autocast
+from .precision import autocast_off, without_autocast
 
 OP = "tree_attention"
 
@@ -71,12 +71,10 @@ class _TreeAttention(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse, tree_end, segments = ctx.saved_tensors
-        grad_output, grad_lse, grad_mass = (grad_or_none(grad) for grad in grads)
-        backward = ctx.backend.backward
-        if grad_lse is not None and not ctx.backend.LSE_GRADIENT:
-            backward = partial(_backward_through_lse, ctx.backend)
-        found = backward(grad_output, grad_lse, grad_mass, query, key, value, output, lse, tree_end, segments, *ctx.options)
-        return *found, None, None, None, None, None
+        found = _backward_of(
+            ctx.backend, tuple(map(grad_or_none, grads)), query, key, value, output, lse, tree_end, segments, ctx.options
+        )
+        return *found, None, None, None, None
 
 
 def _backward_through_lse(
@@ -185,7 +183,28 @@ def tree_attention(
     check_tree_end(OP, tree_end, batch, length)
     check_segments(OP, segments, num_segments, batch, length)
     check_positive(OP, softcap=softcap, window=window)
-    module = resolve(
+    options = (num_segments, default_scale(scale, dim), softcap, window)
+    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if torch.compiler.is_compiling():
+        return TreeAttentionOutput(*attention_op(query, key, value, own_tree(tree_end), segments, *options, backend, gradient))
+    module = _resolve(backend, query, value, tree_end, *options, gradient)
+    return TreeAttentionOutput(*_TreeAttention.apply(query, key, value, tree_end, segments, options, module))
+
+
+def _resolve(
+    backend: str,
+    query: Tensor,
+    value: Tensor,
+    tree_end: Tensor | None,
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    gradient: bool,
+) -> ModuleType:
+    """The module that serves a call."""
+    dim, value_dim = query.shape[-1], value.shape[-1]
+    return resolve(
         OP,
         backend,
         query.device,
@@ -193,11 +212,149 @@ def tree_attention(
         softcap=softcap is not None,
         window=window is not None,
         mass=num_segments > 0,
-        value_dim=value.shape[-1] != dim,
-        head_dim=max(dim, value.shape[-1]),
-        length=length,
+        value_dim=value_dim != dim,
+        head_dim=max(dim, value_dim),
+        length=query.shape[2],
         tree=tree_end is not None,
-        gradient=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)),
+        gradient=gradient,
     )
-    options = (num_segments, default_scale(scale, dim), softcap, window)
-    return TreeAttentionOutput(*_TreeAttention.apply(query, key, value, tree_end, segments, options, module))
+
+
+def own_tree(tree_end: Tensor | None) -> Tensor | None:
+    """A copy that no other tensor of compiled code is written over, as what is derived from a tree is kept while its tensor lives."""
+    return None if tree_end is None else own_tree_op(tree_end)
+
+
+@torch.library.custom_op("mmdpo_kernels::own_tree", mutates_args=())
+def own_tree_op(tree_end: Tensor) -> Tensor:
+    """-> a tensor that the operator allocates, and not the memory plan of compiled code."""
+    return tree_end.contiguous().clone()
+
+
+@own_tree_op.register_fake
+def _(tree_end: Tensor) -> Tensor:
+    return tree_end.new_empty(tree_end.shape)
+
+
+@torch.library.custom_op("mmdpo_kernels::tree_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def attention_op(
+    query: Tensor,  # (B, Hq, S, D)
+    key: Tensor,  # (B, Hkv, S, D)
+    value: Tensor,  # (B, Hkv, S, Dv)
+    tree_end: Tensor | None,  # (B, S)
+    segments: Tensor | None,  # (B, S)
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    backend: str,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`tree_attention` as an operator, so that `torch.compile` has it in its graph. gradient: whether there will be a backward."""
+    options = (num_segments, scale, softcap, window)
+    check_segments(OP, segments, num_segments, query.shape[0], query.shape[2])
+    module = _resolve(backend, query, value, tree_end, *options, gradient)
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    with autocast_off(query.device.type):
+        output, lse, mass = module.forward(query, key, value, tree_end, segments, *options)
+    return output.contiguous(), lse.contiguous(), mass.contiguous()
+
+
+@attention_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree_end: Tensor | None,
+    segments: Tensor | None,
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    backend: str,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = query.shape[:3]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_empty((*rows, value.shape[3])),
+        query.new_empty(rows, dtype=wide),
+        query.new_empty((*rows, num_segments), dtype=wide),
+    )
+
+
+@torch.library.custom_op("mmdpo_kernels::tree_attention_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def attention_backward_op(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    tree_end: Tensor | None,
+    segments: Tensor | None,
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the gradients of query, key and value."""
+    options = (num_segments, scale, softcap, window)
+    module = _resolve(backend, query, value, tree_end, *options, True)
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    with autocast_off(query.device.type):
+        grads = tuple(grad_or_none(grad) for grad in (grad_output, grad_lse, grad_mass))
+        found = _backward_of(module, grads, query, key, value, output, lse, tree_end, segments, options)
+    return tuple(grad.contiguous() for grad in found)  # type: ignore[return-value]
+
+
+@attention_backward_op.register_fake
+def _(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, tree_end, segments, *options, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, *output[:2], tree_end, segments)
+    ctx.options = options
+
+
+def _op_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{OP}: it has a first derivative only, backward was asked for with create_graph=True")
+    return *attention_backward_op(*grads, *ctx.saved_tensors, *ctx.options), *[None] * 8
+
+
+attention_op.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+def _backward_of(
+    backend: ModuleType,
+    grads: tuple[Tensor | None, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    tree_end: Tensor | None,
+    segments: Tensor | None,
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, from those of output, lse and mass."""
+    backward = backend.backward
+    if grads[1] is not None and not backend.LSE_GRADIENT:
+        backward = partial(_backward_through_lse, backend)
+    found: tuple[Tensor, Tensor, Tensor] = backward(*grads, query, key, value, output, lse, tree_end, segments, *options)
+    return found

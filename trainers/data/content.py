@@ -24,7 +24,10 @@ _COLUMNS: tuple[tuple[str, str], ...] = (
     (r"tools|tool_calls|functions|function_call|documents", f"write it into the prompt's text, or {_WITHOUT_IT}"),
     (r"chat_template_kwargs", f"chat templates get no arguments of a record's own; {_WITHOUT_IT}"),
     (r"system|system_prompt", f"write it into the prompt's text, or {_WITHOUT_IT}"),
-    (r"(?:ref|reference)_(?:chosen|rejected)_logps", "precompute_ref_log_probs keeps the reference's log-probabilities itself; take it out"),
+    (
+        r"(?:ref|reference)_(?:chosen|rejected)_logps",
+        "precompute_ref_log_probs keeps the reference's log-probabilities itself; take it out",
+    ),
     (r"history", f"a prompt is one turn; write it into the prompt's text, or {_WITHOUT_IT}"),
 )
 """Names of a record's columns that are refused, and what to do."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmdpo_trainers.config import DataConfig
 from mmdpo_trainers.data.held_out import hold_out
-from mmdpo_trainers.data.losses import check_losses, loss_line, lost, named
+from mmdpo_trainers.data.left_out import check_losses, loss_line, lost, named
 from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id
 from mmdpo_trainers.data.sources import DUPLICATE, Problem, SourceRecord, read_source
 from mmdpo_trainers.errors import ConfigError, DataError, StageError

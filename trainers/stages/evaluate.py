@@ -11,7 +11,7 @@ from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import mean_ratios, ratios_of
 from mmdpo_trainers.batches import Record, own_records, require, run_batches
 from mmdpo_trainers.data.answers import answers_match
-from mmdpo_trainers.data.losses import lost
+from mmdpo_trainers.data.left_out import lost
 from mmdpo_trainers.described import check_prompts
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.loading import LoadedModel, load_model

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.data.losses import lost
+from mmdpo_trainers.data.left_out import lost
 from mmdpo_trainers.data.pictures import content_key, embedded_bytes
 from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.errors import ConfigError, DataError, StageError

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import default_layer
-from mmdpo_trainers.data.losses import check_losses, lost
+from mmdpo_trainers.data.left_out import check_losses, lost
 from mmdpo_trainers.disk import free_mib
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.loading import LoadedModel, load_model

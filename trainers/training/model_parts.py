@@ -168,6 +168,11 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
             layer._disable_adapters = off
 
 
+def compile_decoder(model: nn.Module, args: PreferenceConfig) -> None:
+    """Compile the language model's layers in place, as `torch_compile` asks for; head and losses are operators already."""
+    base_of(model).get_decoder().compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
 def picture_features(model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
     """Per distinct picture what its image tokens stand for, see `Family.features`. With a gradient where vision or projector is trained."""
     if batch.pictures is None:

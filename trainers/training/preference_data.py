@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.data.answers import Match, is_right
-from mmdpo_trainers.data.losses import ALLOW
+from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.data.sources import undecoded
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError

@@ -120,6 +120,8 @@ class PreferenceTrainer(SavingTrainer):
                 disable_dropout(each)
                 if packs or args.attention_layer is not None:
                     patch_model(each)
+                if args.torch_compile:
+                    model_parts.compile_decoder(each, args)
         shares_features = ref_model is None and model_parts.sees_as_reference(policy)
         shares_head = ref_model is None and head.heads_alike(policy)
         base = model_parts.base_of(policy)

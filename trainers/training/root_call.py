@@ -18,10 +18,12 @@ def through_root(wrapped: nn.Module, root: nn.Module, compute: Callable[[], Resu
     `compute` runs, whatever autocast or PEFT made of it.
 
     Args:
-        wrapped: what training prepared: DDP, a DeepSpeed engine, an FSDP2 module, or `root` itself.
+        wrapped: what training prepared: DDP, a DeepSpeed engine, an FSDP2 module, or `root` itself; compiled or not.
         root: the module inside of it, that `compute` works with.
         compute: what backward is to go through must be among what it returns: a tensor, or a tuple of them.
     """
+    # `compute` is another function each time, which `torch.compile` would have to compile each time: what is compiled is in the model.
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)
     own: Any = root.__dict__.get("forward")
 
     def restore() -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mmdpo_trainers.config import AugmentConfig, RunConfig
 from mmdpo_trainers.data.held_out import hold_out
-from mmdpo_trainers.data.left_out import loss_line
+from mmdpo_trainers.data.left_out import left_out_line
 from mmdpo_trainers.data.multi_image import PIP_OPENINGS, _draws, check_options
 from mmdpo_trainers.data.records import check_prompt, read_prompts
 from mmdpo_trainers.data.sources import SourceRecord
@@ -243,7 +243,7 @@ def test_a_format_that_vanished_is_counted_as_empty(tmp_path: Path) -> None:
     context = context_of(tmp_path, augment=options, evaluate={"per_format": {"sequence": 2, "single": 2}})
     summary = augment.run(context)
     assert summary["prompts"]["sequence"] == 0 and summary["prompts"]["pip"] > 0
-    assert loss_line(summary).endswith("none of format sequence")
+    assert left_out_line(summary).endswith("none of format sequence")
     augment.build_evaluation_prompts(context)
     assert read_json(tmp_path / "run/evaluate/summary.json")["prompts"] == {"sequence": 0, "single": 2}
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mmdpo_trainers import ranks, stages
 from mmdpo_trainers.config import RunConfig
-from mmdpo_trainers.data.left_out import loss_line
+from mmdpo_trainers.data.left_out import left_out_line
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.preference_figures import preference_summary
@@ -118,7 +118,7 @@ def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> d
         run.remove(context.name)
     if run.stage_is_done(context.name, fingerprint):
         summary = run.summary(context.name)
-        context.progress.print("; ".join(filter(None, [f"{label}{context.name}: done before", loss_line(summary)])))
+        context.progress.print("; ".join(filter(None, [f"{label}{context.name}: done before", left_out_line(summary)])))
         return summary
     interrupted = (run.path / context.name / "state.json").exists()
     context.progress.print(f"{label}{context.name}: {'continuing' if interrupted else 'starting'}")
@@ -127,7 +127,7 @@ def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> d
         if context.stage in SHARED_STAGES:
             ranks.on_main(lambda: "work")
         summary = module.run(context)
-    if line := loss_line(summary):
+    if line := left_out_line(summary):
         context.progress.print(f"{label}{context.name}: {line}")
     return run.finish_stage(context.name, fingerprint, summary)
 

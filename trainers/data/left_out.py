@@ -21,7 +21,7 @@ def named(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
 
 
-def loss_line(summary: Mapping[str, Any]) -> str:
+def left_out_line(summary: Mapping[str, Any]) -> str:
     """What a stage's summary says of records left out and of formats that are empty; nothing where it says nothing."""
     sentences = []
     if loss := summary.get("lost"):
@@ -34,7 +34,7 @@ def loss_line(summary: Mapping[str, Any]) -> str:
     return "; ".join(sentences)
 
 
-def check_losses(share: float, allow: bool, message: str) -> None:
+def check_left_out(share: float, allow: bool, message: str) -> None:
     """Raise DataError with `message` where more than half is lost and that is not allowed."""
     if share > 0.5 and not allow:
         raise DataError(f"{message}; or {ALLOW}")

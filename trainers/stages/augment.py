@@ -14,7 +14,7 @@ from typing import Any
 
 from mmdpo_trainers.config import DataConfig
 from mmdpo_trainers.data.held_out import hold_out
-from mmdpo_trainers.data.left_out import check_losses, loss_line, lost, named
+from mmdpo_trainers.data.left_out import check_left_out, left_out_line, lost, named
 from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id
 from mmdpo_trainers.data.sources import DUPLICATE, Problem, SourceRecord, read_source
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
@@ -80,7 +80,7 @@ def build_evaluation_prompts(context: StageContext) -> Path:
         formats = config.evaluate.per_format
         summary = _write(context, "evaluate", source, plans, formats=formats, singles=False)
         context.run.finish_stage("evaluate", fingerprint, summary)
-        if line := loss_line(summary):
+        if line := left_out_line(summary):
             context.progress.print(f"evaluate: {line}; see {context.run.path / 'evaluate' / 'problems.jsonl'}")
     return context.evaluation_prompts
 
@@ -137,8 +137,10 @@ def _write(
     summary, share = _summarize(folder, source, [name for name, wanted in formats.items() if wanted])
     if not any(summary["prompts"].values()):
         raise DataError(f"no prompt could be made: {_reasons(summary['problems'])}. See {folder / 'problems.jsonl'}")
-    check_losses(
-        share, context.config.allow_missing, f"{stage}: {loss_line(summary)}. See {folder / 'problems.jsonl'} and mend the data"
+    check_left_out(
+        share,
+        context.config.allow_missing,
+        f"{stage}: {left_out_line(summary)}. See {folder / 'problems.jsonl'} and mend the data",
     )
     return summary
 
@@ -307,7 +309,7 @@ def _check_usable(
         raise DataError(f"data source {data.source}: no usable record ({_reasons(reasons)}); {remedy}")
     total = len(used | lost)
     what = f"data source {data.source}: {len(lost):,} of {total:,} records cannot be used ({_reasons(reasons)}); {remedy}"
-    check_losses(len(lost) / total, allow_missing, what)
+    check_left_out(len(lost) / total, allow_missing, what)
     return total, len(lost)
 
 

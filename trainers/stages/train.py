@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from mmdpo_trainers import ranks
 from mmdpo_trainers.attention_ratios import default_layer
-from mmdpo_trainers.data.left_out import check_losses, lost
+from mmdpo_trainers.data.left_out import check_left_out, lost
 from mmdpo_trainers.disk import free_mib
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.loading import LoadedModel, load_model
@@ -97,7 +97,7 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
     if len(data) == 0:
         raise StageError(f"every record of {context.pairs} is longer than max_length={settings.max_length}; raise it")
     read = len(train_data) + (0 if eval_data is None else len(eval_data))
-    check_losses(
+    check_left_out(
         len(trainer.left_out) / read,
         context.config.allow_missing,
         f"train: {len(trainer.left_out):,} of {read:,} records are longer than train.args.max_length={settings.max_length}; raise it",

@@ -31,8 +31,8 @@ def template_of(processor: Any) -> str | None:
                 f"the chat templates of {type(processor).__name__} are {', '.join(template)}; expected one named default: rename the one "
                 "to render prompts by"
             )
-        return str(template["default"])
-    return template
+        template = template["default"]
+    return None if template is None else str(template)
 
 
 def prints_date(processor: Any) -> bool:
@@ -156,7 +156,8 @@ def _line_breaks(chat: Chat, kinds: tuple[str, ...]) -> tuple[bool, ...] | None:
     rendered = chat.render([{"role": "user", "content": parts}])
     if rendered is None or rendered.count(chat.mark) != kinds.count("image"):
         return None
-    found, start = [], 0
+    found: list[bool] = []
+    start = 0
     for part in parts:
         written = part.get("text", chat.mark)
         place = rendered.find(written, start)

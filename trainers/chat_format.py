@@ -31,8 +31,8 @@ def template_of(processor: Any) -> str | None:
                 f"the chat templates of {type(processor).__name__} are {', '.join(template)}; expected one named default: rename the one "
                 "to render prompts by"
             )
-        return str(template["default"])
-    return template
+        template = template["default"]
+    return None if template is None else str(template)
 
 
 def prints_date(processor: Any) -> bool:

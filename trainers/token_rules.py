@@ -148,9 +148,10 @@ class TextEncoder:
         if chat is None:
             return ""
         turns = (("user", "assistant"), ("user",))
-        for wrap in (lambda text: [{"type": "text", "text": text}], lambda text: text):
+        contents: tuple[Any, ...] = ([{"type": "text", "text": _PROBE}], _PROBE)
+        for content in contents:
             found = [
-                chat.render([{"role": role, "content": wrap(_PROBE)} for role in roles], opens_answer=len(roles) == 1)
+                chat.render([{"role": role, "content": content} for role in roles], opens_answer=len(roles) == 1)
                 for roles in turns
             ]
             if any(found):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
+from processes import context
 from tiny_models import make_tiny_llava, make_tiny_qwen, sample_pictures
 from torch.utils.data import DataLoader
 
@@ -290,7 +291,7 @@ def test_keys_follow_content(make: Make, tmp_path: Path) -> None:
 def test_another_process_makes_the_same_batch(make: Make) -> None:
     collator = make()
     assert len(pickle.dumps(collator)) < 500_000
-    loader = DataLoader([record()], collate_fn=collator, num_workers=1, multiprocessing_context="fork")
+    loader = DataLoader([record()], collate_fn=collator, num_workers=1, multiprocessing_context=context())
     (found,) = loader
     expected = collator([record()])["batch"]
     assert torch.equal(found["batch"].input_ids, expected.input_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -308,3 +309,33 @@ def test_a_part_of_the_model_called_by_itself(generated: dict[str, Any]) -> None
         record_attention(case.model, segment_map(), segment_map() >= 0, layers=[0]),
     ):
         attention(hidden, position_embeddings=turned, attention_mask=None)
+
+
+def test_a_recording_says_at_its_end_what_it_saw(generated: dict[str, Any]) -> None:
+    case, segments = generated["full"], segment_map()
+    with (
+        pytest.raises(ValueError, match="no forward of the recorded model was seen"),
+        record_attention(case.model, segments, segments >= 0, layers=[0]),
+    ):
+        pass
+    shorter = copy.deepcopy(case.model)
+    shorter.model.layers = shorter.model.layers[:2]
+    message = r"layers \[2\] were asked for and counted nothing; seen: 1 forwards of at most 11 tokens.*0: 1, 1: 1"
+    with pytest.raises(ValueError, match=message), record_attention(shorter, segments, segments >= 0, layers=[0, 2]):
+        shorter(**case.inputs)
+    with pytest.raises(KeyError, match="mine"), record_attention(case.model, segments, segments >= 0, layers=[0]):
+        raise KeyError("mine")
+
+
+def test_a_cache_is_found_wherever_it_is_passed_and_missed_aloud(generated: dict[str, Any]) -> None:
+    case, segments = generated["full"], segment_map()
+    ids, cache = case.inputs["input_ids"], DynamicCache()
+    with torch.no_grad(), record_attention(case.model, segments, None, layers=[0]) as recording:
+        case.model.model(ids[:, :5], None, None, cache)
+        case.model.model(ids[:, 5:], None, None, cache)
+    assert recording.counts[0].tolist() == [1, 1]
+    watching = recorder.AttentionRecorder(segments, None, (1,), SEGMENTS, "mean", False)
+    watching.begin_generate(())
+    watching.before_decoder(0, PROMPT)
+    with pytest.raises(ValueError, match="read 1 tokens after 0 in its cache, 11 were read before it: expected one more in all"):
+        watching.before_decoder(0, 1)

@@ -59,9 +59,8 @@ def loss_kernel(
     arrays = (policy, reference, lengths, weights, counts, batch, elements)
     statistics = ()
     for k in tl.static_range(BRANCHES):
-        statistics = statistics + (
-            _statistics(arrays, k, BATCHED[k], BRANCHES, REFERENCE_IS_SUMS, LENGTH_NORMALISED, BLOCK_B, BLOCK_T),
-        )
+        of_batch = _statistics(arrays, k, BATCHED[k], BRANCHES, REFERENCE_IS_SUMS, LENGTH_NORMALISED, BLOCK_B, BLOCK_T)
+        statistics = statistics + (of_batch,)  # type: ignore[assignment]
     totals = tl.zeros((BLOCK_B,), tl.float32)
     before = tl.zeros((), tl.int64)
     shortest = tl.zeros((), tl.int64)
@@ -78,8 +77,8 @@ def loss_kernel(
         for k in tl.static_range(BRANCHES):
             response = read_response(arrays, record, there, start, k, BRANCHES, REFERENCE_IS_SUMS, BLOCK_B, BLOCK_T)
             total += 0.0 * response[1]
-            responses = responses + (response,)
-            by = by + (tl.zeros((BLOCK_B,), tl.float32),)
+            responses = responses + (response,)  # type: ignore[assignment]
+            by = by + (tl.zeros((BLOCK_B,), tl.float32),)  # type: ignore[assignment]
         row = table + record
         found = tl.zeros((BLOCK_B,), tl.float32)
         for t in tl.static_range(len(LINKS)):
@@ -91,19 +90,9 @@ def loss_kernel(
             value = term_weights[t] * value
             found = value if t == 0 or LOSS_OF[t] != LOSS_OF[t - 1] else found + value
             by = _add(
-                by,
-                shares[t] * slope,
-                coefficients,
-                responses,
-                statistics,
-                batch,
-                t,
-                TERM_OF,
-                KINDS,
-                COLUMNS,
-                BRANCHES,
+                by, shares[t] * slope, coefficients, responses, statistics, batch, t, TERM_OF, KINDS, COLUMNS, BRANCHES,
                 LENGTH_NORMALISED,
-            )
+            )  # fmt: skip
             if t + 1 == len(LINKS) or LOSS_OF[t] != LOSS_OF[t + 1]:
                 tl.store(row, found, mask=there)
                 row += batch
@@ -180,7 +169,7 @@ def _add(
         for v in tl.static_range(len(KINDS)):
             if TERM_OF[v] == TERM and COLUMNS[v] == k and KINDS[v] != BATCH_RATIO:
                 total += _through(coefficients[v] * slope, responses[k], statistics[k], batch, KINDS[v], LENGTH_NORMALISED)
-        sums = sums + (total,)
+        sums = sums + (total,)  # type: ignore[assignment]
     return sums
 
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -179,14 +180,24 @@ std::string tree_attention_unavailable() {
   return reason == nullptr ? "" : reason;
 }
 
-mmdpo::PreferenceLossOptions preference_loss_options(const std::vector<std::pair<int, double>>& losses, double beta,
-                                                     double label_smoothing, double anchor, double simpo_gamma, double bco_shift,
-                                                     const std::array<bool, mmdpo::num_branches>& anchors, bool length_normalised,
-                                                     int branches, const std::array<int, mmdpo::num_branches>& columns) {
-  mmdpo::PreferenceLossOptions options{{}, beta, label_smoothing, anchor, simpo_gamma, bco_shift, {}, length_normalised, branches, {}};
-  for (const auto& [loss, weight] : losses) options.losses.emplace_back(static_cast<mmdpo::PairLoss>(loss), weight);
-  std::copy(anchors.begin(), anchors.end(), options.anchors);
-  std::copy(columns.begin(), columns.end(), options.columns);
+using TermTuple = std::tuple<int, double, double, double, std::vector<std::tuple<int, int, double>>>;
+
+mmdpo::PreferenceLossOptions preference_loss_options(const std::vector<std::pair<double, std::vector<TermTuple>>>& losses, double beta,
+                                                     bool length_normalised, int branches, int chosen, int rejected) {
+  mmdpo::PreferenceLossOptions options{{}, false, beta, length_normalised, branches, chosen, rejected};
+  for (const auto& [loss_weight, terms] : losses) {
+    mmdpo::WeightedLoss loss{loss_weight, {}};
+    for (const auto& [link, weight, scale, offset, values] : terms) {
+      mmdpo::LossTerm term{static_cast<mmdpo::Link>(link), weight, scale, offset, {}};
+      for (const auto& [kind, branch, coefficient] : values) {
+        const auto value = static_cast<mmdpo::ValueKind>(kind);
+        term.values.push_back({value, branch, coefficient});
+        options.batch_values |= value == mmdpo::ValueKind::batch_ratio || value == mmdpo::ValueKind::batch_logp;
+      }
+      loss.terms.push_back(term);
+    }
+    options.losses.push_back(loss);
+  }
   return options;
 }
 
@@ -275,13 +286,13 @@ PYBIND11_MODULE(_native, m) {
         py::arg("grad_output"), py::arg("grad_lse"), py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"));
   m.def("tree_attention_unavailable", &tree_attention_unavailable, "Why this CPU is not served, or an empty string.");
   py::class_<mmdpo::PreferenceLossOptions>(m, "PreferenceLossOptions")
-      .def(py::init(&preference_loss_options), py::kw_only(), py::arg("losses"), py::arg("beta"), py::arg("label_smoothing"),
-           py::arg("anchor"), py::arg("simpo_gamma"), py::arg("bco_shift"), py::arg("anchors"), py::arg("length_normalised"),
-           py::arg("branches"), py::arg("columns"));
+      .def(py::init(&preference_loss_options), py::kw_only(), py::arg("losses"), py::arg("beta"), py::arg("length_normalised"),
+           py::arg("branches"), py::arg("chosen"), py::arg("rejected"));
   m.def("preference_loss", &preference_loss, py::arg("options"), py::arg("records"), py::arg("elements"), py::arg("is_float64"),
         py::arg("policy"), py::arg("reference"), py::arg("reference_is_sums"), py::arg("lengths"), py::arg("weights"), py::arg("counts"),
         py::arg("loss"), py::arg("gradient"), py::arg("table"));
-  m.attr("pair_losses") = mmdpo::pair_loss_names();  // in the order of mmdpo::PairLoss
+  m.attr("loss_links") = mmdpo::link_names();    // in the order of mmdpo::Link
+  m.attr("loss_values") = mmdpo::value_names();  // in the order of mmdpo::ValueKind
   py::class_<mmdpo::LogitRowsArgs>(m, "LogitRowsArgs")
       .def(py::init(&logit_rows_args), py::kw_only(), py::arg("rows"), py::arg("coefficient_rows"), py::arg("targets"),
            py::arg("ignore_index"), py::arg("bias"), py::arg("softcap"), py::arg("logit_scale"), py::arg("temperature"),

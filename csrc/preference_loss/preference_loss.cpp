@@ -1,10 +1,11 @@
-// One pass over the tokens for the values of responses, one over the records for each loss and its derivatives, one over the tokens
+// One pass over the tokens for the values of responses, one over the records for each term and its derivatives, one over the tokens
 // for the gradient.
 #include "preference_loss/preference_loss.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -28,6 +29,12 @@ ValueAndSlope sigmoid(double x) {
   const double small = std::exp(-std::fabs(x)), sum = 1 + small;
   return {(x < 0 ? small : 1) / sum, small / (sum * sum)};
 }
+
+ValueAndSlope hinge(double x) { return {1 - x < 0 ? 0 : 1 - x, 1 - x > 0 ? -1.0 : 0.0}; }
+
+ValueAndSlope square(double x) { return {x * x, 2 * x}; }
+
+ValueAndSlope identity(double x) { return {x, 1}; }
 
 // log p - log(1 - p) of a mean log-probability. A p that rounds to 1 counts as the number before it.
 ValueAndSlope log_odds(double mean, double epsilon) {
@@ -54,34 +61,36 @@ double sum(int64_t count, Term term) {
 
 // One response of one record.
 struct Response {
-  double value, ratio;   // policy; policy minus reference
-  double count;          // tokens
-  double weight;         // sum of the tokens' weights; 1 without weights
-  double by_ratio = 0;   // derivatives of the loss in the ratio that losses see,
-  double by_mean = 0;    // in the ratio divided by the count,
-  double by_value = 0;   // and in the value
+  double value, ratio;  // policy; policy minus reference
+  double count;         // tokens
+  double weight;        // sum of the tokens' weights; 1 without weights
+  double slope = 0;     // derivative of the loss in the value
+};
+
+double ratio_mean(const Response& r) { return r.ratio / r.count; }
+
+// What is the same for all records of a branch.
+struct BranchStatistics {
+  double batch_ratio, batch_logp, tokens;
 };
 
 template <class T>
 class Batch {
  public:
   Batch(const PreferenceLossOptions& options, const PreferenceLossArgs& args)
-      : o_(options), a_(args), responses_(static_cast<size_t>(args.B * options.K)) {}
+      : o_(options), a_(args), responses_(static_cast<size_t>(args.B * options.K)), statistics_(static_cast<size_t>(options.K)) {}
 
   void run() {
     read();
     look_at_batch();
+    std::vector<double> found(static_cast<size_t>(a_.B)), arguments(static_cast<size_t>(a_.B));
     double total = 0;
     for (size_t j = 0; j < o_.losses.size(); ++j) {
-      const auto [loss, weight] = o_.losses[j];
-      T* row = table(j);
-      double sum = 0;
-      for (int64_t b = 0; b < a_.B; ++b) {
-        const double value = example(loss, b, weight / static_cast<double>(a_.B));
-        row[b] = static_cast<T>(value);
-        sum += value;
-      }
-      total += weight * sum / static_cast<double>(a_.B);
+      std::fill(found.begin(), found.end(), 0.0);
+      const double weight = o_.losses[j].weight / static_cast<double>(a_.B);
+      for (const LossTerm& term : o_.losses[j].terms) add(term, weight, arguments, found);
+      std::copy(found.begin(), found.end(), table(j));
+      total += o_.losses[j].weight * std::accumulate(found.begin(), found.end(), 0.0) / static_cast<double>(a_.B);
     }
     // What is not finite must show, also where a loss levels out or does not look.
     for (const Response& r : responses_) total += 0 * r.ratio;
@@ -92,7 +101,6 @@ class Batch {
 
  private:
   Response& response(int64_t b, int column) { return responses_[static_cast<size_t>(b * o_.K + column)]; }
-  Response& of(Branch branch, int64_t b) { return response(b, o_.columns[branch]); }
   T* table(size_t row) { return static_cast<T*>(a_.table) + row * static_cast<size_t>(a_.B); }
 
   void read() {
@@ -147,109 +155,112 @@ class Batch {
     return total;
   }
 
-  // What losses know of the batch: nll the number of chosen tokens and their value; kto_pair the mean ratios, those below 0 as 0.
   void look_at_batch() {
-    double count = 0, value = 0, of_chosen = 0, of_rejected = 0;
-    for (int64_t b = 0; b < a_.B; ++b) {
-      count += of(chosen, b).count;
-      value += of(chosen, b).value;
-      of_chosen += seen(of(chosen, b));
-      of_rejected += seen(of(rejected, b));
+    if (!o_.batch_values) return;
+    for (int k = 0; k < o_.K; ++k) {
+      double tokens = 0, value = 0, ratio = 0;
+      for (int64_t b = 0; b < a_.B; ++b) {
+        const Response& r = response(b, k);
+        tokens += r.count;
+        value += r.value;
+        ratio += seen(r);
+      }
+      ratio /= static_cast<double>(a_.B);
+      statistics_[static_cast<size_t>(k)] = {ratio < 0 ? 0 : ratio, value / tokens, tokens};
     }
-    chosen_tokens_ = count;
-    nll_ = -value / count;
-    of_chosen /= static_cast<double>(a_.B);
-    of_rejected /= static_cast<double>(a_.B);
-    mean_chosen_ = of_chosen < 0 ? 0 : of_chosen;
-    mean_rejected_ = of_rejected < 0 ? 0 : of_rejected;
   }
 
   double seen(const Response& r) const { return o_.length_normalised ? r.ratio / r.count : r.ratio; }
 
-  // The loss of record b; its derivatives, times `weight`, are added to the responses'.
-  double example(PairLoss loss, int64_t b, double weight) {
-    Response &w = of(chosen, b), &l = of(rejected, b);
-    const double beta = o_.beta, margin = beta * (seen(w) - seen(l));
-    const auto pull = [&](Response& up, Response& down, double slope) {
-      up.by_ratio += weight * beta * slope;
-      down.by_ratio -= weight * beta * slope;
+  // Adds the term of each record to `found`; its derivatives, times `weight`, to the responses'.
+  void add(const LossTerm& term, double weight, std::vector<double>& x, std::vector<double>& found) {
+    std::fill(x.begin(), x.end(), 0.0);
+    for (const TermValue& at : term.values) look(at, x.data());
+    switch (term.link) {
+      case Link::minus_log_sigmoid:
+        link<minus_log_sigmoid>(term, weight, x.data(), found.data());
+        break;
+      case Link::hinge:
+        link<hinge>(term, weight, x.data(), found.data());
+        break;
+      case Link::square:
+        link<square>(term, weight, x.data(), found.data());
+        break;
+      case Link::sigmoid:
+        link<sigmoid>(term, weight, x.data(), found.data());
+        break;
+      case Link::identity:
+        link<identity>(term, weight, x.data(), found.data());
+        break;
+    }
+    for (const TermValue& at : term.values) pull(at, x.data());
+  }
+
+  // From the sums of a term's values to its derivatives in them.
+  template <ValueAndSlope (*function)(double)>
+  void link(const LossTerm& term, double weight, double* x, double* found) const {
+    const double share = weight * term.weight * term.scale;
+    for (int64_t b = 0; b < a_.B; ++b) {
+      const ValueAndSlope linked = function(term.scale * x[b] + term.offset);
+      found[b] += term.weight * linked.value;
+      x[b] = share * linked.slope;
+    }
+  }
+
+  // Adds what a term looks at of each record to its sum.
+  void look(const TermValue& at, double* sums) {
+    const BranchStatistics& all = statistics_[static_cast<size_t>(at.branch)];
+    const auto each = [&](auto value) {
+      for (int64_t b = 0; b < a_.B; ++b) sums[b] += at.coefficient * value(response(b, at.branch));
     };
-    switch (loss) {
-      case PairLoss::sigmoid: {
-        const ValueAndSlope clean = minus_log_sigmoid(margin);
-        pull(w, l, clean.slope);
-        return clean.value;
+    switch (at.kind) {
+      case ValueKind::ratio:
+        return o_.length_normalised ? each(ratio_mean) : each([](const Response& r) { return r.ratio; });
+      case ValueKind::mean_ratio:
+        return each(ratio_mean);
+      case ValueKind::logp:
+        return each([](const Response& r) { return r.value; });
+      case ValueKind::mean_logp:
+        return each([](const Response& r) { return r.value / r.count; });
+      case ValueKind::log_odds:
+        return each([](const Response& r) { return log_odds(r.value / r.count, std::numeric_limits<T>::epsilon()).value; });
+      case ValueKind::batch_ratio:
+        return each([&](const Response&) { return all.batch_ratio; });
+      case ValueKind::batch_logp:
+        return each([&](const Response&) { return all.batch_logp; });
+    }
+  }
+
+  // Adds the derivatives in what a term looks at, as ones in the responses' values.
+  void pull(const TermValue& at, const double* slopes) {
+    const auto each = [&](auto through) {
+      for (int64_t b = 0; b < a_.B; ++b) {
+        Response& r = response(b, at.branch);
+        r.slope += through(r, at.coefficient * slopes[b]);
       }
-      case PairLoss::hinge: {
-        const double distance = 1 - margin;
-        if (distance > 0) pull(w, l, -1);
-        return distance < 0 ? 0 : distance;
-      }
-      case PairLoss::ipo: {
-        const double distance = w.ratio / w.count - l.ratio / l.count - 1 / (2 * beta);
-        w.by_mean += weight * 2 * distance;
-        l.by_mean -= weight * 2 * distance;
-        return distance * distance;
-      }
-      case PairLoss::cdpo:
-      case PairLoss::robust: {
-        const ValueAndSlope clean = minus_log_sigmoid(margin), flipped = minus_log_sigmoid(-margin);
-        const bool robust = loss == PairLoss::robust;
-        const double e = o_.label_smoothing, sign = robust ? -1 : 1, scale = robust ? 1 / (1 - 2 * e) : 1;
-        pull(w, l, ((1 - e) * clean.slope - sign * e * flipped.slope) * scale);
-        return ((1 - e) * clean.value + sign * e * flipped.value) * scale;
-      }
-      case PairLoss::simpo: {
-        const ValueAndSlope found = minus_log_sigmoid(beta * (w.value / w.count - l.value / l.count) - o_.simpo_gamma);
-        w.by_value += weight * beta * found.slope / w.count;
-        l.by_value -= weight * beta * found.slope / l.count;
-        return found.value;
-      }
-      case PairLoss::orpo: {
-        const double epsilon = std::numeric_limits<T>::epsilon();
-        const ValueAndSlope up = log_odds(w.value / w.count, epsilon), down = log_odds(l.value / l.count, epsilon);
-        const ValueAndSlope found = minus_log_sigmoid(up.value - down.value);
-        w.by_value += weight * beta * found.slope * up.slope / w.count;
-        l.by_value -= weight * beta * found.slope * down.slope / l.count;
-        return beta * found.value;
-      }
-      case PairLoss::bco_pair: {
-        const ValueAndSlope above = minus_log_sigmoid(beta * seen(w) - o_.bco_shift);
-        const ValueAndSlope below = minus_log_sigmoid(o_.bco_shift - beta * seen(l));
-        w.by_ratio += weight * beta * above.slope;
-        l.by_ratio -= weight * beta * below.slope;
-        return above.value + below.value;
-      }
-      case PairLoss::kto_pair: {
-        const ValueAndSlope above = sigmoid(beta * (mean_rejected_ - seen(w))), below = sigmoid(beta * (seen(l) - mean_chosen_));
-        w.by_ratio -= weight * beta * above.slope / 2;
-        l.by_ratio += weight * beta * below.slope / 2;
-        return (above.value + below.value) / 2;
-      }
-      case PairLoss::nll: {
-        w.by_value -= weight * static_cast<double>(a_.B) / chosen_tokens_;
-        return nll_;
-      }
-      case PairLoss::copo: {
-        Response& c = of(corrupted, b);
-        const ValueAndSlope found = minus_log_sigmoid(beta * (seen(w) - seen(c)));
-        pull(w, c, found.slope);
-        return found.value;
-      }
-      case PairLoss::ancpo: {
-        double total = 0;
-        for (const Branch branch : {chosen, rejected, corrupted}) {
-          if (!o_.anchors[branch]) continue;
-          Response& r = of(branch, b);
-          const double sign = branch == chosen ? 1 : -1;
-          const ValueAndSlope found = minus_log_sigmoid(sign * (beta * seen(r) - o_.anchor));
-          r.by_ratio += weight * beta * sign * found.slope;
-          total += found.value;
-        }
-        return total;
+    };
+    const auto plain = [](const Response&, double slope) { return slope; };
+    const auto per_token = [](const Response& r, double slope) { return slope / r.count; };
+    switch (at.kind) {
+      case ValueKind::ratio:
+        return o_.length_normalised ? each(per_token) : each(plain);
+      case ValueKind::logp:
+        return each(plain);
+      case ValueKind::mean_ratio:
+      case ValueKind::mean_logp:
+        return each(per_token);
+      case ValueKind::log_odds:
+        return each([](const Response& r, double slope) {
+          return slope * log_odds(r.value / r.count, std::numeric_limits<T>::epsilon()).slope / r.count;
+        });
+      case ValueKind::batch_ratio:
+        return;
+      case ValueKind::batch_logp: {
+        // All records have this one value and so one slope of the link: that of the mean over the batch is B times a record's.
+        const double share = static_cast<double>(a_.B) / statistics_[static_cast<size_t>(at.branch)].tokens;
+        return each([share](const Response&, double slope) { return slope * share; });
       }
     }
-    throw std::logic_error("preference_loss: unknown loss");
   }
 
   void write_metrics() {
@@ -260,7 +271,7 @@ class Batch {
         table(losses + k)[b] = static_cast<T>(o_.beta * seen(r));
         table(losses + columns + k)[b] = static_cast<T>(r.value);
       }
-      const double up = o_.beta * seen(of(chosen, b)), down = o_.beta * seen(of(rejected, b));
+      const double up = o_.beta * seen(response(b, o_.chosen)), down = o_.beta * seen(response(b, o_.rejected));
       table(losses + 2 * columns)[b] = up > down ? 1 : 0;
       table(losses + 2 * columns + 1)[b] = static_cast<T>(up - down);
     }
@@ -273,17 +284,15 @@ class Batch {
     for (int64_t b = 0; b < a_.B; ++b) {
       for (int k = 0; k < o_.K; ++k) {
         const Response& r = response(b, k);
-        double slope = r.by_value + (o_.length_normalised ? r.by_ratio / r.count : r.by_ratio);
-        if (r.by_mean != 0) slope += r.by_mean / r.count;
         if (a_.lengths == nullptr) {
-          gradient[k * a_.B + b] = static_cast<T>(slope);
+          gradient[k * a_.B + b] = static_cast<T>(r.slope);
           continue;
         }
         const int64_t end = first + a_.lengths[b * o_.K + k];
         if (weights == nullptr) {
-          std::fill(gradient + first, gradient + end, static_cast<T>(slope));
+          std::fill(gradient + first, gradient + end, static_cast<T>(r.slope));
         } else {
-          for (int64_t i = first; i < end; ++i) gradient[i] = static_cast<T>(slope * weights[i] / r.weight);
+          for (int64_t i = first; i < end; ++i) gradient[i] = static_cast<T>(r.slope * weights[i] / r.weight);
         }
         first = end;
       }
@@ -293,14 +302,18 @@ class Batch {
   const PreferenceLossOptions& o_;
   const PreferenceLossArgs& a_;
   std::vector<Response> responses_;
-  double chosen_tokens_ = 0, nll_ = 0, mean_chosen_ = 0, mean_rejected_ = 0;
+  std::vector<BranchStatistics> statistics_;
 };
 
 }  // namespace
 
-const std::vector<std::string>& pair_loss_names() {
-  static const std::vector<std::string> names{"sigmoid", "hinge",    "ipo",      "cdpo", "robust", "simpo",
-                                              "orpo",    "bco_pair", "kto_pair", "nll",  "copo",   "ancpo"};
+const std::vector<std::string>& link_names() {
+  static const std::vector<std::string> names{"minus_log_sigmoid", "hinge", "square", "sigmoid", "identity"};
+  return names;
+}
+
+const std::vector<std::string>& value_names() {
+  static const std::vector<std::string> names{"ratio", "mean_ratio", "logp", "mean_logp", "log_odds", "batch_ratio", "batch_logp"};
   return names;
 }
 

@@ -3,22 +3,40 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace mmdpo {
 
-enum class PairLoss : int { sigmoid, hinge, ipo, cdpo, robust, simpo, orpo, bco_pair, kto_pair, nll, copo, ancpo };
+// As LINKS and VALUES of mmdpo_kernels/backends/loss_options.py, which say what each is.
+enum class Link : int { minus_log_sigmoid, hinge, square, sigmoid, identity };
+enum class ValueKind : int { ratio, mean_ratio, logp, mean_logp, log_odds, batch_ratio, batch_logp };
 
-enum Branch : int { chosen, rejected, corrupted, num_branches };
+struct TermValue {
+  ValueKind kind;
+  int branch;  // its column
+  double coefficient;
+};
+
+// weight * link(scale * (sum of coefficient * value) + offset) of each record.
+struct LossTerm {
+  Link link;
+  double weight, scale, offset;
+  std::vector<TermValue> values;
+};
+
+// The sum of its terms, which counts in the whole with its weight.
+struct WeightedLoss {
+  double weight;
+  std::vector<LossTerm> terms;
+};
 
 struct PreferenceLossOptions {
-  std::vector<std::pair<PairLoss, double>> losses;  // with their weights
-  double beta, label_smoothing, anchor, simpo_gamma, bco_shift;
-  bool anchors[num_branches];  // what ancpo holds
+  std::vector<WeightedLoss> losses;
+  bool batch_values;  // whether some term looks at the whole batch
+  double beta;        // factor of the rewards
   bool length_normalised;
-  int K;                     // branches there are
-  int columns[num_branches];  // where each is among the K, -1 = not there
+  int K;                 // branches there are
+  int chosen, rejected;  // columns of the two that metrics compare
 };
 
 // B records of K responses; N elements of policy. All that is void is float64 or float32; arithmetic is in float64 either way.
@@ -36,8 +54,9 @@ struct PreferenceLossArgs {
   void* table;             // (losses + 2 K + 2, B): losses; K rewards; K values of policy; chosen reward above rejected; difference
 };
 
-// The names in the order of PairLoss.
-const std::vector<std::string>& pair_loss_names();
+// The names in the order of Link and of ValueKind.
+const std::vector<std::string>& link_names();
+const std::vector<std::string>& value_names();
 
 // Writes every element of loss, gradient and table. Throws std::invalid_argument for lengths that do not sum to N, and for weights
 // below 0 or all 0 in a response.

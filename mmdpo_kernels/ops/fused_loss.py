@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.loss_options import LossArrays, LossOptions, table_size
 from ..backends.registry import load
-from .loss_settings import OP
+from .loss_settings import OP, kept_settings
 
 
 @functools.lru_cache(maxsize=8)
@@ -39,8 +40,8 @@ def fused_loss(backend: str, arrays: LossArrays, options: LossOptions) -> tuple[
     return loss, table
 
 
-def compiled_loss(backend: str, arrays: LossArrays, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """As `fused_loss`, in operators that `torch.compile` can have in its graph."""
+def compiled_loss(backend: str, arrays: LossArrays, given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """As `fused_loss`, in operators that `torch.compile` can have in its graph. given: the arguments of `settings`."""
     policy = arrays.policy
     wanted = policy.requires_grad and torch.is_grad_enabled()
     loss, gradient, table = preference_loss_op(
@@ -52,7 +53,7 @@ def compiled_loss(backend: str, arrays: LossArrays, options: LossOptions) -> tup
         arrays.counts,
         arrays.branches,
         arrays.batch,
-        *options,
+        *given,
         wanted,
         backend,
     )
@@ -66,7 +67,7 @@ def compiled_loss(backend: str, arrays: LossArrays, options: LossOptions) -> tup
     "mmdpo_kernels::preference_loss",
     mutates_args=(),
     schema="(Tensor policy, Tensor? reference, bool reference_is_sums, Tensor? lengths, Tensor? weights, Tensor? counts, str[] branches, "
-    "SymInt batch, str[] names, float[] loss_weights, float beta, float label_smoothing, float anchor, str[] anchors, float simpo_gamma, "
+    "SymInt batch, str[] names, float[]? loss_weights, float beta, float label_smoothing, float anchor, str[] anchors, float simpo_gamma, "
     "float bco_shift, bool length_normalised, bool wanted, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def preference_loss_op(
@@ -79,7 +80,7 @@ def preference_loss_op(
     branches: Sequence[str],
     batch: int,
     names: Sequence[str],
-    loss_weights: Sequence[float],
+    loss_weights: Sequence[float] | None,
     beta: float,
     label_smoothing: float,
     anchor: float,
@@ -90,20 +91,20 @@ def preference_loss_op(
     wanted: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`LossArrays` and `LossOptions` -> loss, gradient (empty unless wanted), table."""
+    """`LossArrays` and the arguments of `settings` -> loss, gradient (empty unless wanted), table."""
     arrays = LossArrays(policy, reference, reference_is_sums, lengths, weights, counts, tuple(branches), batch)
-    options = LossOptions(
-        names=tuple(names),
-        weights=tuple(loss_weights),
-        beta=beta,
-        label_smoothing=label_smoothing,
-        anchor=anchor,
-        anchors=tuple(anchors),
-        simpo_gamma=simpo_gamma,
-        bco_shift=bco_shift,
-        length_normalised=length_normalised,
-    )
-    loss, gradient, table = _empty(policy, len(names), len(branches), batch, wanted)
+    options = kept_settings(
+        tuple(names),
+        None if loss_weights is None else tuple(loss_weights),
+        beta,
+        label_smoothing,
+        anchor,
+        tuple(anchors),
+        simpo_gamma,
+        bco_shift,
+        length_normalised,
+    ).options
+    loss, gradient, table = _empty(policy, len(set(names)), len(branches), batch, wanted)
     _module(backend).write(arrays, options, loss, gradient if wanted else None, table)
     return loss, gradient, table
 
@@ -119,7 +120,7 @@ def _(
     branches: Sequence[str],
     batch: int,
     names: Sequence[str],
-    loss_weights: Sequence[float],
+    loss_weights: Sequence[float] | None,
     beta: float,
     label_smoothing: float,
     anchor: float,
@@ -130,7 +131,7 @@ def _(
     wanted: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(policy, len(names), len(branches), batch, wanted)
+    return _empty(policy, len(set(names)), len(branches), batch, wanted)
 
 
 def _empty(policy: Tensor, losses: int, branches: int, batch: int, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:

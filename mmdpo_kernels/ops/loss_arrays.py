@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import permutations
-
 import torch
 from torch import Tensor
 
@@ -12,22 +10,19 @@ from .checks import check_tensor
 from .loss_settings import OP, LossSettings
 from .sequence_logps import SequenceLogps, TokenLogps, wide
 
-_ORDERS = frozenset((*permutations(BRANCHES[:2]), *permutations(BRANCHES)))
+_USUAL = frozenset((BRANCHES[:2], BRANCHES))
 
 
 def token_arrays(policy: TokenLogps, reference: TokenLogps | SequenceLogps | None, settings: LossSettings) -> LossArrays:
     """Tokens as they lie."""
     logps, lengths, weights, branches = policy.logps, policy.lengths, policy.weights, tuple(policy.branches)
-    if branches not in _ORDERS:
-        raise ValueError(f"{OP}: policy.branches must be 'chosen', 'rejected' and maybe 'corrupted', each once, got {branches}")
+    _check_branches(settings, branches)
     _check_vector("policy.logps", logps, None)
     fits = isinstance(lengths, Tensor) and lengths.ndim == 2 and lengths.shape[1] == len(branches)
     if not fits or lengths.is_floating_point():
         check_tensor(OP, "policy.lengths", lengths, ("B", len(branches)), floating=False)
     if lengths.shape[0] == 0 and logps.shape[0]:
         raise ValueError(f"{OP}: policy.lengths has no records for the {logps.shape[0]} tokens of policy.logps")
-    if settings.needs_corrupted is not None and "corrupted" not in branches:
-        raise ValueError(_lacks_corrupted(settings, f"policy.branches are {branches}"))
     values = wide(logps)
     if weights is not None:
         check_tensor(OP, "policy.weights", weights, tuple(logps.shape))
@@ -47,10 +42,9 @@ def token_arrays(policy: TokenLogps, reference: TokenLogps | SequenceLogps | Non
 def sequence_arrays(policy: SequenceLogps, reference: TokenLogps | SequenceLogps | None, settings: LossSettings) -> LossArrays:
     """Sums, branch after branch."""
     _check_vector("policy.chosen", policy.chosen, None)
-    if settings.needs_corrupted is not None and policy.corrupted is None:
-        raise ValueError(_lacks_corrupted(settings, "policy.corrupted is None"))
-    batch = policy.chosen.shape[0]
     branches = BRANCHES[:2] if policy.corrupted is None else BRANCHES
+    _check_branches(settings, branches, sums=True)
+    batch = policy.chosen.shape[0]
     values = _joined("policy", policy, branches, batch)
     return LossArrays(
         policy=values,
@@ -87,6 +81,11 @@ def _joined(model: str, logps: TokenLogps | SequenceLogps, branches: tuple[str, 
         raise TypeError(
             f"{OP}: {model} must be SequenceLogps, as policy is or with TokenLogps as policy, got {type(logps).__name__}"
         )
+    others = set(branches).difference(BRANCHES)
+    if others:
+        raise TypeError(
+            f"{OP}: {model} must be TokenLogps, as SequenceLogps has no log-probabilities of {', '.join(sorted(others))}, which policy has"
+        )
     found = []
     for name in branches:
         values = getattr(logps, name)
@@ -105,15 +104,17 @@ def _counts(
     for name, lengths in given.items():
         if lengths is not None and (not isinstance(lengths, Tensor) or lengths.shape != (batch,)):
             check_tensor(OP, f"policy.{name}_lengths", lengths, (batch,))
-    needing = {"chosen": settings.needs_chosen_lengths, "rejected": settings.needs_rejected_lengths}
-    if not any(needing.values()):
+    if not settings.lengths:
         return None
-    for name, asking in needing.items():
+    for name in branches:
+        asking = settings.lengths.get(name) or settings.lengths.get("")
+        # The corrupted branch's response is the chosen one.
+        name = "chosen" if name == "corrupted" and given[name] is None else name
         if asking is not None and given[name] is None:
             raise ValueError(f"{OP}: {asking} needs policy.{name}_lengths, got None")
-    chosen = given["chosen"]
-    # Of the two that nothing may have asked for, the corrupted branch's response is the chosen one, and the rejected one's count is not read.
-    return torch.cat([_like(chosen if given[name] is None else given[name], values) for name in branches])  # type: ignore[arg-type]
+    # Those that nothing asks for are not read, so that ones do in their place.
+    stand_in = values.new_ones(batch) if given["chosen"] is None else given["chosen"]
+    return torch.cat([_like(stand_in if given[name] is None else given[name], values) for name in branches])  # type: ignore[arg-type]
 
 
 def _check_vector(name: str, values: Tensor, size: int | None) -> None:
@@ -123,8 +124,22 @@ def _check_vector(name: str, values: Tensor, size: int | None) -> None:
         check_tensor(OP, name, values, ("B" if size is None else size,), floating=True)
 
 
-def _lacks_corrupted(settings: LossSettings, found: str) -> str:
-    return f"{OP}: loss {settings.needs_corrupted!r} needs log-probabilities under the corrupted picture, {found}"
+def _check_branches(settings: LossSettings, branches: tuple[str, ...], *, sums: bool = False) -> None:
+    if settings.branches.issubset(branches) and (branches in _USUAL or len(set(branches)) == len(branches)):
+        return
+    if len(set(branches)) != len(branches) or not {"chosen", "rejected"}.issubset(branches):
+        raise ValueError(
+            f"{OP}: policy.branches must be 'chosen', 'rejected' and maybe 'corrupted' or others that a loss looks at, each once, "
+            f"got {branches}"
+        )
+    missing = min(settings.branches.difference(branches))
+    losses = zip(settings.options.names, settings.options.terms, strict=True)
+    loss = next(name for name, terms in losses if any(value.branch == missing for term in terms for value in term.values))
+    wanted = "under the corrupted picture" if missing == "corrupted" else f"of the branch {missing!r}"
+    found = f"policy.branches are {branches}"
+    if sums:
+        found = f"policy.{missing} is None" if missing in BRANCHES else "which SequenceLogps has no name for; pass TokenLogps"
+    raise ValueError(f"{OP}: loss {loss!r} needs log-probabilities {wanted}, {found}")
 
 
 def _like(values: Tensor, other: Tensor) -> Tensor:

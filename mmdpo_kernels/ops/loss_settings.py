@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..backends.loss_options import LossOptions
-from ..backends.reference.preference_loss import ANCHORS, LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, SMOOTHED
+from ..backends.loss_options import BATCH_VALUES, LINKS, TOKEN_VALUES, VALUES, LossOptions, Term
+from ..losses import ANCHORS, LOSSES, SMOOTHED, LossParameters
 
 OP = "preference_loss"
 
@@ -17,11 +17,10 @@ class LossSettings(NamedTuple):
     """Options that are in range, and what they need of the log-probabilities."""
 
     options: LossOptions
-    needs_corrupted: str | None
-    """A loss that looks at the corrupted branch."""
-    needs_chosen_lengths: str | None
-    """What asks for the token counts of chosen responses."""
-    needs_rejected_lengths: str | None
+    branches: frozenset[str]
+    """Those that a loss looks at, and "chosen" and "rejected"."""
+    lengths: dict[str, str]
+    """Each branch whose responses' token counts are asked for -> what asks for them; of all branches under the name ""."""
 
 
 def as_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -52,36 +51,51 @@ def settings(
     total: dict[str, float] = {}
     for name, weight in zip(names, factors, strict=True):
         total[name] = total.get(name, 0.0) + weight
+    parameters = LossParameters(beta, label_smoothing, anchor, anchors, simpo_gamma, bco_shift)
+    terms = {name: _checked_terms(name, tuple(LOSSES[name](parameters))) for name in total}
     options = LossOptions(
         names=tuple(total),
         weights=tuple(total.values()),
-        beta=float(beta),
-        label_smoothing=float(label_smoothing),
-        anchor=float(anchor),
-        anchors=anchors,
-        simpo_gamma=float(simpo_gamma),
-        bco_shift=float(bco_shift),
+        terms=tuple(terms.values()),
+        beta=beta,
         length_normalised=bool(length_normalised),
     )
-    corrupted = [name for name in total if name in NEEDS_CORRUPTED or (name == "ancpo" and "corrupted" in anchors)]
-    lengths = [name for name in total if name in NEEDS_LENGTHS]
-    both = [name for name in lengths if name != "nll"]
-    return LossSettings(
-        options=options,
-        needs_corrupted=corrupted[0] if corrupted else None,
-        needs_chosen_lengths=_asking(lengths, length_normalised),
-        needs_rejected_lengths=_asking(both, length_normalised),
-    )
+    branches = {"chosen", "rejected"}
+    lengths: dict[str, str] = {}
+    for name, each in terms.items():
+        for kind, branch, _ in (value for term in each for value in term.values):
+            branches.add(branch)
+            if kind in TOKEN_VALUES:
+                lengths.setdefault(branch, f"loss {name!r}")
+    if length_normalised:
+        lengths.setdefault("", "length_normalised")
+    return LossSettings(options=options, branches=frozenset(branches), lengths=lengths)
 
 
 kept_settings = functools.lru_cache(maxsize=256)(settings)
 """`settings`, for all calls but those that `torch.compile` traces: it has its own ways to do things once."""
 
 
-def _asking(names: list[str], length_normalised: bool) -> str | None:
-    if names:
-        return f"loss {names[0]!r}"
-    return "length_normalised" if length_normalised else None
+def _checked_terms(name: str, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """What the table says of a loss, for whoever adds a row to it."""
+    for term in terms:
+        kinds = [value.kind for value in term.values]
+        if term.link not in LINKS or not kinds or not set(VALUES).issuperset(kinds):
+            raise ValueError(
+                f"{OP}: a term of loss {name!r} must have a link among {', '.join(LINKS)} and one or more values among {', '.join(VALUES)}, "
+                f"got {term.link!r} of {kinds}"
+            )
+        if "batch_logp" in kinds and not BATCH_VALUES.issuperset(kinds):
+            raise ValueError(
+                f"{OP}: a term of loss {name!r} has 'batch_logp' beside a record's own values ({kinds}); its gradient would need the whole "
+                "batch twice. Make it a term of its own"
+            )
+        numbers = term.scale, term.offset, term.weight, *(value.coefficient for value in term.values)
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{OP}: the numbers of a term of loss {name!r} must be finite, got {term}")
+    if not terms:
+        raise ValueError(f"{OP}: loss {name!r} must have one term or more, got none")
+    return terms
 
 
 def _checked_weights(names: tuple[str, ...], weights: tuple[float, ...] | None) -> tuple[float, ...]:

@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import preference_loss as reference_backend
-from ..backends.reference.preference_loss import (
-    ANCHORS,
-    LOSSES,
-    NEEDS_CORRUPTED,
-    NEEDS_LENGTHS,
-    REFERENCE_FREE,
-    SMOOTHED,
-)
 from ..backends.registry import resolve
+from ..losses import ANCHORS, LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED
 from .fused_loss import compiled_loss, fused_loss
 from .loss_arrays import sequence_arrays, token_arrays
 from .loss_settings import OP, as_names, kept_settings, settings
@@ -59,7 +52,8 @@ class PreferenceLoss:
 
     @property
     def rewards(self) -> dict[str, Tensor]:
-        """(B,) `beta (log p - log p_ref)` of "chosen", "rejected" and, if there, "corrupted"; per token with `length_normalised`."""
+        """(B,) `beta (log p - log p_ref)` of each branch: "chosen", "rejected", maybe "corrupted" and others; per token with
+        `length_normalised`."""
         return self._rows(self.branches, len(self.names))
 
     @property
@@ -107,8 +101,7 @@ def preference_loss(
         reference: the same under the reference model, with `TokenLogps` either of the two; None = reference-free, all zeros. Losses in
             `REFERENCE_FREE` never look at it.
         loss_type: names in `LOSSES`: "sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo", "orpo", "bco_pair", "kto_pair", "nll",
-            "copo", "ancpo"; equations, sources and values at the reference are in
-            `mmdpo_kernels.backends.reference.preference_loss`.
+            "copo", "ancpo"; equations, sources and values at the reference are in `mmdpo_kernels.losses`.
         loss_weights: one factor a loss, default 1.
         beta: strength of the pull towards the reference, above 0; of "orpo" the factor of its only term.
         label_smoothing: share of the labels taken to be wrong, in [0, 0.5); acts on "cdpo" and "robust" and is an error without them.
@@ -130,7 +123,7 @@ def preference_loss(
         RuntimeError: in backward, a second derivative (`create_graph=True`).
     """
     compiling = torch.compiler.is_compiling()
-    asked = (settings if compiling else kept_settings)(
+    given = (
         as_names(loss_type),
         None if loss_weights is None else tuple(loss_weights),
         # Numbers, not tensors of them: what is looked up by a tensor does not follow its value.
@@ -142,6 +135,7 @@ def preference_loss(
         float(bco_shift),
         length_normalised,
     )
+    asked = (settings if compiling else kept_settings)(*given)
     if isinstance(policy, TokenLogps):
         arrays = token_arrays(policy, reference, asked)
     elif isinstance(policy, SequenceLogps):
@@ -152,7 +146,7 @@ def preference_loss(
     if name == "reference":
         loss, table = reference_backend.forward(arrays, asked.options)
     elif compiling:
-        loss, table = compiled_loss(name, arrays, asked.options)
+        loss, table = compiled_loss(name, arrays, given)
     else:
         loss, table = fused_loss(name, arrays, asked.options)
     return PreferenceLoss(loss=loss, table=table, names=asked.options.names, branches=arrays.branches)

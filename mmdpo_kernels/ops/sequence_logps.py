@@ -39,7 +39,8 @@ class TokenLogps:
     lengths: Tensor
     """(B, K) integers: tokens of each record's responses. Of the reference's they must be the policy's."""
     branches: tuple[str, ...] = ("chosen", "rejected")
-    """What the K responses of a record are: "chosen", "rejected" and maybe "corrupted", in their order."""
+    """What the K responses of a record are, in their order: "chosen", "rejected", maybe "corrupted", and others that a loss looks at by
+    these names."""
     weights: Tensor | None = None
     """(R,) weights of the tokens, which make a response count with their weighted mean as in `sequence_logps`; None: with their sum. The
     policy's are the reference's too."""

@@ -9,13 +9,13 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from mmdpo_kernels.ops.preference_loss import LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED
+from mmdpo_kernels.losses import LOSSES, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters, values_of
 from mmdpo_trainers.data.corruption import KINDS, Corruption
 from mmdpo_trainers.template_date import TemplateDate
 from mmdpo_trainers.training.arguments import TRL_LOSSES, check_inherited, takes_foreign_names
 
 LOSS_TYPES = tuple(LOSSES)
-"""Losses by name; their equations and sources are in `mmdpo_kernels.backends.reference.preference_loss`."""
+"""Losses by name; their equations and sources are in `mmdpo_kernels.losses`."""
 
 BRANCHES = ("chosen", "rejected", "corrupted")
 """What a record's prompt continues to; `corrupted` is the chosen response under the corrupted picture."""
@@ -168,14 +168,20 @@ class PreferenceConfig(TrainingArguments):
                 )
 
     def _check_loss(self) -> None:
-        unknown = [name for name in self.loss_type if name not in LOSS_TYPES]
+        unknown = [name for name in self.loss_type if name not in LOSSES]
         words = "".join(f"; {name}: {TRL_LOSSES[name]}" for name in unknown if name in TRL_LOSSES)
         if unknown or not self.loss_type:
-            raise ValueError(f"loss_type: expected one or more of {', '.join(LOSS_TYPES)}, got {self.loss_type}{words}")
+            raise ValueError(f"loss_type: expected one or more of {', '.join(LOSSES)}, got {self.loss_type}{words}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(f"loss_weights: expected one a loss ({len(self.loss_type)}), got {self.loss_weights}")
         if self.loss_weights is not None and not all(map(_is_number, self.loss_weights)):
             raise ValueError(f"loss_weights: expected finite numbers, got {self.loss_weights}")
+        for name in self.loss_type:
+            others = {value.branch for value in values_of(name)}.difference(BRANCHES)
+            if others:
+                raise ValueError(
+                    f"loss_type: {name!r} looks at the branches {', '.join(sorted(others))}; training records have {', '.join(BRANCHES)}"
+                )
         if not _is_number(self.beta) or not self.beta > 0:
             raise ValueError(f"beta: expected a value above 0, got {self.beta}")
         if not _is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 0.5:
@@ -196,7 +202,7 @@ class PreferenceConfig(TrainingArguments):
         if self.changed_token_weight != 1 and (self.length_normalised or not NEEDS_LENGTHS.isdisjoint(self.loss_type)):
             raise ValueError(
                 "changed_token_weight: weighted log-probabilities have a length of their own; leave it at 1 with length_normalised "
-                f"and with {', '.join(sorted(NEEDS_LENGTHS.intersection(self.loss_type))) or 'losses of token means'}"
+                f"and with {', '.join(sorted(NEEDS_LENGTHS & set(self.loss_type))) or 'losses of token means'}"
             )
 
     def _check_corruption(self) -> None:
@@ -227,13 +233,14 @@ class PreferenceConfig(TrainingArguments):
     @property
     def needs_reference(self) -> bool:
         """Whether some loss compares with the reference model."""
-        return not REFERENCE_FREE.issuperset(self.loss_type)
+        return any(name not in REFERENCE_FREE for name in self.loss_type)
 
     @property
     def branches(self) -> tuple[str, ...]:
         """The branches that some loss looks at."""
-        corrupted = not NEEDS_CORRUPTED.isdisjoint(self.loss_type) or ("ancpo" in self.loss_type and "corrupted" in self.anchors)
-        return BRANCHES if corrupted else BRANCHES[:2]
+        parameters = LossParameters(anchors=tuple(self.anchors))
+        looked_at = {value.branch for name in self.loss_type for value in values_of(name, parameters)}
+        return BRANCHES if "corrupted" in looked_at else BRANCHES[:2]
 
     @property
     def picture_corruption(self) -> Corruption:

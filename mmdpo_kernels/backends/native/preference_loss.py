@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..loss_options import BRANCHES, LossArrays, LossOptions
+from ..loss_options import LossArrays, LossOptions
 from .extension import address, load, module
 
 OP = "preference_loss"
@@ -20,7 +20,7 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object)
     native = load()
     if isinstance(native, str):
         return native
-    if not hasattr(native, OP):
+    if not hasattr(native, "loss_links"):
         return "mmdpo_kernels._native was built from older sources; build it again with `make install` or `pip install -e .`"
     if device_type != "cpu":
         return f"it runs on cpu tensors, got {device_type}"
@@ -56,16 +56,28 @@ def write(arrays: LossArrays, options: LossOptions, loss: Tensor, gradient: Tens
 @functools.lru_cache(maxsize=64)
 def _native_options(options: LossOptions, branches: tuple[str, ...]) -> object:
     native = module(OP)
-    kinds = (native.pair_losses.index(name) for name in options.names)
+    links, kinds = native.loss_links, native.loss_values
+    losses = [
+        (
+            weight,
+            [
+                (
+                    links.index(term.link),
+                    term.weight,
+                    term.scale,
+                    term.offset,
+                    [(kinds.index(kind), branches.index(branch), coefficient) for kind, branch, coefficient in term.values],
+                )
+                for term in terms
+            ],
+        )
+        for terms, weight in zip(options.terms, options.weights, strict=True)
+    ]
     return native.PreferenceLossOptions(
-        losses=list(zip(kinds, options.weights, strict=True)),
+        losses=losses,
         beta=options.beta,
-        label_smoothing=options.label_smoothing,
-        anchor=options.anchor,
-        simpo_gamma=options.simpo_gamma,
-        bco_shift=options.bco_shift,
-        anchors=[name in options.anchors for name in BRANCHES],
         length_normalised=options.length_normalised,
         branches=len(branches),
-        columns=[branches.index(name) if name in branches else -1 for name in BRANCHES],
+        chosen=branches.index("chosen"),
+        rejected=branches.index("rejected"),
     )

@@ -98,9 +98,13 @@ def compile_one(form: Specialization, target: int) -> Row:
     kinds = {name: form.signature.get(name, "constexpr") for name in form.kernel.arg_names}
     source = ASTSource(
         form.kernel,
-        {name: kind.removesuffix(":16") for name, kind in kinds.items()},
+        {name: kind.removesuffix(":16") if isinstance(kind, str) else kind for name, kind in kinds.items()},
         constexprs={name: form.constants[name] for name, kind in kinds.items() if kind == "constexpr"},
-        attrs={(at,): [["tt.divisibility", 16]] for at, kind in enumerate(kinds.values()) if kind.endswith(":16")},
+        attrs={
+            (at,): [["tt.divisibility", 16]]
+            for at, kind in enumerate(kinds.values())
+            if isinstance(kind, str) and kind.endswith(":16")
+        },
     )
     options = {"num_warps": form.num_warps, "num_stages": form.num_stages, "maxnreg": form.maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)

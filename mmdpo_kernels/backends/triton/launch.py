@@ -22,7 +22,7 @@ class Launch:
     """The `triton.jit` function."""
     programs: int | tuple[int, ...]
     """The grid, its first axis alone or all axes."""
-    arguments: dict[str, Tensor | int | float | None]
+    arguments: dict[str, Tensor | int | float | tuple[float, ...] | None]
     """Known at run time; None stands for a part of the kernel that is left out."""
     constants: dict[str, Any]
     num_warps: int
@@ -60,7 +60,9 @@ class Launch:
         )
 
 
-def _type(value: Tensor | int | float | None, specialize: bool) -> str:
+def _type(value: Tensor | int | float | tuple[float, ...] | None, specialize: bool) -> str | tuple[str, ...]:
+    if isinstance(value, tuple):
+        return ("fp32",) * len(value)
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype] + ":16"  # what torch allocates is aligned
     if isinstance(value, float):

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loss_options import BRANCHES, LossArrays, LossOptions, table_rows, table_size
-from ..reference.preference_loss import LOSSES
+from ..loss_options import BATCH_VALUES, BRANCHES, LINKS, VALUES, LossArrays, LossOptions, Term, table_size
 from . import runtime
 from .launch import Launch
 from .preference_loss_kernels import loss_kernel
@@ -34,7 +33,6 @@ def write(arrays: LossArrays, options: LossOptions, loss: Tensor, gradient: Tens
 
 def _launch(arrays: LossArrays, options: LossOptions, loss: Tensor, gradient: Tensor | None, table: Tensor) -> Launch:
     policy, reference, reference_is_sums, lengths, weights, counts, branches, batch = arrays
-    factors = dict(zip(options.names, options.weights, strict=True))
     return Launch(
         kernel=loss_kernel,
         programs=1,
@@ -50,14 +48,15 @@ def _launch(arrays: LossArrays, options: LossOptions, loss: Tensor, gradient: Te
             "batch": batch,
             "elements": policy.shape[0],
             "beta": options.beta,
-            "label_smoothing": options.label_smoothing,
-            "anchor": options.anchor,
-            "simpo_gamma": options.simpo_gamma,
-            "bco_shift": options.bco_shift,
-            **{f"{name}_weight": factors.get(name, 0.0) for name in LOSSES},
+            **_numbers(options),
         },
-        constants=_constants(options.names, options.anchors, options.length_normalised, branches)
-        | {"REFERENCE_IS_SUMS": reference_is_sums, "BLOCK_B": BLOCK_B, "BLOCK_T": BLOCK_T},
+        constants=_constants(options.terms, branches)
+        | {
+            "LENGTH_NORMALISED": options.length_normalised,
+            "REFERENCE_IS_SUMS": reference_is_sums,
+            "BLOCK_B": BLOCK_B,
+            "BLOCK_T": BLOCK_T,
+        },
         num_warps=8,
         num_stages=1,
         maxnreg=255,  # all there are, for the one program
@@ -65,20 +64,36 @@ def _launch(arrays: LossArrays, options: LossOptions, loss: Tensor, gradient: Te
 
 
 @functools.lru_cache(maxsize=64)
-def _constants(
-    names: tuple[str, ...], anchors: tuple[str, ...], length_normalised: bool, branches: tuple[str, ...]
-) -> dict[str, Any]:
-    rows = table_rows(len(names), len(branches))
+def _numbers(options: LossOptions) -> dict[str, tuple[float, ...]]:
+    """What the compiled kernel is given anew at each call."""
+    terms = [term for of_loss in options.terms for term in of_loss]
+    weights = [weight for of_loss, weight in zip(options.terms, options.weights, strict=True) for _ in of_loss]
     return {
-        **{name.upper(): names.index(name) if name in names else None for name in LOSSES},
-        **{f"ANCHOR_{name.upper()}": name in anchors for name in BRANCHES},
+        "loss_weights": options.weights,
+        "term_weights": tuple(term.weight for term in terms),
+        "scales": tuple(term.scale for term in terms),
+        "offsets": tuple(term.offset for term in terms),
+        "shares": tuple(weight * term.weight * term.scale for weight, term in zip(weights, terms, strict=True)),
+        "coefficients": tuple(value.coefficient for term in terms for value in term.values),
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(losses: tuple[tuple[Term, ...], ...], branches: tuple[str, ...]) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    terms = [term for of_loss in losses for term in of_loss]
+    values = [value for term in terms for value in term.values]
+    batched = {value.branch for value in values if value.kind in BATCH_VALUES}
+    return {
+        "LOSS_OF": tuple(row for row, of_loss in enumerate(losses) for _ in of_loss),
+        "LINKS": tuple(LINKS.index(term.link) for term in terms),
+        "TERM_OF": tuple(at for at, term in enumerate(terms) for _ in term.values),
+        "KINDS": tuple(VALUES.index(value.kind) for value in values),
+        "COLUMNS": tuple(branches.index(value.branch) for value in values),
+        "BATCHED": tuple(int(name in batched) for name in branches),
         "BRANCHES": len(branches),
-        **{name.upper(): branches.index(name) if name in branches else None for name in BRANCHES},
-        "LENGTH_NORMALISED": length_normalised,
-        "REWARDS": rows.rewards,
-        "LOGPS": rows.logps,
-        "ACCURACY": rows.accuracy,
-        "MARGIN": rows.margin,
+        "CHOSEN": branches.index("chosen"),
+        "REJECTED": branches.index("rejected"),
     }
 
 
@@ -86,7 +101,9 @@ REPRESENTATIVE = ("tokens mdpo",)
 
 
 def specializations(target: int) -> list[Specialization]:
-    """mDPO, MIA-DPO, and every loss at once; from tokens and from sums."""
+    """mDPO, MIA-DPO, and every loss of the table at once; from tokens and from sums."""
+    from ...losses import LOSSES  # for examples alone: the kernel is given terms
+
     mdpo, mia = ("sigmoid", "copo", "ancpo"), ("sigmoid", "nll")
     cases = {
         "tokens mdpo": (mdpo, True, {}),
@@ -100,6 +117,7 @@ def specializations(target: int) -> list[Specialization]:
 
 def _example(names: tuple[str, ...], tokens: bool, features: dict[str, bool]) -> Launch:
     """A call without data."""
+    from ...losses import LOSSES, LossParameters
 
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
@@ -117,15 +135,12 @@ def _example(names: tuple[str, ...], tokens: bool, features: dict[str, bool]) ->
         branches=BRANCHES,
         batch=batch,
     )
+    parameters = LossParameters(anchors=BRANCHES if normalised else BRANCHES[:1])
     options = LossOptions(
         names=names,
         weights=(1.0,) * len(names),
-        beta=0.1,
-        label_smoothing=0.1 if normalised else 0.0,
-        anchor=0.0,
-        anchors=BRANCHES if normalised else BRANCHES[:1],
-        simpo_gamma=0.5,
-        bco_shift=0.0,
+        terms=tuple(tuple(LOSSES[name](parameters)) for name in names),
+        beta=parameters.beta,
         length_normalised=normalised,
     )
     return _launch(arrays, options, numbers(1), numbers(count), numbers(table_size(len(names), len(BRANCHES)), batch))

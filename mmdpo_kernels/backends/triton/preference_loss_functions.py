@@ -8,6 +8,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+MINUS_LOG_SIGMOID = tl.constexpr(0)  # in the order of LINKS
+HINGE = tl.constexpr(1)
+SQUARE = tl.constexpr(2)
+SIGMOID = tl.constexpr(3)
+IDENTITY = tl.constexpr(4)
+
+
+@triton.jit
+def linked(x, LINK: tl.constexpr):
+    """A link and its derivative."""
+    if LINK == MINUS_LOG_SIGMOID:
+        return minus_log_sigmoid(x)
+    elif LINK == HINGE:
+        distance = 1.0 - x
+        return tl.where(distance < 0, 0.0, distance), tl.where(distance > 0, -1.0, 0.0)
+    elif LINK == SQUARE:
+        return x * x, 2.0 * x
+    elif LINK == SIGMOID:
+        return sigmoid(x)
+    else:
+        tl.static_assert(LINK == IDENTITY)
+        return x, tl.full(x.shape, 1.0, tl.float32)
+
 
 @triton.jit
 def minus_log_sigmoid(x):

@@ -22,8 +22,8 @@ class Specialization:
     label: str
     kernel: Any
     """The `triton.jit` function."""
-    signature: Mapping[str, str]
-    """Type of each argument that is not a compile-time constant, for example `"*bf16"`, `"i32"`."""
+    signature: Mapping[str, str | tuple[str, ...]]
+    """Type of each argument that is not a compile-time constant, for example `"*bf16"`, `"i32"`; of a tuple those of its items."""
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int

@@ -1,0 +1,181 @@
+"""The losses of `preference_loss`, each a row of LOSSES: what it is made of, as a function of the options.
+
+A loss is a list of terms, each `weight * link(scale * sum_j coefficient_j value_j + offset)` of a record; links and values are those of
+`mmdpo_kernels.backends.loss_options`. A new loss is a function here and its name in LOSSES: every backend evaluates terms, and what a
+loss needs is read off its terms.
+
+In the equations w, l and c are `log p - log p_ref` of the chosen response, of the rejected one, and of the chosen one under the
+corrupted picture, summed over tokens (`length_normalised`: their means over tokens); logp are the policy's own log-probabilities.
+"At the reference" is where policy and reference are the same model, so that w = l = c = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Set
+from typing import NamedTuple
+
+from .backends.loss_options import BRANCHES, REFERENCE_VALUES, TOKEN_VALUES, Term, Value
+
+ANCHORS = BRANCHES
+"""What "ancpo" can hold above ("chosen") or below (the others) its anchor."""
+
+
+class LossParameters(NamedTuple):
+    """The options that terms are made from, as `preference_loss` documents them."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    anchor: float = 0.0
+    anchors: tuple[str, ...] = ("chosen",)
+    simpo_gamma: float = 0.5
+    bco_shift: float = 0.0
+
+
+def difference(up: str, down: str, kind: str = "ratio") -> tuple[Value, ...]:
+    """That value of one branch minus that of another."""
+    return Value(kind, up), Value(kind, down, -1.0)
+
+
+def sigmoid(x: LossParameters) -> tuple[Term, ...]:
+    """DPO (arXiv 2305.18290, eq. 7): -log sigmoid(beta (w - l)). log 2 at the reference."""
+    return (Term("minus_log_sigmoid", difference("chosen", "rejected"), scale=x.beta),)
+
+
+def hinge(x: LossParameters) -> tuple[Term, ...]:
+    """SLiC (arXiv 2305.10425; on log-ratios as in arXiv 2309.06657): max(0, 1 - beta (w - l)). 1 at the reference."""
+    return (Term("hinge", difference("chosen", "rejected"), scale=x.beta),)
+
+
+def ipo(x: LossParameters) -> tuple[Term, ...]:
+    """IPO (arXiv 2310.12036, eq. 17) on per-token means of w and l: (w - l - 1 / (2 beta))^2. 1 / (4 beta^2) at the reference."""
+    return (Term("square", difference("chosen", "rejected", "mean_ratio"), offset=-1 / (2 * x.beta)),)
+
+
+def cdpo(x: LossParameters) -> tuple[Term, ...]:
+    """Conservative DPO (Mitchell 2023, ericmitchell.ai/cdpo.pdf), e = label_smoothing the share of labels that are wrong:
+    -(1 - e) log sigmoid(beta (w - l)) - e log sigmoid(-beta (w - l)). log 2 at the reference for every e.
+    """
+    return _either_way(x.beta, 1 - x.label_smoothing, x.label_smoothing)
+
+
+def robust(x: LossParameters) -> tuple[Term, ...]:
+    """Robust DPO (arXiv 2403.00409), unbiased where a share e = label_smoothing of the labels is wrong:
+    (-(1 - e) log sigmoid(beta (w - l)) + e log sigmoid(-beta (w - l))) / (1 - 2 e). log 2 at the reference for every e.
+    """
+    share = 1 - 2 * x.label_smoothing
+    return _either_way(x.beta, (1 - x.label_smoothing) / share, -x.label_smoothing / share)
+
+
+def simpo(x: LossParameters) -> tuple[Term, ...]:
+    """SimPO (arXiv 2405.14734, eq. 6), without a reference: -log sigmoid(beta (logp_w / |w| - logp_l / |l|) - gamma), gamma =
+    simpo_gamma in units of reward. Its value depends on the policy alone: log(1 + exp(gamma)) where both responses have one mean.
+    """
+    means = difference("chosen", "rejected", "mean_logp")
+    return (Term("minus_log_sigmoid", means, scale=x.beta, offset=-x.simpo_gamma),)
+
+
+def orpo(x: LossParameters) -> tuple[Term, ...]:
+    """ORPO's odds-ratio term alone (arXiv 2403.07691, eq. 7), without a reference: -beta log sigmoid(log odds_w - log odds_l), with
+    odds = p / (1 - p), log p = logp / length, and beta the paper's lambda. ORPO itself is `("nll", "orpo")`.
+    beta log 2 where both responses have one mean log-probability.
+    """
+    return (Term("minus_log_sigmoid", difference("chosen", "rejected", "log_odds"), weight=x.beta),)
+
+
+def bco_pair(x: LossParameters) -> tuple[Term, ...]:
+    """BCO (arXiv 2404.04656) on pairs: -log sigmoid(beta w - s) - log sigmoid(-(beta l - s)), s = bco_shift the reward
+    shift, in the paper a running mean of (beta w + beta l) / 2. log(1 + exp(s)) + log(1 + exp(-s)) at the reference; 2 log 2 for s = 0.
+    """
+    return _above("chosen", x.beta, x.bco_shift), _below("rejected", x.beta, x.bco_shift)
+
+
+def kto_pair(x: LossParameters) -> tuple[Term, ...]:
+    """KTO (arXiv 2402.01306, both lambdas 1) on pairs, mean of the two responses' losses:
+    (1 - sigmoid(beta (w - z_l)) + 1 - sigmoid(beta (z_w - l))) / 2. 1 / 2 at the reference.
+
+    The paper estimates its point of reference z0, the KL divergence from the reference, on responses of other prompts, which costs
+    another forward. Here, as in the form for pairs that its authors' report gives, the other half of the batch stands for them:
+    z_l = max(0, mean l) and z_w = max(0, mean w) over the batch given, no gradient through either. The value thus depends on what
+    shares a batch.
+    """
+    chosen = Value("batch_ratio", "rejected"), Value("ratio", "chosen", -1.0)
+    rejected = Value("ratio", "rejected"), Value("batch_ratio", "chosen", -1.0)
+    return tuple(Term("sigmoid", values, scale=x.beta, weight=0.5) for values in (chosen, rejected))
+
+
+def nll(x: LossParameters) -> tuple[Term, ...]:
+    """Negative log-likelihood of the chosen responses, mean over the batch's tokens (the gamma term of MIA-DPO), without a reference."""
+    return (Term("identity", (Value("batch_logp", "chosen", -1.0),)),)
+
+
+def copo(x: LossParameters) -> tuple[Term, ...]:
+    """mDPO's conditional term (arXiv 2406.11839, eq. 3): -log sigmoid(beta (w - c)). log 2 at the reference."""
+    return (Term("minus_log_sigmoid", difference("chosen", "corrupted"), scale=x.beta),)
+
+
+def ancpo(x: LossParameters) -> tuple[Term, ...]:
+    """mDPO's anchor (arXiv 2406.11839, eq. 4), d = anchor in units of reward, summed over `anchors`: -log sigmoid(beta w - d) pulls the
+    chosen reward above d, -log sigmoid(d - beta l) and -log sigmoid(d - beta c) the others below it. At the reference
+    log(1 + exp(d)) for "chosen" and log(1 + exp(-d)) for each other; log 2 an anchor for d = 0.
+    """
+    return tuple((_above if name == "chosen" else _below)(name, x.beta, x.anchor) for name in x.anchors)
+
+
+def _either_way(beta: float, right: float, wrong: float) -> tuple[Term, ...]:
+    """DPO on the pair as it is labelled, and on the pair the other way round, with a weight each."""
+    return (
+        Term("minus_log_sigmoid", difference("chosen", "rejected"), scale=beta, weight=right),
+        Term("minus_log_sigmoid", difference("rejected", "chosen"), scale=beta, weight=wrong),
+    )
+
+
+def _above(branch: str, beta: float, level: float) -> Term:
+    """-log sigmoid(reward - level)."""
+    return Term("minus_log_sigmoid", (Value("ratio", branch),), scale=beta, offset=-level)
+
+
+def _below(branch: str, beta: float, level: float) -> Term:
+    """-log sigmoid(level - reward)."""
+    return Term("minus_log_sigmoid", (Value("ratio", branch, -1.0),), scale=beta, offset=level)
+
+
+LOSSES: dict[str, Callable[[LossParameters], Iterable[Term]]] = {
+    f.__name__: f for f in (sigmoid, hinge, ipo, cdpo, robust, simpo, orpo, bco_pair, kto_pair, nll, copo, ancpo)
+}
+
+
+def values_of(name: str, parameters: LossParameters | None = None) -> list[Value]:
+    """All that a loss looks at."""
+    return [value for term in LOSSES[name](parameters or LossParameters()) for value in term.values]
+
+
+class LossesThat(Set[str]):
+    """The names in LOSSES that something holds for, a loss that is added later among them."""
+
+    def __init__(self, holds: Callable[[str], bool]) -> None:
+        self._holds = holds
+
+    def __contains__(self, name: object) -> bool:
+        return name in LOSSES and self._holds(str(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return filter(self._holds, LOSSES)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @classmethod
+    def _from_iterable(cls, names: Iterable[str]) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(names)
+
+
+REFERENCE_FREE = LossesThat(lambda name: all(value.kind not in REFERENCE_VALUES for value in values_of(name)))
+"""Losses that do not look at the reference model."""
+NEEDS_CORRUPTED = LossesThat(lambda name: any(value.branch == "corrupted" for value in values_of(name)))
+"""Losses that always need the corrupted branch; "ancpo" does where its `anchors` name it."""
+NEEDS_LENGTHS = LossesThat(lambda name: any(value.kind in TOKEN_VALUES for value in values_of(name)))
+"""Losses that need the token counts of both responses; "nll" those of the chosen one only."""
+SMOOTHED = LossesThat(
+    lambda name: tuple(LOSSES[name](LossParameters(label_smoothing=0.25))) != tuple(LOSSES[name](LossParameters()))
+)
+"""Losses that `label_smoothing` acts on."""

@@ -12,8 +12,9 @@ NEWEST := $(CURDIR)/build/transformers-newest
 # A worker a core, so a thread a worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 # What rests on names inside transformers.
-VERSIONED := $(addprefix tests/test_,patch.py qwen_patch.py record_caches.py generate.py score.py every_family.py family_traps.py \
-	families.py unknown_families.py family_runs.py preference_trainer.py mdpo_trainer.py reference_cache.py resume.py)
+VERSIONED := $(addprefix tests/test_,patch.py qwen_patch.py patched_copies.py compiled.py record_caches.py generate.py score.py \
+	every_family.py family_traps.py families.py unknown_families.py family_runs.py prompts.py preference_trainer.py mdpo_trainer.py \
+	given_models.py adapters.py arguments.py training_mode.py reference_cache.py resume.py)
 
 .PHONY: help install test nightly demo lint wheel bench gpu clean
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_every_part_of_the_training_step(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     wanted = {"side": {"kind": "ours", "batch": 2}, "setting": {**found["setting"], "records": 2}}
     training_step_cli.main(["--memory-of", json.dumps(wanted)])
-    assert int(capsys.readouterr().out.splitlines()[-1]) >= 0
+    # This process has had more than that before: only a fresh one, as above, tells the peak.
+    assert re.fullmatch(r"-?\d+", capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,7 @@ def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {record["op"] for record in records} == {"tree_attention", "attention_mass", "linear_logprobs"}
 
 
+@pytest.mark.nightly  # compiles FlexAttention for each setting; `gpu.py --small`, in test_benchmarks.py, begins it too
 def test_choices(tmp_path: Path) -> None:
     choose_backends.main(["--small", "--device", "cpu", "--repeats", "1", "--output", str(tmp_path)])
     rows = result(tmp_path, "choice_cpu")["settings"]

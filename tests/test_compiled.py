@@ -242,14 +242,8 @@ def check_family(loaded: LoadedModel, backend: str, near: float) -> None:
     assert bool(found[0][layers[0]].sum() > 0)
 
 
-@pytest.mark.parametrize("name", ["llava", "mllama"])
+@pytest.mark.parametrize("name", ["llava", *(pytest.param(name, marks=pytest.mark.nightly) for name in TINY if name != "llava")])
 def test_families(name: str, tmp_path: Path) -> None:
-    check_family(family(name, tmp_path), "aot_eager", 1e-9)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", [name for name in TINY if name not in ("llava", "mllama")])
-def test_every_family(name: str, tmp_path: Path) -> None:
     check_family(family(name, tmp_path), "aot_eager", 1e-9)
 
 

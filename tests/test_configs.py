@@ -69,7 +69,8 @@ def test_every_configuration_passes_the_checks_before_a_run(name: str, tmp_path:
     if name in REAL:
         mine |= {"model": str(REAL[name](tmp_path / "model"))}
         source, folder = str(write_pairs(tmp_path)), str(tmp_path)
-        mine |= {"pairs": {"source": source}, "data": {"source": str(write_conversations(tmp_path)), "image_folder": folder}}
+        mine |= {"score": {"layer": None}, "pairs": {"source": source}}
+        mine |= {"data": {"source": str(write_conversations(tmp_path)), "image_folder": folder}}
     config = RunConfig.from_dict(merge(values, mine))
     with pytest.raises(Checked):
         run_pipeline(config)

@@ -110,7 +110,10 @@ def test_two_processes_end_as_one(folder: Path, alone: Path, strategy: str) -> N
         assert error.startswith("step 1: all gradients are zero, so nothing would be trained; ")
 
 
-@pytest.mark.parametrize(("family", "strategy"), [("qwen3_vl", "zero3"), ("llava_next", "zero3"), ("mllama", "fsdp2")])
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [("qwen3_vl", "zero3"), pytest.param("llava_next", "zero3", marks=pytest.mark.nightly), ("mllama", "fsdp2")],
+)
 def test_other_families(family: str, strategy: str, tmp_path: Path) -> None:
     """Features for several layers, a weight that no module of its own holds, layers that a batch without pictures leaves out."""
     needs(strategy)

@@ -190,7 +190,7 @@ def test_the_command_prints_and_fails(
     printed = capsys.readouterr()
     assert "FAILED" in printed.out and "1 of 1 checks failed (heads)" in printed.err
     assert cli.main(["check", "--model", folder, "--only", "tree,bogus"]) == 2
-    assert "expected names among parity" in capsys.readouterr().err
+    assert "expected names among prompts, parity" in capsys.readouterr().err
 
 
 def test_the_table_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

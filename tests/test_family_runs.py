@@ -16,7 +16,7 @@ from rich.console import Console
 from tiny_models import TINY, make_tiny_qwen, sample_pictures
 
 from mmdpo_trainers.config import RunConfig, merge
-from mmdpo_trainers.errors import DataError
+from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.pipeline import run_pipeline
 from mmdpo_trainers.progress import Progress
 from mmdpo_trainers.run_folder import read_json, read_jsonl
@@ -100,7 +100,7 @@ def test_other_families(tmp_path: Path, family: str) -> None:
     config, console = settings(tmp_path, TINY[family]), Console(file=io.StringIO())
     formats = {"sequence", "grid", "pip"}
     if family == "mllama":
-        with pytest.raises(DataError, match="with mllama only whole pictures can be told apart; leave the format out"):
+        with pytest.raises(StageError, match="with mllama only whole pictures can be told apart; leave the format out"):
             run_pipeline(config, progress=Progress(console), console=console)
         formats = {"sequence"}
         config = dataclasses.replace(

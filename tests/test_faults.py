@@ -145,6 +145,7 @@ def test_no_space_for_any_file_of_a_stage(
 ) -> None:
     """The error names the file that could not be written, although the stage's clock cannot be saved either."""
     context = context_of(tmp_path, model, prompts)
+    context.run.date()  # made by whoever holds a run, before any stage
     path = tmp_path / RESPONSES
     message = f"generate/{file} cannot be written: no space left on device"
     with monkeypatch.context() as patch, pytest.raises(StageError, match=message):

@@ -80,8 +80,8 @@ def test_training_reads_what_the_command_computed(
 
     monkeypatch.setattr(model_parts, "hidden_states", counted)
     assert cli.main(["train", *map(str, flags)]) == 0
-    # One forward pass a micro-batch: the policy's.
-    assert len(passes) == 2
+    # One forward pass a micro-batch, the policy's, and two in which the adapter is looked at, off, before and after it is put in.
+    assert len(passes) == 2 + 2
     assert cache.read_bytes() == before
 
 

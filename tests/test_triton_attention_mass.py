@@ -102,17 +102,18 @@ def true_lse(call: Call) -> Tensor:
 
 
 def assert_as_accurate(call: Call, ours: Tensor, torchs: Tensor, truth: Tensor) -> None:
-    """|truth - ours| <= 2 |truth - torch| + one rounding step, elementwise; without the score's step for the whole tensor.
+    """|truth - ours| <= 2 |truth - torch| + one rounding step, elementwise and, without the score's, for the whole tensor.
 
-    The step is that of the score inside the exponential, which moves a probability by `eps * |score|`, and that of the largest entry.
+    The step is that of the largest entry, and those of score and log-sum-exp inside the exponential, which move a probability by
+    `eps * |score|` and `eps * |lse|`. PyTorch's softmax has no log-sum-exp; a backward is given the forward's, in float32.
     """
     assert ours.dtype == torchs.dtype and ours.shape == torchs.shape and not ours.isnan().any()
     scores, eps = true_scores(call), torch.finfo(ours.dtype).eps
     error, allowed = (found.double() - truth for found in (ours, torchs))
-    step = eps * (1.0 + scores[scores.isfinite()].abs().max()) * truth.abs().max()
-    excess = (error.abs() - 2 * allowed.abs() - step).max()
+    score, lse = (float(each[each.isfinite()].abs().max()) for each in (scores, scores.logsumexp(-1)))
+    excess = (error.abs() - 2 * allowed.abs() - eps * (1 + score + lse) * truth.abs().max()).max()
     assert excess <= 0, f"beyond the bound by {excess:.2e}"
-    assert error.norm() <= 2 * allowed.norm() + eps * truth.norm()
+    assert error.norm() <= 2 * allowed.norm() + eps * (1 + lse) * truth.norm()
 
 
 def assert_forward(call: Call, reduce: str | None) -> None:

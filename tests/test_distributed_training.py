@@ -112,7 +112,11 @@ def test_two_processes_end_as_one(folder: Path, alone: Path, strategy: str) -> N
 
 @pytest.mark.parametrize(
     ("family", "strategy"),
-    [("qwen3_vl", "zero3"), pytest.param("llava_next", "zero3", marks=pytest.mark.nightly), ("mllama", "fsdp2")],
+    [
+        ("qwen3_vl", "zero3"),
+        pytest.param("llava_next", "zero3", marks=pytest.mark.nightly),
+        pytest.param("mllama", "fsdp2", marks=pytest.mark.nightly),
+    ],
 )
 def test_other_families(family: str, strategy: str, tmp_path: Path) -> None:
     """Features for several layers, a weight that no module of its own holds, layers that a batch without pictures leaves out."""

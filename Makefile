@@ -4,17 +4,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Through the environment, constraints also hold for the packages that the build itself needs. pip reads the second name from 25.3 on.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
-# mypy looks packages up by name; trainers/ is imported as mmdpo_trainers.
-TYPING := build/typing
 # Other transformers, each a folder that goes in front of the path: the oldest that is supported, and whatever is newest today.
 OLDEST := $(CURDIR)/build/transformers-oldest
 NEWEST := $(CURDIR)/build/transformers-newest
 # A worker a core, so a thread a worker.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
 # What rests on names inside transformers.
-VERSIONED := $(addprefix tests/test_,patch.py qwen_patch.py patched_copies.py compiled.py record_caches.py generate.py score.py \
-	every_family.py family_traps.py families.py unknown_families.py family_runs.py prompts.py preference_trainer.py mdpo_trainer.py \
-	given_models.py adapters.py arguments.py training_mode.py reference_cache.py resume.py)
+VERSIONED := $(addprefix tests/kernels/test_,patch.py qwen_patch.py patched_copies.py compiled.py record_caches.py) \
+	$(addprefix tests/trainers/test_,generate.py score.py every_family.py family_traps.py families.py unknown_families.py family_runs.py prompts.py \
+	preference_trainer.py mdpo_trainer.py given_models.py adapters.py arguments.py training_mode.py \
+	reference_cache.py resume.py)
 
 .PHONY: help install test nightly demo lint wheel bench gpu clean
 
@@ -50,7 +49,7 @@ test: install $(OLDEST)/.installed
 	$(PYTEST)
 
 nightly: install $(OLDEST)/.installed
-	MMDPO_PROPERTY_CASES=10000 $(BIN)/python -m pytest -q tests/test_properties.py
+	MMDPO_PROPERTY_CASES=10000 $(BIN)/python -m pytest -q tests/kernels/test_properties.py
 	$(PYTEST) -m nightly
 	PYTHONPATH=$(OLDEST) $(PYTEST) $(VERSIONED)
 	@rm -rf $(NEWEST)
@@ -64,10 +63,7 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p $(TYPING)
-	@ln -sfn ../../mmdpo_kernels $(TYPING)/mmdpo_kernels
-	@ln -sfn ../../trainers $(TYPING)/mmdpo_trainers
-	MYPYPATH=$(TYPING) $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers
+	MYPYPATH=trainers $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers
 
 wheel: install
 	rm -rf build/lib* build/bdist*
@@ -78,7 +74,7 @@ bench: install
 
 # With the Python that the machine has.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(GPU)
+	$(PYTHON) benchmarks/gpu $(GPU)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mmdpo_kernels/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -173,9 +173,8 @@ def _escape(path: Path) -> str:
 
 
 setup(
-    packages=find_packages(include=["mmdpo_kernels", "mmdpo_kernels.*"])
-    + ["mmdpo_trainers", *(f"mmdpo_trainers.{name}" for name in find_packages("trainers"))],
-    package_dir={"mmdpo_kernels": "mmdpo_kernels", "mmdpo_trainers": "trainers"},
+    packages=find_packages(include=["mmdpo_kernels", "mmdpo_kernels.*"]) + find_packages("trainers"),
+    package_dir={"mmdpo_kernels": "mmdpo_kernels", "mmdpo_trainers": "trainers/mmdpo_trainers"},
     ext_modules=[
         Extension(
             "mmdpo_kernels._native",

@@ -25,8 +25,8 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 import torch  # noqa: E402
 
-from benchmarks import page, registry  # noqa: E402
-from benchmarks.harness import Setting, measure_ceilings, memory_of, race  # noqa: E402
+from benchmarks.kernels import page, registry  # noqa: E402
+from benchmarks.kernels.harness import Setting, measure_ceilings, memory_of, race  # noqa: E402
 from benchmarks.measure import RESULTS, ROOT, machine, write_result  # noqa: E402
 from benchmarks.progress import show_table, steps  # noqa: E402
 

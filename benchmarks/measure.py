@@ -133,7 +133,7 @@ def place_of(arguments: argparse.Namespace, *, part: bool = False) -> Place:
 
 def run_mmdpo(*arguments: str) -> None:
     """`mmdpo` in this process. Raises SystemExit where it fails."""
-    from mmdpo_trainers.cli import main
+    from mmdpo_trainers.cli.main import main
 
     status = main(arguments)
     if status:

@@ -22,7 +22,7 @@ def test_a_fork_of_one_thread_that_has_imported_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HERE", "changed")
-    imported = ["torch", "transformers", "peft", "datasets", "mmdpo_trainers.training.preference_trainer", "training_cases"]
+    imported = ["torch", "transformers", "peft", "datasets", "mmdpo_trainers.training.trainer", "training_cases"]
     assert end_of([start(look, tmp_path / "a", imported, environment={"HERE": "own"})]) == [1]
     said = capfd.readouterr()
     assert said.out == "to the output\n" and "ValueError: to the error" in said.err

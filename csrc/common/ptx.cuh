@@ -1,4 +1,4 @@
-// The few instructions that CUDA C++ has no name for. tests/cuda_emulation/ has a file of the same name that does the same on the CPU; no
+// The few instructions that CUDA C++ has no name for. tests/support/cuda_emulation/ has a file of the same name that does the same on the CPU; no
 // kernel may use assembly of its own.
 #pragma once
 

@@ -1,6 +1,7 @@
 """What `backend="auto"` tries, and in which order: one table, filled from measurements where there are any.
 
-`python -m benchmarks.choose_backends` times the backends on the machine at hand and writes `benchmarks/results/choice_<device>.json`; a rule
+`python -m benchmarks.kernels.choose_backends` times the backends on the machine at hand, and writes
+`benchmarks/results/choice_<device>.json`; a rule
 names the file that its order was read from. A rule without one is a guess that says so.
 """
 

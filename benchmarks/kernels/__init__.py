@@ -1,0 +1,1 @@
+"""Every op against its peers and against float64 truth: cases, contestants, harness, page."""

@@ -1,0 +1,179 @@
+"""The trainers that are compared. Each has a model, an adapter and records of its own that equal the others'."""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import Trainer
+
+from benchmarks.runs.training_step.setting import Setting, build, processor_of, records
+from mmdpo_trainers.processes.progress import Progress
+from mmdpo_trainers.training import model_parts
+from mmdpo_trainers.training.config import PreferenceConfig
+from mmdpo_trainers.training.reference.cache import ReferenceCache, precompute
+from mmdpo_trainers.training.trainer import PreferenceTrainer
+
+MDPO = ["sigmoid", "copo", "ancpo"]
+EPOCHS = 3
+"""The cost of caching the reference is spread over so many epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One way to train."""
+
+    kind: str
+    """`ours`, `trl`, `official` (mDPO's authors), or `official rows` (logits of response rows only)."""
+    batch: int = 1
+    checkpointing: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `PreferenceConfig` that differ from its defaults; `own_vision`: see `see_apart`."""
+
+    @property
+    def caches(self) -> bool:
+        return bool(self.options.get("precompute_ref_log_probs"))
+
+
+def ours(*, batch: int = 1, checkpointing: bool = False, **options: Any) -> Side:
+    """`PreferenceTrainer` with the reference cached."""
+    return Side(kind="ours", batch=batch, checkpointing=checkpointing, options={"precompute_ref_log_probs": True, **options})
+
+
+def make(side: Side, setting: Setting) -> Trainer:
+    """The side's trainer on the setting's model and records."""
+    arguments = {
+        "output_dir": _folder(),
+        "per_device_train_batch_size": side.batch,
+        "per_device_eval_batch_size": side.batch,
+        "gradient_checkpointing": side.checkpointing,
+        "learning_rate": 1e-5,
+        "max_steps": 1_000_000,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+    }
+    options = dict(side.options)
+    own_vision = options.pop("own_vision", False)
+    config = PreferenceConfig(**arguments, lora_r=setting.lora_r, lora_alpha=2 * setting.lora_r, **options)
+    model, processor, data = build(setting), processor_of(setting), records(setting)
+    if side.kind == "ours":
+        trainer = PreferenceTrainer(model, config, processing_class=processor, train_dataset=data, progress=_quiet())
+        return see_apart(trainer) if own_vision else trainer
+    adapter = model_parts.lora_config(model, config)
+    if side.kind == "trl":
+        return _trl(model, arguments, processing_class=processor, train_dataset=data, peft_config=adapter)
+    from peft import get_peft_model
+    from transformers import TrainingArguments
+
+    from benchmarks.runs.training_step.official_mdpo import OfficialCollator, OfficialTrainer
+
+    return OfficialTrainer(
+        get_peft_model(model, adapter),
+        TrainingArguments(**arguments, remove_unused_columns=False, label_names=[]),
+        data_collator=OfficialCollator(processor),
+        train_dataset=data,
+        rows_only=side.kind == "official rows",
+    )
+
+
+def _trl(model: nn.Module, arguments: dict[str, Any], **options: Any) -> Trainer:
+    """`DPOTrainer`, nothing cut. Its head runs over the response rows, as on GPUs; on CPUs it would score every row."""
+    import trl.trainer.utils
+    from trl import DPOConfig, DPOTrainer
+
+    trl.trainer.utils._use_triton = lambda device: True
+    return DPOTrainer(model, args=DPOConfig(**arguments, max_length=None), **options)
+
+
+def see_apart(trainer: PreferenceTrainer) -> PreferenceTrainer:
+    """Have the vision tower run for every sequence, and again for the reference, as without shared features.
+
+    A token tree has its pictures once; where sequences are apart, tower and projector run again for each branch but the first.
+    """
+    trainer.reference.shares_features = False
+    again = 0 if trainer.args.tree_packing else len(trainer.args.branches) - 1
+
+    def run_again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for _ in range(again):
+            # Not by a call of the module, which would end here once more.
+            module.forward(*args, **kwargs)
+
+    body = model_parts.base_of(trainer.model).model  # type: ignore[arg-type]
+    for part in (body.vision_tower, body.multi_modal_projector):
+        part.register_forward_hook(run_again, with_kwargs=True)
+    return trainer
+
+
+def reference_pass(trainer: PreferenceTrainer, count: int) -> None:
+    """Cache the reference of the first `count` records in a new file, by the trainer's own means."""
+    path = Path(_folder()) / "reference.jsonl"
+    with trainer.reference.active():
+        precompute(
+            ReferenceCache(path, {}),
+            trainer.reference.model,
+            trainer.data_collator,  # type: ignore[arg-type]
+            trainer.train_dataset.select(range(count)),  # type: ignore[union-attr]
+            batch_size=count,
+            autocast=trainer.accelerator.autocast,
+            progress=_quiet(),
+        )
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="training_step_")
+
+
+def _folder() -> str:
+    return tempfile.mkdtemp(dir=_scratch().name)
+
+
+def _quiet() -> Progress:
+    return Progress(Console(quiet=True))
+
+
+def check_agreement(trainers: Mapping[str, Trainer], terms: int) -> None:
+    """Every trainer's loss is `terms` log 2 at the start and, with the adapter moved, the same for the same records.
+
+    Raises SystemExit where that does not hold. The adapters stay moved.
+    """
+    for name, trainer in trainers.items():
+        if isinstance(trainer, PreferenceTrainer):
+            trainer.precompute_reference()
+        loss = loss_of(trainer, [0])
+        if abs(loss - terms * math.log(2)) > 1e-5:
+            raise SystemExit(f"{name}: loss {loss} at the start, expected {terms} log 2")
+        warm(trainer.model)  # type: ignore[arg-type]
+    for rows in ([0], [1, 2]):
+        losses = {name: loss_of(trainer, rows) for name, trainer in trainers.items()}
+        if max(losses.values()) - min(losses.values()) > 1e-4:
+            raise SystemExit(f"losses of records {rows} differ: {losses}")
+
+
+def warm(model: nn.Module) -> None:
+    """Move the adapter off its starting point, where policy and reference agree; the same for models with the same parameters."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def loss_of(trainer: Trainer, rows: Sequence[int]) -> float:
+    """Loss of the records `rows` as one batch, by the trainer's own collator and `compute_loss`."""
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])  # type: ignore[index]
+    with torch.no_grad():
+        return float(trainer.compute_loss(trainer.model.train(), batch))  # type: ignore[union-attr]

@@ -1,0 +1,258 @@
+"""Every benchmark runs from its command line, each of its parts, on tiny inputs; what is committed stays as it is."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from devices import DEVICE
+
+from benchmarks.gpu import environment
+from benchmarks.kernels import accuracy, choose_backends, registry, sweep_tiles
+from benchmarks.measure import ROOT
+from benchmarks.runs import attention_ratio, families, kill_demo, mdpo_seeds, mia_dpo_seeds
+from benchmarks.runs.training_step import __main__ as training_step_cli
+from benchmarks.runs.training_step.setting import SMALL
+from benchmarks.runs.training_step.sides import Side, loss_of, make
+from mmdpo_trainers.training import model_parts
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def committed_files_stay() -> Iterator[None]:
+    """Results and pages are those of whole runs."""
+
+    def contents() -> dict[Path, str]:
+        paths = [ROOT / "README.md", *(ROOT / "docs").iterdir(), *(BENCHMARKS / "results").iterdir()]
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+    before = contents()
+    yield
+    assert contents() == before
+
+
+def result(folder: Path, name: str) -> dict[str, Any]:
+    return dict(json.loads((folder / f"{name}.json").read_text()))
+
+
+def test_every_part_of_the_training_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trl", reason="TRL is a peer, installed with the [peers] extra")
+    training_step_cli.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "training_step_cpu")
+    assert set(training_step_cli.PARTS) <= set(found)
+    assert len(found["features"]["speed_up"]) == 8 and len(found["growth"]) == 3
+    assert {"results_training_step.md", "README_training_step.md"} <= {path.name for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    wanted = {"side": {"kind": "ours", "batch": 2}, "setting": {**found["setting"], "records": 2}}
+    training_step_cli.main(["--memory-of", json.dumps(wanted)])
+    # This process has had more than that before: only a fresh one, as above, tells the peak.
+    assert re.fullmatch(r"-?\d+", capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("tree", "own", "cache", "runs"),
+    [
+        (False, True, False, 4),
+        (True, True, False, 2),
+        (False, True, True, 2),
+        (True, True, True, 1),
+        (False, False, False, 1),
+        (True, False, True, 1),
+    ],
+)
+def test_a_feature_that_is_off_costs_its_runs_of_the_vision_tower(tree: bool, own: bool, cache: bool, runs: int) -> None:
+    """Apart, each of two sequences has its own, and the reference, where it runs beside the policy, the same again."""
+    trainer = make(
+        Side(kind="ours", options={"tree_packing": tree, "own_vision": own, "precompute_ref_log_probs": cache}),
+        SMALL.but(records=1),
+    )
+    trainer.precompute_reference()
+    tower, count = model_parts.base_of(trainer.model).model.vision_tower, 0
+    forward = tower.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return forward(*args, **kwargs)
+
+    tower.forward = counted
+    assert loss_of(trainer, [0]) == pytest.approx(0.6931, abs=1e-4)
+    assert count == runs
+
+
+def test_attention_ratio(tmp_path: Path) -> None:
+    attention_ratio.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "attention_ratio_cpu")
+    assert set(found["seconds"]) == set(found["peak_bytes_above_model"]) == set(attention_ratio.WAYS)
+
+
+def test_seeds_of_mia_dpo(tmp_path: Path) -> None:
+    mia_dpo_seeds.main(["--small", "--seeds", "1", "--output", str(tmp_path)])
+    [summary] = result(tmp_path, "mia_dpo_seeds")["summaries"].values()
+    assert set(summary["arms"]) == set(mia_dpo_seeds.ARMS) and sum(summary["pairs"].values()) > 0
+    assert "| 1 | attention-selected (MIA-DPO) |" in (tmp_path / "results_mia_dpo_seeds.md").read_text()
+
+
+def test_seeds_of_mdpo(tmp_path: Path) -> None:
+    mdpo_seeds.main(["--small", "--seeds", "0", "--output", str(tmp_path)])
+    [summary] = result(tmp_path, "mdpo_seeds")["summaries"].values()
+    assert set(summary["arms"]) == {"mdpo", "dpo", "dpo_no_image", "mdpo_without_copo", "mdpo_without_ancpo"}
+    assert "gap of mDPO over DPO's" in (tmp_path / "results_mdpo_seeds.md").read_text()
+
+
+@pytest.mark.nightly
+def test_a_killed_demo(tmp_path: Path) -> None:
+    """Nightly: three runs one after the other, one of them in a process of its own, which the kill needs."""
+    kill_demo.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "kill_demo")
+    assert found["same"] and [kill["stage"] for kill in found["kills"]] == ["train"]
+
+
+def test_families(tmp_path: Path) -> None:
+    assert families.main(["--small", "--output", str(tmp_path)]) == 0
+    [family] = result(tmp_path, "families")["families"].values()
+    assert {check["name"] for check in family["checks"]} >= {"parity", "tree", "generate"}
+    assert "| family |" in (tmp_path / "families_families.md").read_text()
+
+
+def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accuracy, "DTYPES", accuracy.DTYPES[:1])
+    with pytest.raises(SystemExit) as ended:
+        accuracy.main(["--small", "--device", DEVICE, "--backends", "reference", "--output", str(tmp_path)])
+    assert ended.value.code == 0
+    records = result(tmp_path, f"accuracy_{DEVICE}")["records"]
+    assert {record["op"] for record in records} == {"tree_attention", "attention_mass", "linear_logprobs"}
+
+
+@pytest.mark.nightly  # compiles FlexAttention for each setting; `gpu.py --small`, in test_benchmarks.py, begins it too
+def test_choices(tmp_path: Path) -> None:
+    choose_backends.main(["--small", "--device", "cpu", "--repeats", "1", "--output", str(tmp_path)])
+    rows = result(tmp_path, "choice_cpu")["settings"]
+    assert {row["op"] for row in rows} == {"tree_attention", "attention_mass"}
+    assert all("reference" in row["seconds"] for row in rows)
+
+
+def test_tiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_tiles.main(["--small", "--device", DEVICE, "--output", str(tmp_path)])
+    rows = result(tmp_path, "tiles")["rows"]
+    assert {row["pass"] for row in rows} == set(sweep_tiles.candidates())
+    assert not [row for row in rows if "reason" in row]
+    with pytest.raises(SystemExit):
+        sweep_tiles.main(["--device", "cpu"])
+    assert "add --small" in capsys.readouterr().err
+
+
+def test_ops_by_pytest_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.kernels import test_ops
+
+    class Benchmark:
+        """What pytest-benchmark's fixture is to a test."""
+
+        def __init__(self) -> None:
+            self.group, self.extra_info, self.calls = "", dict[str, Any](), 0
+
+        def __call__(self, call: Any) -> None:
+            call()
+            self.calls += 1
+
+    setting = replace(test_ops.SETTING, device=torch.device("cpu"), dtype=torch.float32, size="small")
+    monkeypatch.setattr(test_ops, "SETTING", setting)
+    [case] = registry.cases(["attention_mass"], ["rows"])
+    [reference] = [each for each in registry.contestants(case.op) if each.name == "reference"]
+    measured = Benchmark()
+    test_ops.test_op(measured, case, reference)
+    assert measured.calls == 1 and measured.group == "attention_mass rows" and measured.extra_info["errors"]
+
+
+def test_environment() -> None:
+    assert "| tree_attention | reference | can run |" in environment.report()
+
+
+# What of our packages is theirs alone.
+
+
+def private_names() -> set[str]:
+    """Names with one underscore in front that our packages define: functions, classes, variables, attributes."""
+    found: set[str] = set()
+    for path in [*(ROOT / "mmdpo_kernels").rglob("*.py"), *(ROOT / "trainers").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+    return {name for name in found if is_private(name)}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def reached_into(source: str, theirs: set[str]) -> list[str]:
+    """Where a benchmark imports, reads, sets or overrides one of these names. What a class of its own keeps for itself is its own."""
+    tree, found = ast.parse(source), []
+    foreign = {
+        alias.asname or alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom | ast.Import)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] in ("mmdpo_kernels", "mmdpo_trainers")
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("mmdpo_kernels", "mmdpo_trainers"):
+            found += [f"line {node.lineno}: {alias.name}" for alias in node.names if is_private(alias.name)]
+        elif isinstance(node, ast.Attribute) and node.attr in theirs:
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                found.append(f"line {node.lineno}: .{node.attr}")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "setattr", "hasattr"):
+            found += [f"line {node.lineno}: {a.value}" for a in node.args if isinstance(a, ast.Constant) and a.value in theirs]
+        elif isinstance(node, ast.ClassDef) and any(
+            isinstance(part, ast.Name) and part.id in foreign for base in node.bases for part in ast.walk(base)
+        ):
+            # Of a class of ours everything private is inherited: it may be neither replaced nor used.
+            for part in ast.walk(node):
+                name = getattr(part, "name", None) if isinstance(part, ast.FunctionDef) else getattr(part, "attr", None)
+                if isinstance(name, str) and name in theirs:
+                    found.append(f"line {part.lineno}: {node.name}.{name}")  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.rglob("*.py")), ids=lambda path: path.relative_to(BENCHMARKS).as_posix())
+def test_no_benchmark_reaches_into_private_parts(path: Path, theirs: set[str]) -> None:
+    """What is private may change without a word, and a benchmark then measures something else."""
+    assert not reached_into(path.read_text(encoding="utf-8"), theirs)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> set[str]:
+    return private_names()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from mmdpo_trainers.training.trainer import PreferenceTrainer\n"
+        "class Mine(PreferenceTrainer):\n    def _features(self, batch):\n        return []\n",
+        "from mmdpo_trainers.training.trainer import PreferenceTrainer\n"
+        "class Mine(PreferenceTrainer):\n    def look(self):\n        return self._policy\n",
+        "def look(trainer):\n    return trainer._policy\n",
+        "def look(trainer):\n    return getattr(trainer, '_policy')\n",
+        "from mmdpo_trainers.training.trainer import _mean\n",
+    ],
+)
+def test_reaching_is_seen(source: str, theirs: set[str]) -> None:
+    assert reached_into(source, theirs)
+
+
+def test_what_is_a_benchmark_s_own_is_not_reaching(theirs: set[str]) -> None:
+    assert not reached_into("class Mine:\n    def _features(self):\n        return self._policy\n", theirs)

@@ -1,0 +1,490 @@
+"""The benchmarks' own arithmetic, and that the side-by-side ways agree on a small model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmarks_cli
+from benchmarks import measure
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import sanitize_cases
+from benchmarks.kernels import goals, harness, registry, sweep_tiles
+from benchmarks.kernels import page as kernels_page
+from benchmarks.kernels.case import Ceilings, Contestant, Run, Work
+from benchmarks.kernels.ops import attention_mass as mass_cases
+from benchmarks.kernels.ops import tree_attention as tree_cases
+from benchmarks.runs import attention_ratio, mdpo_seeds, mia_dpo_seeds
+from benchmarks.runs.training_step import page, parts
+from benchmarks.runs.training_step.setting import SMALL as TINY_STEP
+from benchmarks.runs.training_step.setting import Setting
+from benchmarks.runs.training_step.sides import MDPO, Side, make, ours
+from benchmarks.runs.training_step.stepping import Loop
+
+
+def test_ratio_is_taken_within_turns() -> None:
+    seconds = {"slow": [10.0, 30.0, 8.0], "fast": [5.0, 10.0, 2.0]}
+    assert measure.ratios(seconds, "slow", "fast") == {"median": 3.0, "min": 2.0, "max": 4.0}
+
+
+def test_alternation_runs_in_turn_and_drops_the_warm_up() -> None:
+    calls: list[str] = []
+    found = measure.alternate({name: lambda name=name: calls.append(name) for name in "ab"}, 2, lambda _: None)
+    assert calls == ["a", "b"] * 3
+    assert {name: len(times) for name, times in found.items()} == {"a": 2, "b": 2}
+
+
+def test_peak_memory_counts_what_is_freed_again() -> None:
+    def work() -> None:
+        block = bytearray(64 << 20)
+        block[::4096] = b"x" * len(block[::4096])
+
+    assert 60 << 20 < measure.peak_memory(work) < 96 << 20
+
+
+def test_four_ways_give_one_ratio() -> None:
+    loaded = attention_ratio.build(attention_ratio.SMALL)
+    record = attention_ratio.with_answer(loaded, attention_ratio.prompt_record(loaded, attention_ratio.SMALL))
+    found = {name: way(loaded, record) for name, way in attention_ratio.WAYS.items()}
+    assert found["score"] == pytest.approx(found["eager pass"], abs=1e-5)
+    assert found["generate + score"] == pytest.approx(found["official way"], abs=1e-5)
+    assert 0 < found["score"] < 1
+
+
+def summary(after: float, single: float) -> dict[str, object]:
+    before = {"sequence": 0.5, "grid": 0.5, "pip": 0.5, "single": 0.95}
+    accuracy = {"before": before, "after": {"sequence": after, "grid": after, "pip": after, "single": single}}
+    arms = {name: {"accuracy": accuracy} for name in mia_dpo_seeds.ARMS}
+    return {"accuracy": accuracy, "arms": arms, "pairs": {"sequence": 7, "grid": 2, "pip": 1}}
+
+
+@pytest.mark.parametrize(("after", "single", "verdict"), [(0.6, 0.95, "met"), (0.59, 0.95, "missed"), (0.9, 0.92, "missed")])
+def test_verdict_of_a_seed(after: float, single: float, verdict: str) -> None:
+    text = mia_dpo_seeds.table({3: summary(after, single)})
+    assert f"goal {verdict}" in text
+    assert f"| 3 | attention-selected (MIA-DPO) | {after:.3f} |" in text
+    assert text.count("\n| 3 |") == 2 + len(mia_dpo_seeds.ARMS)
+
+
+def test_section_of_a_page_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n")
+    for _ in range(2):
+        measure.write_section("page.md", "x", measure.markdown(["p", "q"], [["1", "2"]]))
+    assert page.read_text() == "a\n<!-- x: begin -->\n| p | q |\n| --- | --- |\n| 1 | 2 |\n<!-- x: end -->\nb\n"
+    with pytest.raises(ValueError, match="y: begin"):
+        measure.write_section("page.md", "y", "text")
+
+
+def test_goals_are_checked_seed_by_seed() -> None:
+    def arm(gap: float, reward: float) -> dict[str, Any]:
+        figures = {"gap": {"crop": gap, "blank": 2 * gap}, "rewards": {"chosen": reward, "rejected": -1.0}}
+        return {"accuracy": {"answer/disagree": 0.5}, "held_out": {"caption": figures}}
+
+    def summary(gap: float, reward: float) -> dict[str, Any]:
+        arms = {"mdpo": arm(gap, reward), "dpo": arm(2.0, -0.5)}
+        return {"before": {"accuracy": {"answer/disagree": 0.25}}, "arms": arms}
+
+    met = mdpo_seeds.text_of({0: summary(3.0, 0.1), 1: summary(4.0, 0.0)})
+    assert "| mDPO | - | - | 3.50 (3.00 to 4.00) | 7.00 (6.00 to 8.00) |" in met
+    assert "caption, crop: gap of mDPO over DPO's: 1.50, 2.00 (>= 1.5 in every seed: met)" in met
+    assert "captions, mDPO: 0.10, 0.00 (0 or above in every seed: met)" in met
+    missed = mdpo_seeds.text_of({0: summary(2.9, -0.1)})
+    assert missed.count("missed") == 3
+    assert "| no training | 0.25 (0.25 to 0.25) |" in missed, "the base has an accuracy"
+
+
+def tiny_bench(setting: Setting, lines: list[str] | None = None) -> parts.Bench:
+    return parts.Bench(setting=setting, repeats=1, progress=lambda line: None if lines is None else lines.append(line))
+
+
+def test_training_steps_agree_with_the_official_mdpo_and_take_turns() -> None:
+    """Also that a cached reference costs its share of a pass."""
+    lines: list[str] = []
+    sides = {
+        "official": Side(kind="official"),
+        "rows": Side(kind="official rows", batch=2),
+        "ours": ours(loss_type=MDPO, checkpointing=True),
+        "apart": Side(kind="ours", options={"loss_type": MDPO, "tree_packing": False, "own_vision": True}),
+    }
+    found = tiny_bench(TINY_STEP.but(corrupted=True), lines).race(sides, TINY_STEP.but(corrupted=True), terms=3)
+    assert {name: len(times) for name, times in found.items()} == dict.fromkeys(sides, 1)
+    assert [line.split(": ")[0] for line in lines[:5]] == [
+        f"warm-up {name}" for name in ("official", "rows", "ours", "ours", "apart")
+    ]
+    assert lines[3].startswith("warm-up ours: reference pass")
+    with pytest.raises(SystemExit, match="expected 1 log 2"):
+        tiny_bench(TINY_STEP).race({"ours": ours(loss_type=MDPO)}, TINY_STEP.but(corrupted=True), terms=1)
+
+
+def test_training_steps_agree_with_trl() -> None:
+    pytest.importorskip("trl", reason="TRL is a peer, installed with the [peers] extra")
+    setting = TINY_STEP.but(questions=2)
+    sides = {"TRL": Side(kind="trl", batch=2), "ours": ours(batch=2, group_by_pictures=True)}
+    assert set(tiny_bench(setting).race(sides, setting, terms=1)) == {"TRL", "ours"}
+
+
+def test_a_training_loop_moves_one_step_at_a_time() -> None:
+    trainer = make(ours(), TINY_STEP)
+    with Loop(trainer) as loop:
+        for count in (1, 2, 3):
+            loop.step()
+            assert trainer.state.global_step == count
+    trainer = make(ours(), TINY_STEP)
+    trainer.train_dataset = trainer.train_dataset.remove_columns("prompt")
+    with pytest.raises(RuntimeError, match="the training loop failed"), Loop(trainer) as loop:
+        loop.step()
+
+
+def test_goals_of_the_training_step() -> None:
+    speed = {"median": 2.25, "min": 2.0, "max": 2.5}
+    seconds = {"TRL": [2.25], "ours": [1.0]}
+    text = page.text_of(
+        {
+            "dpo": {"speed_up": {"plain": speed}, "seconds_per_pair": seconds},
+            "questions": {"speed_up": speed},
+            "memory": {"share": {"dpo": {"plain": 0.6}}, "peak_bytes_above_model": {"dpo": {"TRL": 1e9}}},
+            "growth": [{"what": "pictures", "value": 8, "seconds_per_pair": seconds, "speed_up": speed}],
+        }
+    )
+    assert "| 2.25 (2.00 to 2.50) | at least 2.2 | met |" in text
+    assert "| 2.25 (2.00 to 2.50) | at least 4.5 | missed |" in text
+    assert "| 0.60 | at most 0.6 | met |" in text
+    assert "| pictures | 8 | 2.25 | 1.00 | 2.25 |" in text
+
+
+def small_run(tmp_path: Path, *arguments: str, device: str = "cpu") -> tuple[int, dict[str, Any]]:
+    """Exit status and result file of the command line on tiny inputs."""
+    status = benchmarks_cli.main(["--small", "--device", device, "--repeats", "1", "--output", str(tmp_path), *arguments])
+    return status, json.loads((tmp_path / f"ops_{device}.json").read_text())
+
+
+def test_every_op_runs_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that runs of single ops add up in one file, and that a page comes out of it."""
+    small_run(tmp_path, "preference_loss", "--no-memory")
+    options = ("--no-memory", "--case", "pair", "--case", "recorded", "--case", "rows", "--case", "frozen_32k_200")
+    status, found = small_run(tmp_path, *options)
+    assert status == 0
+    cases = {(entry["op"], entry["case"]): entry for entry in found["cases"]}
+    assert list(cases) == [
+        ("attention_mass", "rows"),
+        ("tree_attention", "pair"),
+        ("tree_attention", "recorded"),
+        ("linear_logprobs", "frozen_32k_200"),
+        ("preference_loss", "mdpo"),
+        ("preference_loss", "mdpo_sums"),
+        ("preference_loss", "from_hidden"),
+        ("preference_loss", "from_model"),
+    ]
+    for entry in cases.values():
+        assert entry["floor_seconds"] > 0
+        timed = {name: one for name, one in entry["contestants"].items() if "seconds" in one}
+        assert {"auto", "reference"} <= set(timed)
+        assert any(not one["ours"] for one in timed.values())
+        for one in timed.values():
+            assert len(one["seconds"]) == 1 and one["median"] > 0 and max(one["errors"].values()) < 1e-4
+    pair, recorded = (cases["tree_attention", name]["contestants"] for name in ("pair", "recorded"))
+    assert pair["SDPA, grouped heads"]["version"] == version("torch")
+    assert pair["FlashAttention 2"]["reason"] == "it runs on cuda only"
+    assert pair["triton"]["reason"] == "its kernels are only interpreted on the CPU, which says nothing about speed"
+    assert pair["SDPA, grouped heads"]["omits"] == ["lse"], "outputs and gradients of copies add up to those of the tree"
+    assert "eager maps" not in pair and "auto, no mass" not in pair
+    assert recorded["auto"]["omits"] == [] and recorded["auto, no mass"]["omits"] == ["mass"]
+    assert found["machine"]["packages"]["torch"] == version("torch")
+
+
+def test_memory_is_measured_in_a_fresh_process(tmp_path: Path) -> None:
+    status, found = small_run(tmp_path, "attention_mass", "--case", "rows", "--contestant", "torch, dense")
+    assert status == 0
+    assert found["cases"][0]["contestants"]["torch, dense"]["peak_bytes"] >= 0
+
+
+def contestant(
+    name: str, factor: float = 1.0, *, ours: bool = False, reason: str | None = None, seen: list[str] | None = None
+) -> Contestant:
+    """Somebody whose sums of segments are `factor` times the right ones."""
+
+    def prepare(problem: Any) -> Run:
+        def call() -> dict[str, torch.Tensor]:
+            if seen is not None:
+                seen.append(name)
+            return {"mass": factor * mass_cases.truth(problem)["mass"]}
+
+        return Run(call=call, results=lambda found: found)
+
+    return Contestant(name=name, ours=ours, prepare=prepare, unavailable_reason=lambda device, dtype: reason)
+
+
+def small_race(*contestants: Contestant) -> dict[str, Any]:
+    setting = harness.Setting(device=torch.device("cpu"), dtype=torch.float32, size="small", repeats=2, memory=False)
+    [case] = registry.cases(["attention_mass"], ["rows"])
+    ceilings = Ceilings(flops_per_second=1e12, bytes_per_second=1e11)
+    return harness.race(case, contestants, setting, ceilings, lambda line: None)
+
+
+def test_a_wrong_contestant_is_not_timed() -> None:
+    seen: list[str] = []
+    entries = small_race(
+        contestant("right", seen=seen),
+        contestant("wrong", 1.001, seen=seen),
+        contestant("nothing", float("nan")),
+        contestant("absent", reason="absent is not installed"),
+    )["contestants"]
+    assert "seconds" in entries["right"]
+    assert entries["wrong"]["wrong"].startswith("mass is off by 1.0e-03 of its norm")
+    assert seen.count("wrong") == 1, "it ran once, to be checked"
+    assert "nan" in entries["nothing"]["wrong"]
+    assert entries["absent"]["reason"] == "absent is not installed"
+    assert not any("seconds" in entries[name] for name in ("wrong", "nothing", "absent"))
+
+
+def test_one_stray_entry_is_wrong() -> None:
+    truth = torch.ones(100_000)
+    found = truth.clone()
+    found[3] += 2e-3  # 6e-6 of the norm
+    with pytest.raises(harness.WrongResult, match="at worst by 2.0e-03"):
+        harness.error_of("mass", found, truth, torch.float32)
+    minus_infinity = torch.tensor([1.0, float("-inf")])
+    assert harness.error_of("lse", minus_infinity, minus_infinity.double(), torch.float32) == 0
+    with pytest.raises(harness.WrongResult, match="shape"):
+        harness.error_of("lse", minus_infinity[:1], minus_infinity, torch.float32)
+
+
+def test_own_backends_that_are_wrong_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "contestants", lambda op: [contestant("ours", 2.0, ours=True), contestant("theirs", 2.0)])
+    assert small_run(tmp_path, "attention_mass", "--case", "rows")[0] == 1
+    monkeypatch.setattr(registry, "contestants", lambda op: [contestant("ours", ours=True), contestant("theirs", 2.0)])
+    assert small_run(tmp_path, "attention_mass", "--case", "rows", "--no-memory")[0] == 0
+
+
+def test_a_case_that_is_no_more_leaves_the_result_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "contestants", lambda op: [contestant("ours", ours=True)])
+    options = ("attention_mass", "--no-memory", "--case")
+    _, found = small_run(tmp_path, *options, "rows")
+    found["cases"][0]["case"] = "renamed since"
+    (tmp_path / "ops_cpu.json").write_text(json.dumps(found))
+    status, found = small_run(tmp_path, *options, "mean")
+    assert status == 0 and [entry["case"] for entry in found["cases"]] == ["mean"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--contestant", "nobody"], "no contestant is called nobody; there are "),
+        (["--case", "nothing"], "no case is called nothing; there are "),
+        (["nothing"], "no op is called nothing; there are "),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--device", "cuda"], "--device cuda: torch finds no GPU"),
+        (["--output", __file__], "File exists"),
+    ],
+)
+def test_wrong_arguments_end_with_a_line(
+    wrong: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        benchmarks_cli.main(["--small", *wrong])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", [["--contestant", "auto"], ["--dtype", "float16"], ["--check"], ["--small"]])
+def test_a_part_of_a_result_does_not_take_the_place_of_the_whole(part: list[str]) -> None:
+    parser = benchmarks_cli._parser()
+    assert benchmarks_cli._folder(parser.parse_args(["--case", "rows"])) == measure.RESULTS
+    assert benchmarks_cli._folder(parser.parse_args(part)) == measure.ROOT / "build" / "benchmarks"
+    assert benchmarks_cli._folder(parser.parse_args([*part, "--output", "here"])) == Path("here")
+
+
+def test_floors() -> None:
+    ceilings = Ceilings(flops_per_second=1e9, bytes_per_second=1e6)
+    assert Work(flops=2e9, bytes=1e6).floor(ceilings) == 2.0
+    assert Work(flops=2e9, bytes=5e6).floor(ceilings) == 5.0
+    assert (Work(flops=2e9, bytes=1e6).bound(ceilings), Work(flops=2e9, bytes=5e6).bound(ceilings)) == ("arithmetic", "memory")
+
+
+def test_attention_work_counts_what_is_seen() -> None:
+    """A prompt of 3 with two responses of 2: pairs 1 + 2 + 3, and for each response 4 + 5."""
+    sizes = {"heads": 2, "kv_heads": 1, "dim": 8, "pictures": 1, "prompt": 3, "response": 2}
+    forest = [(3, [(2, []), (2, [])])]
+    problem = tree_cases.make(lambda sizes: forest, timed="forward + backward")(sizes, torch.device("cpu"), torch.float32)
+    assert problem.tree_end is not None and problem.tree_end.tolist() == [[7, 7, 7, 5, 5, 7, 7]]
+    assert problem.paths.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]]
+    # Two products forward, five backward, 2 D FLOPs each, two heads.
+    assert tree_cases.work(problem).flops == 24 * 7 * 2 * 8 * 2
+    # Forward: query, output of two heads, key, value of one; backward twice as much.
+    assert tree_cases.work(problem).bytes == (6 + 12) * 7 * 8 * 4
+
+
+def result_file(tmp_path: Path, native: float, dense: float) -> None:
+    """A result of the CPU in which only the mass was measured."""
+
+    def one(ours: bool, seconds: float, peak: float) -> dict[str, Any]:
+        facts = {"ours": ours, "version": None, "errors": {"mass": 1e-7}, "omits": [], "peak_bytes": peak}
+        return {**facts, "seconds": [seconds] * 3, "median": seconds, "percent_of_floor": 50.0}
+
+    entry = {
+        "op": "attention_mass",
+        "case": "rows",
+        "why": "mass of each row",
+        "timed": "forward",
+        "sizes": {"rows": 60},
+        "flops": 1e9,
+        "bytes": 1e6,
+        "floor_seconds": 1e-3,
+        "bound": "arithmetic",
+        "contestants": {
+            "native": one(True, native, 1e5),
+            "torch, dense": one(False, dense, 2e6),
+            "flash-colreduce": {"ours": False, "version": None, "reason": "it runs on cuda only"},
+            "sloppy": {"ours": False, "version": "1.0", "wrong": "mass is off"},
+        },
+    }
+    ceilings = {"flops_per_second": 1e12, "bytes_per_second": 1e11}
+    content = {
+        "machine": measure.machine(),
+        "device": "cpu",
+        "dtype": "float32",
+        "size": "cpu",
+        "ceilings": ceilings,
+        "cases": [entry],
+    }
+    measure.write_result("ops_cpu", content, tmp_path / "results")
+
+
+@pytest.mark.parametrize(("native", "verdict"), [(1e-3, "met"), (1.6e-3, "missed")])
+def test_the_page_comes_from_the_json_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: float, verdict: str) -> None:
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    (tmp_path / "docs").mkdir()
+    path = tmp_path / "docs" / "kernels.md"
+    path.write_text("".join(f"<!-- ops_{device}: {end} -->\n" for device in ("cpu", "cuda") for end in ("begin", "end")))
+    (tmp_path / "README.md").write_text("<!-- heads: begin -->\n<!-- heads: end -->\n")
+    result_file(tmp_path, native, dense=3e-3)
+    kernels_page.write_all()
+    text, drawing = path.read_text(), tmp_path / "docs" / "kernels_cpu.svg"
+    assert f"| at least 2 | {verdict} |" in text
+    assert "| 0.050 (0.10 of 2.00 MB) | at most 0.1 | met |" in text
+    assert "| tree_attention pair was not measured | at least 1.6 | not measured |" in text
+    assert f"| **native** | {native * 1e3:.3g} " in text
+    assert "| sloppy 1.0 |  |  |  |  | wrong: mass is off |" in text
+    assert "Not here: flash-colreduce: it runs on cuda only." in text
+    assert "Not measured yet; `make gpu`" in text
+    before = text, drawing.read_bytes()
+    kernels_page.write_all()
+    assert (path.read_text(), drawing.read_bytes()) == before
+
+
+def test_gpu_phases_go_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def python(*lines: str) -> Any:
+        return lambda plan, seconds: [[sys.executable, "-c", "\n".join(lines)]]
+
+    started: list[Path] = []
+
+    def slow(plan: gpu.Plan, seconds: float) -> Any:
+        started.append(tmp_path / "started")
+        program = f"import pathlib, time; print('slow', flush=True); pathlib.Path({str(started[0])!r}).touch(); time.sleep(3600)"
+        return python(program)(plan, seconds)
+
+    def stopped_clock() -> float:
+        """Stands still, and is read while the slow command is at work only once that has begun."""
+        while started and not started[0].exists():
+            time.sleep(0.01)
+        return 0.0
+
+    def nothing(plan: gpu.Plan, seconds: float) -> Any:
+        raise gpu.LeftOut("there is nothing to do")
+
+    phases = (
+        gpu.Phase(name="tests", seconds=6000, commands=python("raise ValueError('broken')")),
+        gpu.Phase(name="build", seconds=0, commands=nothing),
+        # What the first left is not its own to use up.
+        gpu.Phase(name="tiles", seconds=-5999, commands=slow),
+        gpu.Phase(name="environment", seconds=600, commands=python("print('here')")),
+    )
+    monkeypatch.setattr(gpu, "PHASES", phases)
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=stopped_clock))
+    assert gpu.main(["--device", "cpu", "--small", "--output", str(tmp_path)]) == 1
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| tests | failed | 0 | ValueError: broken |" in summary
+    assert "| build | left out | 0 | there is nothing to do |" in summary
+    assert "| tiles | out of time | 0 | ended after 1 s |" in summary
+    assert "| environment | passed | 0 |  |" in summary
+    log = (tmp_path / "log.txt").read_text()
+    assert "broken" in log and "slow" in log and "here" in log
+
+
+def test_gpu_phases_run_on_the_cpu_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The build and the tests have their own tests; the benchmarks run here in one process above."""
+    # Whatever else this machine is doing.
+    monkeypatch.setattr(gpu, "PHASES", tuple(replace(phase, seconds=100 * phase.seconds) for phase in gpu.PHASES))
+    phases = ("environment", "sanitizer", "tiles", "kernels run")
+    status = gpu.main(["--device", "cpu", "--small", "--output", str(tmp_path), *(f"--phase={name}" for name in phases)])
+    summary = (tmp_path / "summary.md").read_text()
+    assert status == 0, summary
+    assert "| sanitizer | left out | 0 | compute-sanitizer watches CUDA kernels, there are none on the CPU |" in summary
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "summary.md"}
+    log = (tmp_path / "log.txt").read_text()
+    assert "mass, mean, softcap, window, native: ran" in log and "tree, mass, native: left out, it " in log
+
+
+def test_all_gpu_phases_fit_into_nine_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--dry-run"]) == 0
+    assert sum(phase.seconds for phase in gpu.PHASES) < 9 * 60
+    assert "benchmarks.gpu.sanitize_cases --device cuda" in capsys.readouterr().out
+    assert set(gpu.SANITIZED) == set(sanitize_cases.CASES)
+    wanted = {(op, name) for op, groups in gpu.COMPILED_CASES.items() for names in groups for name in names}
+    assert wanted <= {(case.op, case.name) for case in registry.cases(size="cuda")}
+
+
+def test_the_sweep_varies_one_pass_and_keeps_the_table_s_tiles_of_the_others() -> None:
+    [case] = registry.cases(["tree_attention"], ["causal_8k"])
+    problem = case.make(case.sizes["small"], torch.device("cpu"), torch.bfloat16)
+    kept = sweep_tiles.table_tiles(problem)
+    for which, (candidate, *_) in sweep_tiles.CANDIDATES.items():
+        with sweep_tiles.varied(which, candidate, problem):
+            assert sweep_tiles.table_tiles(problem) == replace(kept, **{which: sweep_tiles.Tiles(*candidate)})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_goal_is_found_in_a_whole_result(device: str) -> None:
+    """In a result where everybody took a second, ours half of it, no goal is without a figure."""
+    measured = []
+    for case in registry.cases(size=device):
+        contestants = {
+            contestant.name: {
+                "ours": contestant.ours,
+                "omits": [] if contestant.ours else ["mass"],
+                "seconds": [0.5 if contestant.ours else 1.0] * 3,
+                "median": 0.5 if contestant.ours else 1.0,
+                "peak_bytes": 1e6,
+            }
+            for contestant in registry.contestants(case.op)
+        }
+        measured.append(
+            {
+                "op": case.op,
+                "case": case.name,
+                "sizes": dict(case.sizes[device]),
+                "flops": 1e12,
+                "floor_seconds": 0.1,
+                "contestants": contestants,
+            }
+        )
+    content = {"cases": measured, "ceilings": {"flops_per_second": 1e15, "bytes_per_second": 3e12}}
+    of_device = [goal for goal in goals.GOALS if goal.device == device]
+    assert len(of_device) > 3
+    for goal in of_device:
+        finding = goal.find(goals.Result(content))
+        assert finding.figure, goal.what

@@ -1,0 +1,151 @@
+"""What "auto" takes, and that the table says no more than its result files do."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.kernels import choose_backends
+from mmdpo_kernels import tree_attention
+from mmdpo_kernels.backends import choice, registry
+from mmdpo_kernels.backends.native import tree_attention as native
+
+ROOT = Path(__file__).resolve().parents[2]
+RULES = [(op, device, rule) for (op, device), rules in choice._RULES.items() for rule in rules]
+CUDA = torch.device("cuda", 0)
+PLAIN = {"tree": False, "mass": False, "softcap": False, "window": False, "length": 3000, "gradient": True}
+
+
+def order(monkeypatch: pytest.MonkeyPatch, op: str, dtype: torch.dtype, **features: object) -> tuple[str, ...]:
+    """The order on a GPU, asked for where there may be none."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    rule = choice.rule(op, CUDA, dtype, features)
+    assert rule is not None and rule.measured is None
+    return rule.order
+
+
+@pytest.mark.parametrize(("op", "device", "rule"), RULES, ids=lambda value: value if isinstance(value, str) else "")
+def test_rules_name_backends_that_exist_and_end_with_one_that_serves_everything(op: str, device: str, rule: choice.Rule) -> None:
+    assert set(rule.order) <= set(registry.PREFERENCE[op])
+    assert rule.order[-1] == "reference"
+    # Uncompiled, it builds all scores.
+    assert device != "cpu" or "flex" not in rule.order
+
+
+@pytest.mark.parametrize("op_device", choice._RULES)
+def test_every_call_has_a_rule(op_device: tuple[str, str]) -> None:
+    last = choice._RULES[op_device][-1]
+    assert last.fits(torch.float64, (0, 0), {}) and not last.traits
+
+
+@pytest.mark.parametrize("path", sorted({rule.measured for *_, rule in RULES if rule.measured}))
+def test_measured_orders_are_what_was_measured(path: str) -> None:
+    """In the file a rule names, the first of its order that could serve was the fastest, or within noise of it."""
+    settings = json.loads((ROOT / path).read_text(encoding="utf-8"))["settings"]
+    device = torch.device("cpu")
+    for setting in settings:
+        features = {name: setting[name] for name in ("length", "tree", "mass", "gradient")}
+        rule = choice.rule(setting["op"], device, getattr(torch, setting["dtype"]), features)
+        assert rule is not None and rule.measured == path
+        taken = next(name for name in rule.order if name in setting["seconds"])
+        # A short call is all overhead, and its time all noise.
+        slack = 1.25 if setting["length"] >= 100 else 2.5
+        assert setting["seconds"][taken] <= slack * min(setting["seconds"].values()), setting
+
+
+def test_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert order(monkeypatch, "tree_attention", torch.bfloat16, **PLAIN)[0] == "sdpa"
+    # PyTorch's flash attention has no float32 kernel on a GPU, and no tree.
+    assert order(monkeypatch, "tree_attention", torch.float32, **PLAIN)[0] == "triton"
+    assert order(monkeypatch, "tree_attention", torch.bfloat16, **{**PLAIN, "tree": True})[:3] == ("triton", "varlen", "flex")
+    assert order(monkeypatch, "tree_attention", torch.bfloat16, **{**PLAIN, "softcap": True})[0] == "triton"
+    assert order(monkeypatch, "tree_attention", torch.bfloat16, **{**PLAIN, "mass": True}) == ("triton", "reference")
+    assert order(monkeypatch, "attention_mass", torch.bfloat16)[:2] == ("native", "triton")
+
+
+def test_a_rule_fits_by_dtype_capability_length_and_traits() -> None:
+    rule = choice.Rule(
+        calls="",
+        order=("reference",),
+        measured=None,
+        dtypes=(torch.float16,),
+        capability=(9, 0),
+        lengths=(10, 20),
+        traits={"tree": True, "mass": False},
+    )
+    assert rule.fits(torch.float16, (10, 0), {"length": 10, "tree": True})
+    for dtype, capability, features in (
+        (torch.float32, (9, 0), {"length": 10, "tree": True}),
+        (torch.float16, (8, 9), {"length": 10, "tree": True}),
+        (torch.float16, (9, 0), {"length": 21, "tree": True}),
+        (torch.float16, (9, 0), {"length": 10}),
+        (torch.float16, (9, 0), {"length": 10, "tree": True, "mass": True}),
+    ):
+        assert not rule.fits(dtype, capability, features)
+
+
+def test_the_choice_is_logged_once_per_kind_of_call(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(registry, "_announced", set())
+    monkeypatch.setattr(native, "load", lambda: "not built")
+    caplog.set_level(logging.INFO, logger="mmdpo_kernels")
+    q = torch.randn(1, 2, 5, 8)
+    for _ in range(2):
+        tree_attention(q, q, q)
+        tree_attention(q.double(), q.double(), q.double())
+        tree_attention(q, q, q, softcap=3.0)
+        tree_attention(q, q, q, backend="reference")
+    common = (
+        "tree_attention: backend 'auto' takes '{}' for calls of torch.{} on cpu (measured in benchmarks/results/choice_cpu.json)"
+    )
+    assert [record.getMessage().partition("; ")[0] for record in caplog.records] == [
+        common.format("sdpa", "float32"),
+        common.format("sdpa", "float64"),
+        common.format("reference", "float32"),
+    ]
+    assert caplog.records[0].getMessage().endswith("; passed over: native: not built")
+    assert caplog.records[2].getMessage().endswith("native: not built; sdpa: PyTorch's attention has no softcap")
+
+
+def test_without_a_rule_the_preference_decides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(registry, "_announced", set())
+    caplog.set_level(logging.INFO, logger="mmdpo_kernels")
+    monkeypatch.setattr(choice, "rule", lambda *call: None)
+    module = registry.resolve("linear_logprobs", "auto", torch.device("cpu"), torch.float64)
+    assert module.__name__.endswith("chunked.linear_logprobs")
+    assert "not measured on this device" in caplog.text
+
+
+def test_a_call_that_no_backend_serves_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = choice.Rule(calls="calls", order=("varlen",), measured=None)
+    monkeypatch.setattr(choice, "rule", lambda *call: rule)
+    with pytest.raises(ValueError, match="no backend can serve torch.float32 on cpu: varlen: .* runs on cuda tensors, got cpu"):
+        registry.resolve("tree_attention", "auto", torch.device("cpu"), torch.float32)
+
+
+def test_the_op_reports_what_the_choice_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+    rule = choice.Rule(calls="calls", order=("reference",), measured=None)
+    monkeypatch.setattr(choice, "rule", lambda op, device, dtype, features: seen.append(dict(features)) or rule)
+    q = torch.randn(1, 2, 5, 8, requires_grad=True)
+    tree_end = torch.full((1, 5), 5, dtype=torch.int32)
+    tree_attention(q, q, q, tree_end, segments=tree_end * 0, num_segments=1)
+    with torch.no_grad():
+        tree_attention(q, q, q, window=2)
+    first, second = seen
+    assert (first["length"], first["tree"], first["mass"], first["gradient"], first["window"]) == (5, True, True, True, False)
+    assert (second["tree"], second["mass"], second["gradient"], second["window"]) == (False, False, False, True)
+
+
+def test_a_backend_that_fails_is_timed_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*call: object) -> None:
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(native, "forward", failing)
+    setting = choose_backends.Setting(op="tree_attention", dtype=torch.float32, length=6, response=2, gradient=False)
+    found = choose_backends.compare(setting, "cpu", 1)
+    assert found["cannot"]["native"] == "failed: RuntimeError: out of resources"
+    assert found["auto"] == "native" and found["auto_over_fastest"] is None and "reference" in found["seconds"]

@@ -1,0 +1,165 @@
+"""Two processes end as one does: DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2, as configs/accelerate sets them up, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from distributed import ROOT, STRATEGIES, fill, launch, needs
+from tiny_models import TINY
+
+from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.training.checkpoints import MARKER, defect
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
+SAVED = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
+FULL = {"full_finetune": True, "freeze_vision": False, "freeze_projector": False, **SAVED, **EVALUATED}
+# With the head, whose adapter is gathered with it; a second reference, in shards where the policy is; batches of an odd number.
+LORA = {"lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj", "lm_head"]}, "second": True}
+PACKED = {**LORA, **SAVED, "max_tokens_per_batch": 150, "accumulation": 2}
+# The adapter off as the reference, run before the first step; checkpointed activations on the CPU.
+CACHED = {
+    "precompute_ref_log_probs": True,
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "activation_offloading": True,
+}
+CASES = {
+    "full": FULL,
+    "packed": PACKED,
+    "cached": CACHED,
+    "full_again": {**FULL, "output": "full", "resume_after": 2},
+    "packed_again": {**PACKED, "output": "packed", "resume_after": 2},
+    "spoilt": {**SAVED, "spoilt": True, "logging_steps": 1},
+    "still": {"loss_weights": [0.0, 0.0]},
+}
+# A continued run has means over its own steps.
+CLOCK = ("_runtime", "_per_second", "_time", "total_flos", "train_loss")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("distributed"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    launch("alone", folder, folder / "alone", {name: CASES[name] for name in ("full", "packed", "cached")})
+    return folder / "alone"
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    (file,) = (output / "final").glob("*.safetensors")
+    return safetensors.torch.load_file(file)
+
+
+def log(output: Path) -> list[dict[str, Any]]:
+    entries = json.loads((output / "log.json").read_text())
+    return [{name: value for name, value in entry.items() if not name.endswith(CLOCK)} for entry in entries]
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    mine, theirs = weights(found), weights(expected)
+    # ZeRO-3 leaves the frozen head out of an adapter, where others save it beside the head's own.
+    assert mine.keys() == theirs.keys() or theirs.keys() - mine.keys() == {"base_model.model.lm_head.base_layer.weight"}
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+    for entry, other in zip(log(found), log(expected), strict=True):
+        assert entry.keys() == other.keys()
+        for name, value in entry.items():
+            # Where processes have one micro-batch more than others, an epoch's share counts it.
+            assert value == pytest.approx(other[name], abs=0.2 if name == "epoch" else 1e-5, rel=1e-5), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_end_as_one(folder: Path, alone: Path, strategy: str) -> None:
+    needs(strategy)
+    output = folder / strategy
+    launch(strategy, folder, output, CASES)
+
+    # What was continued after its second checkpoint is what is compared.
+    for name in ("full", "packed", "cached"):
+        assert_same(output / name, alone / name)
+        assert (output / name / "final" / "processor_config.json").exists() or (
+            output / name / "final" / "tokenizer.json"
+        ).exists()
+    # One line a record, whichever process ran it.
+    lines, expected = (
+        sorted((path / "cached" / "reference.jsonl").read_text().splitlines()[1:], key=str) for path in (output, alone)
+    )
+    assert [json.loads(line)["key"] for line in lines] == [json.loads(line)["key"] for line in expected] and len(lines) == 9
+    for line, other in zip(lines, expected, strict=True):
+        assert json.loads(line)["logps"] == pytest.approx(json.loads(other)["logps"], rel=1e-5)
+    # Saved as any other model or adapter, and read by what reads these.
+    load_model(output / "full" / "final", device="cpu")
+    load_model(folder / "model", adapter=output / "packed" / "final", device="cpu")
+
+    errors = [(output / "spoilt" / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert errors[0] == errors[1]
+    assert "step 2: the loss is not finite; record record-" in errors[0] and "loss inf (sigmoid" in errors[0]
+    assert "checkpoint-1 is whole, and training continues from it" in errors[0]
+    for rank in range(2):
+        error = (output / "still" / f"error-{rank}.txt").read_text()
+        assert error.startswith("step 1: all gradients are zero, so nothing would be trained; ")
+
+
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [
+        ("qwen3_vl", "zero3"),
+        pytest.param("llava_next", "zero3", marks=pytest.mark.nightly),
+        pytest.param("mllama", "fsdp2", marks=pytest.mark.nightly),
+    ],
+)
+def test_other_families(family: str, strategy: str, tmp_path: Path) -> None:
+    """Features for several layers, a weight that no module of its own holds, layers that a batch without pictures leaves out."""
+    needs(strategy)
+    for name, seed in (("model", 0), ("second", 3)):
+        TINY[family](tmp_path / name, seed=seed)
+    plain = {"regions": False, "logging_steps": 1}
+    cases = {"full": {**FULL, **plain, "save_strategy": "no"}, "lora": {**LORA, **plain}}
+    for each in ("alone", strategy):
+        launch(each, tmp_path, tmp_path / each, cases)
+    for name in cases:
+        assert_same(tmp_path / strategy / name, tmp_path / "alone" / name)
+
+
+def test_a_killed_process_ends_the_step_and_training_continues(folder: Path, alone: Path) -> None:
+    output = folder / "killed"
+    codes = launch("fsdp2", folder, output, {"full": {**FULL, "kill": 1}}, check=False)
+    assert all(code != 0 for code in codes)
+    assert [path.name for path in (output / "full").glob("checkpoint-*") if defect(path) is None] == ["checkpoint-1"]
+    # What a kill during a save leaves.
+    half = shutil.copytree(output / "full" / "checkpoint-1", output / "full" / "checkpoint-2")
+    (half / MARKER).unlink()
+
+    launch("fsdp2", folder, output, {"full": FULL})
+    assert_same(output / "full", alone / "full")
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_every_machine_starts_its_own_processes(strategy: str) -> None:
+    """As accelerate does without being told, it would start a DeepSpeed runner on each that wants to reach the others by pdsh."""
+    needs(strategy)
+    options = "--num_machines 2 --machine_rank 1 --num_processes 16 --main_process_ip first --main_process_port 29500 script.py"
+    file = ROOT / "configs" / "accelerate" / f"{strategy}.yaml"
+    known = launch_command_parser().parse_args(["--config_file", str(file), *options.split()])
+    arguments, defaults, _ = _validate_launch_command(known)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    command, environment = prepare_deepspeed_cmd_env(arguments)
+    assert command is None and environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+
+
+def test_an_evaluation_has_every_record_whatever_training_drops(folder: Path) -> None:
+    """One process would otherwise drop its last smaller batch, and several would not."""
+    case = {"eval_strategy": "epoch", "dataloader_drop_last": True}
+    for name in ("alone", "ddp"):
+        launch(name, folder, folder / name / "dropping", {"dropping": case})
+    assert_same(folder / "ddp" / "dropping" / "dropping", folder / "alone" / "dropping" / "dropping")

@@ -1,8 +1,0 @@
-"""`python -m mmdpo_trainers`: the `mmdpo` command, for launchers that start a module."""
-
-import sys
-
-from mmdpo_trainers.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Answers of a model in this process, by transformers' `generate`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+
+from mmdpo_trainers.answers.attention_ratios import recorded_generation, sees_pictures
+from mmdpo_trainers.answers.response import response_of
+from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts, in_forwards, load_pictures
+from mmdpo_trainers.models.loaded import LoadedModel
+
+
+@torch.no_grad()
+def generate_responses(
+    loaded: LoadedModel,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    pictures: Sequence[Sequence[Image.Image]] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Answer one batch, greedily or by sampling with `seed`.
+
+    Returns per record what `response_of` does.
+    record: settings of `recorded_generation`; each answer then has `recorded`, the attention that its rows gave the pictures.
+    """
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        num_beams=1,
+        repetition_penalty=1.0,
+        # A generated image token would ask for a picture when the answer is scored.
+        suppress_tokens=[loaded.image_token_id],
+        pad_token_id=loaded.pad_id,
+        eos_token_id=sorted(loaded.end_ids) or None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **sampling,
+    )
+    shown = [load_pictures(each) for each in records] if pictures is None else pictures
+
+    def work(indices: list[int]) -> list[dict[str, Any]]:
+        chosen = [records[index] for index in indices]
+        encoded = encode_prompts(loaded, chosen, padding_side="left", pictures=[shown[index] for index in indices])
+        return _of_one_forward(loaded, chosen, encoded, config, seed, record)
+
+    return in_forwards(loaded, records, work)
+
+
+def _of_one_forward(
+    loaded: LoadedModel,
+    records: Sequence[Mapping[str, Any]],
+    encoded: EncodedPrompts,
+    config: GenerationConfig,
+    seed: int,
+    record: Mapping[str, Any] | None,
+) -> list[dict[str, Any]]:
+    width = encoded.inputs["input_ids"].shape[1]
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        recorded = record if sees_pictures(loaded, encoded) else None
+        recording = contextlib.nullcontext() if recorded is None else recorded_generation(loaded, records, encoded, **recorded)
+        with recording as generation:
+            output = loaded.model.generate(**encoded.inputs, generation_config=config)
+    max_logps = torch.stack([_max_logp(logits) for logits in output.logits], dim=1).tolist()
+    answers = [
+        response_of(loaded, ids, logps) for ids, logps in zip(output.sequences[:, width:].tolist(), max_logps, strict=True)
+    ]
+    if generation is None:
+        return answers
+    attention = generation.take([answer["num_tokens"] + answer["ended"] for answer in answers])
+    return [{**answer, "recorded": found} for answer, found in zip(answers, attention, strict=True)]
+
+
+def _max_logp(logits: torch.Tensor) -> torch.Tensor:
+    """(B, V) logits -> (B,) log of the largest probability, in float32 at least."""
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    return logits.amax(dim=-1) - logits.logsumexp(dim=-1)

@@ -1,0 +1,215 @@
+"""Answers by vLLM: the same prompts, pictures and fields as `generate_responses`, without recorded attention.
+
+vLLM puts the image tokens into the prompt by itself. The first prompt of each number of pictures is compared with this project's own, so that
+scoring and training, which go through transformers, see what the answers were given to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmdpo_trainers.answers.described import describe, own_dtype
+from mmdpo_trainers.answers.response import response_of
+from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
+from mmdpo_trainers.models.encode import encode_prompts, prompt_ids, refuse_pictures
+from mmdpo_trainers.models.template_date import TemplateDate
+from mmdpo_trainers.processes import launcher
+
+_NEVER = -100.0
+"""The lowest bias that vLLM takes for a token."""
+
+_COLDEST = 0.01
+"""vLLM takes this temperature in place of a lower one."""
+
+
+def check_vllm(config: RunConfig) -> None:
+    """Raise ConfigError where there is no vLLM, or settings that it would not follow."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "generate.engine: vllm is not installed here; pip install 'mmdpo-kernels[vllm]', or set it to transformers, whose answers "
+            "have the same fields"
+        )
+    if config.device == "cpu":
+        raise ConfigError(
+            "device: expected none, cuda or cuda:N with generate.engine: vllm, whose build decides whether it runs on a CPU, got cpu; leave it "
+            "out, or set generate.engine to transformers"
+        )
+    if config.generate.do_sample and config.generate.temperature < _COLDEST:
+        raise ConfigError(
+            f"generate.temperature: vLLM samples at {_COLDEST} or more, got {config.generate.temperature}; raise it, or set generate.do_sample "
+            "to false"
+        )
+
+
+class VllmEngine:
+    """A vLLM `LLM` of a model folder.
+
+    device: `cuda:N`, or `auto` for vLLM's own choice. most_pictures: of one prompt. arguments: more of `vllm.LLM`.
+    date: as in `load_model`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        device: str,
+        most_pictures: int,
+        arguments: Mapping[str, Any],
+        date: TemplateDate | None = None,
+    ) -> None:
+        self.described = describe(folder, date)
+        if dtype == "auto":
+            # The checkpoint's own, as elsewhere; vLLM's `auto` would halve float32.
+            dtype = own_dtype(folder, self.described.model.config)
+        self._arguments = dict(arguments)
+        self._checked: set[int] = set()
+        with _own_environment(device), self._said(f"model {folder}: vLLM cannot load it"):
+            from vllm import LLM
+
+            self._llm: Any = LLM(
+                model=str(folder),
+                dtype=dtype,
+                limit_mm_per_prompt={"image": max(1, most_pictures)},
+                # Of the logits as the model gives them, before the bias and the temperature: perplexity is of these.
+                logprobs_mode="raw_logprobs",
+                **arguments,
+            )
+
+    def generate_responses(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int,
+        do_sample: bool,
+        temperature: float,
+        top_p: float,
+        seeds: Sequence[int],
+        pictures: Sequence[Sequence[Image.Image]],
+    ) -> list[dict[str, Any]]:
+        """Answer a batch; returns per record what `response_of` does. seeds: one a record, where the answers are sampled."""
+        described = self.described
+        common: dict[str, Any] = {
+            "max_tokens": max_new_tokens,
+            # Those of transformers alone: vLLM's own would have the tokenizer's among them.
+            "stop_token_ids": sorted(described.end_ids),
+            "ignore_eos": True,
+            "logprobs": 1,
+            "detokenize": False,
+        }
+        image_token = described.image_token_id
+        if image_token < described.model.config.get_text_config().vocab_size:
+            # A generated image token would ask for a picture when the answer is scored. Mllama's is none that can be generated.
+            common["logit_bias"] = {image_token: _NEVER}
+        warped = {"temperature": temperature, "top_p": top_p} if do_sample else {"temperature": 0.0}
+        one_token = [[[described.image_token_id]] * len(row) for row in pictures]
+        prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in prompt_ids(described, records, one_token)]
+        for prompt, row in zip(prompts, pictures, strict=True):
+            if row:
+                prompt["multi_modal_data"] = {"image": list(row)}
+        with self._said(f"records {_named(records)}: vLLM cannot answer them"):
+            from vllm import SamplingParams
+
+            params = [SamplingParams(**common, **warped, seed=seed if do_sample else None) for seed in seeds]
+            try:
+                outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            except Exception:
+                refuse_pictures(described, records, pictures)
+                raise
+        for record, row, output in zip(records, pictures, outputs, strict=True):
+            if len(row) not in self._checked:
+                self._check_prompt(record, row, output)
+        return [
+            self._response(record, output.outputs[0], max_new_tokens) for record, output in zip(records, outputs, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Give the GPU back."""
+        self._llm = None
+        gc.collect()
+
+    @contextlib.contextmanager
+    def _said(self, what: str) -> Iterator[None]:
+        """Say vLLM's errors in one line, with the settings that most of them are about."""
+        try:
+            yield
+        except MmdpoError:
+            raise
+        except Exception as error:
+            # Of any kind: vLLM has its own, and those of torch, CUDA and the model come through it.
+            raise StageError(
+                f"{what} ({' '.join(str(error).split()) or type(error).__name__}); see generate.engine_args, which are "
+                f"{self._arguments or 'empty'}, or set generate.engine to transformers"
+            ) from error
+
+    def _check_prompt(self, record: Mapping[str, Any], row: Sequence[Image.Image], output: Any) -> None:
+        expected = encode_prompts(self.described, [record], padding_side="left", pictures=[row]).inputs["input_ids"][0].tolist()
+        found = list(output.prompt_token_ids)
+        if found != expected:
+            same = next((i for i, both in enumerate(zip(found, expected, strict=False)) if both[0] != both[1]), None)
+            where = min(len(found), len(expected)) if same is None else same
+            raise StageError(
+                f"record {record['id']}: vLLM reads the prompt as {len(found)} tokens, transformers as {len(expected)}, and they differ "
+                f"from token {where} on; set generate.engine to transformers, or try another version of vLLM"
+            )
+        self._checked.add(len(row))
+
+    def _response(self, record: Mapping[str, Any], answer: Any, max_new_tokens: int) -> dict[str, Any]:
+        ids, steps = list(answer.token_ids), answer.logprobs
+        if answer.finish_reason == "length" and len(ids) < max_new_tokens:
+            raise StageError(
+                f"record {record['id']}: vLLM cut the answer after {len(ids)} of {max_new_tokens} tokens, because prompt and answer are longer "
+                "than max_model_len; raise it in generate.engine_args, or lower generate.max_new_tokens"
+            )
+        whole = answer.finish_reason == "length" or (
+            answer.finish_reason == "stop" and ids[-1:] and ids[-1] in self.described.end_ids
+        )
+        if not whole or steps is None or len(steps) != len(ids):
+            found = None if steps is None else len(steps)
+            raise StageError(
+                f"record {record['id']}: expected vLLM's answer to end with an end token or at its longest, with the log-probabilities of "
+                f"each token; got finish_reason {answer.finish_reason!r}, {len(ids)} tokens, log-probabilities of {found}. Set "
+                "generate.engine to transformers, or try another version of vLLM"
+            )
+        # The likeliest token's, and that of the token taken, where it is another.
+        return response_of(self.described, ids, [max(each.logprob for each in step.values()) for step in steps])
+
+
+def _named(records: Sequence[Mapping[str, Any]]) -> str:
+    ids = [str(record["id"]) for record in records]
+    return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+
+
+@contextlib.contextmanager
+def _own_environment(device: str) -> Iterator[None]:
+    """The environment of a process on its own, with this GPU only.
+
+    Each process of a launch has a vLLM to itself. vLLM starts processes, and makes process groups in them, which would go looking for the
+    launcher's store (TORCHELASTIC_USE_AGENT_STORE) at an address that has none, and wait there.
+    """
+    with launcher.hidden():
+        if device.startswith("cuda:"):
+            os.environ["CUDA_VISIBLE_DEVICES"] = _shown(int(device.removeprefix("cuda:")))
+        # A forked process could not use a GPU that this one has looked at.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        yield
+
+
+def _shown(number: int) -> str:
+    """What CUDA_VISIBLE_DEVICES calls the GPU that has this number among those it shows."""
+    shown = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+    if shown and number >= len(shown):
+        raise ConfigError(
+            f"device: cuda:{number} is not among the {len(shown)} GPUs that CUDA_VISIBLE_DEVICES shows ({','.join(shown)}), counted from 0; "
+            "choose another, or show more"
+        )
+    return shown[number] if shown else str(number)

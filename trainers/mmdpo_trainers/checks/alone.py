@@ -1,0 +1,69 @@
+"""A sequence by itself through the unpatched model, as its own processor makes it: what everything else is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmdpo_trainers.data.corruption import Corruption, corrupt
+from mmdpo_trainers.models.chat_format import render_prompt
+from mmdpo_trainers.models.loaded import LoadedModel
+
+BLUR = Corruption(kind="blur", strength=0.5)
+"""Draws nothing, so what is to come out is known."""
+
+
+def processor_inputs(loaded: LoadedModel, prompt: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+    """What the processor gives for one prompt and its pictures, on the model's device."""
+    family, processor = loaded.family, loaded.processor
+    text = render_prompt(processor, prompt, loaded.date).replace(family.placeholder(processor), family.processor_text(processor))
+    # The tokenizer's own opening as text: left to itself it may put an end behind the prompt, where the answer goes.
+    text = loaded.texts.opening(text) + text
+    encoded = processor(text=[text], images=[list(pictures)] if pictures else None, return_tensors="pt", add_special_tokens=False)
+    tensors = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+    return {
+        name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else value.dtype)
+        for name, value in tensors.items()
+    }
+
+
+@torch.no_grad()
+def branch_logp(loaded: LoadedModel, record: dict[str, Any], branch: str) -> Tensor:
+    """Summed log-probability of a preference record's response, from the model's logits of that one sequence."""
+    pictures = record["images"]
+    if branch == "corrupted":
+        pictures = [
+            corrupt(picture, BLUR, "") if place == record["target"] else picture for place, picture in enumerate(pictures)
+        ]
+    column = "rejected" if branch == "rejected" else "chosen"
+    response = loaded.texts.answer(record["id"], column, record[column][0]["content"])
+    ids = torch.tensor([[*response, end_id(loaded)]], device=loaded.device)
+    inputs = processor_inputs(loaded, record["prompt"][0]["content"], pictures)
+    start = inputs["input_ids"].shape[1]
+    logits = loaded.model(**_continued(inputs, ids), use_cache=False).logits[0, start - 1 : -1]
+    return logits.double().log_softmax(-1).gather(1, ids[0, :, None]).sum()
+
+
+def end_id(loaded: LoadedModel) -> int:
+    """The token that ends a response."""
+    end = loaded.tokenizer.eos_token_id
+    return int(end) if end is not None else min(loaded.end_ids)
+
+
+def _continued(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """A processor's inputs of one prompt with text ids (1, R) behind it."""
+    found, extra = dict(inputs), ids.shape[1]
+    found["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+    found["attention_mask"] = torch.ones_like(found["input_ids"])
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in found:
+            found[name] = torch.nn.functional.pad(found[name], (0, extra))
+    if "cross_attention_mask" in found:
+        # Text behind the last picture sees what the prompt's last token sees.
+        last = found["cross_attention_mask"][:, -1:]
+        found["cross_attention_mask"] = torch.cat([found["cross_attention_mask"], last.expand(-1, extra, -1, -1)], 1)
+    return found

@@ -1,0 +1,1 @@
+"""The `mmdpo` command: what of it is typed, and what it prints. The top room: nothing imports it."""

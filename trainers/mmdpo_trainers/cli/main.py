@@ -1,0 +1,367 @@
+"""The `mmdpo` command: a whole run from a YAML file, or one stage at a time. Flags come from the configuration dataclasses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from rich.console import Console
+
+from mmdpo_trainers.config.run_config import DataConfig, RunConfig
+from mmdpo_trainers.config.values import check_numbers, convert, parse_yaml, read_yaml, type_name
+from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
+from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.stages.context import STAGES
+
+_SHARED = ("method", "model", "seed", "threads", "dtype", "device")
+_ALLOW = "allow_missing"
+
+_ABOUT = {
+    "augment": "Make multi-image prompts (sequence, grid collage, pic-in-pic) from single-image data.",
+    "generate": "Let the model answer the prompts.",
+    "score": "Measure how much attention each answer pays to the asked-about picture.",
+    "select": "Keep the wrong answers that looked at the wrong picture, as rejected answers of preference pairs.",
+    "pairs": "Take preference pairs that exist already, for an mDPO run, and hold some out for evaluation.",
+    "train": "Train on the preference pairs.",
+    "evaluate": "Measure accuracy by format, before or after training.",
+    "report": "Write report.html, one self-contained page about the run.",
+    "reference": "Compute the reference model's log-probabilities of a run's pairs, once for all trainings on them.",
+    "check": "Check a model folder: logits, picture tokens, attention, trees and gradients against transformers itself.",
+}
+_EXAMPLES = {
+    "augment": "mmdpo augment --run runs/mine --data llava_665k.json --image-folder images --model llava-1.5-7b-hf\n"
+    "  mmdpo augment --run runs/mine --formats '{sequence: 0.5, grid: 0.5}' --num-prompts 20000",
+    "generate": "mmdpo generate --run runs/mine --model llava-1.5-7b-hf --batch-size 32\n"
+    "  mmdpo generate --run runs/mine --model llava-1.5-7b-hf --input my_prompts.jsonl",
+    "score": "mmdpo score --run runs/mine --model llava-1.5-7b-hf --layer 16",
+    "select": "mmdpo select --run runs/mine --preset official_code\n"
+    "  mmdpo select --run runs/mine --thresholds '{sequence: {2: 0.6, 3: 0.5}}'",
+    "pairs": "mmdpo pairs --run runs/mine --source my_pairs.jsonl --held-out 0.05\n"
+    "  mmdpo pairs --run runs/shapes --source shapes_prior --pictures 400",
+    "train": "mmdpo train --run runs/mine --model llava-1.5-7b-hf --args '{learning_rate: 5e-5, num_train_epochs: 1}'\n"
+    "  mmdpo train --run runs/mine --model llava-1.5-7b-hf --input my_pairs.jsonl",
+    "evaluate": "mmdpo evaluate --run runs/mine --moment before\n"
+    "  mmdpo evaluate --run runs/mine --moment after --input my_questions.jsonl   # to evaluate/own/my_questions-after",
+    "report": "mmdpo report --run runs/mine",
+    "reference": "mmdpo reference --run runs/mine --model llava-1.5-7b-hf\n"
+    "  mmdpo reference --config my.yaml --arm mdpo          # the run folder is the file's\n"
+    "  mmdpo reference --run runs/mine --refresh            # throw away what another model left, and compute anew",
+    "check": "mmdpo check --model llava-1.5-7b-hf\n  mmdpo check --model my-model --dtype float32 --only parity,tree --json",
+}
+_REFERENCE = (
+    "They are kept beside the pairs, in <pairs>.reference.jsonl, and read by every training on them: steps then run the policy alone. "
+    "Training computes by itself what is not there. A killed command continues where it stopped; records that changed are computed "
+    "again; a file from another reference model is refused."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `mmdpo`. Returns the exit code: 0; 2 for an error of the user's, printed in one line; 130 if interrupted."""
+    options = _parser().parse_args(arguments)
+    # Notices between libraries (transformers to PEFT) that a user of this command can do nothing about.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    try:
+        with ranks.failing():
+            options.action(options)
+    except MmdpoError as error:
+        _print_error(error)
+        return 2
+    except KeyboardInterrupt:
+        if ranks.is_main():
+            print("mmdpo: interrupted; the same command continues the run", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        _print_error(error, "; once that is put right, the same command continues")
+        return 2
+    return 0
+
+
+def _print_error(error: Exception, remedy: str = "") -> None:
+    """In one line. Of a launch, the process that failed first says it, and the first process, whose output people read."""
+    first = ranks.fail(error)
+    if first.rank == ranks.rank() or ranks.is_main():
+        print(f"mmdpo: error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmdpo",
+        description="Preference training for models that read several pictures.",
+        epilog="examples:\n  mmdpo run configs/shapes_mia_dpo.yaml\n  mmdpo env\n  mmdpo score --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_run(commands)
+    for stage in STAGES:
+        _add_stage(commands, stage)
+    _add_reference(commands)
+    _add_check(commands)
+    about = "print versions, devices and kernel backends"
+    env = commands.add_parser("env", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    env.set_defaults(action=_env)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser(
+        "run",
+        help="do, or continue, a whole run from a YAML file",
+        description="Do all stages in order. Started again after a kill, it continues where it stopped.",
+        epilog="examples:\n  mmdpo run configs/shapes_mia_dpo.yaml\n"
+        "  mmdpo run my.yaml --set train.args.learning_rate=1e-4 --set augment.num_prompts=2000 --run-dir runs/lr1e-4\n"
+        "  mmdpo run my.yaml --restart select      # remove select and everything after it, then continue",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration; see configs/shapes_mia_dpo.yaml")
+    run.add_argument("--run-dir", metavar="FOLDER", help="the run folder (default: runs/<name>)")
+    run.add_argument("--seed", metavar="N", help="seed of every random choice, in place of the file's")
+    run.add_argument("--until", metavar="STAGE", choices=STAGES, help=f"stop after this stage: {', '.join(STAGES)}")
+    run.add_argument("--restart", metavar="STAGE", help="remove this stage's files and those of later stages first")
+    about_set = "replace one value, such as score.layer=8; may be repeated"
+    run.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=about_set)
+    _add_allow_missing(run)
+    run.set_defaults(action=_run)
+
+
+def _add_stage(commands: Any, stage: str) -> None:
+    parser = _parser_of(commands, stage, f"{_ABOUT[stage]} Settings not given come from FOLDER/config.yaml, or are the defaults.")
+    parser.add_argument("--run", required=True, metavar="FOLDER", help="the run folder; created if it does not exist")
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="settings to start from, in place of FOLDER/config.yaml")
+    parser.add_argument("--restart", action="store_true", help="remove this stage's files and those of later stages first")
+    parser.add_argument("--arm", metavar="NAME", help="a control experiment of the configuration, in place of the main run")
+    if stage == "evaluate":
+        parser.add_argument("--moment", choices=("before", "after"), default="after", help="the model before or after training")
+    if stage == "augment":
+        _add_fields(parser, DataConfig, "data", rename={"source": "data"})
+    _add_section(parser, stage)
+    parser.set_defaults(action=_stage, stage=stage)
+
+
+def _add_reference(commands: Any) -> None:
+    about = f"{_ABOUT['reference']} {_REFERENCE}"
+    parser = _parser_of(commands, "reference", f"{textwrap.fill(about, 100)}\n\nSettings are those of `mmdpo train`.")
+    parser.add_argument("--run", metavar="FOLDER", help="the run folder; not needed with --config")
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="settings to start from, in place of FOLDER/config.yaml")
+    parser.add_argument("--refresh", action="store_true", help="throw away what the file holds, and compute everything anew")
+    parser.add_argument("--arm", metavar="NAME", help="a control experiment of the configuration, in place of the main run")
+    _add_section(parser, "train")
+    parser.set_defaults(stage="reference", action=_reference)
+
+
+def _add_check(commands: Any) -> None:
+    parser = _parser_of(commands, "check", f"{_ABOUT['check']} Exit code 2 where one fails.")
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="the folder of a whole Hugging Face checkpoint")
+    parser.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter to merge into it")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's own), float32, bfloat16, float16 or float64")
+    parser.add_argument("--only", metavar="NAMES", help="some of the checks, with commas between them")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    parser.set_defaults(action=_check)
+
+
+def _parser_of(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
+    about = _ABOUT[name]
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about[0].lower() + about[1:].rstrip("."),
+        description=description,
+        epilog=f"examples:\n  {_EXAMPLES[name]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_section(parser: argparse.ArgumentParser, stage: str) -> None:
+    """A flag for each field of a stage's section, and for those that all stages have."""
+    sections = {f.name: f for f in dataclasses.fields(RunConfig)}
+    _add_fields(parser, get_type_hints(RunConfig)[stage], stage)
+    for name in _SHARED:
+        _add_field(parser, sections[name], get_type_hints(RunConfig)[name], name, name)
+    _add_allow_missing(parser)
+
+
+def _add_allow_missing(parser: argparse.ArgumentParser) -> None:
+    about = next(f.metadata["help"] for f in dataclasses.fields(RunConfig) if f.name == _ALLOW)
+    parser.add_argument("--allow-missing", dest=_ALLOW, action="store_const", const="true", default=argparse.SUPPRESS, help=about)
+
+
+def _add_fields(parser: argparse.ArgumentParser, cls: Any, section: str, rename: dict[str, str] | None = None) -> None:
+    hints = get_type_hints(cls)
+    for each in dataclasses.fields(cls):
+        _add_field(parser, each, hints[each.name], f"{section}.{each.name}", (rename or {}).get(each.name, each.name))
+
+
+def _add_field(parser: argparse.ArgumentParser, each: dataclasses.Field[Any], hint: Any, key: str, flag: str) -> None:
+    default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
+    text = f"{each.metadata['help']} [{type_name(hint)}; default: {default}]".replace("%", "%%")
+    names = [f"--{flag.replace('_', '-')}"]
+    parser.add_argument(*names, dest=key, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.run.pipeline import run_pipeline
+
+    values = read_yaml(options.config)
+    for assignment in options.set:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as --set score.layer=8")
+        values = _assigned(values, key.split("."), _flag_value(f"--set {key}", text))
+    if options.seed is not None:
+        values["seed"] = convert(_flag_value("--seed", options.seed), int, where="command line", name="--seed")
+    if options.run_dir is not None:
+        values["run_dir"] = options.run_dir
+    if hasattr(options, _ALLOW):
+        values[_ALLOW] = True
+    values.setdefault("name", Path(options.config).stem)
+    run_pipeline(RunConfig.from_dict(values, where=options.config), until=options.until, restart=options.restart)
+
+
+def _stage(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.processes.progress import Progress
+    from mmdpo_trainers.run.pipeline import held, restart_from, run_stage, set_threads
+    from mmdpo_trainers.stages.context import StageContext
+    from mmdpo_trainers.stages.folder import RunFolder
+
+    run = RunFolder(options.run)
+    config = _configuration(options, run.path / "config.yaml")
+    if options.stage == "report" and not any((run.path / stage).is_dir() for stage in STAGES[:-1]):
+        raise RunFolderError(f"{run.path} holds no run to report on; give --run the folder of one")
+    set_threads(config.threads)
+    context = StageContext(
+        run=run,
+        config=config.for_arm(options.arm),
+        stage=options.stage,
+        moment=getattr(options, "moment", None),
+        arm=options.arm,
+        own=_own_evaluation(options, config),
+        progress=Progress(),
+    )
+    with held(run), ranks.failing():
+        if options.restart and context.own:
+            ranks.on_main(lambda: run.remove(context.name))
+        elif options.restart:
+            ranks.on_main(lambda: restart_from(run, context.name, tuple(config.arms)))
+        # Settings of an evaluation beside the run's are not the run's.
+        summary = run_stage(context, config=None if context.own else config)
+    if not ranks.is_main():
+        return
+    shown = {key: value for key, value in summary.items() if key != "fingerprint"}
+    print(yaml.safe_dump({context.name: shown}, sort_keys=False, allow_unicode=True), end="")
+
+
+def _configuration(options: argparse.Namespace, saved: Path) -> RunConfig:
+    """Settings of a command: its flags over --config, or over what was saved with the run."""
+    file = Path(options.config) if options.config else saved
+    values = read_yaml(file) if options.config or file.exists() else {"name": saved.parent.name}
+    if options.stage == "pairs":
+        # Only mDPO runs have this stage.
+        values.setdefault("method", "mdpo")
+    for key, text in vars(options).items():
+        if key.split(".")[0] in ("data", *STAGES, *_SHARED, _ALLOW) and key != "config":
+            values = _assigned(values, key.split("."), _typed(key, text))
+    return RunConfig.from_dict(values, where=str(file) if file.exists() else "command line").with_absolute_paths()
+
+
+def _reference(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.run.pipeline import held, set_threads
+    from mmdpo_trainers.stages.context import StageContext
+    from mmdpo_trainers.stages.folder import RunFolder
+
+    if not options.run and not options.config:
+        raise ConfigError("reference: give --run FOLDER, or --config CONFIG.yaml, whose run folder is then used")
+    folder = Path(options.run) if options.run else _run_path(options.config)
+    run = RunFolder(folder)
+    config = _configuration(options, run.path / "config.yaml")
+    context = StageContext(run=run, config=config.for_arm(options.arm), stage="train", arm=options.arm)
+    if not context.pairs.exists():
+        raise RunFolderError(
+            f"{context.pairs} does not exist: run the stages before train, or give your own preference data with --input"
+        )
+    set_threads(config.threads)
+    # Not earlier: a mistake on the command line is to be answered at once.
+    from mmdpo_trainers.run import reference
+
+    with held(run), ranks.failing():
+        summary = reference.run(context, refresh=options.refresh)
+    if ranks.is_main():
+        print(yaml.safe_dump({"reference": summary}, sort_keys=False, allow_unicode=True), end="")
+
+
+def _run_path(config: str) -> Path:
+    """The run folder of a configuration file, as `mmdpo run` has it."""
+    values = {"name": Path(config).stem, **read_yaml(config)}
+    return RunConfig.from_dict(values, where=config).run_path
+
+
+def _own_evaluation(options: argparse.Namespace, config: RunConfig) -> str | None:
+    """Name of the evaluation that `mmdpo evaluate --input FILE` makes: one beside the run's, whose answers stay as they are."""
+    given = options.stage == "evaluate" and getattr(options, "evaluate.input", None) is not None
+    return Path(config.evaluate.input).stem if given and config.evaluate.input else None
+
+
+def _check(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.checks.command import check_command
+
+    check_command(
+        options.model,
+        adapter=options.adapter,
+        device=options.device,
+        dtype=options.dtype,
+        only=options.only,
+        as_json=options.json,
+    )
+
+
+def _env(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.cli.env import print_environment
+
+    print_environment(Console())
+
+
+def _typed(key: str, text: Any) -> Any:
+    """A flag's text by its field's type: text stays text, everything else is read as YAML."""
+    section, _, name = key.rpartition(".")
+    owner = get_type_hints(RunConfig)[section] if section else RunConfig
+    hint = get_type_hints(owner)[name]
+    flag = "--data" if key == "data.source" else f"--{name.replace('_', '-')}"
+    if hint is str:
+        return text
+    value = _flag_value(flag, text)
+    if "text" in type_name(hint).split(" or ") and value is not None:
+        # A folder named 2024 is a text where the field takes one.
+        value = text
+    value = convert(value, hint, where="command line", name=flag)
+    check_numbers(value, next(f for f in dataclasses.fields(owner) if f.name == name), where="command line", name=flag)
+    return value
+
+
+def _flag_value(flag: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{flag} {text}: not a valid value ({getattr(error, 'problem', None) or error})") from error
+
+
+def _assigned(values: dict[str, Any], parts: list[str], value: Any) -> dict[str, Any]:
+    """`values` with the entry that `parts` lead to replaced; a part of digits is a number, as in augment.num_images.grid.4."""
+    key: Any = int(parts[0]) if parts[0].isdigit() else parts[0]
+    if len(parts) == 1:
+        return {**values, key: value}
+    inner = values.get(key)
+    return {**values, key: _assigned(inner if isinstance(inner, dict) else {}, parts[1:], value)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""What a preference record (TRL's conversational columns) holds: its name in messages, its texts and its pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from mmdpo_trainers.data import pictures
+from mmdpo_trainers.data.content import PicturePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
+from mmdpo_trainers.data.pictures import PictureError
+from mmdpo_trainers.data.records import IMAGE_TOKEN
+from mmdpo_trainers.errors import DataError
+
+_OTHER_PICTURES = (
+    "image",
+    "image_path",
+    "image_paths",
+    "image_url",
+    "image_urls",
+    "image_bytes",
+    "image_base64",
+    "picture",
+    "pictures",
+)
+"""Columns that hold pictures elsewhere. Beside `images` all but the first are taken as where its pictures came from."""
+
+BRANCHES = ("chosen", "rejected", "corrupted")
+"""What of a preference record is scored: a response each, the last one the chosen one under corrupted pictures."""
+
+
+def record_name(record: Mapping[str, Any]) -> str:
+    """What error messages call a record."""
+    return str(record["id"]) if record.get("id") is not None else f"without id ({str(record.get('prompt'))[:60]}…)"
+
+
+def record_picture(record: Mapping[str, Any], image: Any) -> Image.Image:
+    """A picture of the record (see `PictureSource`) as the model sees it; DataError names the record."""
+    with _named(record, image):
+        return pictures.open_picture(image)
+
+
+def picture_digest(record: Mapping[str, Any], image: Any, *, opened: dict[str, Image.Image] | None = None) -> str:
+    """Content key of what the model sees of a picture, and `opened` for what had to be decoded: see `pictures.picture_digest`."""
+    with _named(record, image):
+        return pictures.picture_digest(image, opened=opened)
+
+
+def picture_size(record: Mapping[str, Any], image: Any) -> tuple[int, int]:
+    """Width and height of a picture as the model sees it; of a file only the header is read."""
+    with _named(record, image):
+        return pictures.picture_size(image)
+
+
+@contextlib.contextmanager
+def _named(record: Mapping[str, Any], image: Any) -> Iterator[None]:
+    """A picture that cannot be used as a DataError that names the record."""
+    try:
+        yield
+    except (PictureError, OSError) as error:
+        name = image.get("path") if isinstance(image, Mapping) else image
+        named = isinstance(name, str | os.PathLike) and not str(name).startswith("data:")
+        what = f"picture {name}" if named else "a picture"
+        raise DataError(f"record {record_name(record)}: {what}: {error}; restore the file, or remove the record") from error
+
+
+def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any]:
+    """The record's `images`, or those that parts of its prompt hold; or another column of pictures. DataError where they are no list."""
+    images = record.get(column)
+    within: list[Any] = []
+    if column == "images":
+        within = _pictures_within(record)
+        _check_other_columns(record, within or images)
+    if images is None:
+        return within
+    if isinstance(images, str) or not isinstance(images, Sequence):
+        raise DataError(
+            f"record {record_name(record)}: {column} must be a list of pictures, got {str(images)[:120]!r}; "
+            f"write [{str(images)[:60]!r}]"
+        )
+    if within and len(images):
+        raise DataError(
+            f"record {record_name(record)}: {len(within)} pictures are in parts of the prompt, and {len(images)} in images; leave "
+            "one of them"
+        )
+    return within or list(images)
+
+
+def _check_other_columns(record: Mapping[str, Any], images: Any) -> None:
+    """DataError for pictures in a column that is not read."""
+    other = next((name for name in _OTHER_PICTURES if not is_empty(record.get(name))), None)
+    if other is None or (other != "image" and not is_empty(images)):
+        return
+    beside = "" if is_empty(images) else " beside images"
+    raise DataError(
+        f"record {record_name(record)}: it has `{other}`{beside}, but pictures are read from `images`; make it a list of one"
+    )
+
+
+def _pictures_within(record: Mapping[str, Any]) -> list[Any]:
+    """Pictures that parts of the prompt hold themselves. DataError where some parts do, and others leave it to `images`."""
+    places = [part for part in _parts(record, "prompt", "user") if isinstance(part, PicturePart)]
+    within = [part.picture for part in places if part.picture is not None]
+    if within and len(within) != len(places):
+        raise DataError(
+            f"record {record_name(record)}: {len(within)} of the prompt's {len(places)} image parts hold their picture themselves; "
+            "let all of them do so, or none, with the pictures in images"
+        )
+    return within
+
+
+def record_rejected_images(record: Mapping[str, Any]) -> list[Any] | None:
+    """The record's own corrupted pictures (`rejected_images`), one for each of its pictures; None: it has none. DataError otherwise."""
+    found, count = record_images(record, "rejected_images"), len(record_images(record))
+    if not found:
+        return None
+    if len(found) != count:
+        raise DataError(
+            f"record {record_name(record)}: rejected_images must hold one picture for each of images ({count}), got {len(found)}; "
+            "repeat in it what is not corrupted"
+        )
+    return found
+
+
+def record_target(record: Mapping[str, Any]) -> int | None:
+    """Index of the asked-about one among several pictures; None: not told. DataError where there is no such picture."""
+    target, count = record.get("target"), len(record_images(record))
+    if target is None or count < 2:
+        return None
+    if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < count:
+        raise DataError(
+            f"record {record_name(record)}: target must be the 0-based index of the asked-about picture, 0 to {count - 1}, got "
+            f"{target!r}; correct it, or leave it out"
+        )
+    return target
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """DataError naming the record where its texts, placeholders or target cannot be used; its pictures are not opened."""
+    check_content(record)
+    prompt_text(record)
+    record_target(record)
+    record_rejected_images(record)
+
+
+def check_content(record: Mapping[str, Any]) -> None:
+    """DataError naming the record, the place and the remedy for content that would not be read. Columns of pictures are not looked at."""
+    try:
+        check_columns(record)
+    except UnreadContent as error:
+        raise DataError(f"record {record_name(record)}: {error}") from error
+    single_turn(record, "prompt", "user")
+    for column in ("chosen", "rejected"):
+        response_text(record, column)
+
+
+def with_pictures_from(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record with all its pictures in their columns, none in parts of the prompt, and paths that are relative to `folder` absolute."""
+    found = {**record, "images": record_images(record)}
+    if _pictures_within(record):
+        found["prompt"] = [{"role": "user", "content": single_turn(record, "prompt", "user")}]
+    for column in ("images", "rejected_images"):
+        if not is_empty(found.get(column)):
+            found[column] = [_placed(record, image, folder) for image in record_images(found, column)]
+    return found
+
+
+def _placed(record: Mapping[str, Any], image: Any, folder: str | os.PathLike[str]) -> Any:
+    with _named(record, image):
+        if isinstance(image, Image.Image) or pictures.embedded_bytes(image) is not None:
+            return image
+        path = image.get("path") if isinstance(image, Mapping) else image
+        if not isinstance(path, str) or not path:
+            return image
+        return os.path.normpath(os.path.join(folder, pictures.local_path(path)))
+
+
+def prompt_text(record: Mapping[str, Any]) -> str:
+    """The prompt with one `<image>` for each picture. DataError where they do not match."""
+    text, pictures = single_turn(record, "prompt", "user"), len(record_images(record))
+    places = text.count(IMAGE_TOKEN)
+    if places == 0:
+        # TRL's plain-text prompts name no place: pictures come first.
+        return f"{IMAGE_TOKEN}\n" * pictures + text
+    if places != pictures:
+        raise DataError(
+            f"record {record_name(record)}: the prompt has {places} {IMAGE_TOKEN} placeholders for {pictures} pictures; "
+            "each picture needs exactly one"
+        )
+    return text
+
+
+def response_text(record: Mapping[str, Any], column: str) -> str:
+    """The response in `chosen` or `rejected`. DataError where there is nothing to learn: `chosen` is empty."""
+    text = single_turn(record, column, "assistant")
+    if column == "chosen" and not text.strip():
+        # A rejected response may be empty: models do end at once.
+        raise DataError(f"record {record_name(record)}: chosen is empty; give it a text, or remove the record")
+    return text
+
+
+def single_turn(record: Mapping[str, Any], column: str, role: str) -> str:
+    """Text of a conversational column of one turn, `<image>` in a picture's place; a plain string is taken as that turn."""
+    return "".join(IMAGE_TOKEN if isinstance(part, PicturePart) else part for part in _parts(record, column, role))
+
+
+def _parts(record: Mapping[str, Any], column: str, role: str) -> list[str | PicturePart]:
+    """Texts and pictures of a column's one turn. DataError naming record and place of what is not read."""
+    messages: Any = record.get(column)
+    if isinstance(messages, str):
+        return [messages]
+    one = isinstance(messages, Sequence) and len(messages) == 1 and isinstance(messages[0], Mapping)
+    if not one or messages[0].get("role") != role:
+        raise DataError(
+            f"record {record_name(record)}: {column} must be text or a list of one {role} message, got {str(messages)[:120]}"
+        )
+    try:
+        check_fields(messages[0], f"{column}[0]")
+        parts = read_parts(messages[0].get("content"), f"{column}[0]['content']")
+    except UnreadContent as error:
+        raise DataError(f"record {record_name(record)}: {error}") from error
+    picture = next((index for index, part in enumerate(parts) if isinstance(part, PicturePart)), None)
+    if role == "assistant" and picture is not None:
+        raise DataError(
+            f"record {record_name(record)}: {column}[0]['content'][{picture}] is a picture; only prompts have pictures, remove the record"
+        )
+    return parts

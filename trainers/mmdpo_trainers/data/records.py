@@ -1,0 +1,166 @@
+"""The prompt record: what augment writes and every later stage reads and adds to. See docs/architecture.md, Records."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+from mmdpo_trainers.data.content import UnreadContent, check_columns
+from mmdpo_trainers.errors import DataError
+from mmdpo_trainers.files.json_lines import read_jsonl
+
+FORMATS = ("sequence", "grid", "pip", "single")
+"""Prompt formats, in the order tables show them."""
+
+Moment = Literal["before", "after"]
+"""The model before or after training."""
+
+IMAGE_TOKEN = "<image>"
+
+
+def prompt_record(
+    *,
+    id: str,
+    source_id: str,
+    format: str,
+    images: Sequence[str],
+    prompt: str,
+    answer: str,
+    target: int = 0,
+    num_images: int = 1,
+    box: Sequence[float] | None = None,
+    region: Sequence[int] | None = None,
+    patch_grid: Sequence[int] | None = None,
+    options: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """A prompt record with its keys in the file's order."""
+    return {
+        "id": id,
+        "source_id": source_id,
+        "format": format,
+        "images": list(images),
+        "prompt": prompt,
+        "answer": answer,
+        "target": target,
+        "num_images": num_images,
+        "box": None if box is None else [round(value, 6) for value in box],
+        "region": None if region is None else list(region),
+        "patch_grid": None if patch_grid is None else list(patch_grid),
+        "options": None if options is None else list(options),
+    }
+
+
+def read_prompts(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Yield the checked prompt records of a file, `images` as absolute paths. Raises DataError naming record and field."""
+    folder = Path(path).resolve().parent
+    seen: set[str] = set()
+    for number, record in enumerate(read_jsonl(path), start=1):
+        where = f"{path}, record {number} ({record.get('id')!r})"
+        checked = check_prompt(record, where)
+        if checked["id"] in seen:
+            raise DataError(f"{where}: this id occurs twice; ids name records in all later files, so each must be its own")
+        seen.add(checked["id"])
+        yield {**checked, "images": [os.path.normpath(folder / image) for image in checked["images"]]}
+
+
+def check_prompt(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The record with its optional fields filled in. Raises DataError naming `where`, the field, what was expected and what came.
+
+    Required: id, images, prompt, and target where there are several pictures. A missing target is never guessed.
+    """
+    for name, kind, words in (("id", str, "text"), ("prompt", str, "text"), ("images", list, "a list of paths")):
+        if not isinstance(record.get(name), kind):
+            raise DataError(f"{where}: {name} must be {words}, got {record.get(name)!r}")
+    if (wrong := not_utf8(record)) is not None:
+        raise DataError(f"{where}: {wrong}")
+    try:
+        check_columns(record)
+    except UnreadContent as error:
+        raise DataError(f"{where}: {error}") from error
+    images = record["images"]
+    if not images or not all(isinstance(image, str) and image for image in images):
+        raise DataError(f"{where}: images must be a list of one or more paths, got {images!r}")
+    if record["prompt"].count(IMAGE_TOKEN) != len(images):
+        found = record["prompt"].count(IMAGE_TOKEN)
+        raise DataError(f"{where}: the prompt has {found} {IMAGE_TOKEN} but images holds {len(images)} paths; they must be equal")
+    filled = {
+        "source_id": record["id"],
+        "format": "single" if len(images) == 1 else "sequence",
+        "answer": None,
+        "num_images": len(images),
+        "box": None,
+        "region": None,
+        "patch_grid": None,
+        "options": None,
+        **record,
+    }
+    if filled["format"] not in FORMATS:
+        raise DataError(f"{where}: format must be one of {', '.join(FORMATS)}, got {filled['format']!r}")
+    count = filled["num_images"]
+    if not _is_int(count) or count < 1:
+        raise DataError(f"{where}: num_images must be a whole number from 1 up, got {count!r}")
+    if filled["format"] == "sequence" and count != len(images):
+        raise DataError(f"{where}: num_images must be the number of images of a sequence, {len(images)}, got {count}")
+    _check_answer(filled, where)
+    _check_places(filled, where)
+    if "target" not in filled and count == 1:
+        filled["target"] = 0
+    target = filled.get("target")
+    if not _is_int(target) or not 0 <= target < count:
+        raise DataError(f"{where}: target must be the 0-based index of the asked-about picture, below {count}, got {target!r}")
+    return filled
+
+
+def not_utf8(record: Any) -> str | None:
+    """What is wrong with a record's text that no file can hold: JSON may escape half of a surrogate pair. None: nothing."""
+    try:
+        json.dumps(record, ensure_ascii=False, default=lambda value: None).encode()
+    except UnicodeEncodeError as error:
+        return f"the text cannot be written as UTF-8 ({error})"
+    return None
+
+
+def _check_answer(record: dict[str, Any], where: str) -> None:
+    if not isinstance(record["answer"], str | None):
+        raise DataError(f"{where}: answer must be text or null, got {record['answer']!r}")
+    options = record["options"]
+    if options is not None and not (isinstance(options, list) and options and all(isinstance(each, str) for each in options)):
+        raise DataError(f"{where}: options must be a list of texts or null, got {options!r}")
+
+
+def _check_places(record: dict[str, Any], where: str) -> None:
+    box, region, grid = record["box"], record["region"], record["patch_grid"]
+    if box is not None:
+        numbers = _is_list(box, 4) and all(isinstance(each, int | float) and not isinstance(each, bool) for each in box)
+        if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise DataError(f"{where}: box must be [x0, y0, x1, y1] with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got {box!r}")
+    if grid is not None and not (_is_list(grid, 2) and all(_is_int(each) and each > 0 for each in grid)):
+        raise DataError(f"{where}: patch_grid must be [rows, columns], whole numbers from 1 up, got {grid!r}")
+    if region is None:
+        return
+    if grid is None:
+        raise DataError(f"{where}: region needs the patch_grid that it counts patches of")
+    whole = _is_list(region, 4) and all(map(_is_int, region))
+    if not whole or not (0 <= region[0] < region[2] <= grid[0] and 0 <= region[1] < region[3] <= grid[1]):
+        raise DataError(f"{where}: region must be [row0, col0, row1, col1], half-open, inside patch_grid {grid}, got {region!r}")
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length
+
+
+def relative_images(images: Sequence[str], folder: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[str]:
+    """Paths as a file in `folder` stores them: those under `root` (the run folder) relative, so that a run can be moved."""
+    stored = []
+    for image in images:
+        path = Path(os.path.normpath(Path(image).absolute()))
+        inside = path.is_relative_to(Path(root).absolute())
+        stored.append(Path(os.path.relpath(path, Path(folder).absolute())).as_posix() if inside else str(path))
+    return stored

@@ -1,0 +1,270 @@
+"""Which answers become rejected answers: MIA-DPO's rules, and the control arms' draws. Pure functions on score records.
+
+Source: MIA-DPO (arXiv 2410.17637) and its released code (Liuziyu77/MIA-DPO).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+
+from mmdpo_trainers.config.run_config import Match
+from mmdpo_trainers.data.match import is_right, normalize_answer, say_option
+from mmdpo_trainers.data.seeds import batch_seed
+
+Record = dict[str, Any]
+Thresholds = dict[str, dict[int, float]]
+
+_REGION_THRESHOLDS: Thresholds = {"grid": {2: 0.7, 3: 0.6, 4: 0.5, 6: 0.4, 9: 0.3}, "pip": {2: 0.8}}
+
+THRESHOLDS: dict[str, Thresholds] = {
+    # The paper gives numbers for sequences only; collage and pic-in-pic are the released code's in both presets.
+    "paper": {"sequence": {2: 0.7, 3: 0.6, 4: 0.5, 5: 0.5}, **_REGION_THRESHOLDS},
+    "official_code": {"sequence": {2: 0.8, 3: 0.7, 4: 0.6, 5: 0.6}, **_REGION_THRESHOLDS},
+    "custom": {},
+}
+"""Preset -> format -> number of pictures -> threshold of the attention ratio."""
+
+POST_SELECTION: dict[str, tuple[float | None, float | None]] = {
+    "paper": (5.0, 0.1),
+    "official_code": (None, None),
+    "custom": (5.0, 0.1),
+}
+"""Preset -> (largest length ratio, smallest edit distance).
+
+The paper names both rules without cut-offs, the code has neither. A length ratio above 5 teaches length rather than content, and
+texts that differ in under a tenth of their characters are one answer written twice.
+"""
+
+MATCH: dict[str, Match] = {"paper": "contains", "official_code": "exact", "custom": "contains"}
+"""Preset -> how an answer is compared with the truth. The code compares the texts; "The picture shows a cat." is no wrong answer, though."""
+
+RULES = (
+    "no_truth",
+    "empty_response",
+    "no_threshold",
+    "no_ratio",
+    "ratio",
+    "answer",
+    "unclear",
+    "perplexity",
+    "truth_length",
+    "length_ratio",
+    "edit_distance",
+    "no_wrong_answer",
+    "not_drawn",
+)
+"""Names of the reasons for dropping a record, in the order they are looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionRules:
+    """What an answer must fulfil to become a rejected answer."""
+
+    thresholds: Thresholds = field(default_factory=dict)
+    inclusive: frozenset[str] = frozenset()
+    """Formats whose ratio may equal the threshold (the code: sequence `<=`, grid and pip `<`); elsewhere it must be smaller."""
+    attention: bool = True
+    """False leaves the attention ratio out (control arms)."""
+    match: Match = "contains"
+    """How answers are compared with the truth, see `is_right`."""
+    min_perplexity: float | None = 1.1
+    max_truth_chars: int | None = 512
+    max_length_ratio: float | None = 5.0
+    min_edit_distance: float | None = 0.1
+
+    @classmethod
+    def from_options(cls, options: Any, *, attention: bool = True) -> SelectionRules:
+        """From a `SelectConfig`; `attention=False` for the control arms."""
+        table = THRESHOLDS[options.preset]
+        length_ratio, edit_distance = POST_SELECTION[options.preset]
+        return cls(
+            thresholds={name: {**table.get(name, {}), **options.thresholds.get(name, {})} for name in table | options.thresholds},
+            inclusive=frozenset({"sequence"} if options.preset == "official_code" else ()),
+            attention=attention,
+            match=match_of(options),
+            min_perplexity=options.min_perplexity,
+            max_truth_chars=options.max_truth_chars,
+            max_length_ratio=length_ratio if options.max_length_ratio == "preset" else options.max_length_ratio,
+            min_edit_distance=edit_distance if options.min_edit_distance == "preset" else options.min_edit_distance,
+        )
+
+    def failing(self, record: Mapping[str, Any]) -> list[str]:
+        """Names of all rules a score record fails, in the order of `RULES`; empty: its answer becomes a rejected answer.
+
+        - ratio: the attention ratio is not under the threshold of the format and number of pictures (`no_threshold`: there is
+          none; `no_ratio`: the answer had no row to score).
+        - answer: the response says what the truth says (`is_right`, as `match` says); unclear: it cannot be told whether it does.
+        - perplexity: exp(-mean log max p) at or under `min_perplexity`: the model hardly hesitated.
+        - truth_length: the truth has `max_truth_chars` characters or more.
+        - length_ratio: longer over shorter of truth and response, in characters, above `max_length_ratio`.
+        - edit_distance: Levenshtein distance of the normalised texts over the longer one's length under `min_edit_distance`.
+        """
+        truth, response = (str(record.get(key) or "").strip() for key in ("answer", "response"))
+        failed = [name for name, fails in (("no_truth", not truth), ("empty_response", not response)) if fails]
+        if self.attention and (reason := self._attention_reason(record)):
+            failed.append(reason)
+        if not truth or not response:
+            return failed
+        right = is_right(response, truth, options=record.get("options"), match=self.match)
+        if right is not False:
+            failed.append("answer" if right else "unclear")
+        if self.min_perplexity is not None and record["perplexity"] <= self.min_perplexity:
+            failed.append("perplexity")
+        if self.max_truth_chars is not None and len(truth) >= self.max_truth_chars:
+            failed.append("truth_length")
+        lengths = sorted((len(truth), len(response)))
+        if self.max_length_ratio is not None and lengths[1] / lengths[0] > self.max_length_ratio:
+            failed.append("length_ratio")
+        distance = Levenshtein.normalized_distance(normalize_answer(truth), normalize_answer(response))
+        if self.min_edit_distance is not None and distance < self.min_edit_distance:
+            failed.append("edit_distance")
+        return failed
+
+    def _attention_reason(self, record: Mapping[str, Any]) -> str | None:
+        threshold = self.thresholds.get(record["format"], {}).get(record["num_images"])
+        if threshold is None:
+            return "no_threshold"
+        if record["ratio"] is None:
+            return "no_ratio"
+        kept = record["ratio"] <= threshold if record["format"] in self.inclusive else record["ratio"] < threshold
+        return None if kept else "ratio"
+
+
+def match_of(options: Any) -> Match:
+    """How a `SelectConfig` has answers compared with the truth."""
+    return MATCH[options.preset] if options.match == "preset" else options.match
+
+
+@dataclass
+class Selection:
+    """Outcome over all records: `pairs` (the records, each with `rejected`) and `dropped` (each with `rule` and `rules`)."""
+
+    pairs: list[Record] = field(default_factory=list)
+    dropped: list[Record] = field(default_factory=list)
+
+    def drop(self, record: Record, rules: Sequence[str]) -> None:
+        self.dropped.append({**record, "rule": rules[0], "rules": list(rules)})
+
+    def dropped_by(self, *, first: bool) -> dict[str, int]:
+        """Rule -> records it dropped: as their first failing rule (adds up to `dropped`), or among any of their failing rules."""
+        counts = Counter(rule for record in self.dropped for rule in (record["rules"][:1] if first else record["rules"]))
+        return {rule: counts[rule] for rule in RULES if counts[rule]}
+
+
+def select_pairs(records: Sequence[Record], rules: SelectionRules, *, max_pairs: int | None = None, seed: int = 0) -> Selection:
+    """MIA-DPO's selection: the model's own answer is the rejected one where it fails no rule; at most `max_pairs`, drawn."""
+    selection = Selection()
+    for record in records:
+        failed = rules.failing(record)
+        if failed:
+            selection.drop(record, failed)
+        else:
+            selection.pairs.append({**record, "rejected": str(record["response"]).strip()})
+    if max_pairs is not None and len(selection.pairs) > max_pairs:
+        drawn = set(random.Random(batch_seed(seed, "max_pairs")).sample(range(len(selection.pairs)), max_pairs))
+        _keep(selection, drawn)
+    return selection
+
+
+def match_mix(selection: Selection, mix: Mapping[tuple[str, int], int], *, seed: int) -> Selection:
+    """Draw from the pairs so that each (format, number of pictures) has as many as `mix` says, or all where there are fewer."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for index, record in enumerate(selection.pairs):
+        groups.setdefault((record["format"], record["num_images"]), []).append(index)
+    drawn: set[int] = set()
+    for group, indices in sorted(groups.items()):
+        count = min(mix.get(group, 0), len(indices))
+        drawn.update(random.Random(batch_seed(seed, "mix", *group)).sample(indices, count))
+    _keep(selection, drawn)
+    return selection
+
+
+def mix_of(selection: Selection) -> dict[tuple[str, int], int]:
+    """Pairs by (format, number of pictures)."""
+    return dict(Counter((record["format"], record["num_images"]) for record in selection.pairs))
+
+
+def random_wrong_pairs(records: Sequence[Record], rules: SelectionRules, *, seed: int) -> Selection:
+    """Control arm: every record with a usable truth, rejected = a wrong answer drawn at random.
+
+    It is the truth of another record of the same format that is wrong about this one (`is_right`); where the record has options,
+    one of these, as a letter where the truth is one. The model's answer, its attention and its perplexity play no part; the length
+    of the truth does.
+    """
+    truths: dict[str, list[str]] = {}
+    for record in records:
+        if str(record.get("answer") or "").strip():
+            truths.setdefault(record["format"], []).append(str(record["answer"]).strip())
+    selection = Selection()
+    for record in records:
+        truth = str(record.get("answer") or "").strip()
+        if not truth:
+            selection.drop(record, ["no_truth"])
+        elif rules.max_truth_chars is not None and len(truth) >= rules.max_truth_chars:
+            selection.drop(record, ["truth_length"])
+        else:
+            draw = random.Random(batch_seed(seed, "random_wrong", record["id"]))
+            options = record.get("options")
+            wrong = draw_wrong(record, options or truths[record["format"]], draw, rules.match)
+            if wrong is None:
+                selection.drop(record, ["no_wrong_answer"])
+            else:
+                wrong = say_option(options.index(wrong), options, truth) if options else wrong
+                selection.pairs.append({**record, "rejected": wrong})
+    return selection
+
+
+def preference_pair(record: Mapping[str, Any]) -> Record:
+    """A selected record in TRL's conversational columns, with the fields that training and the report use.
+
+    The prompt's content is a list of text and image parts, so that pictures keep their places between the words.
+    """
+    keys = ("id", "format", "target", "num_images", "box", "region", "patch_grid", "ratio")
+    return {
+        "prompt": [{"role": "user", "content": _parts(record["prompt"])}],
+        "chosen": _assistant(str(record["answer"]).strip()),
+        "rejected": _assistant(record["rejected"]),
+        "images": list(record["images"]),
+        **{key: record.get(key) for key in keys},
+    }
+
+
+def _keep(selection: Selection, drawn: set[int]) -> None:
+    for index, record in enumerate(selection.pairs):
+        if index not in drawn:
+            selection.drop({key: value for key, value in record.items() if key != "rejected"}, ["not_drawn"])
+    selection.pairs = [record for index, record in enumerate(selection.pairs) if index in drawn]
+
+
+def draw_wrong(record: Mapping[str, Any], candidates: Sequence[str], draw: random.Random, match: Match) -> str | None:
+    """A candidate that is wrong about the record. Drawn by trial first: filtering all candidates of all records is quadratic."""
+
+    def is_wrong(candidate: str) -> bool:
+        return is_right(candidate, record["answer"], options=record.get("options"), match=match) is False
+
+    for _ in range(20):
+        candidate = draw.choice(candidates)
+        if is_wrong(candidate):
+            return candidate
+    wrong = [candidate for candidate in candidates if is_wrong(candidate)]
+    return draw.choice(wrong) if wrong else None
+
+
+def _parts(prompt: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for index, text in enumerate(prompt.split("<image>")):
+        if index:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+def _assistant(text: str) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]

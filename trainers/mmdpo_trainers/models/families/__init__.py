@@ -1,0 +1,61 @@
+"""The model families that can be used, and what differs between them: placeholders, pictures, image tokens and positions.
+
+One declaration a family, beside what all of them share (`Family`). A family without one works where it follows transformers' conventions
+(`Conventional`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmdpo_trainers.models.families.conventional import Conventional
+from mmdpo_trainers.models.families.family import Family, expand_ids, picture_layers
+from mmdpo_trainers.models.families.gemma import Gemma3
+from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
+from mmdpo_trainers.models.families.mistral import Mistral3
+from mmdpo_trainers.models.families.mllama import Mllama
+from mmdpo_trainers.models.families.pictures import EncodedPictures, View, inside, plain_grid
+from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen25VL
+from mmdpo_trainers.models.families.tiled import Idefics3, InternVL, SmolVLM
+
+__all__ = [
+    "FAMILIES",
+    "Conventional",
+    "EncodedPictures",
+    "Family",
+    "View",
+    "expand_ids",
+    "family_of",
+    "inside",
+    "picture_layers",
+    "plain_grid",
+]
+
+_DECLARED: tuple[type[Family], ...] = (
+    *(Llava, LlavaNext, LlavaOnevision),
+    *(Qwen2VL, Qwen25VL, Qwen3VL),
+    *(InternVL, Idefics3, SmolVLM),
+    *(Gemma3, Mistral3, Mllama),
+)
+
+FAMILIES: dict[str, type[Family]] = {family.name: family for family in _DECLARED}
+"""By `model_type` of config.json."""
+
+
+def family_of(source: Any) -> Family:
+    """The family of a model (inside PEFT or not), of its configuration, or of its processor (which has no positions to give).
+
+    Raises ValueError, saying what is missing, where it is none of `FAMILIES` and does not follow the conventions either.
+    """
+    config = getattr(source, "config", source)
+    kind = getattr(config, "model_type", None)
+    if kind in FAMILIES:
+        return FAMILIES[kind](config)
+    if kind is not None:
+        return Conventional(config)
+    for family in FAMILIES.values():
+        if any(parent.__name__ == family.processor_name for parent in type(source).__mro__):
+            return family()
+    if hasattr(source, "image_processor") and hasattr(source, "tokenizer"):
+        return Conventional()
+    raise ValueError(f"model: expected a model, its configuration or its processor, got {type(source).__name__}")

@@ -1,0 +1,198 @@
+"""`Family`: what all model families share, by transformers' conventions. A declaration says where one differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+
+from mmdpo_trainers.data.records import IMAGE_TOKEN
+from mmdpo_trainers.models.families.pictures import EncodedPictures, View
+
+_OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"})
+"""What a processor returns for the text."""
+
+
+class Family:
+    """A model family; `family_of` finds a model's. It holds no weights, so it may travel to another process.
+
+    config: the model's configuration; only what looks at the model needs it.
+    """
+
+    name: ClassVar[str]
+    """`model_type` in config.json."""
+    model_name: ClassVar[str]
+    processor_name: ClassVar[str]
+    vision: tuple[str, ...]
+    """The vision tower: modules or parameters, by their names below the base model."""
+    projector: tuple[str, ...]
+    """What brings features of the vision tower to the language model; it may lie inside the tower."""
+    is_declared: ClassVar[bool] = True
+    """Whether it has a declaration of its own."""
+    token_types: ClassVar[str | None] = None
+    """The model's argument (B, S) that tells image tokens, 1, from text, 0; None: it has none."""
+    several_differ: ClassVar[bool] = False
+    """Whether a picture that has others beside it in its prompt is encoded otherwise than alone."""
+    processor_counts: ClassVar[bool] = False
+    """Whether the processor's own count of a size's tokens is that of all that stand for the picture."""
+    cross_attention: ClassVar[bool] = False
+    """Whether pictures come in by cross-attention layers, and not in the places of image tokens."""
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config
+
+    @property
+    def known_config(self) -> Any:
+        """The model's configuration. ValueError where the family was found from a processor alone."""
+        if self.config is None:
+            raise ValueError(f"family {self.name}: the model's configuration is needed; make it with family_of(model)")
+        return self.config
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers class with the language-model head."""
+        return getattr(transformers, self.model_name)
+
+    def image_token(self, processor: Any) -> str:
+        """The text of the image token, which stands for one image feature."""
+        return str(getattr(processor, "image_token", None) or IMAGE_TOKEN)
+
+    def image_token_id(self, processor: Any) -> int:
+        """Its id in the processor's vocabulary."""
+        return int(processor.tokenizer.convert_tokens_to_ids(self.image_token(processor)))
+
+    def placeholder(self, processor: Any) -> str:
+        """What one `<image>` of a prompt becomes: text that holds one image token."""
+        return self.image_token(processor)
+
+    def processor_text(self, processor: Any) -> str:
+        """What the processor itself takes for one picture in a text."""
+        return self.placeholder(processor)
+
+    def encode_pictures(
+        self, processor: Any, pictures: Sequence[Image.Image], alone: Sequence[bool] | None = None
+    ) -> EncodedPictures:
+        """One or more RGB pictures through the processor, each as if it were the only one of a prompt.
+
+        alone: per picture whether it is; only where `several_differ`. Raises ValueError for a picture that the processor refuses, or a
+        processor whose text for a picture is not what `placeholder` says.
+        """
+        texts = [self.processor_text(processor)] * len(pictures)
+        encoded = processor(text=texts, images=[[picture] for picture in pictures], padding=True, return_tensors="pt")
+        rows = zip(encoded["input_ids"], encoded["attention_mask"].bool(), strict=True)
+        blocks = [self._block(processor, row[kept].tolist()) for row, kept in rows]
+        image = self.image_token_id(processor)
+        inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor) and name not in _OF_TEXT}
+        tokens = [block.count(image) for block in blocks]
+        sizes = [picture.size for picture in pictures]
+        views = [self.views(processor, inputs, index, size, blocks[index]) for index, size in enumerate(sizes)]
+        known = [found if sum(view.tokens for view in found) == count else () for found, count in zip(views, tokens, strict=True)]
+        return EncodedPictures(inputs=inputs, tokens=tokens, blocks=blocks, views=known, grids=inputs.get("image_grid_thw"))
+
+    def views(
+        self, processor: Any, inputs: dict[str, Tensor], index: int, size: tuple[int, int], block: list[int]
+    ) -> tuple[View, ...]:
+        """What the image tokens of the `index`-th picture, of `size` (width, height), show; empty where that is not known."""
+        return ()
+
+    def _block(self, processor: Any, row: list[int]) -> list[int]:
+        """The token ids in the place of the placeholder's image token, from those of a processed text of one picture."""
+        plain = list(processor.tokenizer(self.placeholder(processor)).input_ids)
+        place = plain.index(self.image_token_id(processor))
+        before, after = plain[:place], plain[place + 1 :]
+        stop = len(row) - len(after)
+        if row[:place] != before or row[stop:] != after or stop <= place:
+            raise ValueError(
+                f"{type(processor).__name__} puts {processor.tokenizer.decode(row)[:80]!r} in the place of a picture, which does not begin "
+                f"and end as {self.placeholder(processor)!r}"
+            )
+        return row[place:stop]
+
+    def crops_centre(self, processor: Any) -> bool:
+        """Whether of an oblong picture only the centred square is seen."""
+        return False
+
+    def picture_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
+        """Tokens that stand in the place of the one image token of a picture of `size` (width, height)."""
+        if self.processor_counts:
+            return int(processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])["num_image_tokens"][0])
+        return len(self.encode_pictures(processor, [Image.new("RGB", size, (255, 255, 255))], [alone]).blocks[0])
+
+    def model_inputs(self, pictures: EncodedPictures, rows: Sequence[Sequence[int]], input_ids: Tensor) -> dict[str, Tensor]:
+        """The model's keyword arguments for a batch of token ids (B, S), besides these.
+
+        rows: per row the indices of its pictures, which are `pictures` in this very order.
+        """
+        types = {} if self.token_types is None else {self.token_types: (input_ids == self.known_config.image_token_id).int()}
+        return {**pictures.inputs, **types}
+
+    def keys(self, pictures: EncodedPictures) -> list[int]:
+        """(P) keys that each picture is to a query: its image tokens, or what cross-attention layers make of it."""
+        return pictures.tokens
+
+    def cross_segments(self, pictures: EncodedPictures, rows: Sequence[Sequence[int]]) -> Tensor | None:
+        """(B, K) int32, where pictures are cross-attended: which of its row's pictures a key of `model_inputs` is of, -1 = none."""
+        return None
+
+    def features(self, body: nn.Module, pictures: EncodedPictures) -> list[Tensor]:
+        """Per picture (tokens, F): what its image tokens stand for. body: the base model."""
+        output = body.get_image_features(**pictures.inputs, return_dict=True)  # type: ignore[operator]
+        return self.split(output, pictures)
+
+    def split(self, output: Any, pictures: EncodedPictures) -> list[Tensor]:
+        """A vision tower's output picture by picture. ValueError where it is not one feature an image token."""
+        found = output.pooler_output
+        if found is None:
+            raise ValueError("its vision tower gives no features of pictures by themselves (pooler_output)")
+        flat = torch.cat([each.flatten(0, -2) for each in found]) if isinstance(found, list | tuple) else found.flatten(0, -2)
+        if len(flat) != sum(pictures.tokens):
+            raise ValueError(
+                f"processor and model do not belong together: the processor gives {sum(pictures.tokens)} image tokens, the model "
+                f"{len(flat)} features"
+            )
+        return list(flat.split(pictures.tokens))
+
+    def hidden_states(self, body: Any, input_ids: Tensor, features: list[Tensor], feature_rows: Tensor, **inputs: Any) -> Tensor:
+        """(B, S, H) last hidden states of a batch whose pictures are known by their features.
+
+        features: as `features` gives them. feature_rows: (K) for each image token of `input_ids`, in reading order, its row among all
+        features: a tree may hold a part of a picture. inputs: the decoder's other arguments.
+        """
+        if features:
+            inputs["inputs_embeds"] = self.embeds(body, input_ids, torch.cat(features)[feature_rows])
+        else:
+            inputs["input_ids"] = input_ids
+        if self.token_types is not None:
+            inputs[self.token_types] = (input_ids == self.known_config.image_token_id).int()
+        return body(**inputs).last_hidden_state  # type: ignore[no-any-return]
+
+    def embeds(self, body: Any, input_ids: Tensor, placed: Tensor) -> Tensor:
+        """(B, S, H) token embeddings with the features `placed` (K, H) in the places of image tokens."""
+        is_image = input_ids == self.known_config.image_token_id
+        # Its id may lie behind the embedding's last row.
+        embeds = body.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        return embeds.masked_scatter(is_image[..., None].expand_as(embeds), placed.to(embeds))  # type: ignore[no-any-return]
+
+    def position_ids(self, input_ids: Tensor, grids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor | None:
+        """(3, B, S) int64 positions of rows of token ids (B, S), their pictures' `grids` (P, 3) in reading order; None where
+        the model counts tokens itself, one by one."""
+        return None
+
+
+def picture_layers(config: Any) -> Sequence[int]:
+    """Decoder layers that see pictures, 0-based: all, or those of cross-attention where pictures come in by these."""
+    text = config.get_text_config()
+    return list(getattr(text, "cross_attention_layers", None) or ()) or range(int(text.num_hidden_layers))
+
+
+def expand_ids(ids: Sequence[int], image_token_id: int, blocks: Sequence[Sequence[int]]) -> list[int]:
+    """Token ids with their k-th image token replaced by `blocks[k]`. ValueError where their numbers differ."""
+    found = list(ids).count(image_token_id)
+    if found != len(blocks):
+        raise ValueError(f"text: expected {len(blocks)} image tokens, one a picture, got {found}")
+    each = iter(blocks)
+    return [token for place in ids for token in (next(each) if place == image_token_id else (place,))]

@@ -1,0 +1,38 @@
+"""Gemma3: pictures of one size whose image tokens see each other both ways, and a mark before and behind each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmdpo_trainers.models.families.family import Family
+from mmdpo_trainers.models.families.pictures import View
+
+
+class Gemma3(Family):
+    name = "gemma3"
+    model_name = "Gemma3ForConditionalGeneration"
+    processor_name = "Gemma3Processor"
+    vision = ("vision_tower",)
+    projector = ("multi_modal_projector",)
+    token_types = "token_type_ids"
+
+    def image_token(self, processor: Any) -> str:
+        # The processor calls the mark before a picture so, which is what a prompt has for one.
+        return str(processor.tokenizer.image_token)
+
+    def placeholder(self, processor: Any) -> str:
+        return f"\n\n{processor.boi_token}{self.image_token(processor)}{processor.tokenizer.eoi_token}\n\n"
+
+    def processor_text(self, processor: Any) -> str:
+        return str(processor.boi_token)
+
+    def views(
+        self, processor: Any, inputs: dict[str, Tensor], index: int, size: tuple[int, int], block: list[int]
+    ) -> tuple[View, ...]:
+        side = int(processor.image_seq_length**0.5)
+        return (View(side, side),)
+
+    def picture_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
+        return int(processor.image_seq_length)

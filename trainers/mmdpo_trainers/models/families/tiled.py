@@ -1,0 +1,73 @@
+"""Families that cut a picture into tiles of one size: InternVL, Idefics3 and SmolVLM."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from mmdpo_trainers.models.families.family import Family
+from mmdpo_trainers.models.families.pictures import Box, View
+
+
+class InternVL(Family):
+    """The tiles row by row, then the whole picture where there is more than one."""
+
+    name = "internvl"
+    model_name = "InternVLForConditionalGeneration"
+    processor_name = "InternVLProcessor"
+    vision = ("vision_tower",)
+    projector = ("multi_modal_projector",)
+    processor_counts = True
+
+    def views(
+        self, processor: Any, inputs: dict[str, Tensor], index: int, size: tuple[int, int], block: list[int]
+    ) -> tuple[View, ...]:
+        images, side = processor.image_processor, int(processor.image_seq_length**0.5)
+        tiles = block.count(self.image_token_id(processor)) // processor.image_seq_length
+        if tiles == 1:
+            return (View(side, side),)
+        canvas = getattr(sys.modules[type(images).__module__], "get_optimal_tiled_canvas", None)
+        if canvas is None:
+            return ()
+        tile = images.size["height"], images.size["width"]
+        columns, rows = canvas((size[1], size[0]), tile, images.min_patches, images.max_patches)
+        return (*_tiles(rows, columns, side), View(side, side))
+
+
+class Idefics3(Family):
+    """The tiles row by row, each behind a mark with its row and column, then the whole picture."""
+
+    name = "idefics3"
+    model_name = "Idefics3ForConditionalGeneration"
+    processor_name = "Idefics3Processor"
+    vision = ("vision_model",)
+    projector = ("connector",)
+    processor_counts = True
+
+    def views(
+        self, processor: Any, inputs: dict[str, Tensor], index: int, size: tuple[int, int], block: list[int]
+    ) -> tuple[View, ...]:
+        side = int(processor.image_seq_len**0.5)
+        places = re.findall(r"<row_(\d+)_col_(\d+)>", " ".join(processor.tokenizer.convert_ids_to_tokens(block)))
+        rows, columns = (max((int(place[axis]) for place in places), default=0) for axis in (0, 1))
+        return (*_tiles(rows, columns, side), View(side, side))
+
+
+class SmolVLM(Idefics3):
+    name = "smolvlm"
+    model_name = "SmolVLMForConditionalGeneration"
+    processor_name = "SmolVLMProcessor"
+    processor_counts = False
+
+
+def _tiles(rows: int, columns: int, side: int) -> list[View]:
+    """Square views of a picture cut into equal tiles."""
+    boxes: list[Box] = [
+        (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return [View(side, side, box) for box in boxes]

@@ -1,0 +1,229 @@
+"""A model, its processor and an adapter from local folders.
+
+Nothing here reaches the network: every path is a folder of this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from mmdpo_trainers.config.shipped import SHIPPED
+from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.models.chat_format import render_prompt
+from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts
+from mmdpo_trainers.models.families import FAMILIES, family_of
+from mmdpo_trainers.models.loaded import LoadedModel
+from mmdpo_trainers.models.processors import load_processor
+from mmdpo_trainers.models.template_date import TemplateDate
+from mmdpo_trainers.models.whole_weights import whole_weights
+
+__all__ = [
+    "FAMILIES",
+    "EncodedPrompts",
+    "LoadedModel",
+    "encode_prompts",
+    "load_model",
+    "render_prompt",
+    "resolve_device",
+    "resolve_model_path",
+]
+
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+def resolve_model_path(path: str | Path) -> Path:
+    """The folder a `--model` value means: a shipped one for its name (`shapes`, `shapes_prior`), otherwise the local folder itself.
+
+    Raises StageError where there is no such folder.
+    """
+    if str(path) in SHIPPED:
+        folder = SHIPPED[str(path)]
+        if not folder.is_dir():
+            raise StageError(f"the shipped base model is not installed ({folder} is missing); give --model a folder")
+        return folder
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise StageError(
+            f"model {str(path)!r}: no such folder. Models are read from local folders only: download it first "
+            f"(`hf download {path} --local-dir FOLDER`) and pass --model FOLDER, or pass --model {' or '.join(SHIPPED)}"
+        )
+    return folder
+
+
+@whole_weights()
+def load_model(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    processor: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    date: TemplateDate | None = None,
+) -> LoadedModel:
+    """Load a model, its processor and optionally a PEFT adapter (merged into the weights) from local folders.
+
+    path: a Hugging Face folder of a family in `FAMILIES` or one that follows the conventions (`Conventional`), or a shipped model's name.
+    processor: another folder to take the processor from.
+    dtype: `auto` (the checkpoint's own), a name such as `bfloat16`, or a torch dtype. device: `auto` is CUDA where there is one.
+    date: what a chat template that prints the date is told; None: this moment.
+    The weights are whole, also in a process that trains with ZeRO-3.
+
+    Raises StageError naming what is missing: the folder, config.json, weights, a processor file, or support for the family.
+    """
+    target = resolve_device(device)
+    folder = resolve_model_path(path)
+    model_type = check_folder(folder).model_type
+    torch_dtype = dtype if isinstance(dtype, torch.dtype) else _dtype(dtype)
+    its_processor = load_processor(folder if processor is None else resolve_model_path(processor), model_type)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model_class = family_of(AutoConfig.from_pretrained(folder, local_files_only=True)).model_class
+        loaded: Any = model_class.from_pretrained(folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True)
+    except ImportError as error:
+        raise StageError(f"model {folder}: a package that its family needs is missing: {error}") from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise StageError(f"model {folder}: its weights cannot be loaded ({error}); download the checkpoint again") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        # from_pretrained would fill these at random and only warn.
+        raise StageError(f"model {folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
+    if adapter is not None:
+        model = _merge_adapter(model, Path(adapter))
+    model.to(target).eval()
+    _check_processor(model, its_processor, folder)
+    return LoadedModel(
+        model=model,
+        processor=its_processor,
+        path=folder,
+        adapter=None if adapter is None else Path(adapter),
+        date=date or TemplateDate.now(),
+    )
+
+
+def check_folder(folder: Path) -> Any:
+    """The configuration of a model folder. StageError where it says, without a weight read, that the model cannot be used."""
+    _model_type(folder)
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise StageError(f"model {folder}: no weights ({' or '.join(_WEIGHT_FILES)}); download the whole checkpoint")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StageError(f"model {folder}: config.json cannot be used ({error}); download the checkpoint again") from error
+    text = config.get_text_config()
+    quantized = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
+        name = getattr(method, "value", method)
+        raise StageError(
+            f"model {folder}: its weights are quantised (quantization_config in config.json: {name}); expected float32, bfloat16 or float16, "
+            "in which the output head and the adapters compute; give the checkpoint that it was made from"
+        )
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        cap = getattr(text, name, None)
+        if cap is not None and not (isinstance(cap, int | float) and 0 < cap < float("inf")):
+            raise StageError(f"model {folder}: config.json: {name}: expected a number above 0, or null for none, got {cap!r}")
+    return config
+
+
+def _model_type(folder: Path) -> str:
+    config = folder / "config.json"
+    if not config.is_file():
+        adapter = " (it is a PEFT adapter: pass its base model, and the folder as the adapter)" if _is_adapter(folder) else ""
+        raise StageError(f"model {folder}: no config.json{adapter}; give the folder of a whole Hugging Face checkpoint")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        model_type = values.get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise StageError(f"model {folder}: config.json cannot be read ({error})") from error
+    if model_type not in FAMILIES:
+        try:
+            family_of(AutoConfig.from_pretrained(folder, local_files_only=True))
+        except (OSError, ValueError) as error:
+            raise StageError(f"model {folder}: {error}; families with a declaration: {', '.join(FAMILIES)}") from error
+    for key in ("image_token_index", "image_token_id"):
+        if key in values and not isinstance(values[key], int):
+            raise StageError(
+                f"model {folder}: config.json: {key} must be the id of the image token, got {values[key]!r}; set it to the id "
+                "that the tokenizer gives <image>"
+            )
+    return str(model_type)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+@torch.no_grad()
+def _check_processor(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """StageError where a picture does not come out of the processor as the model takes it in."""
+    mismatch = f"model {folder}: processor and model do not belong together"
+    remedy = "use the processor that the checkpoint came with"
+    family = family_of(model)
+    token, found, expected = family.image_token(processor), family.image_token_id(processor), model.config.image_token_id
+    if found != expected and not type(family).is_declared:
+        raise StageError(
+            f"model {folder}: family {family.name!r} has no declaration, and its processor's token for a picture, {token}, is not the one of "
+            f"a feature in the model, whose id is {expected}: that needs a declaration such as Gemma3's"
+        )
+    if found != expected:
+        raise StageError(f"{mismatch}: id of {token}: the processor gives {found}, the model takes {expected}; {remedy}")
+    parameter, inputs = next(model.parameters()), {}
+    try:
+        pictures = family.encode_pictures(processor, [Image.new("RGB", (64, 64), (200, 40, 40))], [True])
+        for name, value in pictures.inputs.items():
+            inputs[name] = value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
+        family.features(model.base_model, dataclasses.replace(pictures, inputs=inputs))
+    except (ValueError, RuntimeError, IndexError, TypeError, KeyError, AttributeError) as error:
+        shapes = "".join(f", {name} {tuple(value.shape)}," for name, value in inputs.items() if name == "pixel_values")
+        raise StageError(
+            f"{mismatch}: a picture of 64 x 64 pixels{shapes} does not go through both: {error}; {remedy}"
+        ) from error
+
+
+def _merge_adapter(model: PreTrainedModel, adapter: Path) -> Any:
+    from peft import PeftModel
+
+    if not _is_adapter(adapter):
+        raise StageError(f"adapter {adapter}: no adapter_config.json there; give the folder that PEFT's save_pretrained wrote")
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).merge_and_unload()
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise StageError(f"adapter {adapter} does not fit the model ({error}); it was trained on another base") from error
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    if name == "auto":
+        return "auto"
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise StageError(f"dtype {name!r}: expected auto, float32, bfloat16, float16 or float64")
+    return dtype
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device a name means; `auto` is CUDA where there is one. Raises StageError where this machine has no such device."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise StageError(f"device {str(device)!r}: expected cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise StageError(f"device {str(device)!r}: PyTorch finds no CUDA device here; choose cpu, or see `mmdpo env`")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise StageError(f"device {str(device)!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return found

@@ -1,0 +1,169 @@
+"""The one rule by which texts become tokens, in every stage: what opens a prompt, what ends an answer, what neither may hold."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection
+from typing import Any
+
+from mmdpo_trainers.data.records import IMAGE_TOKEN
+from mmdpo_trainers.errors import DataError, StageError
+from mmdpo_trainers.models.chat_format import chat_of, render_prompt
+from mmdpo_trainers.models.families import family_of
+from mmdpo_trainers.models.template_date import TemplateDate
+
+_PROBE = "<<text>>"
+
+
+class TextEncoder:
+    """Prompts and answers of one model as token ids.
+
+    A prompt is rendered by the chat template. In front of it is what the tokenizer puts in front of a text (most often the
+    beginning-of-sequence token), unless the template writes the beginning itself; nothing is put behind it, whatever the tokenizer does,
+    as the answer goes there. An answer is its text's own tokens, without a beginning and without an end: who needs its end adds one
+    end token, and a text that already ends with one means the same. Texts that hold other tokens of the chat format, and prompts
+    that are already in it, are refused.
+
+    Args:
+        processor: the model's.
+        image_token_id: of the token that stands for an image feature.
+        end_ids: tokens that end an answer.
+        date: what a chat template that prints the date is told; None: this moment, each time.
+    """
+
+    def __init__(
+        self, processor: Any, *, image_token_id: int, end_ids: Collection[int], date: TemplateDate | None = None
+    ) -> None:
+        self.processor, self.date = processor, date
+        self.image_token_id, self.end_ids = image_token_id, frozenset(end_ids)
+
+    def prompt(self, name: str, text: str) -> list[int]:
+        """Ids of a prompt, `<image>` as one image token. DataError, naming the record, for a text that cannot stand in a turn."""
+        self.check_prompt(name, text)
+        return self.tokens(render_prompt(self.processor, text, self.date))
+
+    def tokens(self, rendered: str) -> list[int]:
+        """Ids of a rendered prompt."""
+        plain = self._plain(rendered)
+        return [*self._opening(rendered, plain), *plain]
+
+    def opening(self, rendered: str) -> str:
+        """The text of what the tokenizer puts in front of a rendered prompt."""
+        return "".join(self.processor.tokenizer.convert_ids_to_tokens(self._opening(rendered, self._plain(rendered))))
+
+    def check_prompt(self, name: str, text: str) -> None:
+        """DataError, naming the record, for a prompt that holds tokens of the chat format or is already in it."""
+        self._refuse_markers(name, "the prompt", text)
+        shown = text.strip()
+        for marker, found in zip(self._turn, (shown.startswith, shown.endswith), strict=True):
+            if marker and found(marker):
+                raise DataError(
+                    f"record {name}: the prompt already has {marker!r}, which the chat template puts around it; give the text of the "
+                    "user's turn alone"
+                )
+
+    def answer_text(self, name: str, what: str, text: str) -> str:
+        """An answer without the end token that it may have at its end. what: the answer's column or place, for messages.
+
+        Raises DataError, naming the record, where there is another token of the chat format, or a picture, in it.
+        """
+        bare = text.rstrip()
+        end = next((end for end in self._ends if bare.endswith(end)), None)
+        if end is not None:
+            text = bare.removesuffix(end)
+        if IMAGE_TOKEN in text or self._image_token in text:
+            raise DataError(f"record {name}: {what} holds the image token; only prompts have pictures")
+        self._refuse_markers(name, what, text)
+        return text
+
+    def answer(self, name: str, what: str, text: str) -> list[int]:
+        """Ids of `answer_text`."""
+        ids = self._plain(self.answer_text(name, what, text))
+        self.check_answer_ids(name, what, ids)
+        return ids
+
+    def check_answer_ids(self, name: str, what: str, ids: Collection[int]) -> None:
+        """DataError, naming the record, for an answer of given ids with a picture in it."""
+        if self.image_token_id in ids:
+            raise DataError(f"record {name}: {what} holds the image token; only prompts have pictures")
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _opening(self, rendered: str, plain: list[int]) -> list[int]:
+        bos = self.processor.tokenizer.bos_token
+        if bos and rendered.startswith(bos):
+            return []
+        full = list(self.processor.tokenizer(rendered).input_ids)
+        start = next((at for at in range(len(full) - len(plain) + 1) if full[at : at + len(plain)] == plain), None)
+        if start is None:
+            raise StageError(
+                f"{type(self.processor.tokenizer).__name__}: its special tokens change the tokens of the text they are put around "
+                f"({rendered[:60]!r}), so that prompt and answer cannot be put together; use a tokenizer.json whose post-processor adds "
+                "tokens in front only"
+            )
+        return full[:start]
+
+    def _refuse_markers(self, name: str, what: str, text: str) -> None:
+        found = self._markers.search(text)
+        if found is not None:
+            raise DataError(
+                f"record {name}: {what} holds {found[0]!r}, a token of the model's chat format, which its chat template writes around "
+                "texts; give the text alone"
+            )
+
+    @functools.cached_property
+    def _image_token(self) -> str:
+        return str(self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+    @functools.cached_property
+    def _special(self) -> dict[str, int]:
+        """Special tokens by text. Words that the vocabulary lacks are no marks."""
+        tokenizer = self.processor.tokenizer
+        named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return {text: id for text, id in {**named, **added}.items() if text and text != tokenizer.unk_token}
+
+    @functools.cached_property
+    def _ends(self) -> list[str]:
+        return [text for text, id in self._special.items() if id in self.end_ids]
+
+    @functools.cached_property
+    def _markers(self) -> re.Pattern[str]:
+        """Special tokens that begin and end sequences, turns and pictures."""
+        tokenizer, family = self.processor.tokenizer, family_of(self.processor)
+        written = [self._around, family.placeholder(self.processor), family.processor_text(self.processor)]
+        written += [tokenizer.bos_token or "", tokenizer.eos_token or "", tokenizer.pad_token or "", *self._ends]
+        # `<image>` of a prompt, and pictures that are too many or too few, have messages of their own.
+        kept = [
+            text for text in self._special if text not in (self._image_token, IMAGE_TOKEN) and any(text in w for w in written)
+        ]
+        return re.compile("|".join(map(re.escape, sorted(kept, key=len, reverse=True))) or "(?!)")
+
+    @functools.cached_property
+    def _around(self) -> str:
+        """What the chat template writes around the texts of a user's and an assistant's turn."""
+        chat = chat_of(self.processor, self.date)
+        if chat is None:
+            return ""
+        turns = (("user", "assistant"), ("user",))
+        contents: tuple[Any, ...] = ([{"type": "text", "text": _PROBE}], _PROBE)
+        for content in contents:
+            found = [
+                chat.render([{"role": role, "content": content} for role in roles], opens_answer=len(roles) == 1)
+                for roles in turns
+            ]
+            if any(found):
+                return "".join(text for text in found if text)
+        return ""
+
+    @functools.cached_property
+    def _turn(self) -> tuple[str, str]:
+        """What of the chat template's text, special tokens aside, a prompt that is already in it begins and ends with; "": nothing."""
+        rendered = render_prompt(self.processor, _PROBE, self.date)
+        before, _, behind = rendered.partition(_PROBE)
+        pattern = "|".join(map(re.escape, self._special)) or "(?!)"
+        lines = [re.split(rf"{pattern}|\n", side)[-1].strip() for side in (before.rstrip(), behind.rstrip())]
+        # A role's name alone is a word as any other.
+        return tuple(line if re.search(r"\w", line) and re.search(r"[^\w\s]", line) else "" for line in lines)  # type: ignore[return-value]

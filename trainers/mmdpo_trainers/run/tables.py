@@ -1,0 +1,101 @@
+"""The short tables that a run ends with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from mmdpo_trainers.data.records import FORMATS
+from mmdpo_trainers.methods.held_out import flat_figures
+
+
+def run_tables(summary: dict[str, Any]) -> list[Table]:
+    """From a run's summary: accuracy by format before and after (arms included), pairs by format, and what each rule dropped.
+
+    Of an mDPO run, by arm: accuracy by group of questions, and gaps and rewards on held-out pairs.
+    """
+    if summary.get("method") == "mdpo":
+        return [_preference_table(summary), *_lost_table(summary)]
+    tables = []
+    accuracy = summary["accuracy"]
+    if accuracy["before"] or accuracy["after"]:
+        tables.append(_accuracy_table(summary, *_compared(summary, "evaluate")))
+    if summary["pairs"] is not None:
+        # With the formats that no prompt could be made of.
+        pairs = {**{name: 0 for name, count in (summary.get("prompts") or {}).items() if not count}, **summary["pairs"]}
+        tables.append(_selection_table(pairs, summary["dropped"] or {}, *_compared(summary, "select")))
+    return tables + _lost_table(summary)
+
+
+def _lost_table(summary: dict[str, Any]) -> list[Table]:
+    """Records left out, by stage and reason; no table where there are none."""
+    if not summary.get("lost"):
+        return []
+    table = Table(title="records left out", title_justify="left")
+    for name in ("stage", "reason"):
+        table.add_column(name)
+    table.add_column("number", justify="right")
+    for stage, loss in summary["lost"].items():
+        for reason, count in loss["reasons"].items():
+            table.add_row(stage, reason, f"{count:,}")
+        table.add_row(stage, "records, of", f"{loss['records']:,} / {loss['of']:,}")
+    return [table]
+
+
+def _compared(summary: dict[str, Any], stage: str) -> list[str]:
+    """How a stage compared answers with the truth, for a table's title; nothing where it has not run."""
+    match = (summary.get("match") or {}).get(stage)
+    return [f"answers compared by {match}"] if match else []
+
+
+def _preference_table(summary: dict[str, Any]) -> Table:
+    """A column an arm: their names are longer than the figures, but can be broken."""
+    found = {"before": flat_figures(summary["before"])}
+    found |= {arm: flat_figures(figures) for arm, figures in summary["arms"].items()}
+    found = {arm: figures for arm, figures in found.items() if figures}
+    names = dict.fromkeys(name for figures in found.values() for name in figures)
+    table = Table(
+        title="accuracy, and log-probability gaps and chosen rewards on held-out pairs",
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("figure", no_wrap=True)
+    for arm in found:
+        table.add_column(arm.replace("_", "\n"), justify="right")
+    for name in names:
+        if not name.startswith("reward/") or name.endswith("/chosen"):
+            label = name.removeprefix("accuracy/").replace("/", " ")
+            table.add_row(label, *(f"{figures[name]:.3f}" if name in figures else "-" for figures in found.values()))
+    return table
+
+
+def _accuracy_table(summary: dict[str, Any], *notes: str) -> Table:
+    rows = {"before": summary["accuracy"]["before"], "after": summary["accuracy"]["after"]}
+    rows |= {f"arm {name}": arm["accuracy"]["after"] for name, arm in summary["arms"].items()}
+    # A format without a single question is shown as that.
+    asked = (summary.get("counts") or {}).get("evaluate") or {}
+    formats = [name for name in FORMATS if name in asked or any(name in (row or {}) for row in rows.values())]
+    table = Table(title=", ".join(["accuracy", *notes]), title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for name in [*formats, "multi-image mean"]:
+        label = name if name != "single" else "single image"
+        table.add_column(f"{label} (n = 0)" if asked.get(name) == 0 else label, justify="right")
+    for label, row in rows.items():
+        if row:
+            several = [row[name] for name in formats if name in row and name != "single"]
+            mean = f"{sum(several) / len(several):.3f}" if several else "-"
+            table.add_row(label, *(f"{row[name]:.3f}" if name in row else "-" for name in formats), mean)
+    return table
+
+
+def _selection_table(pairs: dict[str, int], dropped: dict[str, Any], *notes: str) -> Table:
+    table = Table(title=", ".join(["preference pairs", *notes]), title_justify="left")
+    table.add_column("what")
+    table.add_column("number", justify="right")
+    for name in sorted(pairs, key=FORMATS.index):
+        table.add_row(f"selected, {name}", str(pairs[name]))
+    for rule, count in dropped.items():
+        table.add_row(f"dropped by {rule}", str(sum(count.values()) if isinstance(count, dict) else count))
+    return table

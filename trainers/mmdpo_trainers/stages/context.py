@@ -1,0 +1,169 @@
+"""What a stage knows: the settings, the run folder, and where the files are that it reads and writes."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.config.shipped import SHIPPED
+from mmdpo_trainers.data.records import Moment
+from mmdpo_trainers.errors import ConfigError, StageError
+from mmdpo_trainers.models.template_date import TemplateDate
+from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.processes.progress import Progress
+from mmdpo_trainers.stages.folder import RunFolder
+
+STAGES = ("augment", "generate", "score", "select", "pairs", "train", "evaluate", "report")
+"""All stages, in order."""
+
+METHOD_STAGES = {
+    "mia_dpo": tuple(stage for stage in STAGES if stage != "pairs"),
+    "mdpo": ("pairs", "train", "evaluate", "report"),
+}
+"""Method -> the stages of its runs."""
+
+MODEL_STAGES = ("generate", "score", "train", "evaluate", "report")
+"""Stages whose result depends on the model."""
+
+SHARED_STAGES = ("generate", "score", "train", "evaluate")
+"""Stages that all processes of a launch work on; of the others the first process does everything."""
+
+ARM_STAGES = ("select", "train", "evaluate")
+"""Stages that an arm has for itself (of evaluate only `after`)."""
+
+
+class StageModule(Protocol):
+    """What the pipeline asks of a stage's module."""
+
+    def inputs(self, context: StageContext) -> list[Path]: ...
+
+    def run(self, context: StageContext) -> dict[str, Any]: ...
+
+
+@dataclass(kw_only=True)
+class StageContext:
+    """All a stage knows. `config` already holds the arm's overrides."""
+
+    run: RunFolder
+    config: RunConfig
+    stage: str
+    moment: Moment | None = None
+    """evaluate only: the model before or after training."""
+    arm: str | None = None
+    own: str | None = None
+    """evaluate only: name of an evaluation beside the run's, on prompts of the user's own."""
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def name(self) -> str:
+        """Path of this stage in the run folder: `score`, `evaluate/before`, `evaluate/own/mine-before`, `arms/<arm>/train`."""
+        name = f"{self.stage}/{self.moment}" if self.moment else self.stage
+        if self.own:
+            name = f"{self.stage}/own/{self.own}-{self.moment}"
+        return f"arms/{self.arm}/{name}" if self._belongs_to_arm(self.stage, self.moment) else name
+
+    @property
+    def folder(self) -> Path:
+        """The folder this stage writes to, created if need be."""
+        return self.run.folder(self.name)
+
+    @property
+    def options(self) -> Any:
+        """This stage's own part of the configuration."""
+        return getattr(self.config, self.stage)
+
+    @property
+    def device(self) -> str:
+        """Where this process puts a model: the configured device, or with several processes each its own GPU."""
+        chosen = self.config.device
+        if ranks.several() and chosen not in (None, "auto", "cpu", "cuda"):
+            raise ConfigError(
+                f"device: {chosen} would be shared by {ranks.world_size()} processes; leave it out, and each takes the GPU of its number"
+            )
+        return ranks.device() if chosen in (None, "auto") or (chosen == "cuda" and ranks.several()) else str(chosen)
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def date(self) -> TemplateDate:
+        """What a chat template that prints the date is told in all of the run."""
+        return TemplateDate.read(self.run.date())
+
+    @property
+    def model(self) -> Path:
+        """Local folder of the base model."""
+        if self.config.model in SHIPPED:
+            return SHIPPED[self.config.model]
+        path = Path(self.config.model)
+        if not path.is_dir():
+            raise StageError(
+                f"model {self.config.model} is not a folder: give a local Hugging Face folder, or {' or '.join(SHIPPED)}"
+            )
+        return path
+
+    def folder_of(self, stage: str, moment: Moment | None = None) -> Path:
+        """Where a stage of the same arm keeps its files; stages that arms share are those of the run."""
+        path = f"{stage}/{moment}" if moment else stage
+        return self.run.path / (f"arms/{self.arm}/{path}" if self._belongs_to_arm(stage, moment) else path)
+
+    def _belongs_to_arm(self, stage: str, moment: Moment | None) -> bool:
+        if stage == "evaluate":
+            return self.arm is not None and moment == "after"
+        return self.arm is not None and stage in ARM_STAGES
+
+    def _input(self, override: str | None, default: Path) -> Path:
+        return Path(override) if override else default
+
+    @property
+    def prompts(self) -> Path:
+        """What generate reads."""
+        return self._input(self.config.generate.input, self.folder_of("augment") / "prompts.jsonl")
+
+    @property
+    def responses(self) -> Path:
+        """What score reads."""
+        return self._input(self.config.score.input, self.folder_of("generate") / "responses.jsonl")
+
+    @property
+    def scores(self) -> Path:
+        """What select reads."""
+        return self._input(self.config.select.input, self.folder_of("score") / "scores.jsonl")
+
+    @property
+    def pairs(self) -> Path:
+        """What train reads."""
+        made_by = "select" if self.config.method == "mia_dpo" else "pairs"
+        return self._input(self.config.train.input, self.folder_of(made_by) / "pairs.jsonl")
+
+    @property
+    def held_out_pairs(self) -> Path:
+        """Pairs that stage pairs keeps from training, for evaluation."""
+        return self.run.path / "pairs" / "held_out.jsonl"
+
+    @property
+    def main_pairs(self) -> Path:
+        """The main arm's pairs, whose numbers per format a control arm matches."""
+        return self.run.path / "select" / "pairs.jsonl"
+
+    @property
+    def evaluation_prompts(self) -> Path:
+        """What evaluate reads where it is not the user's own: `augment.build_evaluation_prompts` makes it, or stage pairs."""
+        made_by = "evaluate" if self.config.method == "mia_dpo" else "pairs"
+        return self._input(self.config.evaluate.input, self.run.path / made_by / "prompts.jsonl")
+
+    @property
+    def trained(self) -> Path:
+        """What train leaves: a PEFT adapter folder or a whole model."""
+        return self.folder_of("train") / "final"
+
+
+def stage_module(stage: str) -> StageModule:
+    """The module of a stage, imported now."""
+    if stage not in STAGES:
+        raise StageError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+    return cast(StageModule, importlib.import_module(f"mmdpo_trainers.stages.{stage}"))

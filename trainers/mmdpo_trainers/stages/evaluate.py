@@ -1,0 +1,169 @@
+"""Before or after training: accuracy by format or group of questions; attention ratios on the target, or, of an mDPO run, held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdpo_kernels import patch_model
+from mmdpo_trainers.answers.attention_ratios import mean_ratios, ratios_of
+from mmdpo_trainers.answers.described import check_prompts
+from mmdpo_trainers.answers.transformers_engine import generate_responses
+from mmdpo_trainers.data.left_out import lost
+from mmdpo_trainers.data.match import answers_match
+from mmdpo_trainers.data.pairs import read_pairs
+from mmdpo_trainers.data.records import FORMATS
+from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.methods.held_out import held_out_figures
+from mmdpo_trainers.methods.presets import preset_args
+from mmdpo_trainers.models.loaded import LoadedModel
+from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.report.intervals import Proportion
+from mmdpo_trainers.stages.batches import Record, own_records, require, run_batches
+from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.evaluated import load_evaluated
+from mmdpo_trainers.stages.prompts import build_evaluation_prompts, evaluation_inputs
+from mmdpo_trainers.training.pair_logps import pair_logps
+
+HELD_OUT = "held_out.jsonl"
+
+
+def inputs(context: StageContext) -> list[Path]:
+    trained = [context.trained] if context.moment == "after" else []
+    if context.config.method == "mia_dpo":
+        return [*evaluation_inputs(context), *trained]
+    held_out = [context.held_out_pairs, *([_base_figures(context)] if trained else [])] if _has_held_out(context) else []
+    return [*([context.evaluation_prompts] if _has_prompts(context) else []), *held_out, *trained]
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """With the base (`before`) or the trained model (`after`): `answers.jsonl` to the evaluation prompts.
+
+    In an mDPO run also `held_out.jsonl`, log-probabilities of the pairs kept from training; either may be missing there.
+    """
+    model = _Evaluated(context)
+    if context.config.method == "mia_dpo":
+        return _answers(context, Path(ranks.on_main(lambda: str(build_evaluation_prompts(context)))), model)
+    if not _has_prompts(context) and not _has_held_out(context):
+        raise StageError(f"{context.held_out_pairs} does not exist: run pairs first, or give prompts with answers with --input")
+    summary = _answers(context, context.evaluation_prompts, model) if _has_prompts(context) else {}
+    return {**summary, **_held_out(context, model)} if _has_held_out(context) else summary
+
+
+class _Evaluated:
+    """The model, loaded when it is first asked for: a continued evaluation may not need it."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+        self._loaded: LoadedModel | None = None
+
+    def __call__(self) -> LoadedModel:
+        if self._loaded is None:
+            self._loaded = load_evaluated(self.context)
+            patch_model(self._loaded.model)
+        return self._loaded
+
+
+def _answers(context: StageContext, prompts: Path, model: _Evaluated) -> dict[str, Any]:
+    options = context.options
+    records, left_out = own_records(context, prompts, "evaluation prompts")
+    require(records, {"answer": str}, prompts)
+    check_prompts(context.model, records)
+
+    def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
+        return answer_batch(model(), batch, options=options, score=context.config.score)
+
+    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, f"evaluate {context.moment or ''}".strip())
+    if not ranks.is_main():
+        return {}
+    # With the formats that were asked for and have no prompt.
+    asked = (
+        [name for name, count in options.per_format.items() if count]
+        if not options.input and context.config.method == "mia_dpo"
+        else []
+    )
+    return {**accuracy_summary(list(read_jsonl(path)), asked), "match": options.match, **left_out}
+
+
+def _held_out(context: StageContext, model: _Evaluated) -> dict[str, Any]:
+    """Log-probabilities of the held-out pairs, and their figures against the base's."""
+
+    def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
+        return [{"logps": logps} for logps in pair_logps(model(), batch, seed=context.seed)]
+
+    missing: list[str] | None = [] if context.config.allow_missing else None
+    records = read_pairs(context.held_out_pairs, missing)
+    left_out = lost(len(records) + len(missing or ()), {"missing": len(missing or ())})
+    path = run_batches(context, HELD_OUT, records, context.options.batch_size, work, f"held-out pairs {context.moment}")
+    if not ranks.is_main():
+        return {}
+    beta = float(preset_args(context.config).get("beta", 0.1))
+    base = list(read_jsonl(_base_figures(context))) if context.moment == "after" else None
+    return {"held_out": held_out_figures(list(read_jsonl(path)), base, beta=beta), "beta": beta, **left_out}
+
+
+def _has_prompts(context: StageContext) -> bool:
+    return bool(context.options.input) or context.evaluation_prompts.is_file()
+
+
+def _has_held_out(context: StageContext) -> bool:
+    """An evaluation of the user's own beside the run's is of prompts only; pairs given to train come without held-out ones."""
+    return not context.own and not context.config.train.input and context.held_out_pairs.is_file()
+
+
+def _base_figures(context: StageContext) -> Path:
+    return context.folder_of("evaluate", "before") / HELD_OUT
+
+
+def answer_batch(loaded: LoadedModel, batch: Sequence[Mapping[str, Any]], *, options: Any, score: Any) -> list[dict[str, Any]]:
+    """Greedy answers with `correct`, and where there is more than one picture the attention ratio on the target.
+
+    options: an `EvaluateConfig`. score: a `ScoreConfig`, so that the ratios are those that selection looks at.
+    """
+    results = []
+    wanted = score.recording if any(record["num_images"] > 1 for record in batch) else None
+    for record, answer in zip(
+        batch, generate_responses(loaded, batch, max_new_tokens=options.max_new_tokens, record=wanted), strict=True
+    ):
+        recorded = answer.pop("recorded", None)
+        correct = answers_match(answer["response"], record["answer"], options=record.get("options"), match=options.match)
+        # The only picture of a single-image prompt has all the attention on pictures: nothing to measure.
+        several = record["num_images"] > 1
+        ratios = ratios_of(record, recorded["attention"], recorded["tokens"], score.statistic) if several else {"ratio": None}
+        results.append({**answer, "correct": correct, **ratios})
+    return results
+
+
+def accuracy_summary(answers: Sequence[Mapping[str, Any]], asked: Sequence[str] = ()) -> dict[str, Any]:
+    """`accuracy`, `counts`, `intervals` (Wilson, 95 %) and `mean_ratio` by format; `by_images` by number of pictures too.
+
+    asked: formats that are counted, with 0, though they have no answers.
+    Answers with a `group`, a name of the prompts' own, count under it in place of their format.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {name: [] for name in FORMATS}
+    for answer in answers:
+        groups.setdefault(answer.get("group") or answer["format"], []).append(answer)
+    groups = {name: group for name, group in groups.items() if group}
+    overall = {name: _proportion(group) for name, group in groups.items()}
+    by_images: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, group in groups.items():
+        for count in sorted({answer["num_images"] for answer in group}):
+            share = _proportion([answer for answer in group if answer["num_images"] == count])
+            by_images.setdefault(name, {})[count] = {"accuracy": share.value, "count": share.total, "interval": _interval(share)}
+    return {
+        "accuracy": {name: share.value for name, share in overall.items()},
+        "counts": {**{name: share.total for name, share in overall.items()}, **{name: 0 for name in asked if name not in groups}},
+        "intervals": {name: _interval(share) for name, share in overall.items()},
+        "by_images": by_images,
+        "mean_ratio": mean_ratios(answers),
+    }
+
+
+def _proportion(answers: Sequence[Mapping[str, Any]]) -> Proportion:
+    return Proportion(sum(answer["correct"] for answer in answers), len(answers))
+
+
+def _interval(share: Proportion) -> list[float]:
+    return [share.low, share.high]

@@ -1,0 +1,109 @@
+"""The model's own answers to the prompts, in batches, with the perplexity that selection looks at."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdpo_kernels import patch_model
+from mmdpo_trainers.answers.described import check_prompts
+from mmdpo_trainers.answers.noise import noisy_pictures
+from mmdpo_trainers.answers.transformers_engine import generate_responses
+from mmdpo_trainers.answers.vllm_engine import VllmEngine, check_vllm
+from mmdpo_trainers.data.seeds import batch_seed
+from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.models.loaded import LoadedModel
+from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.stages.batches import Record, count_formats, own_records, run_batches
+from mmdpo_trainers.stages.context import StageContext
+
+
+def inputs(context: StageContext) -> list[Path]:
+    return [context.prompts]
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Answer every prompt; writes `responses.jsonl`."""
+    options = context.options
+    records, left_out = own_records(context, context.prompts, "prompts")
+    check_prompts(context.model, records)
+    answerer = _Vllm(context, records) if options.engine == "vllm" else _Transformers(context)
+    with contextlib.closing(answerer):
+        path = run_batches(context, "responses.jsonl", records, options.batch_size, answerer.answer, "generate")
+    if not ranks.is_main():
+        return {}
+    written = list(read_jsonl(path))
+    return {
+        "responses": count_formats(written),
+        "ended": sum(record["ended"] for record in written) / len(written),
+        "mean_perplexity": sum(record["perplexity"] for record in written) / len(written),
+        "mean_tokens": sum(record["num_tokens"] for record in written) / len(written),
+        **left_out,
+    }
+
+
+class _Transformers:
+    """Answers of the model in this process, loaded when a batch is first asked for: a continued stage may have none left."""
+
+    def __init__(self, context: StageContext) -> None:
+        self.context = context
+        self._loaded: LoadedModel | None = None
+
+    def answer(self, number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
+        context, options = self.context, self.context.options
+        if self._loaded is None:
+            self._loaded = load_model(context.model, dtype=context.config.dtype, device=context.device, date=context.date)
+            patch_model(self._loaded.model)
+        return generate_responses(
+            self._loaded,
+            batch,
+            max_new_tokens=options.max_new_tokens,
+            do_sample=options.do_sample,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=batch_seed(context.seed, "generate", number),
+            pictures=[noisy_pictures(record, options.noise, context.seed) for record in batch],
+            # With a noise preset that is the attention on the noisy pictures, as in MIA-DPO's code.
+            record=context.config.score.recording if options.record_attention else None,
+        )
+
+    def close(self) -> None:
+        self._loaded = None
+
+
+class _Vllm:
+    """Answers of vLLM, likewise; seeds are of records, because vLLM makes up batches of its own."""
+
+    def __init__(self, context: StageContext, records: Sequence[Record]) -> None:
+        check_vllm(context.config)
+        self.context = context
+        self._most = max(len(record["images"]) for record in records)
+        self._engine: VllmEngine | None = None
+
+    def answer(self, number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
+        context, options = self.context, self.context.options
+        if self._engine is None:
+            self._engine = VllmEngine(
+                context.model,
+                dtype=context.config.dtype,
+                device=context.device,
+                most_pictures=self._most,
+                arguments=options.engine_args,
+                date=context.date,
+            )
+        return self._engine.generate_responses(
+            batch,
+            max_new_tokens=options.max_new_tokens,
+            do_sample=options.do_sample,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seeds=[batch_seed(context.seed, "generate", record["id"]) for record in batch],
+            pictures=[noisy_pictures(record, options.noise, context.seed) for record in batch],
+        )
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()

@@ -1,0 +1,378 @@
+"""Multi-image prompts as files of a run: those of stage augment, and those of its evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmdpo_trainers.config.run_config import DataConfig
+from mmdpo_trainers.data.held_out import hold_out
+from mmdpo_trainers.data.left_out import check_left_out, left_out_line, lost, named
+from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id
+from mmdpo_trainers.data.records import FORMATS
+from mmdpo_trainers.data.sources import DUPLICATE, Problem, SourceRecord, read_source
+from mmdpo_trainers.errors import ConfigError, DataError, StageError
+from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
+from mmdpo_trainers.files.json_lines import JsonLines, read_jsonl
+from mmdpo_trainers.processes.progress import ProgressTask
+from mmdpo_trainers.stages.context import StageContext
+
+SHAPES = "shapes"
+EVALUATION_SEED = 1_000_003
+"""Added to the run's seed for the evaluation pictures of the built-in world, which are thus never the training pictures."""
+
+_TRAINING_ONLY = ("formats", "per_record", "num_prompts")
+_FLUSH_PROMPTS = 64
+_FLUSH_SECONDS = 5.0
+
+
+def build_evaluation_prompts(context: StageContext) -> Path:
+    """Make `evaluate/prompts.jsonl` with the code that makes training prompts; done once, continued after a kill.
+
+    Its pictures are not those of training: new ones of the built-in world, `evaluate.source`, or those held out of `data.source`.
+    Returns the user's own file where `evaluate.input` names one.
+    """
+    if context.config.evaluate.input:
+        return context.evaluation_prompts
+    config = context.config
+    check_options(config.augment, config.evaluate.per_format, max_pixels=config.data.max_pixels, setting="evaluate.per_format")
+    parts = {
+        "seed": config.seed,
+        "data": vars(config.data),
+        "augment": {key: value for key, value in vars(config.augment).items() if key not in _TRAINING_ONLY},
+        "per_format": config.evaluate.per_format,
+        "source": [config.evaluate.source, config.evaluate.image_folder],
+        "files": {path.name: content_hash(path) for path in evaluation_inputs(context)},
+    }
+    fingerprint = Fingerprint(json.loads(json.dumps(parts)))
+    if not context.run.stage_is_done("evaluate", fingerprint):
+        context.run.begin_stage("evaluate", fingerprint)
+        source = _evaluation_records(context, context.run.folder("evaluate"))
+        plans = [
+            (plan_prompts(source.records, config.seed, {name: 1.0}), count) for name, count in config.evaluate.per_format.items()
+        ]
+        formats = config.evaluate.per_format
+        summary = write_prompts(context, "evaluate", source, plans, formats=formats, singles=False)
+        context.run.finish_stage("evaluate", fingerprint, summary)
+        if line := left_out_line(summary):
+            context.progress.print(f"evaluate: {line}; see {context.run.path / 'evaluate' / 'problems.jsonl'}")
+    return context.evaluation_prompts
+
+
+def evaluation_inputs(context: StageContext) -> list[Path]:
+    """Files that the evaluation prompts depend on."""
+    config = context.config
+    if config.evaluate.input:
+        return [Path(config.evaluate.input)]
+    files = source_files(config.evaluate.source or config.data.source)
+    if config.augment.patch_grid is None and need_regions(config.evaluate.per_format):
+        files.append(context.model / "config.json")
+    return files
+
+
+def source_files(source: str) -> list[Path]:
+    if source == SHAPES:
+        return []
+    if not Path(source).exists():
+        raise DataError(
+            f"data source {source} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder"
+        )
+    return [Path(source)]
+
+
+def write_prompts(
+    context: StageContext,
+    stage: str,
+    source: _Source,
+    plans: Sequence[tuple[Iterator[Planned], int]],
+    *,
+    formats: Mapping[str, float],
+    singles: bool,
+) -> dict[str, Any]:
+    folder, records = context.run.folder(stage), source.records
+    if need_regions(formats) and not context.config.augment.square:
+        _refuse_centre_crop(context.model)
+    maker = PromptMaker(
+        records,
+        context.config.augment,
+        seed=context.seed,
+        patch_grid=_patch_grid(context, formats),
+        folder=folder,
+        root=context.run.path,
+        max_pixels=context.config.data.max_pixels,
+    )
+    total = sum(count for _, count in plans)
+    with _Writer(folder, singles=singles) as writer:
+        writer.report(source.problems)
+        context.progress.print(f"{stage}: {total:,} prompts from {len(records):,} records")
+        with context.progress.task(f"{stage}: prompts", total, folder=folder) as task:
+            for plan, count in plans:
+                _make(plan, count, len(records), maker, writer, task)
+    summary, share = _summarize(folder, source, [name for name, wanted in formats.items() if wanted])
+    if not any(summary["prompts"].values()):
+        raise DataError(f"no prompt could be made: {_reasons(summary['problems'])}. See {folder / 'problems.jsonl'}")
+    check_left_out(
+        share,
+        context.config.allow_missing,
+        f"{stage}: {left_out_line(summary)}. See {folder / 'problems.jsonl'} and mend the data",
+    )
+    return summary
+
+
+def _make(plan: Iterator[Planned], count: int, records: int, maker: PromptMaker, writer: _Writer, task: ProgressTask) -> None:
+    """Make `count` prompts of a plan; stops early where a whole round over the records gives none."""
+    made = barren = 0
+    for record, format, variant in plan:
+        if made >= count or barren >= records:
+            break
+        if prompt_id(record, format, variant) in writer:
+            prompt: dict[str, Any] | None = {}
+        else:
+            prompt, problems = maker.make(record, format, variant)
+            writer.report(problems)
+            if prompt is not None:
+                single = maker.make(record, "single", 0)[0] if variant == 0 and writer.singles is not None else None
+                writer.add(prompt, single)
+        if prompt is None:
+            barren += 1
+        else:
+            made, barren = made + 1, 0
+            task.advance()
+    writer.flush()
+
+
+class _Writer:
+    """The stage's files. Problems and singles go to disk before the prompts they belong to, so none is lost to a kill between."""
+
+    def __init__(self, folder: Path, *, singles: bool) -> None:
+        self.prompts = JsonLines(folder / "prompts.jsonl")
+        self.problems = JsonLines(folder / "problems.jsonl", key="key")
+        self.singles = JsonLines(folder / "singles.jsonl") if singles else None
+        self._prompts: list[dict[str, Any]] = []
+        self._singles: dict[str, dict[str, Any]] = {}
+        self._problems: dict[str, Problem] = {}
+        self._flushed = time.monotonic()
+
+    def __contains__(self, id: str) -> bool:
+        return id in self.prompts
+
+    def report(self, problems: Sequence[Problem]) -> None:
+        for problem in problems:
+            if problem.key not in self.problems:
+                self._problems.setdefault(problem.key, problem)
+
+    def add(self, prompt: dict[str, Any], single: dict[str, Any] | None) -> None:
+        self._prompts.append(prompt)
+        if single is not None and self.singles is not None and single["id"] not in self.singles:
+            self._singles[single["id"]] = single
+        if len(self._prompts) >= _FLUSH_PROMPTS or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        self.problems.append([problem.to_json() for problem in self._problems.values()])
+        if self.singles is not None:
+            self.singles.append(self._singles.values())
+        self.prompts.append(self._prompts)
+        self._prompts, self._singles, self._problems = [], {}, {}
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is None:
+            self.flush()
+        for file in (self.prompts, self.problems, self.singles):
+            if file is not None:
+                file.close()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What there is to make prompts of. rows: records of the source that were read; lost: those of them that cannot be used."""
+
+    records: list[SourceRecord]
+    problems: list[Problem]
+    rows: int
+    lost: int
+
+
+def training_records(context: StageContext) -> _Source:
+    config = context.config
+    records, problems, root = _read(config.data, context.run.folder("augment"), config.seed)
+    rows, lost = _check_usable(records, problems, config.data, "data", config.allow_missing)
+    if config.holds_out:
+        records = hold_out(records, config.data.holdout, root)[0]
+        if not records:
+            raise DataError(
+                f"data source {config.data.source}: all pictures are held out; lower data.holdout or give evaluate.source"
+            )
+    return _Source(records, problems, rows, lost)
+
+
+def check_evaluation_source(context: StageContext) -> None:
+    """Raise DataError where most of the user's own evaluation data cannot be used, without making anything of it.
+
+    Pictures inside a dataset would have to be written to be looked at; they cannot be missing.
+    """
+    source = context.config.evaluate.source
+    if source and source != SHAPES and Path(source).suffix.lower() in (".json", ".jsonl"):
+        with tempfile.TemporaryDirectory() as folder:
+            _evaluation_records(context, Path(folder))
+
+
+def _evaluation_records(context: StageContext, folder: Path) -> _Source:
+    config = context.config
+    source = config.evaluate.source or config.data.source
+    data = DataConfig(**{**vars(config.data), "source": source})
+    if config.evaluate.source:
+        data.image_folder, data.limit = config.evaluate.image_folder, None
+    if source == SHAPES:
+        data.pictures = max(config.evaluate.per_format.values(), default=1)
+    records, problems, root = _read(data, folder, config.seed + EVALUATION_SEED)
+    section = "evaluate" if config.evaluate.source else "data"
+    rows, lost = _check_usable(records, problems, data, section, config.allow_missing)
+    if source != SHAPES and not config.evaluate.source:
+        records = hold_out(records, config.data.holdout, root)[1]
+        if not records:
+            raise DataError("nothing is held out for evaluation (data.holdout is 0); give evaluate.source or evaluate.input")
+    return _Source(records, problems, rows, lost)
+
+
+def _read(data: DataConfig, folder: Path, seed: int) -> tuple[list[SourceRecord], list[Problem], Path]:
+    source, image_folder = Path(data.source), data.image_folder
+    if data.source == SHAPES:
+        from mmdpo_trainers.shapes.world import write_sft
+
+        source = folder / "source" / "data.json"
+        image_folder = str(folder / "source" / "images")
+        if not source.exists():
+            try:
+                write_sft(folder / "source", pictures=data.pictures, seed=seed, questions_per_picture=data.questions_per_picture)
+            except ValueError as error:
+                raise ConfigError(f"data.questions_per_picture: {error}") from error
+    records: list[SourceRecord] = []
+    problems: list[Problem] = []
+    for item in read_source(source, image_folder=image_folder, cache=folder / "source_images", limit=data.limit):
+        if isinstance(item, SourceRecord):
+            records.append(item)
+        else:
+            problems.append(item)
+    root = Path(image_folder) if image_folder else (source if source.is_dir() else source.parent)
+    return records, problems, root.resolve()
+
+
+def _check_usable(
+    records: Sequence[SourceRecord], problems: Sequence[Problem], data: DataConfig, section: str, allow_missing: bool
+) -> tuple[int, int]:
+    """(records of the source, those that cannot be used); DataError where these are all, or more than half and that is not allowed."""
+    dropped = [problem for problem in problems if problem.dropped]
+    used = {record.row for record in records}
+    # A record that repeats another is no loss.
+    lost = {problem.row for problem in dropped if problem.reason != DUPLICATE} - used
+    reasons = Counter(problem.reason for problem in dropped)
+    remedy = "expected questions about one picture"
+    gone = next((problem for problem in dropped if problem.reason in ("missing", "outside_image_folder")), None)
+    if gone is not None and gone.reason == reasons.most_common(1)[0][0]:
+        where = f"it is {data.image_folder}" if data.image_folder else "it is unset, so that they are looked for beside the data"
+        remedy = f"such as {gone.detail}: set {section}.image_folder to the folder that picture paths are relative to ({where})"
+    elif dropped:
+        first = next(problem for problem in dropped if problem.reason == reasons.most_common(1)[0][0])
+        remedy = f"such as record {first.id}: {first.detail}; {remedy}"
+    if not records:
+        raise DataError(f"data source {data.source}: no usable record ({_reasons(reasons)}); {remedy}")
+    total = len(used | lost)
+    what = f"data source {data.source}: {len(lost):,} of {total:,} records cannot be used ({_reasons(reasons)}); {remedy}"
+    check_left_out(len(lost) / total, allow_missing, what)
+    return total, len(lost)
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return named(counts) or "it is empty"
+
+
+def _summarize(folder: Path, source: _Source, formats: Sequence[str]) -> tuple[dict[str, Any], float]:
+    """Counted from the files, so a resumed run counts what all its attempts wrote; and the share of records that was lost.
+
+    formats: those asked for. Of the records that prompts were to be made of, those are lost that none was made of.
+    """
+    prompts: Counter[str] = Counter()
+    sizes: dict[str, Counter[str]] = {}
+    made: set[str] = set()
+    for prompt in read_jsonl(folder / "prompts.jsonl"):
+        made.add(prompt["source_id"])
+        prompts[prompt["format"]] += 1
+        sizes.setdefault(prompt["format"], Counter())[str(prompt["num_images"])] += 1
+    dropped: Counter[str] = Counter()
+    handled: Counter[str] = Counter()
+    unmade = {record.id for record in source.records} - made
+    barren: set[str] = set()
+    for problem in read_jsonl(folder / "problems.jsonl"):
+        (dropped if problem["dropped"] else handled)[problem["reason"]] += 1
+        if problem["dropped"] and problem["reason"] != TOO_FEW and problem["id"] in unmade:
+            barren.add(problem["id"])
+    kept = (1 - source.lost / source.rows) * (1 - len(barren) / max(1, len(barren | made)))
+    summary = {
+        "records": len(source.records),
+        "prompts": {name: prompts[name] for name in FORMATS if name in prompts or name in formats},
+        "num_images": {name: dict(sorted(counts.items())) for name, counts in sizes.items()},
+        "problems": dict(sorted(dropped.items())),
+        "handled": dict(sorted(handled.items())),
+        **lost(source.rows, dropped, source.lost + len(barren)),
+    }
+    return summary, 1 - kept
+
+
+def need_regions(formats: Mapping[str, float]) -> bool:
+    return bool(formats.get("grid") or formats.get("pip"))
+
+
+def _refuse_centre_crop(model: Path) -> None:
+    """Boxes are those of the whole picture: a processor that crops the centre of an oblong one moves what lies at them."""
+    # A model that cannot be read is the affair of the stages that load it.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if not _has_one_grid(json.loads((model / "config.json").read_text(encoding="utf-8"))):
+            # Tiles have the size that is cropped.
+            return
+    for file in (model / "processor_config.json", model / "preprocessor_config.json"):
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if config.get("image_processor", config).get("do_center_crop"):
+            raise StageError(f"{file}: this model sees the centre of an oblong picture only; set augment.square to true")
+
+
+def _has_one_grid(config: Mapping[str, Any]) -> bool:
+    """Whether a model sees every picture on the same grid of patches, as LLaVA-1.5 does; others tile it, or take it in its own shape."""
+    vision = config.get("vision_config") or {}
+    return config.get("model_type", "llava") == "llava" and vision.get("model_type") != "pixtral"
+
+
+def _patch_grid(context: StageContext, formats: Mapping[str, float]) -> tuple[int, int] | None:
+    """Patch rows and columns of any picture: the configured ones, or those of the model's vision tower; None where each picture
+    has its own, so that its `box` alone says where the target is."""
+    if context.config.augment.patch_grid is not None:
+        return context.config.augment.patch_grid
+    if not need_regions(formats):
+        return None
+    file = context.model / "config.json"
+    remedy = "set augment.patch_grid to [rows, columns]"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not _has_one_grid(config):
+            return None
+        vision = config["vision_config"]
+        side = int(vision["image_size"]) // int(vision["patch_size"])
+    except FileNotFoundError as error:
+        raise StageError(f"{file} does not exist; give --model a whole model folder, or {remedy}") from error
+    except (AttributeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise StageError(f"{file} does not say how many patches a picture has ({error!r}); {remedy}") from error
+    return side, side

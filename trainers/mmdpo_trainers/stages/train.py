@@ -1,0 +1,251 @@
+"""train: preference training on the selected pairs, with replay; continues from the last whole checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import ConcatDataset, Subset
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mmdpo_trainers.answers.attention_ratios import default_layer
+from mmdpo_trainers.data.left_out import check_left_out, lost
+from mmdpo_trainers.data.pairs import read_pairs, replay_pairs, split
+from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
+from mmdpo_trainers.files.atomic import free_mib
+from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.methods.presets import preset_args
+from mmdpo_trainers.methods.selection import match_of
+from mmdpo_trainers.models.loaded import LoadedModel
+from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.training.checkpoints import replace_folder, writing
+from mmdpo_trainers.training.config import PreferenceConfig
+from mmdpo_trainers.training.trainer import PreferenceTrainer
+from mmdpo_trainers.training.training_log import LogFile, TrainingProgress
+
+_REFUSED = {
+    "load_best_model_at_end": "not available in a run, whose last weights are final/",
+    "push_to_hub": "not available in a run, whose last weights are final/",
+    "output_dir": "a run writes into its own folder; choose that one with run_dir",
+    "resume_from_checkpoint": "a run continues from its last whole checkpoint by itself",
+}
+
+
+def inputs(context: StageContext) -> list[Path]:
+    """The pairs, and the single-image prompts where there is to be replay."""
+    return [context.pairs, *([replay_source(context)] if context.options.replay else [])]
+
+
+def replay_source(context: StageContext) -> Path:
+    """Where replayed records come from."""
+    return Path(context.options.replay_source or context.folder_of("augment") / "singles.jsonl")
+
+
+def reference_cache(context: StageContext) -> Path:
+    """Where the reference's log-probabilities are kept: beside the pairs, so that arms on the same pairs share them.
+
+    Autocast makes other numbers, and has a file of its own. Where nothing can be written beside the pairs, it is the stage's folder.
+    """
+    args = preset_args(context.config)
+    kind = next((f".{name}" for name in ("bf16", "fp16") if args.get(name)), "")
+    name = f"{context.pairs.stem}{kind}.reference.jsonl"
+    beside = context.pairs.parent
+    return beside / name if os.access(beside, os.W_OK) or not beside.exists() else context.folder / name
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train; writes `checkpoint-*`, `log.jsonl` and `final/` (an adapter, or the whole model, with the processor)."""
+    log = context.folder / "log.jsonl"
+    with TrainingProgress(context.progress) as bar:
+        trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_main() else []), bar, _LogLastStep()])
+        _check_disk(context, trainer)
+        trainer.train(resume_from_checkpoint="auto")
+    _save(trainer, context.folder)
+    missing = counts.pop("missing")
+    total = sum(counts.values()) + missing + len(trainer.left_out)
+    return {**counts, **_summary(trainer, log), **lost(total, {"missing": missing, "too_long": len(trainer.left_out)})}
+
+
+def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tuple[PreferenceTrainer, dict[str, int]]:
+    """This stage's trainer, and how many records of each kind it trains on and holds out."""
+    train_data, eval_data, counts = _data(context)
+    loaded = _load(context)
+    settings = preference_config(context, loaded.picture_layers, evaluate=eval_data is not None)
+    second = context.options.reference == "model" and settings.needs_reference
+    try:
+        trainer = PreferenceTrainer(
+            loaded.model,
+            settings,
+            processing_class=loaded.processor,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            ref_model=_load(context).model if second else None,
+            callbacks=callbacks,
+            progress=context.progress,
+        )
+    except MmdpoError:
+        raise
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"train: {_one_line(error)}") from error
+    trainer.remove_callback(PrinterCallback)
+    data: Any = trainer.train_dataset
+    if len(data) == 0:
+        raise StageError(f"every record of {context.pairs} is longer than max_length={settings.max_length}; raise it")
+    read = len(train_data) + (0 if eval_data is None else len(eval_data))
+    check_left_out(
+        len(trainer.left_out) / read,
+        context.config.allow_missing,
+        f"train: {len(trainer.left_out):,} of {read:,} records are longer than train.args.max_length={settings.max_length}; raise it",
+    )
+    if data is not train_data:
+        # Some records were longer than max_length.
+        pairs = sum(index < counts["pairs"] for index in data.indices)
+        counts.update(pairs=pairs, replay=len(data) - pairs)
+    if eval_data is not None:
+        counts["held_out"] = len(trainer.eval_dataset)  # type: ignore[arg-type]
+    return trainer, counts
+
+
+def preference_config(context: StageContext, layers: Sequence[int], *, evaluate: bool) -> PreferenceConfig:
+    """`train.args` over `train.preset` over this stage's defaults: effective batch 8, one epoch, reference cached beside the pairs."""
+    args = preset_args(context.config)
+    on_cpu = torch.device(_device(context)).type == "cpu"
+    size = _batch_size(args) * ranks.world_size()
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 1,
+        # A token budget holds records by the dozen.
+        "gradient_accumulation_steps": 1 if args.get("max_tokens_per_batch") else max(1, 8 // size),
+        "num_train_epochs": 1,
+        "save_strategy": "steps",
+        "save_steps": 0.1,
+        "eval_strategy": "steps" if evaluate else "no",
+        "eval_steps": 0.1,
+        "attention_layer": default_layer(layers) if context.config.score.layer is None else context.config.score.layer,
+        "seed": context.seed,
+        "disable_tqdm": True,
+        "log_level": "error",
+        "use_cpu": on_cpu,
+        "precompute_ref_log_probs": True,
+        "reference_cache": str(reference_cache(context)),
+        "template_date": str(context.date),
+    }
+    if "loss_type" in context.options.args and "loss_weights" not in context.options.args:
+        # The preset's weights belong to the preset's losses.
+        args.pop("loss_weights", None)
+    values = {**defaults, **args, "output_dir": str(context.folder)}
+    # On a GPU the next batch is prepared while the step runs; on a CPU all cores compute.
+    workers = values.setdefault("dataloader_num_workers", int(not on_cpu))
+    values.setdefault("dataloader_persistent_workers", bool(workers))
+    for name, reason in _REFUSED.items():
+        if args.get(name):
+            raise ConfigError(f"train.args.{name}: {reason}; leave it out")
+    try:
+        return PreferenceConfig(**values)
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"train.args: {_one_line(error)}") from error
+
+
+def _batch_size(args: dict[str, Any]) -> int:
+    """Records of a micro-batch; whether it is a number is for PreferenceConfig to say."""
+    size = args.get("per_device_train_batch_size", 1)
+    return size if isinstance(size, int) and size > 0 else 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class _LogLastStep(TrainerCallback):
+    """Logs after the last step too, so that a run of fewer steps than `logging_steps` has a loss to report."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+def _device(context: StageContext) -> str:
+    """Where this process trains."""
+    device = context.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda", "cuda:0") and not ranks.several():
+        raise StageError(f"device: training runs on cpu or cuda, got {device}; choose a GPU with CUDA_VISIBLE_DEVICES")
+    return device
+
+
+def _load(context: StageContext) -> LoadedModel:
+    """The model, on the device it is trained on; for weights in shards on the CPU, from where each process takes its own."""
+    args = context.options.args
+    launched = any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("DEEPSPEED", "FSDP"))
+    sharded = launched or args.get("deepspeed") or args.get("fsdp")
+    return load_model(context.model, dtype=context.config.dtype, device="cpu" if sharded else _device(context))
+
+
+def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
+    """Data to train on, data held out (None: none), and how many records of each kind."""
+    options = context.options
+    if options.replay < 0:
+        raise ConfigError(f"train.replay: expected a share of 0 or more, got {options.replay}")
+    missing: list[str] | None = [] if context.config.allow_missing else None
+    pairs = read_pairs(context.pairs, missing)
+    if len(pairs) == 0:
+        raise StageError(f"{context.pairs} holds no pairs; loosen the rules of select, or give your own with --input")
+    kept, held_out = split(len(pairs), options.held_out, context.seed)
+    replay = replay_pairs(
+        replay_source(context), round(options.replay * len(kept)), context.seed, match_of(context.config.select)
+    )
+    trained: Any = Subset(pairs, kept)
+    replayed: Any = replay
+    counts = {"pairs": len(kept), "replay": len(replay), "held_out": len(held_out), "missing": len(missing or ())}
+    return ConcatDataset([trained, replayed]) if replay else trained, Subset(pairs, held_out) if held_out else None, counts
+
+
+def _check_disk(context: StageContext, trainer: PreferenceTrainer) -> None:
+    """Warn where the disk is too small for the checkpoints: trained weights and two moments of each, one more while one is written."""
+    model: Any = trainer.model
+    trained = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters() if p.requires_grad)
+    kept = 0 if trainer.args.save_strategy == "no" else (trainer.args.save_total_limit or 10) + 1
+    needed, free = (3 * kept + 2) * trained // 2**20, free_mib(context.folder)
+    if needed > free:
+        context.progress.print(
+            f"train: warning: checkpoints and the trained weights need about {needed:,} MiB, and {free:,} MiB are free in {context.folder}; "
+            "make room, or lower train.args.save_total_limit"
+        )
+
+
+def _save(trainer: PreferenceTrainer, folder: Path) -> None:
+    temporary = folder / ".final.tmp"
+    if ranks.is_main():
+        shutil.rmtree(temporary, ignore_errors=True)
+    ranks.barrier()
+    with writing(temporary):
+        trainer.save_model(str(temporary))
+    ranks.barrier()
+    if ranks.is_main():
+        replace_folder(temporary, folder / "final")
+    ranks.barrier()
+
+
+def _summary(trainer: PreferenceTrainer, log: Path) -> dict[str, Any]:
+    model: Any = trainer.model
+    entries = [entry for entry in read_jsonl(log) if "loss" in entry]
+    evaluations = [entry for entry in read_jsonl(log) if "eval_loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "left_out": len(trainer.left_out),
+        # ZeRO-3 keeps the size of a weight elsewhere.
+        "trained_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad),
+        "loss_type": trainer.args.loss_type,
+        "attention_layer": trainer.args.attention_layer,
+        "final_loss": entries[-1]["loss"] if entries else None,
+        "first": entries[0] if entries else None,
+        "last": entries[-1] if entries else None,
+        "last_evaluation": evaluations[-1] if evaluations else None,
+    }

@@ -1,0 +1,297 @@
+"""Preference records (TRL's columns) to model inputs: one token tree a micro-batch, or padded separate sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mmdpo_kernels import SharedRows, TokenLogps, TokenTree
+from mmdpo_trainers.data.corruption import Corruption, Model
+from mmdpo_trainers.data.pair_records import BRANCHES
+from mmdpo_trainers.models.families import EncodedPictures, Family, family_of
+from mmdpo_trainers.models.template_date import TemplateDate
+from mmdpo_trainers.training.batches.examples import Example, ExampleMaker, TokenSequence
+from mmdpo_trainers.training.batches.ratio_spans import RatioSpan, RatioSpans
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceBatch:
+    """Model inputs of a micro-batch of n records with b branches each; its sequences are record by record, branch by branch (n b)."""
+
+    ids: list[str]
+    keys: list[str]
+    """Content key of each record, see `PreferenceCollator.key`."""
+    kinds: list[str | None]
+    """Each record's `kind`."""
+    branches: tuple[str, ...]
+    """"chosen", "rejected" and perhaps "corrupted": the chosen response behind the prompt with corrupted pictures."""
+    input_ids: Tensor
+    """(1, S) of the tree, or (n b, L) padded on the right; int64."""
+    attention_mask: Tensor
+    """(1, 1, 1, S) int32, the tree; or (n b, L) int64."""
+    position_ids: Tensor | None
+    """(1, S), or for M-RoPE (3, 1, S) or (3, n b, L); int64. None: the model's own."""
+    pictures: EncodedPictures | None
+    """Each distinct picture once; None: there are none."""
+    feature_rows: Tensor
+    """(K,) int64: for each image token of `input_ids`, in reading order, its row among the features of all pictures."""
+    rows: Tensor
+    """(R,) int64: rows of the flattened hidden states that predict response tokens, sequence by sequence."""
+    targets: Tensor
+    """(R,) int64: the response tokens."""
+    shared_rows: SharedRows
+    """The same pairs with each row once."""
+    token_weights: Tensor | None
+    """(R,) float64 weights of the response tokens; None: all alike."""
+    lengths: Tensor
+    """(n, b) int64: response tokens of each sequence, the end token included."""
+    chosen_tokens: int
+    """Tokens of all chosen responses."""
+    segments: Tensor
+    """As `input_ids`, int32: attention segment of each token, -1 = none."""
+    recorded_rows: Tensor
+    """As `input_ids`, bool: the query rows that the attention ratio is over."""
+    ratios: list[RatioSpan]
+    """Records that have an attention ratio."""
+    cross_segments: Tensor | None = None
+    """(n b, K) int32, where pictures are cross-attended: which of its sequence's pictures a key is of, -1 = none."""
+
+    def token_logps(self, logps: Tensor) -> TokenLogps:
+        """(R,) log-probabilities of the response tokens, as a loss takes them."""
+        return TokenLogps(logps=logps, lengths=self.lengths, branches=self.branches, weights=self.token_weights)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
+        """The batch with its tensors on `device`."""
+        return _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PreferenceBatch:
+        """The batch in page-locked memory, which a data loader with `pin_memory` asks for."""
+        return _with_tensors(self, Tensor.pin_memory)
+
+
+class PreferenceCollator:
+    """Turns preference records into `{"batch": PreferenceBatch}`.
+
+    A record has TRL's columns: `prompt` (one user turn, text or a list of parts, `<image>` standing for a picture), `chosen` and
+    `rejected` (one assistant turn), `images` (paths, Pillow pictures and other forms, see `data.pictures`; or the prompt's image
+    parts hold them). Columns, fields and parts with content that is not read are refused (`data.content`).
+    Optional: `id`, `format`, `target` (which of several pictures is asked about), `region` with `patch_grid` (where the model's
+    patches are others: `box`) for the attention ratio, and `rejected_images`, its own corrupted pictures, and `kind`, a name under
+    which rewards are logged too. Prompt and response are tokenised each on its own and put together (`TextEncoder`), which is what
+    the model sees when it generates; a response ends with `end_id`, once, also where its text ends with an end token.
+
+    In the corrupted branch the asked-about picture is corrupted, or all of them where a record does not say which; a record without
+    pictures has its chosen sequence there. Corruptions follow from seed and content (pictures, prompt text): the same record is
+    corrupted alike in every batch, epoch and process. Where the reference is to see another draw (`corruption.draw`), the result
+    has a second entry, `"reference_batch"`.
+
+    Args:
+        processor: the model's.
+        family: from `family_of(model)`; None: the processor's, which is enough where positions just count tokens (LLaVA).
+        image_token_id, end_id, pad_id: of the model's image token, a response's end, padding.
+        tree_packing: one tree for all records, or a padded row for each sequence.
+        branches: "chosen" and "rejected", or these and "corrupted".
+        corruption: how pictures are corrupted; None: only by the records' own `rejected_images`.
+        no_image: leave pictures and placeholders out of the prompts.
+        changed_token_weight: weight of response tokens that differ between chosen and rejected, see `changed_token_weights`.
+        picture_pool: pictures as in `images`, for corruption kind "other".
+        date: what a chat template that prints the date is told; None: this moment, each time.
+
+    Raises DataError naming the record: an unreadable picture, placeholders that do not match the pictures, a conversation of
+    another shape, a target or region that does not fit, an empty chosen response, a response that holds the image token, a text
+    that holds tokens of the chat format or is already in it, nothing to corrupt its pictures by.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        image_token_id: int,
+        end_id: int,
+        pad_id: int = 0,
+        family: Family | None = None,
+        tree_packing: bool = True,
+        branches: Sequence[str] = BRANCHES[:2],
+        corruption: Corruption | None = None,
+        no_image: bool = False,
+        changed_token_weight: float = 1.0,
+        picture_pool: Sequence[Any] = (),
+        date: TemplateDate | None = None,
+    ) -> None:
+        if tuple(branches) not in (BRANCHES[:2], BRANCHES):
+            raise ValueError(f"branches: expected {BRANCHES[:2]} or {BRANCHES}, got {tuple(branches)}")
+        if no_image and "corrupted" in branches:
+            raise ValueError("no_image: without pictures there is nothing to corrupt; leave the corrupted branch out")
+        if corruption is not None and corruption.kind == "other" and "corrupted" in branches and not len(picture_pool):
+            raise ValueError("picture_pool: corruption kind 'other' needs pictures to draw from, got none")
+        if tree_packing and (family or family_of(processor)).cross_attention:
+            raise ValueError("tree_packing: cross-attended pictures are seen row by row of a batch; pass tree_packing=False")
+        self.pad_id, self.tree_packing = pad_id, tree_packing
+        self.runs_reference = True
+        """Whether batches are for a reference that runs beside the policy; False: there is no `"reference_batch"`."""
+        self._maker = ExampleMaker(
+            processor,
+            family=family or family_of(processor),
+            image_token_id=image_token_id,
+            end_id=end_id,
+            branches=branches,
+            corruption=corruption,
+            no_image=no_image,
+            changed_token_weight=changed_token_weight,
+            picture_pool=picture_pool,
+            date=date,
+        )
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, PreferenceBatch]:
+        found = {"batch": self.batch(records)}
+        corruption = self._maker.corruption
+        if self.runs_reference and self._maker.corrupted and corruption is not None and corruption.draw == "separate":
+            found["reference_batch"] = self.batch(records, "reference")
+        return found
+
+    def batch(self, records: Sequence[Mapping[str, Any]], model: Model = "policy") -> PreferenceBatch:
+        """The records as the policy is to see them, or the reference, which may see other corruptions."""
+        examples, pictures = self._maker.examples(records, model)
+        return (self._tree if self.tree_packing else self._separate)(examples, pictures)
+
+    def length(self, record: Mapping[str, Any]) -> int:
+        """Tokens of the record's longest branch, prompt and response. Of its pictures only the sizes are read."""
+        return self._maker.length(record)
+
+    def tree_tokens(self, record: Mapping[str, Any]) -> int:
+        """Tokens of a tree of this record alone, at most. Of its pictures only the sizes are read.
+
+        It may take fewer where a corruption spares the first tokens of a picture, or the record's own one is the picture itself.
+        """
+        return self._maker.tree_tokens(record)
+
+    def shared_tokens(self, records: Sequence[Mapping[str, Any]]) -> int:
+        """Leading tokens that records of one `picture_key` have in common, which a tree of them holds once."""
+        return self._maker.shared_tokens(records)
+
+    def key(self, record: Mapping[str, Any]) -> str:
+        """SHA-256 in hexadecimal of all that the record's log-probabilities depend on but the model: token ids, bytes of the
+        pictures, image processor, branches, corruption and its draw, `no_image`, token weights. Files are read, not decoded."""
+        return self._maker.key(record)
+
+    def picture_key(self, record: Mapping[str, Any]) -> str:
+        """Content key of the record's list of pictures, equal where a tree would share them; without pictures its `key`."""
+        return self._maker.picture_key(record)
+
+    def _tree(self, examples: list[Example], pictures: EncodedPictures | None) -> PreferenceBatch:
+        sequences = [sequence for example in examples for sequence in example.sequences]
+        feature_rows = [_padded(sequence.feature_rows, sequence, -1) for sequence in sequences]
+        positions = [sequence.positions for sequence in sequences if sequence.positions is not None]
+        hidden = [_padded(_unseen(sequence), sequence, False) for sequence in sequences]
+        tree = TokenTree.from_sequences(
+            [np.concatenate([sequence.prompt, sequence.response]) for sequence in sequences],
+            prompt_lengths=[len(sequence.prompt) for sequence in sequences],
+            identities=feature_rows,
+            positions=positions or None,
+            unseen=hidden if any(sequence.unseen is not None for sequence in sequences) else None,
+        )
+        ratios = RatioSpans((1, tree.num_tokens))
+        step = len(examples[0].sequences)
+        for index, example in enumerate(examples):
+            columns = tree.paths[step * index][: len(example.sequences[0].prompt)]
+            ratios.add(example, pictures, 0, columns, tree.rows[step * index])
+        starts = np.cumsum([0, *map(len, feature_rows[:-1])])
+        origin = tree.origin.numpy()
+        packed = np.concatenate(feature_rows)[starts[origin[:, 0]] + origin[:, 1]]
+        return self._batch(
+            examples,
+            pictures,
+            input_ids=tree.input_ids[None],
+            attention_mask=tree.attention_mask,
+            position_ids=tree.position_ids[:, None] if positions else tree.position_ids[None],
+            feature_rows=torch.from_numpy(packed[packed >= 0]),
+            rows=torch.cat(tree.rows),
+            ratios=ratios,
+        )
+
+    def _separate(self, examples: list[Example], pictures: EncodedPictures | None) -> PreferenceBatch:
+        sequences = [sequence for example in examples for sequence in example.sequences]
+        ids = [torch.from_numpy(np.concatenate([sequence.prompt, sequence.response])) for sequence in sequences]
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
+        width = input_ids.shape[1]
+        seen = [torch.from_numpy(~_padded(_unseen(sequence), sequence, False)).long() for sequence in sequences]
+        positions = [sequence.positions.T for sequence in sequences if sequence.positions is not None]
+        response_rows = [len(s.prompt) - 1 + torch.arange(len(s.response)) for s in sequences]
+        ratios = RatioSpans((len(sequences), width))
+        step = len(examples[0].sequences)
+        for index, example in enumerate(examples):
+            columns = torch.arange(len(example.sequences[0].prompt))
+            ratios.add(example, pictures, step * index, columns, response_rows[step * index])
+        feature_rows = np.concatenate([sequence.feature_rows for sequence in sequences])
+        shown = [sequence.feature_rows[sequence.feature_rows >= 0].tolist() for sequence in sequences]
+        return self._batch(
+            examples,
+            pictures,
+            cross_segments=None if pictures is None else self._maker.family.cross_segments(pictures, shown),
+            input_ids=input_ids,
+            attention_mask=pad_sequence(seen, batch_first=True),
+            position_ids=pad_sequence(positions, batch_first=True).permute(2, 0, 1) if positions else None,
+            feature_rows=torch.from_numpy(feature_rows[feature_rows >= 0]),
+            rows=torch.cat([rows + width * index for index, rows in enumerate(response_rows)]),
+            ratios=ratios,
+        )
+
+    def _batch(
+        self, examples: list[Example], pictures: EncodedPictures | None, *, rows: Tensor, ratios: RatioSpans, **inputs: Any
+    ) -> PreferenceBatch:
+        sequences = [sequence for example in examples for sequence in example.sequences]
+        targets = torch.from_numpy(np.concatenate([sequence.response for sequence in sequences]))
+        weights = [sequence.weights for sequence in sequences if sequence.weights is not None]
+        lengths = torch.tensor([len(sequence.response) for sequence in sequences]).view(len(examples), -1)
+        return PreferenceBatch(
+            ids=[example.name for example in examples],
+            keys=[example.key for example in examples],
+            kinds=[_kind(example.record) for example in examples],
+            branches=self._maker.branches,
+            pictures=pictures,
+            rows=rows,
+            targets=targets,
+            shared_rows=SharedRows.from_pairs(rows, targets),
+            token_weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
+            lengths=lengths,
+            chosen_tokens=int(lengths[:, self._maker.branches.index("chosen")].sum()),
+            segments=ratios.segments,
+            recorded_rows=ratios.recorded_rows,
+            ratios=ratios.spans,
+            **inputs,
+        )
+
+
+def _kind(record: Mapping[str, Any]) -> str | None:
+    kind = record.get("kind")
+    return kind if isinstance(kind, str) else None
+
+
+def _unseen(sequence: TokenSequence) -> np.ndarray:
+    return np.zeros(len(sequence.prompt), dtype=bool) if sequence.unseen is None else sequence.unseen
+
+
+def _padded(prompt_values: np.ndarray, sequence: TokenSequence, value: Any) -> np.ndarray:
+    """Values of prompt tokens, with `value` for those of the response."""
+    return np.concatenate([prompt_values, np.full(len(sequence.response), value, dtype=prompt_values.dtype)])
+
+
+def _with_tensors(instance: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a dataclass with `change` done to its tensors, those of dataclasses in it included."""
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = change(value)
+        elif isinstance(value, EncodedPictures | SharedRows):
+            changed[field.name] = _with_tensors(value, change)
+        elif isinstance(value, dict):
+            changed[field.name] = {name: change(tensor) for name, tensor in value.items()}
+    return dataclasses.replace(instance, **changed)

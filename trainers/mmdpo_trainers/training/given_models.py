@@ -1,0 +1,121 @@
+"""What a trainer is given as model, reference and processor: taken as it is, read by its name, or refused."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.models.families import family_of
+from mmdpo_trainers.models.loaded import LoadedModel
+from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.models.processors import load_processor
+from mmdpo_trainers.training import adapter_checks, model_parts
+from mmdpo_trainers.training.batches.collator import PreferenceCollator
+from mmdpo_trainers.training.config import PreferenceConfig
+from mmdpo_trainers.training.sharded.sharding import check_whole
+
+logger = logging.getLogger(__name__)
+
+_fully_trained: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models whose own weights a trainer of this process trains."""
+
+
+def model_of(argument: str, given: Any, args: PreferenceConfig) -> Any:
+    """A model given as itself, or by its name: a folder, or a repository of the Hub. ValueError for anything else, naming the argument."""
+    if isinstance(given, str | Path):
+        sharded = args.fsdp or args.deepspeed or args.parallelism_config
+        return load_model(_folder(argument, str(given)), device="cpu" if sharded else args.device).model
+    if isinstance(given, LoadedModel):
+        raise ValueError(
+            f"{argument}: expected a model, got what load_model gives; pass its `model`, and its `processor` as processing_class"
+        )
+    if not isinstance(given, PreTrainedModel | PeftModel):
+        raise ValueError(
+            f"{argument}: expected a transformers model, a PeftModel or the name of a folder, got {type(given).__name__}; load it with "
+            "mmdpo_trainers.models.loading.load_model"
+        )
+    if model_parts.base_of(given).get_output_embeddings() is None:
+        raise ValueError(
+            f"{argument}: expected a model with an output head, got {type(model_parts.base_of(given)).__name__}; load it with "
+            "AutoModelForImageTextToText"
+        )
+    return given
+
+
+def processor_of(given: Any, base: Any) -> Any:
+    """The processor as it is given, by its name, or (None) that of the model's own folder. ValueError where it has no pictures."""
+    if given is None or isinstance(given, str | Path):
+        name = str(given or base.config._name_or_path or "")
+        if not name:
+            raise ValueError("processing_class: the model does not say which folder it is from; pass its processor")
+        return load_processor(_folder("processing_class", name), base.config.model_type)
+    if getattr(given, "tokenizer", None) is None or getattr(given, "image_processor", None) is None:
+        raise ValueError(
+            f"processing_class: expected a processor for text and pictures, got {type(given).__name__}; load it with "
+            "AutoProcessor.from_pretrained, from the model's folder"
+        )
+    return given
+
+
+def _folder(argument: str, name: str) -> Path:
+    """The folder that a name means; a repository of the Hub is fetched into its cache, as transformers does."""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:
+        # No such name, no network, no right: each has a class of its own.
+        reason = str(error).splitlines()[0]
+        raise StageError(
+            f"{argument}: {name!r} is no folder here, and the Hub does not give it ({reason}); give a folder"
+        ) from error
+
+
+def check_reference(reference: nn.Module, base: Any, collator: PreferenceCollator, processor: Any) -> None:
+    """ValueError where a second model does not read the same token ids and pictures as the policy."""
+    other, expected = model_parts.base_of(reference), (family_of(base).name, base.config.image_token_id)
+    found = (family_of(other).name, getattr(other.config, "image_token_id", None))
+    remedy = "pass a model that reads the same tokens and pictures, such as the one that the policy was made of"
+    if found != expected:
+        raise ValueError(
+            f"ref_model: expected a model of family {expected[0]} with image token {expected[1]}, as the policy, got "
+            f"{found[0]} with {found[1]}; {remedy}"
+        )
+    rows, least = (int(each.config.get_text_config().vocab_size) for each in (other, base))
+    # Models of one family and several sizes pad their vocabularies differently.
+    if rows != least and min(rows, least) < len(processor.tokenizer):
+        raise ValueError(f"ref_model: expected a vocabulary of {least} tokens, as the policy's, got {rows}; {remedy}")
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in reference.parameters()):
+        return
+    try:
+        with torch.no_grad():
+            adapter_checks.probe_logps(reference, adapter_checks.probe(collator).to(next(reference.parameters()).device))
+    except (ValueError, RuntimeError, IndexError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"ref_model: it cannot take what the policy's processor makes of a picture ({reason}); {remedy}"
+        ) from error
+
+
+def note_full_training(model: nn.Module, args: PreferenceConfig, *, copied: bool) -> None:
+    """Warn where the reference is a copy of weights that an earlier trainer has trained."""
+    if not args.full_finetune:
+        return
+    if copied and args.needs_reference:
+        check_whole(model, "full_finetune keeps a copy of the model as its reference")
+        if model in _fully_trained:
+            logger.warning(
+                "model: an earlier trainer had it too, and its weights as they are now are the reference; load it again, or pass ref_model, to "
+                "start from the model as it was"
+            )
+    _fully_trained.add(model)

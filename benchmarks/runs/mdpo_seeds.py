@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT, add_place, markdown, place_of, run_mmdpo, settings_of
-from mmdpo_trainers.methods.held_out import BASE, CORRUPTIONS, MAIN, over_seeds
-from mmdpo_trainers.report.preference_page import name_of
+from mmdpo_trainers.methods import METHODS
+from mmdpo_trainers.methods.held_out import BASE, CORRUPTIONS, over_seeds
 
 CONFIG = ROOT / "configs" / "shapes_mdpo.yaml"
+METHOD = METHODS["mdpo"]
 RATIO = 1.5
 KINDS = ("answer", "caption")
 GROUPS = tuple(f"accuracy/{kind}/{when}" for kind in KINDS for when in ("disagree", "agree"))
@@ -57,7 +58,7 @@ def mean_and_range(values: Sequence[float]) -> str:
 
 def table(values: Values, names: Sequence[str]) -> str:
     """Markdown: one row an arm."""
-    rows = [[name_of(arm), *(mean_and_range(found.get(name, [])) for name in names)] for arm, found in values.items()]
+    rows = [[METHOD.name_of(arm), *(mean_and_range(found.get(name, [])) for name in names)] for arm, found in values.items()]
     header = [name.partition("/")[2].replace("/", ", ") for name in names]
     return markdown(["arm", *header], [row for row in rows if set(row[1:]) != {"-"}])
 
@@ -66,16 +67,16 @@ def verdicts(values: Values) -> list[str]:
     """What the goals say, one line each, seed by seed."""
     lines = []
     for name in GAPS:
-        if name in values.get(MAIN, {}) and name in values.get("dpo", {}):
-            ratios = [a / b for a, b in zip(values[MAIN][name], values["dpo"][name], strict=True)]
+        if name in values.get(METHOD.name, {}) and name in values.get("dpo", {}):
+            ratios = [a / b for a, b in zip(values[METHOD.name][name], values["dpo"][name], strict=True)]
             lines.append(
                 _line(f"{name[4:].replace('/', ', ')}: gap of mDPO over DPO's", ratios, min(ratios) >= RATIO, f">= {RATIO}")
             )
-    for arm, wanted in (("dpo", "below 0"), (MAIN, "0 or above"), ("mdpo_without_ancpo", "below 0")):
+    for arm, wanted in (("dpo", "below 0"), (METHOD.name, "0 or above"), ("mdpo_without_ancpo", "below 0")):
         rewards = values.get(arm, {}).get("reward/caption/chosen", [])
         if rewards:
             met = min(rewards) >= 0 if wanted == "0 or above" else max(rewards) < 0
-            lines.append(_line(f"chosen reward of held-out captions, {name_of(arm)}", rewards, met, wanted))
+            lines.append(_line(f"chosen reward of held-out captions, {METHOD.name_of(arm)}", rewards, met, wanted))
     return lines
 
 

@@ -30,6 +30,7 @@ from mmdpo_trainers.run.pipeline import run_stage
 from mmdpo_trainers.stages import augment
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
+from mmdpo_trainers.stages.prompts import build_evaluation_prompts
 
 COLOURS = [(r, g, b) for r in (0, 120, 240) for g in (0, 120, 240) for b in (0, 120, 240)][:20]
 
@@ -247,7 +248,7 @@ def test_a_format_that_vanished_is_counted_as_empty(tmp_path: Path) -> None:
     summary = augment.run(context)
     assert summary["prompts"]["sequence"] == 0 and summary["prompts"]["pip"] > 0
     assert left_out_line(summary).endswith("none of format sequence")
-    augment.build_evaluation_prompts(context)
+    build_evaluation_prompts(context)
     assert read_json(tmp_path / "run/evaluate/summary.json")["prompts"] == {"sequence": 0, "single": 2}
 
 
@@ -310,7 +311,7 @@ def test_evaluation_formats_are_checked(tmp_path: Path, per_format: dict[str, in
     context = context_of(tmp_path, run="run")
     context.config.evaluate.per_format = per_format
     with pytest.raises(ConfigError, match=rf"evaluate\.per_format.*{message}"):
-        augment.build_evaluation_prompts(context)
+        build_evaluation_prompts(context)
 
 
 def test_an_oblong_host_may_not_become_an_enormous_square(tmp_path: Path) -> None:
@@ -363,7 +364,7 @@ def test_evaluation_prompts_use_other_pictures_and_are_made_once(tmp_path: Path)
     context = context_of(tmp_path, **sections)
     augment.run(context)
     evaluation = StageContext(run=context.run, config=context.config, stage="evaluate", moment="before")
-    path = augment.build_evaluation_prompts(evaluation)
+    path = build_evaluation_prompts(evaluation)
     prompts = list(read_prompts(path))
     counts = {name: sum(prompt["format"] == name for prompt in prompts) for name in per_format}
     assert counts == per_format
@@ -371,9 +372,9 @@ def test_evaluation_prompts_use_other_pictures_and_are_made_once(tmp_path: Path)
     assert seen and not seen & {image for prompt in prompts for image in prompt["images"]}
     before = path.stat().st_mtime_ns
     again = StageContext(run=context.run, config=context.config, stage="evaluate", moment="after", arm=None)
-    assert augment.build_evaluation_prompts(again).stat().st_mtime_ns == before
+    assert build_evaluation_prompts(again).stat().st_mtime_ns == before
     own = context_of(tmp_path, evaluate={"input": str(tmp_path / "mine.jsonl")})
-    assert augment.build_evaluation_prompts(own) == tmp_path / "mine.jsonl"
+    assert build_evaluation_prompts(own) == tmp_path / "mine.jsonl"
 
 
 def test_hold_out_splits_by_picture(tmp_path: Path) -> None:

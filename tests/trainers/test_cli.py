@@ -15,6 +15,7 @@ from mmdpo_trainers.config.shipped import SHIPPED
 from mmdpo_trainers.config.values import parse_yaml
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.files.atomic import read_json
+from mmdpo_trainers.methods import check_method
 from mmdpo_trainers.run.preflight import check_train_args
 from mmdpo_trainers.stages.context import STAGES, StageContext
 from mmdpo_trainers.stages.folder import RunFolder
@@ -146,7 +147,7 @@ def test_configuration_errors_name_file_key_and_remedy(tmp_path: Path, text: str
     path = tmp_path / "my.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        RunConfig.from_yaml(path)
+        check_method(RunConfig.from_yaml(path), str(path))
     assert str(caught.value).startswith(str(path)) and message in str(caught.value)
 
 
@@ -237,7 +238,7 @@ def test_ones_own_evaluation_lies_beside_the_runs(
             (context.folder / "answers.jsonl").write_text(f"{context.config.evaluate.input}\n")
             return {}
 
-    monkeypatch.setattr("mmdpo_trainers.stages.stage_module", lambda stage: Evaluate)
+    monkeypatch.setattr("mmdpo_trainers.run.pipeline.stage_module", lambda stage: Evaluate)
     run, own = tmp_path / "run", tmp_path / "mine.jsonl"
     own.write_text("{}\n")
     command = ["evaluate", "--run", str(run), "--moment", "before"]

@@ -15,7 +15,7 @@ from mmdpo_trainers.config.run_config import RunConfig, merge
 from mmdpo_trainers.config.values import read_yaml
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
-from mmdpo_trainers.methods.presets import PRESETS
+from mmdpo_trainers.methods import METHODS, presets
 from mmdpo_trainers.run.pipeline import run_pipeline
 from mmdpo_trainers.stages import pairs
 from mmdpo_trainers.stages.context import StageContext
@@ -82,7 +82,7 @@ def test_every_configuration_passes_the_checks_before_a_run(name: str, tmp_path:
 @pytest.mark.parametrize("name", OWN_PAIRS)
 def test_mdpo_has_the_paper_s_settings(name: str) -> None:
     config = RunConfig.from_yaml(FOLDER / name)
-    args, paper = config.train.args, PRESETS["mdpo_paper"]
+    args, paper = config.train.args, presets(METHODS["mdpo"])["mdpo_paper"]
     assert {key: tuple(args[key]) if isinstance(paper[key], tuple) else args[key] for key in paper if key in args} == {
         key: value for key, value in paper.items() if key != "corruption_draw"
     }

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from training_cases import Gradients, config, preference_records, tiny, warm_adapter
 
 from mmdpo_trainers.errors import DataError, StaleCacheError
-from mmdpo_trainers.methods.presets import PRESETS
+from mmdpo_trainers.methods import METHODS, presets
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 
 MDPO = ["sigmoid", "copo", "ancpo"]
@@ -237,6 +237,9 @@ def test_every_loss_trains(folder: Path, tmp_path: Path, loss: str) -> None:
     assert all(math.isfinite(entry["loss"]) for entry in entries)
     assert entries[-1]["rewards/margins"] > entries[0]["rewards/margins"] or loss == "ancpo"
     assert entries[-1]["loss"] < entries[0]["loss"]
+
+
+PRESETS = presets(METHODS["mdpo"])
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -13,7 +13,6 @@ from prompt_records import make_prompts
 from rich.console import Console
 from tiny_models import make_tiny_mllama, make_tiny_qwen
 
-from mmdpo_trainers import stages
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.shipped import SHIPPED
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
@@ -72,7 +71,7 @@ class CountingStages:
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> CountingStages:
     counting = CountingStages()
-    monkeypatch.setattr(stages, "stage_module", counting.module)
+    monkeypatch.setattr(pipeline, "stage_module", counting.module)
     return counting
 
 
@@ -132,7 +131,7 @@ def test_what_was_lost_is_in_the_closing_tables(
             monkeypatch.setattr(made, "run", staticmethod(lambda context: {**run(context), **summaries[stage]}))
         return made
 
-    monkeypatch.setattr(stages, "stage_module", module)
+    monkeypatch.setattr(pipeline, "stage_module", module)
     summary, text = go(config_of(tmp_path))
     assert summary["lost"] == {"augment": loss}
     assert "augment: 275 of 300 records left out (missing: 270, truncated: 5); none of format pip" in text

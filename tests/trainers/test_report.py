@@ -16,7 +16,9 @@ from report_run import heat_of, message, prompt, write_run
 
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.methods import METHODS
 from mmdpo_trainers.report import heatmaps
+from mmdpo_trainers.report.comparison import PageInputs
 from mmdpo_trainers.report.contents import RunContents
 from mmdpo_trainers.report.examples import question_of
 from mmdpo_trainers.report.examples import text_of as text_of_content
@@ -33,8 +35,8 @@ EVIL = "<script>alert('x')</script>"
 
 def page_of(folder: Path, **options: Any) -> str:
     contents = RunContents.read(folder)
-    settings = {"title": "A run", "config": RunConfig(name="a").to_dict(), "heat": heat_of(contents)}
-    return render(contents, **{**settings, **options})
+    settings: dict[str, Any] = {"title": "A run", "config": RunConfig(name="a").to_dict(), "heat": heat_of(contents)}
+    return render(PageInputs(run=contents, method=METHODS["mia_dpo"], **{**settings, **options}))
 
 
 def text_of(page: str) -> str:
@@ -146,7 +148,8 @@ def test_text_of_the_data_is_escaped(run_path: Path) -> None:
     contents.scores[0]["format"] = EVIL
     contents.log.append({"step": 300, f"attn/ratio_{EVIL}": 0.5})
     contents.arms[EVIL] = (contents.after, 1)
-    page = render(contents, title=EVIL, config={"name": EVIL, "model": EVIL}, heat=heat_of(contents), pairs=4)
+    config = {"name": EVIL, "model": EVIL}
+    page = render(PageInputs(run=contents, method=METHODS["mia_dpo"], title=EVIL, config=config, heat=heat_of(contents), pairs=4))
     assert "<script" not in page
     assert page.count("&lt;script&gt;") > 10
 

@@ -127,7 +127,7 @@ def test_seconds_add_up_over_attempts(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_two_processes_cannot_write_one_run_but_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
     program = textwrap.dedent(f"""
         import sys
-        from mmdpo_trainers.run_folder import RunFolder
+        from mmdpo_trainers.stages.folder import RunFolder
         with RunFolder({str(tmp_path)!r}).lock():
             print("locked", flush=True)
             sys.stdin.read()

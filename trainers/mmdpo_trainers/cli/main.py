@@ -18,6 +18,7 @@ from rich.console import Console
 from mmdpo_trainers.config.run_config import DataConfig, RunConfig
 from mmdpo_trainers.config.values import check_numbers, convert, parse_yaml, read_yaml, type_name
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
+from mmdpo_trainers.methods import METHODS, check_method
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.stages.context import STAGES
 
@@ -29,7 +30,7 @@ _ABOUT = {
     "generate": "Let the model answer the prompts.",
     "score": "Measure how much attention each answer pays to the asked-about picture.",
     "select": "Keep the wrong answers that looked at the wrong picture, as rejected answers of preference pairs.",
-    "pairs": "Take preference pairs that exist already, for an mDPO run, and hold some out for evaluation.",
+    "pairs": "Take preference pairs that exist already, and hold some out for evaluation.",
     "train": "Train on the preference pairs.",
     "evaluate": "Measure accuracy by format, before or after training.",
     "report": "Write report.html, one self-contained page about the run.",
@@ -225,7 +226,8 @@ def _run(options: argparse.Namespace) -> None:
     if hasattr(options, _ALLOW):
         values[_ALLOW] = True
     values.setdefault("name", Path(options.config).stem)
-    run_pipeline(RunConfig.from_dict(values, where=options.config), until=options.until, restart=options.restart)
+    config = check_method(RunConfig.from_dict(values, where=options.config), options.config)
+    run_pipeline(config, until=options.until, restart=options.restart)
 
 
 def _stage(options: argparse.Namespace) -> None:
@@ -265,13 +267,14 @@ def _configuration(options: argparse.Namespace, saved: Path) -> RunConfig:
     """Settings of a command: its flags over --config, or over what was saved with the run."""
     file = Path(options.config) if options.config else saved
     values = read_yaml(file) if options.config or file.exists() else {"name": saved.parent.name}
-    if options.stage == "pairs":
-        # Only mDPO runs have this stage.
-        values.setdefault("method", "mdpo")
+    if "method" not in values:
+        # A run that does not say its method yet is of the first that has the stage.
+        values["method"] = next((name for name, method in METHODS.items() if options.stage in method.stages), RunConfig().method)
     for key, text in vars(options).items():
         if key.split(".")[0] in ("data", *STAGES, *_SHARED, _ALLOW) and key != "config":
             values = _assigned(values, key.split("."), _typed(key, text))
-    return RunConfig.from_dict(values, where=str(file) if file.exists() else "command line").with_absolute_paths()
+    where = str(file) if file.exists() else "command line"
+    return check_method(RunConfig.from_dict(values, where=where), where).with_absolute_paths()
 
 
 def _reference(options: argparse.Namespace) -> None:

@@ -207,7 +207,7 @@ class SelectConfig:
 
 @dataclass(kw_only=True)
 class PairsConfig:
-    """Preference pairs that exist already, of `method: mdpo`: the built-in ones, or your own."""
+    """Preference pairs that exist already, of methods with a stage `pairs`: the built-in ones, or your own."""
 
     source: str = option(
         "shapes_prior", "preference data with TRL's columns (.jsonl, .parquet, a `datasets` folder), or `shapes_prior` (built in)"
@@ -242,7 +242,7 @@ class TrainConfig:
     """Preference training; everything of `PreferenceConfig` goes through `args`."""
 
     input: str | None = option(None, "your own preference data (TRL columns) in place of the pairs of this run")
-    preset: Literal["mia_dpo_paper", "mdpo_paper", "mdpo_official_code"] | None = option(
+    preset: str | None = option(
         None,
         "losses, rates and adapter of a paper or of its released code, which `args` may change one by one; None: the method's paper",
     )
@@ -292,7 +292,8 @@ class ReportConfig:
     batch_size: int = option(8, "prompts run together for the heat maps", minimum=1)
     pairs: int = option(6, "example pairs shown", minimum=0)
     seeds: list[str] = option(
-        help="`method: mdpo`: folders of finished runs with other seeds, whose figures are shown beside this run's", factory=list
+        help="pages with a section `seeds`: folders of finished runs with other seeds, whose figures are shown beside this run's",
+        factory=list,
     )
 
 
@@ -305,9 +306,7 @@ class RunConfig:
     model: str = option(
         "shapes", "local Hugging Face folder of a supported model, or a small one shipped here: `shapes`, `shapes_prior`"
     )
-    method: Literal["mia_dpo", "mdpo"] = option(
-        "mia_dpo", "mia_dpo: pairs from the model's own answers; mdpo: pairs that exist, trained on with corrupted pictures"
-    )
+    method: str = option("mia_dpo", "the method by name, or a .py file that declares one of your own")
     seed: int = option(0, "seed of every random choice", minimum=0, below=2**32)
     threads: int | None = option(None, "CPU threads of PyTorch; None: PyTorch's own default", result=False, minimum=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type the model is loaded in")
@@ -331,15 +330,9 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, overrides in self.arms.items():
+        for name in self.arms:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ConfigError(f"arms: {name!r} becomes a folder name: letters, digits, _ and - only")
-            if name == self.method:
-                raise ConfigError(f"arms: {name!r} is the name of the main arm; call this one something else")
-            for section in overrides:
-                if section not in self.arm_sections:
-                    own = " and ".join(self.arm_sections)
-                    raise ConfigError(f"arms.{name}: {section!r} cannot differ between arms; an arm overrides {own}")
             self.for_arm(name)
 
     @classmethod
@@ -364,11 +357,6 @@ class RunConfig:
         values = _absolute(self.to_dict())
         values["arms"] = {name: _absolute(overrides) for name, overrides in values["arms"].items()}
         return RunConfig.from_dict(values)
-
-    @property
-    def arm_sections(self) -> tuple[str, ...]:
-        """What an arm may override."""
-        return ("select", "train") if self.method == "mia_dpo" else ("train",)
 
     @property
     def holds_out(self) -> bool:
@@ -409,6 +397,8 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
         paths = {name: str(Path(path).expanduser().absolute()) for name, path in given.items() if path and path not in SHIPPED}
         if paths:
             absolute[section] = {**values[section], **paths}
+    if values.get("method", "").endswith(".py"):
+        absolute["method"] = str(Path(values["method"]).expanduser().absolute())
     # What is no folder may be a name on a hub, which the error about it is to repeat as it was given.
     if values.get("model", "shapes") not in SHIPPED and Path(values["model"]).expanduser().is_dir():
         absolute["model"] = str(Path(values["model"]).expanduser().absolute())

@@ -1,4 +1,4 @@
-"""What an mDPO run says in numbers: rewards and log-probability gaps on held-out pairs, reward curves, the run's summary."""
+"""What held-out pairs say in numbers: rewards and log-probability gaps, reward curves, a run's summary of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from mmdpo_trainers.files.json_lines import read_jsonl
 
 CORRUPTIONS: tuple[Kind, ...] = ("crop", "blank")
 """Corrupted pictures of the evaluation, the same for every arm: a part of 1-20 % of the area, enlarged; mid-grey."""
-
-MAIN = "mdpo"
-"""What the main arm is called beside the others."""
 
 BASE = "no training"
 """What the model before training is called beside the arms."""
@@ -77,24 +74,25 @@ def _is_reward(name: str) -> bool:
     return name.startswith("rewards/") and side in ("chosen", "rejected", "corrupted") and rest not in ("accuracies", "margins")
 
 
-def preference_summary(folder: Path, arms: Iterable[str]) -> dict[str, Any]:
-    """The figures of an mDPO run: of the base (`before`), and by arm after training, the main arm among them.
+def held_out_summary(folder: Path, arms: Iterable[str], *, main: str) -> dict[str, Any]:
+    """The figures of a run that is evaluated on held-out pairs: of the base (`before`), and by arm after training.
 
-    An arm has `accuracy` by group of questions, `held_out` as `held_out_figures`, and `curves`, its rewards over training.
+    main: what the main arm is called, which is one of them. An arm has `accuracy` by group of questions, `held_out` as
+    `held_out_figures`, and `curves`, its rewards over training.
     """
     return {
         "pairs": _done(folder / "pairs"),
         "before": _evaluation(folder / "evaluate" / "before"),
         "arms": {
             name: {**_evaluation(path / "evaluate" / "after"), "curves": _curves(path / "train" / "log.jsonl")}
-            for name, path in arm_folders(folder, arms).items()
+            for name, path in arm_folders(folder, arms, main).items()
         },
     }
 
 
-def arm_folders(folder: Path, arms: Iterable[str]) -> dict[str, Path]:
+def arm_folders(folder: Path, arms: Iterable[str], main: str) -> dict[str, Path]:
     """Arm -> the folder that holds its stages, the main arm first."""
-    return {MAIN: folder, **{arm: folder / "arms" / arm for arm in arms}}
+    return {main: folder, **{arm: folder / "arms" / arm for arm in arms}}
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:

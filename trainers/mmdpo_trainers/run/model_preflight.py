@@ -68,7 +68,7 @@ def _measures(context: StageContext) -> bool:
     """Whether the stage looks at attention ratios."""
     if context.stage == "generate":
         return context.options.engine == "transformers" and bool(context.options.record_attention)
-    return context.stage == "score" or (context.stage == "evaluate" and context.config.method == "mia_dpo")
+    return context.stage == "score" or (context.stage == "evaluate" and context.method.evaluation_prompts == "augmented")
 
 
 def _formats(contexts: Sequence[StageContext]) -> dict[str, str]:
@@ -78,7 +78,7 @@ def _formats(contexts: Sequence[StageContext]) -> dict[str, str]:
         asked: dict[str, Any] = {}
         if context.stage == "augment":
             asked = {"augment.formats": context.options.formats}
-        elif context.stage == "evaluate" and context.config.method == "mia_dpo" and not context.options.input:
+        elif context.stage == "evaluate" and context.method.evaluation_prompts == "augmented" and not context.options.input:
             asked = {"evaluate.per_format": context.options.per_format}
         for setting, shares in asked.items():
             found |= {name: setting for name, share in shares.items() if share and name not in found}

@@ -11,27 +11,21 @@ from typing import Any
 
 from rich.console import Console
 
-from mmdpo_trainers import stages
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data.left_out import left_out_line
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
-from mmdpo_trainers.methods.held_out import preference_summary
+from mmdpo_trainers.methods import check_method, method_named
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.run.preflight import check_run
 from mmdpo_trainers.run.tables import run_tables
-from mmdpo_trainers.stages.context import METHOD_STAGES, MODEL_STAGES, SHARED_STAGES, STAGES, StageContext
+from mmdpo_trainers.stages.context import ARM_STAGES, MODEL_STAGES, SHARED_STAGES, STAGES, StageContext, stage_module
 from mmdpo_trainers.stages.folder import RunFolder
 
-_SECTIONS = {
-    ("mia_dpo", "augment"): ("data", "augment"),
-    ("mia_dpo", "evaluate"): ("data", "augment", "evaluate", "score"),
-    ("mdpo", "evaluate"): ("evaluate", "score"),
-}
 _INPUT_STAGES = ("generate", "score", "select", "train")
 
 
@@ -49,10 +43,11 @@ def run_pipeline(
     progress: where work is shown (standard error by default); console: where the closing tables go (standard output).
     Raises MmdpoError where the run folder was made with other settings, naming what changed.
     """
+    method = method_named(check_method(config).method)
     for name, value in (("until", until), ("restart", restart and restart.rsplit("/", 1)[-1])):
-        if value is not None and value not in METHOD_STAGES[config.method] and value not in ("before", "after"):
-            known = ", ".join(METHOD_STAGES[config.method])
-            raise ConfigError(f"--{name}: there is no stage {value!r} in a run of {config.method}; its stages are {known}")
+        if value is not None and value not in method.stages and value not in ("before", "after"):
+            known = ", ".join(method.stages)
+            raise ConfigError(f"--{name}: there is no stage {value!r} in a run of {method.name}; its stages are {known}")
     progress = progress or Progress()
     config = config.with_absolute_paths()
     run = RunFolder(config.run_path)
@@ -108,13 +103,13 @@ def run_stage(context: StageContext, label: str = "", config: RunConfig | None =
         ranks.on_main(lambda: "done")
         return ranks.on_main(lambda: summary)
     while ranks.on_main(lambda: "") == "work":
-        stages.stage_module(context.stage).run(context)
+        stage_module(context.stage).run(context)
     return ranks.on_main(dict)
 
 
 def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> dict[str, Any]:
     run = context.run
-    module = stages.stage_module(context.stage)
+    module = stage_module(context.stage)
     fingerprint = stage_fingerprint(context, module.inputs(context))
     if context.stage == "report" and run.fingerprint_of(context.name) not in (None, fingerprint.digest):
         # A page is drawn from the other stages' files alone, so drawing it again loses nothing.
@@ -138,7 +133,7 @@ def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> d
 def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     """What the stage's result depends on: its configuration, the seed, its inputs by content, and the model if it has one."""
     parts: dict[str, Any] = {"seed": context.seed}
-    for section in _SECTIONS.get((context.config.method, context.stage), (context.stage,)):
+    for section in _sections(context):
         for key, value in _values(getattr(context.config, section)).items():
             parts[f"{section}.{key}"] = value
     if context.stage == "augment" and context.config.data.source != "shapes":
@@ -149,6 +144,8 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
         parts["select.match"] = match_of(context.config.select)
     if context.stage == "report":
         parts["name"] = context.config.name
+    if context.method.file is not None:
+        parts["method"] = content_hash(context.method.file)
     if context.stage in MODEL_STAGES:
         parts["model"] = content_hash(context.model)
         parts["dtype"] = context.config.dtype
@@ -159,6 +156,16 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
             raise RunFolderError(f"{path} does not exist, and is none of the run's own files: mend its path, or leave it out")
         parts[f"input {name}"] = content_hash(path)
     return Fingerprint(json.loads(json.dumps(parts)))
+
+
+def _sections(context: StageContext) -> tuple[str, ...]:
+    """Sections of the configuration that a stage's result depends on."""
+    if context.stage == "augment":
+        return "data", "augment"
+    if context.stage == "evaluate":
+        made = ("data", "augment") if context.method.evaluation_prompts == "augmented" else ()
+        return *made, "evaluate", "score"
+    return (context.stage,)
 
 
 def _values(options: Any) -> dict[str, Any]:
@@ -184,7 +191,7 @@ Step = tuple[str, Moment | None, str | None]
 
 def _steps(config: RunConfig) -> Iterator[Step]:
     """(stage, moment, arm) in order. Stages before one with an input of the user's own are not needed."""
-    names = METHOD_STAGES[config.method]
+    names = method_named(config.method).stages
     given = [names.index(stage) for stage in _INPUT_STAGES if stage in names and getattr(config, stage).input]
     first = max(given, default=0)
     main: list[Step] = [(stage, None, None) for stage in names[first : names.index("evaluate")]]
@@ -215,12 +222,12 @@ def restart_from(run: RunFolder, name: str, arms: tuple[str, ...] = ()) -> None:
     if prefix and prefix[1] not in known:
         raise ConfigError(f"--restart: there is no arm {prefix[1]!r}; this run has {', '.join(sorted(known)) or 'none'}")
     if prefix:
-        folders = [f"{name.rsplit('/' + stage, 1)[0]}/{each}" for each in later if each in stages.ARM_STAGES]
+        folders = [f"{name.rsplit('/' + stage, 1)[0]}/{each}" for each in later if each in ARM_STAGES]
     else:
         # Evaluation prompts are made by pairs, or with augment's settings; the model before training depends on nothing later.
         whole = stage in ("augment", "pairs", "evaluate") and not name.endswith("/after")
         folders = [each if each != "evaluate" or whole else "evaluate/after" for each in later if each != "report"]
-        folders += [f"arms/{arm}/{each}" for arm in sorted(known) for each in later if each in stages.ARM_STAGES]
+        folders += [f"arms/{arm}/{each}" for arm in sorted(known) for each in later if each in ARM_STAGES]
     for folder in ["report", *folders]:
         run.remove(folder)
     for file in ("report.html", "summary.json"):
@@ -258,7 +265,7 @@ def save_config(run: RunFolder, config: RunConfig) -> None:
 def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Write and return the run's `summary.json`, from the summaries of the stages that are done."""
     summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "model": config.model, "method": config.method}
-    summary |= _mia_dpo_summary(run, config) if config.method == "mia_dpo" else preference_summary(run.path, config.arms)
+    summary |= method_named(config.method).summary(run.path, tuple(config.arms))
     names = [
         "augment", "generate", "score", "select", "pairs", "train", "evaluate/before", "evaluate/after", "report",
         *(f"arms/{arm}/{stage}" for arm in config.arms for stage in ("select", "train", "evaluate/after")),
@@ -270,23 +277,6 @@ def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
     write_atomic(run.path / "summary.json", summary)
     return summary
-
-
-def _mia_dpo_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
-    summary = _outcome(run, "")
-    before = _done(run, "evaluate/before")
-    summary["accuracy"] = {"before": before.get("accuracy"), **summary["accuracy"]}
-    summary["counts"] = {"evaluate": before.get("counts")}
-    summary["match"] = {"select": _done(run, "select").get("match"), "evaluate": before.get("match")}
-    summary["prompts"] = _done(run, "augment").get("prompts")
-    summary["problems"] = _done(run, "augment").get("problems")
-    summary["arms"] = {arm: _outcome(run, f"arms/{arm}/") for arm in config.arms}
-    return summary
-
-
-def _outcome(run: RunFolder, prefix: str) -> dict[str, Any]:
-    select, after = _done(run, f"{prefix}select"), _done(run, f"{prefix}evaluate/after")
-    return {"accuracy": {"after": after.get("accuracy")}, "pairs": select.get("pairs"), "dropped": select.get("dropped")}
 
 
 def _done(run: RunFolder, name: str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def _check_evaluation(context: StageContext) -> None:
     if context.options.input:
         return
     config = context.config
-    if config.method == "mdpo":
+    if context.method.evaluation_prompts == "pairs":
         _check_preferences(context)
         return
     check_options(config.augment, config.evaluate.per_format, max_pixels=config.data.max_pixels, setting="evaluate.per_format")
@@ -107,7 +107,7 @@ def _check_preferences(context: StageContext) -> None:
 def _check_data(context: StageContext) -> None:
     """Data that an early stage does not look at, and a later one would find gone."""
     if (
-        context.config.method == "mia_dpo"
+        context.method.evaluation_prompts == "augmented"
         and context.stage == "evaluate"
         and context.moment == "before"
         and not context.options.input
@@ -133,5 +133,5 @@ def _check_seeds(context: StageContext) -> None:
         summary = Path(folder) / "summary.json"
         if not summary.is_file() or "before" not in read_json(summary):
             raise ConfigError(
-                f"report.seeds: {folder} is not the folder of a finished mDPO run; finish it first, or leave it out"
+                f"report.seeds: {folder} is not the folder of a finished run with held-out pairs; finish it first, or leave it out"
             )

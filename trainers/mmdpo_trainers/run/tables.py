@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
 
 from mmdpo_trainers.data.records import FORMATS
+from mmdpo_trainers.methods import method_named
 from mmdpo_trainers.methods.held_out import flat_figures
 
 
 def run_tables(summary: dict[str, Any]) -> list[Table]:
-    """From a run's summary: accuracy by format before and after (arms included), pairs by format, and what each rule dropped.
-
-    Of an mDPO run, by arm: accuracy by group of questions, and gaps and rewards on held-out pairs.
-    """
-    if summary.get("method") == "mdpo":
-        return [_preference_table(summary), *_lost_table(summary)]
-    tables = []
-    accuracy = summary["accuracy"]
-    if accuracy["before"] or accuracy["after"]:
-        tables.append(_accuracy_table(summary, *_compared(summary, "evaluate")))
-    if summary["pairs"] is not None:
-        # With the formats that no prompt could be made of.
-        pairs = {**{name: 0 for name, count in (summary.get("prompts") or {}).items() if not count}, **summary["pairs"]}
-        tables.append(_selection_table(pairs, summary["dropped"] or {}, *_compared(summary, "select")))
-    return tables + _lost_table(summary)
+    """Those that the run's method names, from the run's summary, and what was left out."""
+    found = [TABLES[name](summary) for name in method_named(summary["method"]).tables]
+    return [table for table in (*found, _lost_table(summary)) if table is not None]
 
 
-def _lost_table(summary: dict[str, Any]) -> list[Table]:
+def _lost_table(summary: dict[str, Any]) -> Table | None:
     """Records left out, by stage and reason; no table where there are none."""
     if not summary.get("lost"):
-        return []
+        return None
     table = Table(title="records left out", title_justify="left")
     for name in ("stage", "reason"):
         table.add_column(name)
@@ -40,7 +30,7 @@ def _lost_table(summary: dict[str, Any]) -> list[Table]:
         for reason, count in loss["reasons"].items():
             table.add_row(stage, reason, f"{count:,}")
         table.add_row(stage, "records, of", f"{loss['records']:,} / {loss['of']:,}")
-    return [table]
+    return table
 
 
 def _compared(summary: dict[str, Any], stage: str) -> list[str]:
@@ -49,8 +39,9 @@ def _compared(summary: dict[str, Any], stage: str) -> list[str]:
     return [f"answers compared by {match}"] if match else []
 
 
-def _preference_table(summary: dict[str, Any]) -> Table:
-    """A column an arm: their names are longer than the figures, but can be broken."""
+def _held_out_table(summary: dict[str, Any]) -> Table:
+    """Accuracy by group of questions, and gaps and rewards on held-out pairs."""
+    # A column an arm: their names are longer than the figures, but can be broken.
     found = {"before": flat_figures(summary["before"])}
     found |= {arm: flat_figures(figures) for arm, figures in summary["arms"].items()}
     found = {arm: figures for arm, figures in found.items() if figures}
@@ -71,13 +62,16 @@ def _preference_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _accuracy_table(summary: dict[str, Any], *notes: str) -> Table:
+def _accuracy_table(summary: dict[str, Any]) -> Table | None:
+    """Accuracy by format before and after, arms included."""
+    if not (summary["accuracy"]["before"] or summary["accuracy"]["after"]):
+        return None
     rows = {"before": summary["accuracy"]["before"], "after": summary["accuracy"]["after"]}
     rows |= {f"arm {name}": arm["accuracy"]["after"] for name, arm in summary["arms"].items()}
     # A format without a single question is shown as that.
     asked = (summary.get("counts") or {}).get("evaluate") or {}
     formats = [name for name in FORMATS if name in asked or any(name in (row or {}) for row in rows.values())]
-    table = Table(title=", ".join(["accuracy", *notes]), title_justify="left")
+    table = Table(title=", ".join(["accuracy", *_compared(summary, "evaluate")]), title_justify="left")
     table.add_column("model", no_wrap=True)
     for name in [*formats, "multi-image mean"]:
         label = name if name != "single" else "single image"
@@ -90,12 +84,25 @@ def _accuracy_table(summary: dict[str, Any], *notes: str) -> Table:
     return table
 
 
-def _selection_table(pairs: dict[str, int], dropped: dict[str, Any], *notes: str) -> Table:
-    table = Table(title=", ".join(["preference pairs", *notes]), title_justify="left")
+def _selection_table(summary: dict[str, Any]) -> Table | None:
+    """Pairs by format, and what each rule dropped."""
+    if summary["pairs"] is None:
+        return None
+    # With the formats that no prompt could be made of.
+    pairs = {**{name: 0 for name, count in (summary.get("prompts") or {}).items() if not count}, **summary["pairs"]}
+    table = Table(title=", ".join(["preference pairs", *_compared(summary, "select")]), title_justify="left")
     table.add_column("what")
     table.add_column("number", justify="right")
     for name in sorted(pairs, key=FORMATS.index):
         table.add_row(f"selected, {name}", str(pairs[name]))
-    for rule, count in dropped.items():
+    for rule, count in (summary["dropped"] or {}).items():
         table.add_row(f"dropped by {rule}", str(sum(count.values()) if isinstance(count, dict) else count))
     return table
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], Table | None]] = {
+    "accuracy": _accuracy_table,
+    "selection": _selection_table,
+    "held_out": _held_out_table,
+}
+"""What a method may name; each is made of the run's summary, or left out where that has nothing of it."""

@@ -11,6 +11,7 @@ from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.shipped import SHIPPED
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.errors import ConfigError, StageError
+from mmdpo_trainers.methods import Method, method_named
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
@@ -18,12 +19,6 @@ from mmdpo_trainers.stages.folder import RunFolder
 
 STAGES = ("augment", "generate", "score", "select", "pairs", "train", "evaluate", "report")
 """All stages, in order."""
-
-METHOD_STAGES = {
-    "mia_dpo": tuple(stage for stage in STAGES if stage != "pairs"),
-    "mdpo": ("pairs", "train", "evaluate", "report"),
-}
-"""Method -> the stages of its runs."""
 
 MODEL_STAGES = ("generate", "score", "train", "evaluate", "report")
 """Stages whose result depends on the model."""
@@ -86,6 +81,11 @@ class StageContext:
         return ranks.device() if chosen in (None, "auto") or (chosen == "cuda" and ranks.several()) else str(chosen)
 
     @property
+    def method(self) -> Method:
+        """What the run does."""
+        return method_named(self.config.method)
+
+    @property
     def seed(self) -> int:
         return self.config.seed
 
@@ -137,8 +137,7 @@ class StageContext:
     @property
     def pairs(self) -> Path:
         """What train reads."""
-        made_by = "select" if self.config.method == "mia_dpo" else "pairs"
-        return self._input(self.config.train.input, self.folder_of(made_by) / "pairs.jsonl")
+        return self._input(self.config.train.input, self.folder_of(self.method.pairs_stage) / "pairs.jsonl")
 
     @property
     def held_out_pairs(self) -> Path:
@@ -152,8 +151,8 @@ class StageContext:
 
     @property
     def evaluation_prompts(self) -> Path:
-        """What evaluate reads where it is not the user's own: `augment.build_evaluation_prompts` makes it, or stage pairs."""
-        made_by = "evaluate" if self.config.method == "mia_dpo" else "pairs"
+        """What evaluate reads where it is not the user's own: `prompts.build_evaluation_prompts` makes it, or stage pairs."""
+        made_by = "pairs" if self.method.evaluation_prompts == "pairs" else "evaluate"
         return self._input(self.config.evaluate.input, self.run.path / made_by / "prompts.jsonl")
 
     @property

@@ -1,4 +1,4 @@
-"""Before or after training: accuracy by format or group of questions; attention ratios on the target, or, of an mDPO run, held-out pairs."""
+"""Before or after training: accuracy by format or group of questions; attention ratios on the target; held-out pairs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mmdpo_trainers.data.pairs import read_pairs
 from mmdpo_trainers.data.records import FORMATS
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.methods import preset_args
 from mmdpo_trainers.methods.held_out import held_out_figures
-from mmdpo_trainers.methods.presets import preset_args
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.report.intervals import Proportion
@@ -31,24 +31,31 @@ HELD_OUT = "held_out.jsonl"
 
 
 def inputs(context: StageContext) -> list[Path]:
+    """The evaluation prompts or what they are made of, the held-out pairs with the base's figures, and what was trained."""
     trained = [context.trained] if context.moment == "after" else []
-    if context.config.method == "mia_dpo":
-        return [*evaluation_inputs(context), *trained]
-    held_out = [context.held_out_pairs, *([_base_figures(context)] if trained else [])] if _has_held_out(context) else []
-    return [*([context.evaluation_prompts] if _has_prompts(context) else []), *held_out, *trained]
+    if context.method.evaluation_prompts == "augmented":
+        files = evaluation_inputs(context)
+    else:
+        files = [context.evaluation_prompts] if _has_prompts(context) else []
+    if _has_held_out(context):
+        files += [context.held_out_pairs, *([_base_figures(context)] if trained else [])]
+    return [*files, *trained]
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """With the base (`before`) or the trained model (`after`): `answers.jsonl` to the evaluation prompts.
 
-    In an mDPO run also `held_out.jsonl`, log-probabilities of the pairs kept from training; either may be missing there.
+    Of a method that measures held-out pairs also `held_out.jsonl`, their log-probabilities. Of what stage pairs made, either may be missing.
     """
     model = _Evaluated(context)
-    if context.config.method == "mia_dpo":
-        return _answers(context, Path(ranks.on_main(lambda: str(build_evaluation_prompts(context)))), model)
-    if not _has_prompts(context) and not _has_held_out(context):
+    summary: dict[str, Any] = {}
+    if context.method.evaluation_prompts == "augmented":
+        prompts = Path(ranks.on_main(lambda: str(build_evaluation_prompts(context))))
+        summary |= _answers(context, prompts, model)
+    elif _has_prompts(context):
+        summary |= _answers(context, context.evaluation_prompts, model)
+    elif not _has_held_out(context):
         raise StageError(f"{context.held_out_pairs} does not exist: run pairs first, or give prompts with answers with --input")
-    summary = _answers(context, context.evaluation_prompts, model) if _has_prompts(context) else {}
     return {**summary, **_held_out(context, model)} if _has_held_out(context) else summary
 
 
@@ -81,7 +88,7 @@ def _answers(context: StageContext, prompts: Path, model: _Evaluated) -> dict[st
     # With the formats that were asked for and have no prompt.
     asked = (
         [name for name, count in options.per_format.items() if count]
-        if not options.input and context.config.method == "mia_dpo"
+        if not options.input and context.method.evaluation_prompts == "augmented"
         else []
     )
     return {**accuracy_summary(list(read_jsonl(path)), asked), "match": options.match, **left_out}
@@ -110,7 +117,8 @@ def _has_prompts(context: StageContext) -> bool:
 
 def _has_held_out(context: StageContext) -> bool:
     """An evaluation of the user's own beside the run's is of prompts only; pairs given to train come without held-out ones."""
-    return not context.own and not context.config.train.input and context.held_out_pairs.is_file()
+    measured = "held_out" in context.method.measures and not context.own and not context.config.train.input
+    return measured and context.held_out_pairs.is_file()
 
 
 def _base_figures(context: StageContext) -> Path:

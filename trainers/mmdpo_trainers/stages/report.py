@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.files.atomic import read_json, write_atomic
+from mmdpo_trainers.report.comparison import PageInputs
 from mmdpo_trainers.report.contents import RunContents
 from mmdpo_trainers.report.heatmaps import heat_maps
 from mmdpo_trainers.report.page import render
 from mmdpo_trainers.report.plots import require_matplotlib
-from mmdpo_trainers.report.preference_page import PreferenceContents, render_preferences
 from mmdpo_trainers.stages.context import StageContext
 
 if TYPE_CHECKING:
@@ -36,45 +36,32 @@ def inputs(context: StageContext) -> list[Path]:
 def run(context: StageContext) -> dict[str, Any]:
     """Write the page. Raises StageError where matplotlib is missing, before any work is done."""
     require_matplotlib()
-    if context.config.method == "mdpo":
-        return _preferences(context)
-    config = context.config
-    contents = RunContents.read(context.run.path)
+    config, contents = context.config, RunContents.read(context.run.path)
+    drawn = config.report.heat_maps if "heat_maps" in context.method.page else 0
     with context.progress.task("report", total=2) as task:
         heat = None
-        if config.report.heat_maps > 0:
+        if drawn:
             heat = heat_maps(
                 contents,
                 load=lambda moment: _load(context, moment),
-                count=config.report.heat_maps,
+                count=drawn,
                 batch_size=config.report.batch_size,
                 score=config.score,
                 cache=context.folder / "heatmaps.json",
             )
         task.advance(note="heat maps")
-        page = render(
-            contents,
+        page = PageInputs(
+            run=contents,
+            method=context.method,
             title=config.report.title or config.name,
             config=config.to_dict(),
             heat=heat,
             pairs=config.report.pairs,
+            seeds=[read_json(Path(seed) / "summary.json") for seed in config.report.seeds],
         )
-        path = write_atomic(context.run.path / PAGE, page)
+        path = write_atomic(context.run.path / PAGE, render(page))
         task.advance(note="page")
     return {"page": PAGE, "bytes": path.stat().st_size, "heat_maps": len(heat.examples) if heat else 0}
-
-
-def _preferences(context: StageContext) -> dict[str, Any]:
-    config = context.config
-    page = render_preferences(
-        PreferenceContents.read(context.run.path),
-        title=config.report.title or config.name,
-        config=config.to_dict(),
-        pairs=config.report.pairs,
-        seeds=[read_json(Path(seed) / "summary.json") for seed in config.report.seeds],
-    )
-    path = write_atomic(context.run.path / PAGE, page)
-    return {"page": PAGE, "bytes": path.stat().st_size}
 
 
 def _load(context: StageContext, moment: Moment) -> LoadedModel:

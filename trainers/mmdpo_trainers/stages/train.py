@@ -18,7 +18,7 @@ from mmdpo_trainers.data.pairs import read_pairs, replay_pairs, split
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.files.atomic import free_mib
 from mmdpo_trainers.files.json_lines import read_jsonl
-from mmdpo_trainers.methods.presets import preset_args
+from mmdpo_trainers.methods import preset_args
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model

@@ -1,4 +1,4 @@
-"""The import arrows of docs/architecture.md, read from the syntax trees."""
+"""The rooms of both packages in their order, read from the syntax trees: no upward import, no circle; and what the kernels may need."""
 
 from __future__ import annotations
 
@@ -9,25 +9,77 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import rooms
+from rooms import ORDER, PACKAGES, ROOT, arrows, file_circles, imports, name_of, room_circles, upward
 
-ROOT = Path(__file__).resolve().parents[1]
-KERNELS = sorted((ROOT / "mmdpo_kernels").rglob("*.py"))
+KERNELS = sorted(PACKAGES["mmdpo_kernels"].rglob("*.py"))
+FOLDERS = sorted(PACKAGES["mmdpo_trainers"].glob("*/__init__.py"))
 CORE = {"mmdpo_kernels", "torch", "triton", "numpy"}
 # Patching and recording work on transformers models; they import it where they need it.
 LAZY = {"patch.py": {"transformers"}, "record.py": {"transformers"}}
+MOST_ROOMS, MOST_ARROWS = 18, 80
 
 
-def imports(path: Path, tree: ast.AST) -> Iterator[str]:
-    """Absolute dotted names that `tree`, part of the file `path`, imports."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*base, *([node.module] if node.module else [])))
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_are_in_order(package: str) -> None:
+    """Each imports those after it alone. A new room is given its place in `rooms.ORDER`."""
+    assert sorted(ORDER[package]) == rooms.rooms(package)
+    assert not upward(package) and not room_circles(package) and not file_circles(package)
+
+
+def test_the_house_stays_small() -> None:
+    assert len(rooms.rooms("mmdpo_trainers")) <= MOST_ROOMS and len(arrows("mmdpo_trainers")) <= MOST_ARROWS
+
+
+def test_no_stage_imports_a_stage() -> None:
+    folder = PACKAGES["mmdpo_trainers"] / "stages"
+    stages = {name_of(path, "mmdpo_trainers") for path in folder.glob("*.py") if "def inputs(context" in path.read_text()}
+    assert len(stages) == 8
+    for path in folder.glob("*.py"):
+        assert not stages & set(imports(path, "mmdpo_trainers")) - {name_of(path, "mmdpo_trainers")}, path.name
+
+
+@pytest.mark.parametrize("path", FOLDERS, ids=lambda path: path.parent.name)
+def test_a_room_says_what_lives_there_and_who_may_import_it(path: Path) -> None:
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert "import" in said.lower(), f"{path}: expected what lives there, and who may import it"
+
+
+def test_the_reading_of_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A circle, an arrow upwards, imports in functions and relative ones are found."""
+    files = {
+        "low/__init__.py": "",
+        "low/a.py": "def f():\n    from made_up.high import b\n",
+        "high/__init__.py": "",
+        "high/b.py": "from ..low.a import f\nfrom . import c\nimport made_up.alone",
+        "high/c.py": "",
+        "alone.py": "from made_up.low.a import f",
+        "__init__.py": "from made_up.high.b import f",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setitem(PACKAGES, "made_up", tmp_path)
+    monkeypatch.setitem(ORDER, "made_up", ("high", "alone", "low"))
+    assert rooms.rooms("made_up") == ["alone", "high", "low"]
+    assert set(arrows("made_up")) == {("low", "high"), ("high", "low"), ("high", "alone"), ("alone", "low")}
+    assert upward("made_up") == {("low", "high"): ["made_up.low.a -> made_up.high.b"]}
+    assert room_circles("made_up") == [["alone", "high", "low"]]
+    assert file_circles("made_up") == [["made_up.alone", "made_up.high.b", "made_up.low.a"]]
+    assert rooms.circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
+def third_party(tree: ast.AST) -> set[str]:
+    """Packages outside of this one and the standard library that are imported in `tree`."""
+
+    def names() -> Iterator[str]:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                yield node.module or ""
+
+    return {name.partition(".")[0] for name in names()} - set(sys.stdlib_module_names)
 
 
 def at_import_time(tree: ast.Module) -> ast.Module:
@@ -43,34 +95,13 @@ def at_import_time(tree: ast.Module) -> ast.Module:
     return Prune().visit(tree)
 
 
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def third_party(names: Iterator[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
-
-
-def test_there_is_something_to_read() -> None:
-    assert len(KERNELS) > 10
-    relative = ROOT / "mmdpo_kernels" / "backends" / "native" / "attention_mass.py"
-    assert "mmdpo_kernels.tree_mask" in set(imports(relative, parse(relative)))
-
-
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_kernels_need_torch_triton_and_numpy_only(path: Path) -> None:
-    now, ever = third_party(imports(path, at_import_time(parse(path)))), third_party(imports(path, parse(path)))
+    text = path.read_text(encoding="utf-8")
+    now, ever = third_party(at_import_time(ast.parse(text))), third_party(ast.parse(text))
     assert now <= CORE, f"imported with the package: {sorted(now - CORE)}"
     allowed = CORE | LAZY.get(path.name, set())
     assert ever <= allowed, f"imported at some time: {sorted(ever - allowed)}"
-
-
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_arrows_point_one_way(path: Path) -> None:
-    names = set(imports(path, parse(path)))
-    assert not {n for n in names if n.partition(".")[0] in ("mmdpo_trainers", "trainers")}
-    if "backends" in path.relative_to(ROOT).parts:
-        assert not {n for n in names if n.startswith("mmdpo_kernels.ops")}, "backends never import ops"
 
 
 def test_importing_the_kernels_loads_no_model_library() -> None:

@@ -1,7 +1,7 @@
 """Checks of a model on this library: exact where it says so, and refused with a reason where not. `mmdpo check` runs them.
 
 They make their own prompts and pictures, need no data, and leave the model as it was. Each holds the library to transformers itself: the
-unpatched model, its processor, its eager attention.
+unpatched model, its processor, its eager attention. Imported by cli; imports training, answers, models and data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Readers of single-image data, safe pictures, collages and the record schema.
+"""Records and what becomes of them before a model sees them: readers, pictures, collages, corruptions, pairs, answers compared.
 
-Imported by the stages and by ``shapes``; imports no stage and no model code.
+Imported by everything above; imports processes, files and config, and no model code.
 """

@@ -112,7 +112,8 @@ def _held_out(context: StageContext, model: _Evaluated) -> dict[str, Any]:
 
 
 def _has_prompts(context: StageContext) -> bool:
-    return bool(context.options.input) or context.evaluation_prompts.is_file()
+    asked = "answers" in context.method.measures and context.evaluation_prompts.is_file()
+    return bool(context.options.input) or asked
 
 
 def _has_held_out(context: StageContext) -> bool:

@@ -3,7 +3,7 @@
     python -m benchmarks                          # all ops and cases on the best device; results/ops_<device>.json and docs/kernels.md
     python -m benchmarks attention_mass --case rows --repeats 15
     python -m benchmarks --small --check          # every result against float64, nothing timed
-    python -m benchmarks --tables                 # docs/kernels.md and its charts again from the committed JSON
+    python -m benchmarks --tables                 # docs/kernels.md, its charts and README's table again from the committed JSON
 
 A contestant is checked against a float64 reference before it is timed; with a wrong result it has no time. Contestants take turns in
 one process. On a GPU times are of the GPU alone, with an empty L2 cache; the time of a whole call stands beside them.
@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory (default)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where ops_<device>.json goes (default benchmarks/results)")
     parser.add_argument(
-        "--tables", action="store_true", help="write docs/kernels.md and its charts again from the JSON, and stop"
+        "--tables", action="store_true", help="write docs/kernels.md, its charts and README's table again from the JSON, and stop"
     )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser

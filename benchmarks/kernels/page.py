@@ -7,21 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import measure
+from benchmarks import measure, readme
 from benchmarks.kernels.case import WITHOUT_MASS, Ceilings
 from benchmarks.kernels.goals import GOALS, Missing, Result
 
-PAGE = "docs/kernels.md"
+PAGE, RESULTS_PAGE = "docs/kernels.md", "docs/results.md"
 DEVICES = {"cpu": "python -m benchmarks", "cuda": "make gpu"}
 GOAL_COLUMNS = ["what", "figure", "goal", ""]
-# Of the goals, those that the README shows.
-ON_THE_FRONT = ("than TRL's as its trainer calls it", "against Liger's DPO", "mDPO of 64 triples")
+# Of the goals, those that stand beside a training step's figures.
+HEADS = ("than TRL's as its trainer calls it", "against Liger's DPO", "mDPO of 64 triples")
 # Nobody asks peers for it.
 NOT_MISSED = {"lse"}
 
 
 def write_all() -> list[Path]:
-    """The sections of `docs/kernels.md` and the charts, from the committed results alone. Returns what was written."""
+    """The sections of `docs/kernels.md` and its charts, of heads in `docs/results.md`, and README's table, from the committed results alone.
+
+    Returns what was written.
+    """
     written = [measure.ROOT / PAGE]
     for device, command in DEVICES.items():
         path = measure.RESULTS / f"ops_{device}.json"
@@ -39,10 +42,10 @@ def write_all() -> list[Path]:
             pieces.insert(0, f"![milliseconds of each contestant, by case]({picture.name})")
         measure.write_section(PAGE, f"ops_{device}", "\n\n".join(pieces))
         if device == "cpu":
-            heads = [row for row in goal_rows(content) if any(words in row[0] for words in ON_THE_FRONT)]
-            measure.write_section("README.md", "heads", measure.markdown(GOAL_COLUMNS, heads))
-            written.append(measure.ROOT / "README.md")
-    return written
+            heads = [row for row in goal_rows(content) if any(words in row[0] for words in HEADS)]
+            measure.write_section(RESULTS_PAGE, "heads", measure.markdown(GOAL_COLUMNS, heads))
+            written.append(measure.ROOT / RESULTS_PAGE)
+    return [*written, readme.write()]
 
 
 def text_of(content: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks import readme
 from benchmarks.measure import add_place, alternate, machine, markdown, peak_memory, place_of, ratios
 from mmdpo_kernels import patch_model, unpatch_model
 from mmdpo_trainers.answers.attention_ratios import attention_ratios, default_layer, ratios_of
@@ -217,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = place.result("attention_ratio_cpu", result)
     console.print(_table(result))
     place.section("docs/results.md", "attention_ratio", _markdown(result))
+    if place.committed:
+        readme.write()
     console.print(f"written: {path}")
 
 

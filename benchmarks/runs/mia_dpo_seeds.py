@@ -58,36 +58,26 @@ def run_seed(seed: int, folder: Path, changes: Mapping[str, Any]) -> dict[str, A
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
-def table(summaries: dict[int, dict[str, Any]]) -> str:
-    """Markdown: one row an arm and seed, and what the goals say."""
+def table(summaries: dict[Any, dict[str, Any]]) -> str:
+    """Markdown: each arm's mean over seeds, one row an arm and seed, and what the goals say."""
     rows, verdicts = [], []
+    arms: dict[str, list[list[float]]] = {}
     for seed, summary in summaries.items():
         found = accuracies(summary)
         for arm, accuracy in found.items():
             cells = [*(accuracy[name] for name in MULTI), multi(accuracy), accuracy["single"]]
             rows.append([str(seed), arm, *(f"{cell:.3f}" for cell in cells)])
+            arms.setdefault(arm, []).append(cells)
         gain = multi(found[MAIN]) - multi(found[BASE])
         change = found[MAIN]["single"] - found[BASE]["single"]
         met = "met" if round(gain, 6) >= GAIN and round(abs(change), 6) <= LOSS else "missed"
         pairs = ", ".join(f"{count} {name}" for name, count in summary["pairs"].items())
         changes = f"multi-image {100 * gain:+.1f} points, single-image {100 * change:+.1f}"
         verdicts.append(f"- seed {seed}: {changes}: goal {met}; {pairs} pairs")
+    means = [["mean", arm, *(f"{statistics.fmean(each):.3f}" for each in zip(*cells, strict=True))] for arm, cells in arms.items()]
     goal = f"Goal: multi-image at least +{100 * GAIN:.0f} points, single-image within {100 * LOSS:.0f}, in every seed."
     columns = ["seed", "arm", *MULTI, "multi-image mean", "single"]
-    return "\n".join([markdown(columns, rows), "", goal, "", *verdicts])
-
-
-def short_table(summaries: dict[int, dict[str, Any]]) -> str:
-    """Markdown for the README: each arm's mean over seeds."""
-    arms: dict[str, list[dict[str, float]]] = {}
-    for summary in summaries.values():
-        for arm, accuracy in accuracies(summary).items():
-            arms.setdefault(arm, []).append(accuracy)
-    rows = []
-    for arm, found in arms.items():
-        means = [statistics.fmean(accuracy[name] for accuracy in found) for name in (*MULTI, "single")]
-        rows.append([arm, *(f"{mean:.3f}" for mean in means)])
-    return markdown([f"accuracy, mean of {len(summaries)} seeds", *MULTI, "single"], rows)
+    return "\n".join([markdown(columns, [*means, *rows]), "", goal, "", *verdicts])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
     place.result("mia_dpo_seeds", {"summaries": summaries})
     place.section("docs/results.md", "mia_dpo_seeds", text)
-    place.section("README.md", "mia_dpo_seeds", short_table(summaries))
+    if place.committed:
+        from benchmarks import readme  # which reads this module
+
+        readme.write()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_every_part_of_the_training_step(tmp_path: Path, capsys: pytest.CaptureF
     found = result(tmp_path, "training_step_cpu")
     assert set(training_step_cli.PARTS) <= set(found)
     assert len(found["features"]["speed_up"]) == 8 and len(found["growth"]) == 3
-    assert {"results_training_step.md", "README_training_step.md"} <= {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "results_training_step.md").is_file()
     capsys.readouterr()
     wanted = {"side": {"kind": "ours", "batch": 2}, "setting": {**found["setting"], "records": 2}}
     training_step_cli.main(["--memory-of", json.dumps(wanted)])

@@ -368,7 +368,8 @@ def test_the_page_comes_from_the_json_alone(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "docs").mkdir()
     path = tmp_path / "docs" / "kernels.md"
     path.write_text("".join(f"<!-- ops_{device}: {end} -->\n" for device in ("cpu", "cuda") for end in ("begin", "end")))
-    (tmp_path / "README.md").write_text("<!-- heads: begin -->\n<!-- heads: end -->\n")
+    (tmp_path / "docs" / "results.md").write_text("<!-- heads: begin -->\n<!-- heads: end -->\n")
+    (tmp_path / "README.md").write_text("<!-- results: begin -->\n<!-- results: end -->\n")
     result_file(tmp_path, native, dense=3e-3)
     kernels_page.write_all()
     text, drawing = path.read_text(), tmp_path / "docs" / "kernels_cpu.svg"

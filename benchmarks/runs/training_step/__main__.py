@@ -18,9 +18,10 @@ from rich.console import Console  # noqa: E402
 from rich.markdown import Markdown  # noqa: E402
 
 import benchmarks.runs.training_step as package  # noqa: E402
+from benchmarks import readme  # noqa: E402
 from benchmarks.measure import Place, add_place, machine, place_of  # noqa: E402
 from benchmarks.runs.training_step import parts  # noqa: E402
-from benchmarks.runs.training_step.page import goals_of, text_of  # noqa: E402
+from benchmarks.runs.training_step.page import text_of  # noqa: E402
 from benchmarks.runs.training_step.setting import SMALL, Setting  # noqa: E402
 from benchmarks.runs.training_step.sides import Side  # noqa: E402
 
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Part by part, so that a kill loses no more than one.
             place.result(RESULT, result)
             place.section("docs/results.md", "training_step", f"{text_of(result)}\n\n{_where(result)}")
-            place.section("README.md", "training_step", goals_of(result))
+            if place.committed:
+                readme.write()
     console.print(Markdown(text_of(result)))
     console.print(f"{sum(result['minutes'][name] for name in chosen):.1f} minutes")
 

@@ -21,6 +21,7 @@ from mmdpo_trainers.data.sources import DUPLICATE, Problem, SourceRecord, read_s
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.files.json_lines import JsonLines, read_jsonl
+from mmdpo_trainers.models.families import fixed_grid
 from mmdpo_trainers.processes.progress import ProgressTask
 from mmdpo_trainers.stages.context import StageContext
 
@@ -337,8 +338,8 @@ def need_regions(formats: Mapping[str, float]) -> bool:
 def _refuse_centre_crop(model: Path) -> None:
     """Boxes are those of the whole picture: a processor that crops the centre of an oblong one moves what lies at them."""
     # A model that cannot be read is the affair of the stages that load it.
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if not _has_one_grid(json.loads((model / "config.json").read_text(encoding="utf-8"))):
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        if fixed_grid(json.loads((model / "config.json").read_text(encoding="utf-8"))) is None:
             # Tiles have the size that is cropped.
             return
     for file in (model / "processor_config.json", model / "preprocessor_config.json"):
@@ -348,12 +349,6 @@ def _refuse_centre_crop(model: Path) -> None:
             continue
         if config.get("image_processor", config).get("do_center_crop"):
             raise StageError(f"{file}: this model sees the centre of an oblong picture only; set augment.square to true")
-
-
-def _has_one_grid(config: Mapping[str, Any]) -> bool:
-    """Whether a model sees every picture on the same grid of patches, as LLaVA-1.5 does; others tile it, or take it in its own shape."""
-    vision = config.get("vision_config") or {}
-    return config.get("model_type", "llava") == "llava" and vision.get("model_type") != "pixtral"
 
 
 def _patch_grid(context: StageContext, formats: Mapping[str, float]) -> tuple[int, int] | None:
@@ -366,13 +361,8 @@ def _patch_grid(context: StageContext, formats: Mapping[str, float]) -> tuple[in
     file = context.model / "config.json"
     remedy = "set augment.patch_grid to [rows, columns]"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not _has_one_grid(config):
-            return None
-        vision = config["vision_config"]
-        side = int(vision["image_size"]) // int(vision["patch_size"])
+        return fixed_grid(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise StageError(f"{file} does not exist; give --model a whole model folder, or {remedy}") from error
     except (AttributeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise StageError(f"{file} does not say how many patches a picture has ({error!r}); {remedy}") from error
-    return side, side

@@ -6,6 +6,7 @@ One declaration a family, beside what all of them share (`Family`). A family wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmdpo_trainers.models.families.conventional import Conventional
@@ -26,6 +27,7 @@ __all__ = [
     "View",
     "expand_ids",
     "family_of",
+    "fixed_grid",
     "inside",
     "picture_layers",
     "plain_grid",
@@ -40,6 +42,12 @@ _DECLARED: tuple[type[Family], ...] = (
 
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _DECLARED}
 """By `model_type` of config.json."""
+
+
+def fixed_grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """`Family.fixed_grid` of the family that a config.json's values name; a nameless one is taken for LLaVA-1.5's."""
+    family = FAMILIES.get(config.get("model_type", Llava.name))
+    return None if family is None else family.fixed_grid(config)
 
 
 def family_of(source: Any) -> Family:

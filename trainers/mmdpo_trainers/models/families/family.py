@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +56,14 @@ class Family:
     def model_class(self) -> Any:
         """The transformers class with the language-model head."""
         return getattr(transformers, self.model_name)
+
+    @classmethod
+    def fixed_grid(cls, config: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Patch rows and columns that every picture has, by the values of config.json; None where pictures have grids of their own.
+
+        Raises KeyError, TypeError or ValueError where config.json does not say.
+        """
+        return None
 
     def image_token(self, processor: Any) -> str:
         """The text of the image token, which stands for one image feature."""

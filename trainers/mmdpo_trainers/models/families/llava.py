@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,14 @@ class Llava(Family):
     processor_name = "LlavaProcessor"
     vision = ("vision_tower",)
     projector = ("multi_modal_projector",)
+
+    @classmethod
+    def fixed_grid(cls, config: Mapping[str, Any]) -> tuple[int, int] | None:
+        vision = config["vision_config"]
+        if vision.get("model_type") == "pixtral":
+            return None
+        side = int(vision["image_size"]) // int(vision["patch_size"])
+        return side, side
 
     def views(
         self, processor: Any, inputs: dict[str, Tensor], index: int, size: tuple[int, int], block: list[int]

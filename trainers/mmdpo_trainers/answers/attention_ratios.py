@@ -183,7 +183,7 @@ def default_layer(layers: Sequence[int]) -> int:
 
 def check_regions(family: Family, regions: str, formats: Mapping[str, str] = MappingProxyType({})) -> None:
     """StageError for rectangles of another family, and for formats (format -> the setting that asks for it) that it cannot measure."""
-    if regions == "official_code" and family.name != "llava":
+    if regions == "official_code" and not family.official_regions:
         raise StageError(
             f"score.regions: official_code is how MIA-DPO's code cuts LLaVA-1.5's 24x24 patches; pictures of {family.name} "
             "have patch grids of their own; set it to box"

@@ -92,8 +92,8 @@ def load_processor(folder: Path, model_type: str) -> Any:
         ) from error
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise StageError(f"model {folder}: expected a processor for text and pictures, got {type(processor).__name__}")
-    if model_type in ("llava", "llava_next", "vipllava") and getattr(processor, "patch_size", None) is None:
-        _complete_llava(processor, folder)
+    if hasattr(processor, "num_additional_image_tokens") and processor.patch_size is None:
+        _complete(processor, folder)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if processor.tokenizer.pad_token is None:
@@ -104,8 +104,8 @@ def load_processor(folder: Path, model_type: str) -> Any:
     return processor
 
 
-def _complete_llava(processor: Any, folder: Path) -> None:
-    """Older LLaVA checkpoints keep the number of image tokens out of the processor's own file; take it from the model's."""
+def _complete(processor: Any, folder: Path) -> None:
+    """Checkpoints of the first LLaVAs keep the number of image tokens out of the processor's own file; take it from the model's."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     processor.patch_size = config["vision_config"]["patch_size"]
     processor.vision_feature_select_strategy = config.get("vision_feature_select_strategy", "default")

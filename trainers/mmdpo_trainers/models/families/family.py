@@ -39,6 +39,8 @@ class Family:
     """Whether a picture that has others beside it in its prompt is encoded otherwise than alone."""
     processor_counts: ClassVar[bool] = False
     """Whether the processor's own count of a size's tokens is that of all that stand for the picture."""
+    official_regions: ClassVar[bool] = False
+    """Whether the rectangles of MIA-DPO's released code are cut out of this family's patches."""
     cross_attention: ClassVar[bool] = False
     """Whether pictures come in by cross-attention layers, and not in the places of image tokens."""
 

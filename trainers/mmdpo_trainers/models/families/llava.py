@@ -23,6 +23,7 @@ class Llava(Family):
     processor_name = "LlavaProcessor"
     vision = ("vision_tower",)
     projector = ("multi_modal_projector",)
+    official_regions = True
 
     @classmethod
     def fixed_grid(cls, config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -10,3 +10,4 @@ class Mistral3(Llava):
     model_name = "Mistral3ForConditionalGeneration"
     processor_name = "PixtralProcessor"
     processor_counts = True
+    official_regions = False

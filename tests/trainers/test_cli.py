@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 from PIL import Image
@@ -103,6 +104,8 @@ def test_errors_are_one_line_with_a_remedy(data: Path, tmp_path: Path, capsys: p
     assert "--set seed: expected KEY=VALUE" in fails(capsys, "run", DEMO, "--set", "seed")
     assert "unknown key 'score.layr'; did you mean 'score.layer'?" in fails(capsys, "run", DEMO, "--set", "score.layr=3")
     assert "--seed must be an integer" in fails(capsys, "run", DEMO, "--seed", "x")
+    assert "command line: --seed: expected 0 or more and below" in fails(capsys, "run", DEMO, "--seed", "-1")
+    assert "--formats.grid must be a number" in fails(capsys, *stage, "--formats", "{grid: x}")
     assert "no stage 'scor'" in fails(capsys, "run", DEMO, "--run-dir", run, "--restart", "scor")
     assert "no field 'learning_rat'; did you mean 'learning_rate'?" in fails(
         capsys, "run", DEMO, "--run-dir", run, "--set", "train.args.learning_rat=1e-4"
@@ -120,6 +123,19 @@ def test_errors_are_one_line_with_a_remedy(data: Path, tmp_path: Path, capsys: p
         ("zzz: 1", "unknown key 'zzz'; valid keys: name, run_dir, model"),
         ("seed: one", "seed must be an integer, got the text 'one'"),
         ("seed: true", "seed must be an integer, got True (bool)"),
+        ("model: !!binary aGk=", "model must be text, got b'hi' (bytes)"),
+        ("seed: 3.0", "seed must be an integer, got 3.0 (float)"),
+        ("data: {holdout: true}", "data.holdout must be a number, got True (bool)"),
+        ("augment: {label: 'yes'}", "augment.label must be true or false, got the text 'yes'"),
+        ("augment: {1: 2}", "unknown key 'augment.1'; valid keys: formats"),
+        ("augment: {patch_grid: [1]}", "augment.patch_grid must be a list of 2 values (an integer, an integer), got [1] (list)"),
+        ("augment: {pip_openings: [a, 2]}", "augment.pip_openings[1] must be text, got 2 (int)"),
+        ("select: {max_length_ratio: x}", "select.max_length_ratio must be a number or one of preset or null, got the text 'x'"),
+        ("select: {max_length_ratio: .inf}", "select.max_length_ratio: expected a finite number, got inf"),
+        (
+            "select: {preset: papr}",
+            "select.preset must be one of paper, official_code, custom, got the text 'papr'; did you mean 'paper'",
+        ),
         ("augment: [1]", "augment must be a mapping, got [1] (list)"),
         ("augment: {num_images: {grid: {two: 1}}}", "key of augment.num_images.grid must be an integer"),
         ("augment: {patch_grid: [1, 2, 3]}", "augment.patch_grid must be a list of 2 values (an integer, an integer)"),
@@ -137,6 +153,8 @@ def test_errors_are_one_line_with_a_remedy(data: Path, tmp_path: Path, capsys: p
         ("select: {thresholds: {grid: {2: .nan}}}", "select.thresholds.grid.2: expected a finite number, got nan"),
         ("evaluate: {per_format: {grid: -1}}", "evaluate.per_format.grid: expected 0 or more, got -1"),
         ("train: {args: {learning_rate: .nan}}", "train.args.learning_rate: expected a finite number, got nan"),
+        ("train: {args: {a: {b: [1, .inf]}}}", "train.args.a.b[1]: expected a finite number, got inf"),
+        ("arms: {sft: {train: {args: {a: .nan}}}}", "arms.sft.train.args.a: expected a finite number, got nan"),
         ("arms: {sft: {train: {replay: -1}}}", "arms.sft: train.replay: expected 0 or more, got -1.0"),
         ("seed: 1\nseed: 2", "line 2, column 1: not valid YAML: key 'seed' is given twice"),
         ("a: [1", "line 1, column 6: not valid YAML"),
@@ -157,6 +175,28 @@ def test_yaml_numbers_as_people_write_them(tmp_path: Path) -> None:
     config = RunConfig.from_yaml(path)
     assert config.train.args == {"learning_rate": 5e-5, "run_name": "1e", "weight_decay": 1000.0}
     assert config.data.holdout == 0.0 and RunConfig.from_dict(config.to_dict()) == config
+
+
+def test_values_are_what_fingerprints_of_finished_runs_were_made_of() -> None:
+    """1 and 1.0 are equal, and two fingerprints."""
+    augment = {"formats": {"grid": 1}, "num_images": {"grid": {4: 1}}, "per_record": 2, "cell_size": 9, "patch_grid": [3, 4]}
+    config = RunConfig.from_dict({"augment": augment, "select": {"max_length_ratio": 3}, "train": {"args": {"beta": 1}}})
+    taken = {key: value for key, value in config.to_dict()["augment"].items() if key in augment}
+    assert json.dumps(taken, sort_keys=True) == (
+        '{"cell_size": 9, "formats": {"grid": 1.0}, "num_images": {"grid": {"4": 1.0}}, "patch_grid": [3, 4], "per_record": 2.0}'
+    )
+    assert repr((config.augment.patch_grid, config.augment.num_images)) == "((3, 4), {'grid': {4: 1.0}})"
+    assert repr((config.select.max_length_ratio, config.train.args)) == "(3.0, {'beta': 1})"
+
+
+@pytest.mark.parametrize("cls", [RunConfig, *filter(dataclasses.is_dataclass, get_type_hints(RunConfig).values())])
+def test_plain_types_of_every_section_are_strict(cls: Any) -> None:
+    """A plain int would take True, 3.0 and the text '3'."""
+
+    def plain(hint: Any) -> bool:
+        return hint in (bool, int, float, str) or (get_origin(hint) is not Annotated and any(map(plain, get_args(hint))))
+
+    assert not [name for name, hint in get_type_hints(cls, include_extras=True).items() if plain(hint)]
 
 
 def test_arms_are_laid_over_the_run() -> None:

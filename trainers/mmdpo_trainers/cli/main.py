@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from mmdpo_trainers.config.run_config import DataConfig, RunConfig
-from mmdpo_trainers.config.values import check_numbers, convert, parse_yaml, read_yaml, type_name
+from mmdpo_trainers.config.values import parse_yaml, read_yaml, type_name, validated
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.methods import METHODS, check_method
 from mmdpo_trainers.processes import ranks
@@ -144,7 +144,7 @@ def _add_stage(commands: Any, stage: str) -> None:
     if stage == "evaluate":
         parser.add_argument("--moment", choices=("before", "after"), default="after", help="the model before or after training")
     if stage == "augment":
-        _add_fields(parser, DataConfig, "data", rename={"source": "data"})
+        _add_fields(parser, DataConfig, "data")
     _add_section(parser, stage)
     parser.set_defaults(action=_stage, stage=stage)
 
@@ -185,29 +185,28 @@ def _parser_of(commands: Any, name: str, description: str) -> argparse.ArgumentP
 
 def _add_section(parser: argparse.ArgumentParser, stage: str) -> None:
     """A flag for each field of a stage's section, and for those that all stages have."""
-    sections = {f.name: f for f in dataclasses.fields(RunConfig)}
     _add_fields(parser, get_type_hints(RunConfig)[stage], stage)
-    for name in _SHARED:
-        _add_field(parser, sections[name], get_type_hints(RunConfig)[name], name, name)
+    _add_fields(parser, RunConfig, names=_SHARED)
     _add_allow_missing(parser)
 
 
 def _add_allow_missing(parser: argparse.ArgumentParser) -> None:
-    about = next(f.metadata["help"] for f in dataclasses.fields(RunConfig) if f.name == _ALLOW)
+    about = next(f.metadata["description"] for f in dataclasses.fields(RunConfig) if f.name == _ALLOW)
     parser.add_argument("--allow-missing", dest=_ALLOW, action="store_const", const="true", default=argparse.SUPPRESS, help=about)
 
 
-def _add_fields(parser: argparse.ArgumentParser, cls: Any, section: str, rename: dict[str, str] | None = None) -> None:
-    hints = get_type_hints(cls)
-    for each in dataclasses.fields(cls):
-        _add_field(parser, each, hints[each.name], f"{section}.{each.name}", (rename or {}).get(each.name, each.name))
+def _add_fields(parser: argparse.ArgumentParser, cls: Any, section: str = "", names: Sequence[str] = ()) -> None:
+    """Flags for the fields of a dataclass, or for some of them, in the order of `names`."""
+    hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    for name in names or fields:
+        each, key = fields[name], f"{section}.{name}".lstrip(".")
+        default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
+        text = f"{each.metadata['description']} [{type_name(hints[name])}; default: {default}]".replace("%", "%%")
+        parser.add_argument(_flag(key), dest=key, metavar="VALUE", default=argparse.SUPPRESS, help=text)
 
 
-def _add_field(parser: argparse.ArgumentParser, each: dataclasses.Field[Any], hint: Any, key: str, flag: str) -> None:
-    default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
-    text = f"{each.metadata['help']} [{type_name(hint)}; default: {default}]".replace("%", "%%")
-    names = [f"--{flag.replace('_', '-')}"]
-    parser.add_argument(*names, dest=key, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+def _flag(key: str) -> str:
+    return "--data" if key == "data.source" else f"--{key.rpartition('.')[2].replace('_', '-')}"
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -220,7 +219,7 @@ def _run(options: argparse.Namespace) -> None:
             raise ConfigError(f"--set {assignment}: expected KEY=VALUE, such as --set score.layer=8")
         values = _assigned(values, key.split("."), _flag_value(f"--set {key}", text))
     if options.seed is not None:
-        values["seed"] = convert(_flag_value("--seed", options.seed), int, where="command line", name="--seed")
+        values["seed"] = _typed("seed", options.seed)
     if options.run_dir is not None:
         values["run_dir"] = options.run_dir
     if hasattr(options, _ALLOW):
@@ -338,16 +337,11 @@ def _typed(key: str, text: Any) -> Any:
     section, _, name = key.rpartition(".")
     owner = get_type_hints(RunConfig)[section] if section else RunConfig
     hint = get_type_hints(owner)[name]
-    flag = "--data" if key == "data.source" else f"--{name.replace('_', '-')}"
-    if hint is str:
-        return text
-    value = _flag_value(flag, text)
-    if "text" in type_name(hint).split(" or ") and value is not None:
+    value = text if hint is str else _flag_value(_flag(key), text)
+    if hint == str | None and value is not None:
         # A folder named 2024 is a text where the field takes one.
         value = text
-    value = convert(value, hint, where="command line", name=flag)
-    check_numbers(value, next(f for f in dataclasses.fields(owner) if f.name == name), where="command line", name=flag)
-    return value
+    return getattr(validated(owner, {name: value}, where="command line", flag=_flag(key)), name)
 
 
 def _flag_value(flag: str, text: str) -> Any:

@@ -1,43 +1,54 @@
-"""Checked values for configuration dataclasses: YAML in, typed dataclass out, with errors that name the key and the remedy."""
+"""Settings checked by pydantic: YAML in, typed values out, with errors that name the file, the key and the remedy."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
-import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import AfterValidator, ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from mmdpo_trainers.errors import ConfigError
 
 T = TypeVar("T")
+_UNIONS = (Union, UnionType)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Range:
-    """Numbers a value may be: from minimum to maximum, both included; above and below leave the limit itself out."""
+class Settings:
+    """Base of configuration dataclasses: what pydantic reads them with, see `validated`. Made in code they are not checked.
 
-    minimum: float | None = None
-    maximum: float | None = None
-    above: float | None = None
-    below: float | None = None
+    Not strict, or no mapping would do for a dataclass and no list for a tuple. The plain types in them are, as StrictInt and so on:
+    `yes` is not true, 3.0 not 3, and true not 1.
+    """
 
-    def __contains__(self, value: float) -> bool:
-        return (
-            (self.minimum is None or value >= self.minimum)
-            and (self.maximum is None or value <= self.maximum)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    def __str__(self) -> str:
-        limits = {"{} or more": self.minimum, "above {}": self.above, "at most {}": self.maximum, "below {}": self.below}
-        return " and ".join(words.format(limit) for words, limit in limits.items() if limit is not None)
+
+_LIMITS = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
+"""pydantic's names of limits -> words."""
+
+
+def _finite(value: Any, place: str = "") -> Any:
+    inner = [(f".{key}", item) for key, item in value.items()] if isinstance(value, dict) else []
+    inner += [(f"[{index}]", item) for index, item in enumerate(value)] if isinstance(value, list | tuple) else []
+    for key, item in inner:
+        _finite(item, place + key)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError("finite_number", "{place} is {number}", {"place": place, "number": value})
+    return value
+
+
+Finite = Annotated[T, AfterValidator(_finite)]
+"""Arguments of something else, whose types are not known here: of any type, but no number in them is NaN or infinite."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -84,91 +95,70 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def build(cls: type[T], values: Any, *, where: str, prefix: str = "") -> T:
-    """A dataclass from a dict, every value checked against its field's type.
+def validated(hint: Any, value: Any, *, where: str, name: str = "", flag: str = "") -> Any:
+    """`value` as a configuration dataclass, or as another type taken strictly.
 
-    Raises ConfigError naming `where`, the dotted key, and the nearest valid key or the expected type.
+    Raises ConfigError for what pydantic refuses first: `where`, the dotted key, and the nearest valid key or the expected type.
+    `name` is what `value` is called there; `flag` is what the only key of a dataclass is called.
     """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or cls.__name__} must be a mapping, got {describe(values)}")
-    hints = get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            remedy = f"did you mean {prefix + near[0]!r}?" if near else f"valid keys: {', '.join(hints)}"
-            raise ConfigError(f"{where}: unknown key {prefix + str(key)!r}; {remedy}")
-    converted = {key: convert(value, hints[key], where=where, name=prefix + key) for key, value in values.items()}
-    for each in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if each.name in converted:
-            check_numbers(converted[each.name], each, where=where, name=prefix + each.name)
-    return cls(**converted)
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explained(error.errors()[0], hint, name, flag)}") from None
 
 
-def check_numbers(value: Any, owner: dataclasses.Field[Any], *, where: str, name: str) -> None:
-    """Raise ConfigError for a number outside of its field's `range`, or not finite, in a value or anywhere within it."""
-    limits = owner.metadata.get("range", Range())
-    if isinstance(value, dict):
-        for key, item in value.items():
-            check_numbers(item, owner, where=where, name=f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            check_numbers(item, owner, where=where, name=f"{name}[{index}]")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ConfigError(f"{where}: {name}: expected a finite number, got {value}")
-        if value not in limits:
-            raise ConfigError(f"{where}: {name}: expected {limits}, got {value}")
-
-
-def convert(value: Any, hint: Any, *, where: str, name: str) -> Any:
-    """`value` as the type `hint` (bool, int, float, str, None, Any, Literal, unions, list, tuple, dict, dataclasses)."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, where=where, prefix=f"{name}.")  # type: ignore[arg-type]
-    if origin in (Union, types.UnionType):
-        return _convert_union(value, arguments, hint, where=where, name=name)
-    if origin is Literal:
-        # YAML reads a bare `none`-like word as text but `null`, `yes` and `no` as other things; only exact members are taken.
-        if any(value is member or (type(value) is type(member) and value == member) for member in arguments):
-            return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
-        hintline = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{where}: {name} must be one of {', '.join(map(str, arguments))}, got {describe(value)}{hintline}")
-    if origin is list and isinstance(value, list | tuple):
-        return [convert(item, arguments[0], where=where, name=f"{name}[{index}]") for index, item in enumerate(value)]
-    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
-        pairs = zip(value, arguments, strict=True)
-        return tuple(convert(item, kind, where=where, name=f"{name}[{index}]") for index, (item, kind) in enumerate(pairs))
-    if origin is dict and isinstance(value, dict):
-        keys = [convert(key, arguments[0], where=where, name=f"key of {name}") for key in value]
-        pairs = zip(keys, value.values(), strict=True)
-        return {key: convert(item, arguments[1], where=where, name=f"{name}.{key}") for key, item in pairs}
-    if origin is None and _is_plain(value, hint):
-        return float(value) if hint is float else value
-    raise ConfigError(f"{where}: {name} must be {type_name(hint)}, got {describe(value)}")
+        return TypeAdapter(hint)
+    # YAML writes a tuple as a list.
+    taken: Any = Annotated[hint, Strict(False)] if get_origin(hint) is tuple else hint
+    return TypeAdapter(taken, config=ConfigDict(strict=True))
 
 
-def _is_plain(value: Any, hint: Any) -> bool:
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(hint, type) and isinstance(value, hint)
+def _explained(error: ErrorDetails, hint: Any, name: str, flag: str) -> str:
+    kind, value, place, context = error["type"], error["input"], error["loc"], error.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    unknown = kind in ("unexpected_keyword_argument", "invalid_key")
+    # An unknown key, and an entry that a list lacks, are errors of what they are looked for in.
+    hint, name, limits = _find(hint, place[:-1] if unknown or kind == "missing" else place, name, flag)
+    if unknown:
+        prefix, key, keys = f"{name}." if name else "", str(place[-1]), [each.name for each in dataclasses.fields(hint)]
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        remedy = f"did you mean {prefix + near[0]!r}?" if near else f"valid keys: {', '.join(keys)}"
+        return f"unknown key {prefix + key!r}; {remedy}"
+    if kind == "finite_number":
+        return f"{name}{context.get('place', '')}: expected a finite number, got {context.get('number', value)}"
+    if kind.startswith(("greater_than", "less_than")):
+        limits = {**context, **{limit: number for limit, number in limits.items() if number is not None}}
+        words = [text.format(limits[limit]) for limit, text in _LIMITS.items() if limit in limits]
+        return f"{name}: expected {' and '.join(words)}, got {float(value) if hint is float else value}"
+    choices = map(str, get_args(hint)) if get_origin(hint) is Literal else ()
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    remedy = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{name or hint.__name__} must be {type_name(hint)}, got {describe(value)}{remedy}"
 
 
-def _convert_union(value: Any, members: tuple[Any, ...], hint: Any, *, where: str, name: str) -> Any:
-    if value is None and type(None) in members:
-        return None
-    real = [member for member in members if member is not type(None)]
-    for member in real:
-        try:
-            return convert(value, member, where=where, name=name)
-        except ConfigError:
-            if len(real) == 1:
-                raise
-    raise ConfigError(f"{where}: {name} must be {type_name(hint)}, got {describe(value)}")
+def _find(
+    hint: Any, place: Sequence[int | str], name: str, flag: str, limits: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Any, str, Mapping[str, Any]]:
+    """Type, dotted key and limits of what lies at pydantic's `place` in a `hint`; of a union's members, the union."""
+    real = [each for each in get_args(hint) if each is not type(None)] if get_origin(hint) in _UNIONS else [hint]
+    if len(real) > 1:
+        return hint, name, limits
+    hint, origin, arguments = real[0], get_origin(real[0]), get_args(real[0])
+    if not place:
+        return hint, name, limits
+    part, *rest = place
+    if dataclasses.is_dataclass(hint):
+        limits = next(each.metadata for each in dataclasses.fields(hint) if each.name == part)
+        return _find(get_type_hints(hint)[str(part)], rest, f"{name}.{part}" if name else flag or str(part), flag, limits)
+    if origin is dict and rest == ["[key]"]:
+        return arguments[0], f"key of {name}", limits
+    if origin is dict:
+        return _find(arguments[1], rest, f"{name}.{part}", flag, limits)
+    return _find(arguments[int(part) if origin is tuple else 0], rest, f"{name}[{part}]", flag, limits)
 
 
 def type_name(hint: Any) -> str:
@@ -178,7 +168,9 @@ def type_name(hint: Any) -> str:
         return "any value"
     if hint is type(None):
         return "null"
-    if origin in (Union, types.UnionType):
+    if dataclasses.is_dataclass(hint):
+        return "a mapping"
+    if origin in _UNIONS:
         return " or ".join(type_name(argument) for argument in arguments)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from mmdpo_trainers.config.shipped import SHIPPED
-from mmdpo_trainers.config.values import convert
+from mmdpo_trainers.config.values import validated
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.errors import ConfigError, DataError
 from mmdpo_trainers.files.atomic import read_json
@@ -64,7 +64,7 @@ def check_train_args(context: StageContext) -> None:
             raise ConfigError(f"{where}: PreferenceConfig has no field {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
         # transformers takes a learning rate that is a text, and fails with it in the first step.
         if _is_number(hints[name]):
-            convert(value, hints[name], where=where, name=name)
+            validated(hints[name], value, where=where, name=name)
     training_settings(context, range(1))
 
 

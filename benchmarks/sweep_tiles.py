@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 from benchmarks.harness import CudaTimer, timed
 from benchmarks.measure import add_place, markdown, place_of
 from benchmarks.ops.tree_attention import LLM, LONG, TINY, Problem, make
+from mmdpo_kernels.backends.calls import TreeAttentionCall
 from mmdpo_kernels.backends.logit_options import LogitOptions
 from mmdpo_kernels.backends.triton import logit_rows, runtime, tiles
 from mmdpo_kernels.backends.triton import tree_attention as kernels
@@ -134,15 +135,15 @@ class Passes:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.inputs = tuple(leaf.detach() for leaf in problem.leaves.values())
-        self.options = (problem.tree_end, None, 0, problem.scale, None, None)
+        self.call = TreeAttentionCall(problem.tree_end, None, 0, problem.scale, softcap=None, window=None)
         self.grad = problem.grad_output
         self.output, self.lse, _ = self.forward()
 
     def forward(self) -> Any:
-        return kernels.forward(*self.inputs, *self.options)
+        return kernels.forward(*self.inputs, self.call)
 
     def backward(self) -> Any:
-        return kernels.backward(self.grad, None, None, *self.inputs, self.output, self.lse, *self.options)
+        return kernels.backward(self.grad, None, None, *self.inputs, self.output, self.lse, self.call)
 
     def one(self, which: str) -> Any:
         return self.forward() if which == "forward" else self.backward()

@@ -98,29 +98,32 @@ def test_the_calls_of_a_seed_are_the_same_every_time() -> None:
 # Each wrong backend below is wrong in one place only.
 
 Forward = Callable[..., Any]
-TREE_END, SEGMENTS = {"tree_attention": 3, "attention_mass": 5}, {"tree_attention": 4, "attention_mass": 2}
-SCALE, SOFTCAP = {"tree_attention": -3, "attention_mass": -4}, {"tree_attention": -2, "attention_mass": -3}
-WINDOW = {"tree_attention": -1, "attention_mass": -2}
 
 
-def argument(index: dict[str, int], change: Callable[[Any], Any], *, only: str = "") -> Callable[..., Any]:
-    """A backend whose forward and backward, or only one of them, take an argument wrongly. index: of forward, counted per op."""
+def field(name: str, change: Callable[[Any], Any], *, only: str = "") -> Callable[..., Any]:
+    """A backend whose forward and backward, or only one of them, take a field of the call wrongly."""
 
-    def wrong(op: str, name: str, original: Forward) -> Forward:
-        if only and name != only:
+    def wrong(op: str, function: str, original: Forward) -> Forward:
+        if only and function != only:
             return original
-        at = index[op]
-        if name == "backward" and at >= 0:
-            # Upstream gradients come first, one or three; `tree_attention` has its two results after the value.
-            at += 1 if op == "attention_mass" else 3 if at <= 2 else 5
 
-        def function(*args: Any) -> Any:
-            given = list(args)
-            if given[at] is not None:
-                given[at] = change(given[at])
-            return original(*given)
+        def changed(*args: Any) -> Any:
+            *tensors, call = args
+            value = getattr(call, name)
+            return original(*tensors, call if value is None else call._replace(**{name: change(value)}))
 
-        return function
+        return changed
+
+    return wrong
+
+
+def keys(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A backend that takes the keys wrongly."""
+
+    def wrong(op: str, function: str, original: Forward) -> Forward:
+        # Upstream gradients come first, one or three.
+        at = 1 if function == "forward" else 2 if op == "attention_mass" else 4
+        return lambda *args: original(*args[:at], change(args[at]), *args[at + 1 :])
 
     return wrong
 
@@ -160,14 +163,14 @@ def unwritten_end(tensor: Tensor) -> Tensor:
 
 
 WRONG: dict[str, Callable[..., Any]] = {
-    "subtrees end one early": argument(TREE_END, lambda ends: (ends - 1).clamp(min=0)),
-    "subtrees end one late": argument(TREE_END, lambda ends: (ends + 1).clamp(max=ends.shape[1])),
-    "windows one too wide": argument(WINDOW, lambda window: window + 1),
-    "no softcap in the backward": argument(SOFTCAP, lambda softcap: None, only="backward"),
-    "another scale in the backward": argument(SCALE, lambda scale: scale * 1.01, only="backward"),
-    "segments one token off": argument(SEGMENTS, lambda segments: segments.roll(1, dims=1)),
-    "the second key head first": argument({"tree_attention": 1, "attention_mass": 1}, lambda key: key.flip(1)),
-    "keys in half precision": argument({"tree_attention": 1, "attention_mass": 1}, lambda key: key.half().to(key.dtype)),
+    "subtrees end one early": field("tree_end", lambda ends: (ends - 1).clamp(min=0)),
+    "subtrees end one late": field("tree_end", lambda ends: (ends + 1).clamp(max=ends.shape[1])),
+    "windows one too wide": field("window", lambda window: window + 1),
+    "no softcap in the backward": field("softcap", lambda softcap: None, only="backward"),
+    "another scale in the backward": field("scale", lambda scale: scale * 1.01, only="backward"),
+    "segments one token off": field("segments", lambda segments: segments.roll(1, dims=1)),
+    "the second key head first": keys(lambda key: key.flip(1)),
+    "keys in half precision": keys(lambda key: key.half().to(key.dtype)),
     "last row not written": result(unwritten_end, only="forward"),
     "gradient of queries halved": result(lambda grad: grad / 2, only="backward"),
     "gradient of lse forgotten": without_upstream(1),

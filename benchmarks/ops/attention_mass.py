@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.case import BOTH, FORWARD, Case, Named, Work
 from benchmarks.ops.tree_attention import picture_of
+from mmdpo_kernels.backends.calls import AttentionMassCall
 from mmdpo_kernels.backends.reference import attention_mass as reference
 
 Sizes = Mapping[str, int]
@@ -88,20 +89,20 @@ def work(problem: Problem) -> Work:
 def truth(problem: Problem) -> Named:
     """The reference in float64."""
     query, key = (tensor.detach().double() for tensor in (problem.query_rows, problem.key))
-    options = (
-        problem.segments,
-        problem.row_positions.long(),
-        problem.num_segments,
-        None,
-        None,
-        problem.scale,
-        None,
-        None,
-        problem.reduce,
+    call = AttentionMassCall(
+        segments=problem.segments,
+        row_positions=problem.row_positions.long(),
+        num_segments=problem.num_segments,
+        tree_end=None,
+        lse=None,
+        scale=problem.scale,
+        softcap=None,
+        window=None,
+        reduce=problem.reduce,
     )
-    found = {"mass": reference.forward(query, key, *options)}
+    found = {"mass": reference.forward(query, key, call)}
     if problem.timed == BOTH:
-        grads = reference.backward(problem.grad_mass.double(), query, key, *options)
+        grads = reference.backward(problem.grad_mass.double(), query, key, call)
         found |= dict(zip(("grad_query_rows", "grad_key"), grads, strict=True))
     return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import BACKWARD, BOTH, FORWARD, Case, Named, Work
+from mmdpo_kernels.backends.calls import AttentionMassCall, TreeAttentionCall
 from mmdpo_kernels.backends.reference import attention_mass as reference_mass
 from mmdpo_kernels.backends.reference import tree_attention as reference
 
@@ -173,11 +174,11 @@ def truth(problem: Problem) -> Named:
         query, grad = (tensor.detach()[:, group].double() for tensor in (problem.query, problem.grad_output))
         key, value = (tensor.detach()[:, head : head + 1].double() for tensor in (problem.key, problem.value))
         count = problem.num_segments if problem.rows is None else 0
-        options = (problem.tree_end, problem.segments, count, problem.scale, None, None)
-        output, lse, mass = reference.forward(query, key, value, *options)
+        call = TreeAttentionCall(problem.tree_end, problem.segments, count, problem.scale, softcap=None, window=None)
+        output, lse, mass = reference.forward(query, key, value, call)
         found = {"output": output, "lse": lse, "mass": mass}
         if problem.timed != FORWARD:
-            grads = reference.backward(grad, None, None, query, key, value, output, lse, *options)
+            grads = reference.backward(grad, None, None, query, key, value, output, lse, call)
             found |= dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True))
         parts.append(found)
     found = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
@@ -185,15 +186,17 @@ def truth(problem: Problem) -> Named:
         found["mass"] = reference_mass.forward(
             problem.query.detach()[:, :, problem.rows].double(),
             problem.key.detach().double(),
-            problem.segments,
-            problem.rows[None],
-            problem.num_segments,
-            problem.tree_end,
-            None,
-            problem.scale,
-            None,
-            None,
-            "mean",
+            AttentionMassCall(
+                segments=problem.segments,
+                row_positions=problem.rows[None],
+                num_segments=problem.num_segments,
+                tree_end=problem.tree_end,
+                lse=None,
+                scale=problem.scale,
+                softcap=None,
+                window=None,
+                reduce="mean",
+            ),
         )
     return {name: tensor for name, tensor in found.items() if tensor.numel()}
 

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from ...tree_mask import depth
+from ..calls import AttentionMassCall
 from . import runtime
 from .attention_mass_kernels import add_parts, combine_splits, key_gradient, key_partials, query_gradient, row_partials
 from .attention_mass_tiles import COLUMNS, SPLITS
@@ -35,19 +36,11 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object)
 def forward(
     query_rows: Tensor,  # (B, Hq, R, D)
     key: Tensor,  # (B, Hkv, S, D)
-    segments: Tensor,  # (B, S)
-    row_positions: Tensor,  # (B, R)
-    num_segments: int,
-    tree_end: Tensor | None,  # (B, S)
-    lse: Tensor | None,  # (B, Hq, R)
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    reduce: str | None,
+    call: AttentionMassCall,
 ) -> Tensor:
     """-> (B, Hq, R, N), (B, N) or (B, S) float32, as `reduce` says. With `lse`, blocks of keys that are in no segment are not read."""
-    work = _Work.of(query_rows, key, segments, row_positions, num_segments, tree_end, scale, softcap, window)
-    out = work.forward(lse, reduce)
+    work = _Work.of(query_rows, key, call)
+    out = work.forward()
     work.run()
     return out
 
@@ -56,19 +49,11 @@ def backward(
     grad: Tensor,
     query_rows: Tensor,
     key: Tensor,
-    segments: Tensor,
-    row_positions: Tensor,
-    num_segments: int,
-    tree_end: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    reduce: str | None,
+    call: AttentionMassCall,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of query_rows and key: dscores = P (dP - rowsum(P dP)), dP the upstream gradient at the key's segment."""
-    work = _Work.of(query_rows, key, segments, row_positions, num_segments, tree_end, scale, softcap, window)
-    grad_query, grad_key = work.backward(grad, lse, reduce)
+    work = _Work.of(query_rows, key, call)
+    grad_query, grad_key = work.backward(grad)
     work.run()
     return grad_query.to(query_rows.dtype), grad_key.to(key.dtype)
 
@@ -133,44 +118,27 @@ class _Work:
 
     query: Tensor
     key: Tensor
-    segments: Tensor
-    positions: Tensor
-    tree_end: Tensor | None
+    call: AttentionMassCall
     depth: Tensor | None
-    num_segments: int
-    scale: float
-    softcap: float | None
-    window: int | None
     target: int
     launches: list[Launch] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls,
-        query_rows: Tensor,
-        key: Tensor,
-        segments: Tensor,
-        row_positions: Tensor,
-        num_segments: int,
-        tree_end: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> _Work:
+    def of(cls, query_rows: Tensor, key: Tensor, call: AttentionMassCall, target: int | None = None) -> _Work:
+        """target: compute capability to launch for, 80 for 8.0; None: that of the GPU that holds the keys."""
         dtype = torch.promote_types(query_rows.dtype, key.dtype)
         query_rows, key = (_dense_heads(tensor.to(dtype)) for tensor in (query_rows, key))
         return cls(
             query=query_rows,
             key=key,
-            segments=segments.contiguous(),
-            positions=row_positions.contiguous(),
-            tree_end=None if tree_end is None else tree_end.contiguous(),
-            depth=None if tree_end is None or window is None else depth(tree_end),
-            num_segments=num_segments,
-            scale=scale,
-            softcap=softcap,
-            window=window,
-            target=_target(key.device),
+            call=call._replace(
+                segments=call.segments.contiguous(),
+                row_positions=call.row_positions.contiguous(),
+                tree_end=None if call.tree_end is None else call.tree_end.contiguous(),
+                lse=None if call.lse is None else call.lse.to(torch.float32).contiguous(),
+            ),
+            depth=None if call.tree_end is None or call.window is None else depth(call.tree_end),
+            target=_target(key.device) if target is None else target,
         )
 
     def run(self) -> None:
@@ -178,14 +146,13 @@ class _Work:
             for launch in self.launches:
                 launch.run()
 
-    def forward(self, lse: Tensor | None, reduce: str | None) -> Tensor:
+    def forward(self) -> Tensor:
         batch, heads, rows, _ = self.query.shape
-        length, count = self.key.shape[2], self.num_segments
+        length, count, reduce = self.key.shape[2], self.call.num_segments, self.call.reduce
         shape = {None: (batch, heads, rows, count), "mean": (batch, count), "tokens": (batch, length)}[reduce]
         if 0 in (batch, heads, rows, length, *shape):
             return torch.zeros(shape, dtype=torch.float32, device=self.key.device)
-        out = self.workspace(*shape)
-        lse = _dense_float(lse)
+        out, lse = self.workspace(*shape), self.call.lse
         if reduce == "tokens":
             self.token_means(lse, out)
         else:
@@ -193,19 +160,19 @@ class _Work:
                 lse = self.segment_masses(lse, first, reduce == "mean", out)
         return out
 
-    def backward(self, grad: Tensor, lse: Tensor | None, reduce: str | None) -> tuple[Tensor, Tensor]:
-        query, key = self.query, self.key
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, reduce = self.query, self.key, self.call.reduce
         if 0 in (*grad.shape, *query.shape, *key.shape):
             return torch.zeros_like(query), torch.zeros_like(key)
         # A reduced gradient is one a key, shared by all rows; the kernels divide their sums by the number of rows.
         strides = grad.stride() if reduce is None else (grad.stride(0), 0, 0, grad.stride(1))
         upstream = {
-            "SEGMENTS": None if reduce == "tokens" else self.segments,
+            "SEGMENTS": None if reduce == "tokens" else self.call.segments,
             "GRAD": grad,
-            "end_segment": key.shape[2] if reduce == "tokens" else self.num_segments,
+            "end_segment": key.shape[2] if reduce == "tokens" else self.call.num_segments,
             **_named("stride_g", "bhrn", strides),
         }
-        found, delta = self.row_corrections(_dense_float(lse), upstream, per_row=reduce is None)
+        found, delta = self.row_corrections(self.call.lse, upstream, per_row=reduce is None)
         grad_query, grad_key = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
         common = self.common_arguments() | upstream | {"LSE": found, "DELTA": delta}
         flags = {"PER_ROW": reduce is None, "MEAN": reduce is not None}
@@ -220,9 +187,9 @@ class _Work:
     def segment_masses(self, lse: Tensor | None, first: int, mean: bool, out: Tensor) -> Tensor | None:
         """Masses of _COLUMNS segments from `first` on into `out` -> lse, where it is known now."""
         batch, heads, rows, _ = self.query.shape
-        end = min(first + _COLUMNS, self.num_segments)
+        end = min(first + _COLUMNS, self.call.num_segments)
         tiles, splits, pairs = self.row_grid("scores")[0]
-        options: dict[str, Any] = {"SEGMENTS": self.segments, "first_segment": first, "end_segment": end}
+        options: dict[str, Any] = {"SEGMENTS": self.call.segments, "first_segment": first, "end_segment": end}
         if lse is not None and mean:
             parts = self.workspace(batch, pairs // batch * tiles * splits, _COLUMNS)
             self.row_partials(lse, None, None, parts, "mass", sum_rows=True, **options)
@@ -234,7 +201,7 @@ class _Work:
         peak, total = (None, None) if lse is not None else self.split_state(splits)
         mass = self.workspace(splits, batch, heads, rows, _COLUMNS)
         self.row_partials(lse, peak, total, mass, "mass", stride_row=_COLUMNS, **options)
-        new_lse = self.workspace(batch, heads, rows) if lse is None and end < self.num_segments else None
+        new_lse = self.workspace(batch, heads, rows) if lse is None and end < self.call.num_segments else None
         if mean:
             parts = self.workspace(batch, triton.cdiv(heads * rows, _COMBINED_ROWS), _COLUMNS)
             self.combine_splits(peak, total, mass, new_lse, parts, sum_rows=True)
@@ -335,7 +302,7 @@ class _Work:
         arguments = {
             "PARTS": parts,
             "OUT": out,
-            "POSITIONS": self.positions,
+            "POSITIONS": self.call.row_positions,
             "rows": self.query.shape[2],
             "heads": self.query.shape[1],
             "parts": parts.shape[1],
@@ -390,12 +357,12 @@ class _Work:
         return {
             "Q": self.query,
             "K": self.key,
-            "POSITIONS": self.positions,
-            "TREE_END": self.tree_end,
+            "POSITIONS": self.call.row_positions,
+            "TREE_END": self.call.tree_end,
             "DEPTH": self.depth,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "window": self.window,
+            "scale": self.call.scale,
+            "softcap": self.call.softcap,
+            "window": self.call.window,
             "rows": self.query.shape[2],
             "group": self.query.shape[1] // self.key.shape[1],
             "kv_heads": self.key.shape[1],
@@ -463,12 +430,12 @@ def _described_work(
         tree_end = None if tree is None else torch.empty(batch, length, dtype=tree)
         lse = torch.empty(batch, heads, rows) if known else None
     for name in ("forward", "backward"):
-        work = _Work.of(query, key, segments, positions, count, tree_end, dim**-0.5, softcap, window)
-        work.target = target
-        out = work.forward(lse, reduce)
+        call = AttentionMassCall(segments, positions, count, tree_end, lse, dim**-0.5, softcap, window, reduce)
+        work = _Work.of(query, key, call, target)
+        out = work.forward()
         if name == "backward":
             work.launches.clear()
-            work.backward(out, lse, reduce)
+            work.backward(out)
         yield work, f"{name} {reduce or 'rows'}{' lse' if known else ''}"
 
 
@@ -479,7 +446,3 @@ def _named(prefix: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
 def _dense_heads(tensor: Tensor) -> Tensor:
     """The kernels read each head vector as consecutive elements; other strides may be anything."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _dense_float(lse: Tensor | None) -> Tensor | None:
-    return None if lse is None else lse.to(torch.float32).contiguous()

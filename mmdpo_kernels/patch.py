@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .backends.ops_table import OPS
 from .backends.reference.scores import capped_scores, expand_heads
-from .backends.registry import PREFERENCE
 from .ops.precision import autocast_to
 from .ops.tree_attention import tree_attention
 from .patched import (
@@ -54,8 +54,8 @@ def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "au
         ValueError: an unknown backend, or a model that does not use transformers' attention interface.
     """
     for op, name in (("tree_attention", backend), ("attention_mass", mass_backend)):
-        if name != "auto" and name not in PREFERENCE[op]:
-            raise ValueError(f"patch_model: {op} has no backend {name!r}; choose 'auto' or one of {', '.join(PREFERENCE[op])}")
+        if name != "auto" and name not in OPS[op].backends:
+            raise ValueError(f"patch_model: {op} has no backend {name!r}; choose 'auto' or one of {', '.join(OPS[op].backends)}")
     tower = language_tower(model)
     state = state_of(tower) or PatchState()
     state.backend, state.mass_backend = backend, mass_backend

@@ -32,11 +32,12 @@ from torch import Tensor
 
 from mmdpo_kernels import attention_mass, tree_attention
 from mmdpo_kernels.backends import registry
+from mmdpo_kernels.backends.ops_table import OPS
 
-OPS = ("tree_attention", "attention_mass")
+DRAWN = ("tree_attention", "attention_mass")
 TOTAL = int(os.environ.get("MMDPO_PROPERTY_CASES", "240"))
 BLOCK = 20 if TOTAL <= 1000 else 100
-HERE = [(op, name) for op in OPS for name in registry.PREFERENCE[op] if reason_not_here(op, name) is None]
+HERE = [(op, name) for op in DRAWN for name in OPS[op].backends if reason_not_here(op, name) is None]
 
 
 def share(op: str, backend: str) -> float:
@@ -89,7 +90,7 @@ def test_large_scores_under_a_softcap(op: str, backend: str, length: int) -> Non
 
 
 def test_the_calls_of_a_seed_are_the_same_every_time() -> None:
-    for op in OPS:
+    for op in DRAWN:
         one, other = (served(op, "reference", 5) for _ in range(2))
         assert one.traits == other.traits and one.options == other.options
         assert all(torch.equal(t, other.leaves[name]) for name, t in one.leaves.items())
@@ -180,7 +181,7 @@ WRONG: dict[str, Callable[..., Any]] = {
 
 # The mass of chosen rows has one upstream gradient, which cannot be forgotten alone.
 @pytest.mark.parametrize(
-    ("op", "mistake"), [(op, name) for op in OPS for name in WRONG if "forgotten" not in name or op != OPS[1]]
+    ("op", "mistake"), [(op, name) for op in DRAWN for name in WRONG if "forgotten" not in name or op != DRAWN[1]]
 )
 def test_a_wrong_backend_is_caught(op: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = registry.load(op, "reference"), ModuleType("wrong")
@@ -322,7 +323,7 @@ def test_mass_of_chosen_rows(backend: str) -> None:
 def test_seeds_reach_what_they_should() -> None:
     """Over the modest number of seeds every tree, segment map and layout comes up, and every feature both ways."""
     rng = random.Random(0)
-    calls = [property_cases.draw(op, seed, rng.choice(DTYPES)) for op in OPS for seed in range(160)]
+    calls = [property_cases.draw(op, seed, rng.choice(DTYPES)) for op in DRAWN for seed in range(160)]
     traits = {trait.split(" segments ")[-1] for call in calls for trait in call.traits}
     assert traits >= {*property_cases.TREES, *property_cases.SEGMENTS, *property_cases.LAYOUTS, "lse given"}
     for name in ("softcap", "window", "scale"):

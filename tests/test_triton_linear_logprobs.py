@@ -15,7 +15,6 @@ from trees import assert_accurate
 
 from benchmarks import sweep_tiles
 from mmdpo_kernels import linear_logprobs
-from mmdpo_kernels.backends import registry
 from mmdpo_kernels.backends.chunked import linear_logprobs as chunked
 from mmdpo_kernels.backends.chunked import logit_rows as plain
 from mmdpo_kernels.backends.chunked import row_chunks
@@ -356,9 +355,8 @@ def test_the_backend_is_as_accurate_as_pytorch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_op(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op(trained: bool) -> None:
     """A frozen head's gradient made in forward, a trained one's from what forward kept."""
-    monkeypatch.setitem(registry.PREFERENCE, "linear_logprobs", ("triton", "reference"))
     hidden, weight, targets, bias = make_head(8, torch.float32)
     up, results = torch.randn(8).to(DEVICE), []
     for backend in ("triton", "reference"):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import BOTH, FORWARD, Case, Named, Work
+from benchmarks.case import BOTH, FORWARD, Case, Named, Run, Work, timed_run
 from benchmarks.ops.tree_attention import picture_of
+from mmdpo_kernels import attention_mass
 from mmdpo_kernels.backends.calls import AttentionMassCall
 from mmdpo_kernels.backends.reference import attention_mass as reference
+
+if TYPE_CHECKING:
+    from benchmarks.choose_backends import Inputs, Setting
 
 Sizes = Mapping[str, int]
 
@@ -107,6 +112,38 @@ def truth(problem: Problem) -> Named:
     return found
 
 
+def prepare(problem: Problem, backend: str) -> Run:
+    """One of our backends, or "auto", with the inputs of a case in hand."""
+
+    def forward() -> Named:
+        mass = attention_mass(
+            problem.query_rows,
+            problem.key,
+            problem.segments,
+            row_positions=problem.row_positions,
+            num_segments=problem.num_segments,
+            lse=problem.lse,
+            reduce=problem.reduce,
+            backend=backend,
+        )
+        return {"mass": mass}
+
+    return timed_run(problem.timed, forward, problem.leaves, {"mass": problem.grad_mass})
+
+
+def choice_kinds(*, mass: bool) -> Iterator[dict[str, bool]]:
+    """What `choose_backends` tells apart."""
+    yield {"gradient": False}
+
+
+def choice_call(setting: Setting, inputs: Inputs) -> Callable[[str], Any]:
+    """The call as a function of the backend's name."""
+    query = inputs.heads(setting.heads, setting.response)
+    rows = torch.arange(setting.length - setting.response, setting.length, device=query.device)[None]
+    options = {"row_positions": rows, "num_segments": inputs.num_segments, "tree_end": inputs.tree_end, "reduce": "mean"}
+    return lambda backend: attention_mass(query, inputs.key, inputs.segments, **options, backend=backend)
+
+
 SIZES = {
     "cuda": {"rows": 100, "length": 3100, "heads": 32, "kv_heads": 8, "dim": 128, "pictures": 5},
     "cpu": {"rows": 60, "length": 3000, "heads": 32, "kv_heads": 8, "dim": 128, "pictures": 5},
@@ -134,3 +171,6 @@ CASES = (
     _case("tokens", "a heat map: each key's share, mean over heads and rows", reduce="tokens"),
     _case("backward", "a loss on where a response looks", timed=BOTH),
 )
+
+COMPILED = (("rows", "rows_lse", "mean"), ("tokens", "backward"))
+"""Cases that a GPU run compiles ahead of timing, a process for each group."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.reference.preference_loss import check_tokens, response_values
-from .checks import check_tensor
+from ...backends.reference.preference_loss import check_tokens, response_values
+from ..checks import check_tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.logit_options import LogitOptions
-from .backends.reference.linear_logprobs import logits_of
-from .backends.registry import resolve
+from ...backends.logit_options import LogitOptions
+from ...backends.reference.linear_logprobs import logits_of
+from ...backends.registry import resolve
 
 
 @dataclass(frozen=True, kw_only=True)

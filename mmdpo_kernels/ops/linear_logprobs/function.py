@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.logit_options import STATS
-from .checks import check_positive, check_tensor
-from .head_autograd import HIDDEN, HIDDEN_AND_HEAD, NONE, head_logprobs
-from .precision import autocast_to
+from ...backends.logit_options import STATS
+from ..checks import check_positive, check_tensor
+from ..precision import autocast_to
+from .autograd import HIDDEN, HIDDEN_AND_HEAD, NONE, head_logprobs
 
 OP = "linear_logprobs"
 

@@ -9,27 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..backends.reference import preference_loss as reference_backend
-from ..backends.registry import resolve
-from ..losses import ANCHORS, LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED
-from .fused_loss import compiled_loss, fused_loss
-from .loss_arrays import sequence_arrays, token_arrays
-from .loss_settings import OP, as_names, kept_settings, settings
-from .sequence_logps import SequenceLogps, TokenLogps, sequence_logps
-
-__all__ = [
-    "ANCHORS",
-    "LOSSES",
-    "NEEDS_CORRUPTED",
-    "NEEDS_LENGTHS",
-    "REFERENCE_FREE",
-    "SMOOTHED",
-    "PreferenceLoss",
-    "SequenceLogps",
-    "TokenLogps",
-    "preference_loss",
-    "sequence_logps",
-]
+from ...backends.reference import preference_loss as reference_backend
+from ...backends.registry import resolve
+from ...losses import LossParameters
+from .arrays import sequence_arrays, token_arrays
+from .fused import compiled_loss, fused_loss
+from .logps import SequenceLogps, TokenLogps
+from .settings import OP, LossRequest, as_names, kept_settings, settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,19 +109,18 @@ def preference_loss(
         RuntimeError: in backward, a second derivative (`create_graph=True`).
     """
     compiling = torch.compiler.is_compiling()
-    given = (
-        as_names(loss_type),
-        None if loss_weights is None else tuple(loss_weights),
-        # Numbers, not tensors of them: what is looked up by a tensor does not follow its value.
-        float(beta),
-        float(label_smoothing),
-        float(anchor),
-        as_names(anchors),
-        float(simpo_gamma),
-        float(bco_shift),
-        length_normalised,
+    # Numbers, not tensors of them: what is looked up by a tensor does not follow its value.
+    parameters = LossParameters(
+        beta=float(beta),
+        label_smoothing=float(label_smoothing),
+        anchor=float(anchor),
+        anchors=as_names(anchors),
+        simpo_gamma=float(simpo_gamma),
+        bco_shift=float(bco_shift),
     )
-    asked = (settings if compiling else kept_settings)(*given)
+    weights = None if loss_weights is None else tuple(loss_weights)
+    request = LossRequest(as_names(loss_type), weights, parameters, length_normalised)
+    asked = (settings if compiling else kept_settings)(request)
     if isinstance(policy, TokenLogps):
         arrays = token_arrays(policy, reference, asked)
     elif isinstance(policy, SequenceLogps):
@@ -146,7 +131,7 @@ def preference_loss(
     if name == "reference":
         loss, table = reference_backend.forward(arrays, asked.options)
     elif compiling:
-        loss, table = compiled_loss(name, arrays, given)
+        loss, table = compiled_loss(name, arrays, request)
     else:
         loss, table = fused_loss(name, arrays, asked.options)
     return PreferenceLoss(loss=loss, table=table, names=asked.options.names, branches=arrays.branches)

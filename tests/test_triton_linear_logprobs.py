@@ -22,7 +22,7 @@ from mmdpo_kernels.backends.logit_options import LogitOptions
 from mmdpo_kernels.backends.native import logit_rows as native_rows
 from mmdpo_kernels.backends.reference import linear_logprobs as reference
 from mmdpo_kernels.backends.triton import linear_logprobs as triton_backend
-from mmdpo_kernels.backends.triton import logit_rows
+from mmdpo_kernels.backends.triton import logit_rows, logit_rows_tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow).*:RuntimeWarning:triton")
 """Of the interpreter, about values that a `where` then leaves out."""
@@ -50,7 +50,7 @@ def small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
     if "shipped_blocks" in request.fixturenames:
         yield
         return
-    with logit_rows.override(logit_rows.Block(16, 1, 2, 255)):
+    with logit_rows_tiles.override(logit_rows_tiles.Block(16, 1, 2, 255)):
         yield
 
 

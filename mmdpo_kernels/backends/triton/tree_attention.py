@@ -11,11 +11,13 @@ import triton
 from torch import Tensor
 
 from ..calls import TreeAttentionCall
-from . import runtime, tiles
+from . import runtime
+from . import tree_attention_tiles as tiles
+from .attention_device import COLUMNS
 from .launch import Launch
 from .runtime import Specialization
-from .tiles import Tiles, TreeAttentionTiles
-from .tree_attention_kernels import COLUMNS, forward_kernel, grad_key_kernel, grad_query_kernel, row_correction_kernel
+from .tree_attention_kernels import forward_kernel, grad_key_kernel, grad_query_kernel, row_correction_kernel
+from .tree_attention_tiles import Tiles, TreeAttentionTiles
 from .tree_plan import key_plan, query_plan, segment_kinds, token_depths
 
 LSE_GRADIENT = True

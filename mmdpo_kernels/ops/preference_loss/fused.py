@@ -86,7 +86,7 @@ def _(policy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _parts(*flat: Any) -> tuple[LossArrays, LossRequest, bool, str]:
     """What `compiled_loss` has taken apart; PyTorch hands lists over for tuples."""
-    values = [tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value for value in flat]
+    values: list[Any] = [tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value for value in flat]
     arrays, (names, weights, *parameters, length_normalised, wanted, backend) = values[:_ARRAYS], values[_ARRAYS:]
     return LossArrays(*arrays), LossRequest(names, weights, LossParameters(*parameters), length_normalised), wanted, backend
 

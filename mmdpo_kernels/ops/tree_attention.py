@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends.calls import TreeAttentionCall
+from ..backends.layout import accumulation_dtype
 from ..backends.reference import tree_attention as reference
 from ..backends.registry import resolve
 from .checks import (
@@ -264,7 +265,7 @@ def attention_op(
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *fields, _, _ = rest
     rows = query.shape[:3]
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulation_dtype(query.dtype)
     return (
         query.new_empty((*rows, value.shape[3])),
         query.new_empty(rows, dtype=wide),

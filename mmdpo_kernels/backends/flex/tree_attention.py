@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from ...tree_mask import PlanCache, depth
 from ..calls import TreeAttentionCall
+from ..layout import accumulation_dtype
 
 LSE_GRADIENT = True
 
@@ -50,7 +51,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, Dv), lse (B, Hq, S), mass (B, Hq, S, 0)."""
     batch, heads, length, _ = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulation_dtype(query.dtype)
     mass = query.new_empty(batch, heads, length, 0, dtype=wide)
     if query.numel() == 0:
         return query.new_empty(batch, heads, length, value.shape[-1]), query.new_empty(batch, heads, length, dtype=wide), mass

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ...tree_mask import depth
 from ..calls import AttentionMassCall
+from ..layout import accumulation_dtype, dense_heads, int32
 from ..registry import load as load_backend
-from .extension import address, cuda_reason, dense_heads, int32, load, module
+from .extension import address, cuda_reason, load, module
 
 OP = "attention_mass"
 
@@ -99,7 +100,7 @@ class _Given:
 
     def __init__(self, native: ModuleType, query_rows: Tensor, key: Tensor, call: AttentionMassCall) -> None:
         dtype = torch.promote_types(query_rows.dtype, key.dtype)
-        self.wide = torch.promote_types(dtype, torch.float32)
+        self.wide = accumulation_dtype(dtype)
         readable = dense_heads if key.device.type == "cpu" else _aligned_heads
         query_rows, key = (readable(tensor.to(dtype)) for tensor in (query_rows, key))
         depths = None if call.tree_end is None or call.window is None else depth(call.tree_end)

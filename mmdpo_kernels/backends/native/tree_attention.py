@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..calls import TreeAttentionCall
-from .extension import address, dense_heads, int32, load, module
+from ..layout import dense_heads, empty_head_last, int32
+from .extension import address, load, module
 
 OP = "tree_attention"
 
@@ -52,8 +53,7 @@ def forward(
     batch, heads, length, dim = query.shape
     dtype = query.dtype
     query, key, value = (tensor.float() for tensor in (query, key, value))
-    # Heads last but one in memory, as models want the output next, so that no layer copies it.
-    output = query.new_empty(batch, length, heads, dim).transpose(1, 2)
+    output = empty_head_last(query, dim)
     lse = query.new_empty(batch, heads, length)
     if query.numel():
         tree_end = int32(call.tree_end)
@@ -75,7 +75,7 @@ def backward(
     """-> gradients of query, key, value, through output and lse."""
     dtype = query.dtype
     query, key, value, output = (tensor.float() for tensor in (query, key, value, output))
-    grads = tuple(_like(tensor) for tensor in (query, key, value))
+    grads = tuple(empty_head_last(tensor, tensor.shape[-1]) for tensor in (query, key, value))
     if query.numel():
         tree_end = int32(call.tree_end)
         grad_output = torch.zeros_like(output) if grad_output is None else dense_heads(grad_output.float())
@@ -110,9 +110,3 @@ def _arguments(
 
 def _heads(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()[:3]
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """(B, H, S, D) for a gradient, in memory as (B, S, H, D), which is how projections make queries, keys and values."""
-    batch, heads, length, dim = tensor.shape
-    return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)

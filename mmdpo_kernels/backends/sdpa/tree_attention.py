@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...tree_mask import Rectangle, causal_plan, rectangles
 from ..calls import TreeAttentionCall
+from ..layout import accumulation_dtype
 from . import flash
 
 LSE_GRADIENT = False
@@ -43,7 +44,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, D), lse (B, Hq, S), mass (B, Hq, S, 0)."""
     batch, heads, length, dim = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulation_dtype(query.dtype)
     lse = torch.full((batch, heads, length), float("-inf"), dtype=wide, device=query.device)
     mass = torch.empty(batch, heads, length, 0, dtype=wide, device=query.device)
     if query.numel() == 0:  # the kernels divide by the length
@@ -81,7 +82,7 @@ def backward(
     groups = _head_groups(query, key)
     alone = len(groups) == 1 and all(untouched for *_, untouched in parts)
     # Sums are made in float32.
-    dtype = query.dtype if alone else torch.promote_types(query.dtype, torch.float32)
+    dtype = query.dtype if alone else accumulation_dtype(query.dtype)
     grads = tuple(torch.zeros_like(t, dtype=dtype) for t in (query, key, value))
     if grad_output is not None and query.numel():
         for rows, rectangle, untouched in parts:

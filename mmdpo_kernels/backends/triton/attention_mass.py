@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...tree_mask import depth
 from ..calls import AttentionMassCall
+from ..layout import dense_heads
 from . import runtime
 from .attention_device import COLUMNS
 from .attention_mass_device import SPLITS
@@ -95,7 +96,7 @@ class _Work:
     def of(cls, query_rows: Tensor, key: Tensor, call: AttentionMassCall, target: int | None = None) -> _Work:
         """target: compute capability to launch for, 80 for 8.0; None: that of the GPU that holds the keys."""
         dtype = torch.promote_types(query_rows.dtype, key.dtype)
-        query_rows, key = (_dense_heads(tensor.to(dtype)) for tensor in (query_rows, key))
+        query_rows, key = (dense_heads(tensor.to(dtype)) for tensor in (query_rows, key))
         return cls(
             query=query_rows,
             key=key,
@@ -374,7 +375,7 @@ def specializations(target: int) -> list[runtime.Specialization]:
         for reduce, known, extras in _FORMS if dim == 128 else _FORMS[:2]:
             options = (torch.int32, 2.0, 1024) if extras else (None, None, None)
             for work, name in _described_work(target, dtype, dim, reduce, known, *options):
-                label = f"{name} {_SHORT[dtype]} {dim}{' tree window softcap' if extras else ''}"
+                label = f"{name} {runtime.DTYPE_NAMES[dtype]} {dim}{' tree window softcap' if extras else ''}"
                 for launch in work.launches:
                     form = launch.describe(f"attention_mass {launch.kernel.__name__.removesuffix('_kernel')} {label}")
                     key = (form.kernel, *map(str, (form.signature, form.constants, form.num_warps, form.num_stages)))
@@ -382,7 +383,6 @@ def specializations(target: int) -> list[runtime.Specialization]:
     return list(found.values())
 
 
-_SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # reduce, lse known, tree with softcap and window. The first two hold the kernels with most registers.
 _FORMS = ((None, False, True), ("tokens", True, True), ("mean", False, False), ("mean", True, False), ("tokens", False, False))
 
@@ -415,8 +415,3 @@ def _described_work(
 
 def _named(prefix: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
     return {prefix + axis: stride for axis, stride in zip(axes, strides, strict=False)}
-
-
-def _dense_heads(tensor: Tensor) -> Tensor:
-    """The kernels read each head vector as consecutive elements; other strides may be anything."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -15,7 +15,7 @@ from ..logit_options import STATS, LogitOptions
 from . import logit_rows_tiles as tiles
 from .launch import Launch
 from .logit_rows_kernels import fold_rows_kernel
-from .runtime import DTYPES, Specialization
+from .runtime import DTYPE_NAMES, DTYPES, Specialization
 
 
 def fold(
@@ -81,14 +81,13 @@ REPRESENTATIVE = ("gradient bf16 softcap entropy",)
 
 def specializations(target: int) -> list[Specialization]:
     """Every dtype with and without a gradient, a softcap and the statistics, and vocabularies that are no multiple of 16."""
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     found = []
     for dtype, scale, softcap, stats in itertools.product(DTYPES, (None, 1.0), (None, 30.0), _DESCRIBED_STATS):
         for width in (151936, 92553) if dtype == torch.bfloat16 else (151936,):
             logits = torch.empty(256, width, dtype=dtype, device="meta")
             targets = torch.empty(256, dtype=torch.int64, device="meta")
             launch, *_ = _prepare(logits, targets, LogitOptions(softcap, 1.0, 1.0, -100), stats, scale)
-            words = ["logit_rows", "fold" if scale is None else "gradient", names[dtype]]
+            words = ["logit_rows", "fold" if scale is None else "gradient", DTYPE_NAMES[dtype]]
             words += ["softcap"] * (softcap is not None) + list(stats) + ["odd"] * (width % 16 != 0)
             found.append(launch.describe(" ".join(words)))
     return found

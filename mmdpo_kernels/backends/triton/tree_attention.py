@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..calls import TreeAttentionCall
+from ..layout import empty_head_last, int32
 from . import runtime
 from . import tree_attention_tiles as tiles
 from .attention_device import COLUMNS
@@ -44,7 +45,7 @@ def forward(
     More than 16 segments take one pass for every 16 of them.
     """
     batch, heads, length, _ = query.shape
-    output = _head_last(query, value.shape[3])
+    output = empty_head_last(query, value.shape[3])
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     mass = query.new_empty(batch, heads, length, call.num_segments, dtype=torch.float32)
     for launch in _Launches(query, key, value, call).forward(output, lse, mass):
@@ -72,7 +73,7 @@ def backward(
     mass = None if grad_mass is None else forward(query, key, value, call)[2]
     if mass is None:
         call = call._replace(num_segments=0)
-    grads = (_head_last(query, query.shape[3]), _head_last(key, key.shape[3]), _head_last(value, value.shape[3]))
+    grads = (empty_head_last(query, query.shape[3]), empty_head_last(key, key.shape[3]), empty_head_last(value, value.shape[3]))
     launches = _Launches(query, key, value, call)
     for launch in launches.backward(grad_output, grad_lse, grad_mass, output, lse, mass, *grads):
         launch.run()
@@ -178,11 +179,11 @@ class _Launches:
                 "key": self.key,
                 "value": self.value,
                 **_strides(query=self.query, key=self.key, value=self.value),
-                "tree_end": _int32(self.call.tree_end),
+                "tree_end": int32(self.call.tree_end),
                 "depth": None if self.call.tree_end is None or self.call.window is None else token_depths(self.call.tree_end),
                 "plan": blocks,
                 "plan_b": None if blocks is None else blocks.stride(0),
-                "segments": _int32(self.call.segments) if self.call.num_segments else None,
+                "segments": int32(self.call.segments) if self.call.num_segments else None,
                 "heads": self.query.shape[1],
                 "length": self.query.shape[2],
                 "window": self.call.window,
@@ -213,16 +214,6 @@ class _Launches:
 def _padded(dim: int) -> int:
     """Width of a tile of head vectors: tensor cores take 16 or more, Triton powers of two."""
     return max(16, triton.next_power_of_2(dim))
-
-
-def _head_last(like: Tensor, dim: int) -> Tensor:
-    """(B, H, S, dim), in memory as (B, S, H, dim): what a model's next layer reads, and how projections make their outputs."""
-    batch, heads, length, _ = like.shape
-    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
-
-
-def _int32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int32).contiguous()
 
 
 def _strides(**tensors: Tensor | None) -> dict[str, int | None]:

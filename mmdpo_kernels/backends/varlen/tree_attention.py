@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calls import TreeAttentionCall
+from ..layout import accumulation_dtype
 from . import libraries
 from .libraries import Library, Options
 from .plan import Call, plan
@@ -37,7 +38,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, D), lse (B, Hq, S), mass (B, Hq, S, 0)."""
     batch, heads, length, _ = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulation_dtype(query.dtype)
     tokens = [_tokens(tensor) for tensor in (query, key, value)]
     outputs, lses = [], []
     if query.numel():
@@ -68,7 +69,7 @@ def backward(
     if grad_lse is not None:
         raise ValueError("tree_attention: backend 'varlen' has no gradient through lse of its own")
     batch, _, length, _ = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulation_dtype(query.dtype)
     tokens = [_tokens(tensor) for tensor in (query, key, value)]
     grad_queries = []
     grad_key, grad_value = (torch.zeros_like(tensor, dtype=wide) for tensor in tokens[1:])

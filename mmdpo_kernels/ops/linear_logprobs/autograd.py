@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...backends.layout import accumulation_dtype
 from ...backends.logit_options import LogitOptions
 from ...backends.registry import resolve
 from ..flat import schema_of
@@ -80,7 +81,7 @@ def head_logprobs(
 def _(hidden: Tensor, reference_hidden: Tensor | None, weight: Tensor, *rest: Any) -> list[Tensor]:
     *_, stats, backend, gradient, kept_bytes = rest
     count = hidden.shape[0] + (0 if reference_hidden is None else reference_hidden.shape[0])
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = accumulation_dtype(hidden.dtype)
     found = [hidden.new_empty(count, dtype=wide) for _ in range(1 + len(_names(stats)))]
     kept = _kept(resolve(OP, backend, hidden.device, hidden.dtype), gradient, hidden, weight, kept_bytes)
     if gradient == NONE or kept is None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...backends.loss_options import TableRows, table_rows
 from ...backends.reference import preference_loss as reference_backend
 from ...backends.registry import resolve
 from ...losses import LossParameters
@@ -40,22 +41,26 @@ class PreferenceLoss:
     def rewards(self) -> dict[str, Tensor]:
         """(B,) `beta (log p - log p_ref)` of each branch: "chosen", "rejected", maybe "corrupted" and others; per token with
         `length_normalised`."""
-        return self._rows(self.branches, len(self.names))
+        return self._rows(self.branches, self._places.rewards)
 
     @property
     def logps(self) -> dict[str, Tensor]:
         """(B,) the policy's log-probability of each response: the sum over its tokens, or with weights their weighted mean."""
-        return self._rows(self.branches, len(self.names) + len(self.branches))
+        return self._rows(self.branches, self._places.logps)
 
     @property
     def accuracies(self) -> Tensor:
         """(B,) 1.0 where the chosen reward is above the rejected one."""
-        return self.table[-2]
+        return self.table[self._places.accuracy]
 
     @property
     def margins(self) -> Tensor:
         """(B,) chosen minus rejected reward."""
-        return self.table[-1]
+        return self.table[self._places.margin]
+
+    @property
+    def _places(self) -> TableRows:
+        return table_rows(len(self.names), len(self.branches))
 
     def _rows(self, names: tuple[str, ...], first: int) -> dict[str, Tensor]:
         return dict(zip(names, self.table[first : first + len(names)].unbind(0), strict=True))

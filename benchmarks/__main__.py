@@ -105,7 +105,7 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 def _check_contestants(names: list[str]) -> None:
     """Raises ValueError where no op has a contestant of such a name."""
-    known = {contestant.name for op in registry.CASES for contestant in registry.contestants(op)}
+    known = {contestant.name for op in registry.all_cases() for contestant in registry.contestants(op)}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"no contestant is called {', '.join(unknown)}; there are {'; '.join(sorted(known))}")
@@ -140,7 +140,7 @@ def _in_order(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _order() -> list[tuple[str, str]]:
-    return [(op, case.name) for op, cases in registry.CASES.items() for case in cases]
+    return [(op, case.name) for op, cases in registry.all_cases().items() for case in cases]
 
 
 def _memory_of(wanted: dict[str, str]) -> int:
@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"any of {', '.join(registry.CASES)} (default all)")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"any of {', '.join(registry.all_cases())} (default all)")
     parser.add_argument("--case", action="append", default=[], help="this case only; may be repeated")
     parser.add_argument(
         "--contestant", action="append", default=[], help="this contestant only, written to build/benchmarks; may be repeated"

@@ -6,13 +6,12 @@
 from .backends.registry import backends
 from .head import through_head
 from .ops.attention_mass import attention_mass
-from .ops.linear_logprobs import LogProbs, linear_logprobs
+from .ops.linear_logprobs import LogProbs, SharedRows, linear_logprobs
 from .ops.preference_loss import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, sequence_logps
 from .ops.tree_attention import TreeAttentionOutput, tree_attention
 from .patch import patch_model, tree_refusal, unpatch_model
 from .record import AttentionRecorder, record_attention
 from .segments import image_segments
-from .shared_rows import SharedRows
 from .tree import TokenTree
 
 __version__ = "0.1.0"

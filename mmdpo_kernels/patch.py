@@ -7,13 +7,13 @@ tower's configuration is pointed at it. transformers is imported only when a mod
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .backends.ops_table import OPS
 from .backends.reference.scores import capped_scores, expand_heads
-from .backends.registry import PREFERENCE
 from .ops.precision import autocast_to
 from .ops.tree_attention import tree_attention
 from .patched import (
@@ -26,6 +26,7 @@ from .patched import (
     restore_configs,
     state_of,
 )
+from .recorder import LayerCall
 from .recorder_ops import remove_watch, watch_attention
 from .tree_mask import PlanCache, visible
 
@@ -53,8 +54,8 @@ def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "au
         ValueError: an unknown backend, or a model that does not use transformers' attention interface.
     """
     for op, name in (("tree_attention", backend), ("attention_mass", mass_backend)):
-        if name != "auto" and name not in PREFERENCE[op]:
-            raise ValueError(f"patch_model: {op} has no backend {name!r}; choose 'auto' or one of {', '.join(PREFERENCE[op])}")
+        if name != "auto" and name not in OPS[op].backends:
+            raise ValueError(f"patch_model: {op} has no backend {name!r}; choose 'auto' or one of {', '.join(OPS[op].backends)}")
     tower = language_tower(model)
     state = state_of(tower) or PatchState()
     state.backend, state.mass_backend = backend, mass_backend
@@ -203,9 +204,10 @@ def tree_attention_forward(
             raise ValueError(f"{type(module).__name__}: attention argument '{name}' is not supported by a patched model")
     # Rotary embeddings leave query and key wider than value under autocast.
     query, key, value = autocast_to(query, key, value)
+    given = _HookCall(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
     place = place_of(module)
     if place is None:
-        return _unpatched_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
+        return _unpatched_attention(given)
     state = place.state
     tree_end = None if place.crosses else _tree_end(attention_mask, key)
     is_tree = tree_end is not None
@@ -215,22 +217,20 @@ def tree_attention_forward(
             "padded batch"
         )
     if state.recorder is not None:
-        watch_attention(
-            place,
-            state.recorder,
-            query,
-            key,
+        call = LayerCall(
             tree_end=tree_end,
             mask=None if is_tree else attention_mask,
             scale=scaling,
             softcap=softcap,
             window=sliding_window if is_tree else None,
+            backend=state.mass_backend,
         )
+        watch_attention(place, state.recorder, query, key, call)
     whole_causal = (
         not place.crosses and attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
     )
     if not (is_tree or whole_causal) or (dropout > 0 and not is_tree):
-        return _dense_attention(module, query, key, value, attention_mask, dropout, scaling, softcap, kwargs)
+        return _dense_attention(given)
     if dropout > 0:
         raise ValueError(
             f"{type(module).__name__}: attention dropout {dropout} with a padded or packed batch; set config.attention_dropout = 0, "
@@ -244,41 +244,36 @@ def tree_attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _unpatched_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:
+class _HookCall(NamedTuple):
+    """What transformers calls its attention with."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    dropout: float
+    scaling: float | None
+    softcap: float | None
+    kwargs: dict[str, Any]
+
+
+def _unpatched_attention(given: _HookCall) -> tuple[Tensor, None]:
     """A model that is not patched, whose configuration is a patched model's or a copy of one: attention as transformers' "sdpa" has it."""
-    tree_end = _tree_end(mask, key)
+    tree_end = _tree_end(given.mask, given.key)
     if tree_end is not None:
-        if not _is_padding(mask):
+        if not _is_padding(given.mask):
             raise ValueError(
-                f"{type(module).__name__}: a packed token tree came to a model that is not patched, although its configuration, a patched "
+                f"{type(given.module).__name__}: a packed token tree came to a model that is not patched, although its configuration, a patched "
                 "model's, asks for tree attention; call mmdpo_kernels.patch_model(model) first"
             )
-        mask = visible(tree_end)[:, None]
-    return _dense_attention(module, query, key, value, mask, dropout, scaling, softcap, kwargs)
+        given = given._replace(mask=visible(tree_end)[:, None])
+    return _dense_attention(given)
 
 
-def _dense_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:
+def _dense_attention(given: _HookCall) -> tuple[Tensor, None]:
     """transformers' own attention under a mask of its own."""
+    module, query, key, value, mask, dropout, scaling, softcap, kwargs = given
     if softcap is not None:
         return _capped_attention(query, key, value, mask, dropout, scaling, softcap), None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,20 @@ from torch.nn.functional import pad
 
 from .ops.attention_mass import attention_mass
 from .tree_mask import visible_rows
+
+
+class LayerCall(NamedTuple):
+    """One attention call of a model, beside its query (B, Hq, L, D) and key (B, Hkv, K, D)."""
+
+    tree_end: Tensor | None
+    """(B, K); None: `mask`, or causal."""
+    mask: Tensor | None
+    """(B or 1, 1, L, K) bool, or 0 and -inf."""
+    scale: float | None
+    softcap: float | None
+    window: int | None
+    backend: str
+    """Of `attention_mass`."""
 
 
 class ForwardStopped(Exception):  # noqa: N818 - control flow, not an error
@@ -164,13 +179,7 @@ class AttentionRecorder:
         layer: int,
         query: Tensor,  # (B, Hq, L, D)
         key: Tensor,  # (B, Hkv, K, D)
-        *,
-        tree_end: Tensor | None,  # (B, K)
-        mask: Tensor | None,  # (B or 1, 1, L, K) bool, or 0 and -inf
-        scale: float | None,
-        softcap: float | None,
-        window: int | None,
-        backend: str,
+        call: LayerCall,
     ) -> None:
         """Add one attention call of the model. Raises `ForwardStopped` after the last wanted layer of an early-stopping recorder."""
         # A checkpointed layer runs again inside backward; its rows are counted already.
@@ -179,7 +188,7 @@ class AttentionRecorder:
         self._seen.layers[layer] += 1
         if layer not in self._wanted:
             return
-        self._observe(layer, query, key, tree_end, mask, scale, softcap, window, backend)
+        self._observe(layer, query, key, call)
         if layer == self._stop_after:
             raise ForwardStopped
 
@@ -207,35 +216,26 @@ class AttentionRecorder:
             )
 
     @torch.no_grad()
-    def _observe(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        tree_end: Tensor | None,
-        mask: Tensor | None,
-        scale: float | None,
-        softcap: float | None,
-        window: int | None,
-        backend: str,
-    ) -> None:
+    def _observe(self, layer: int, query: Tensor, key: Tensor, call: LayerCall) -> None:
         rows = self._counted_rows(query)
         if rows is None:
             return
         index = rows.clamp(min=0)[:, None, :, None]
         queries = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
-        calls: Iterable[tuple[slice, Tensor | None, Tensor]]
+        parts: Iterable[tuple[slice, Tensor | None, Tensor]]
         if layer in self._cross_layers:
             segments, first_key = self._segments_of_pictures(key), 0
-            calls = _cross_calls(mask, rows, key.shape[2])
-            self._attend(layer, queries, key, segments, calls, first_key, key.shape[2], scale, softcap, None, backend)
+            parts = _cross_calls(call.mask, rows, key.shape[2])
+            self._attend(layer, queries, key, segments, parts, first_key, key.shape[2], call._replace(window=None))
             return
         # A sliding cache gives its last keys in order; one of fixed size has empty slots after the last token.
         first_key = max(0, self._read - key.shape[2])
         positions = (rows + self._past - first_key).masked_fill(rows < 0, -1)
         segments = self._segments_of_keys(key, first_key)
-        calls = _tree_calls(mask, rows, positions, key.shape[2]) if mask is not None else [(slice(None), tree_end, positions)]
-        self._attend(layer, queries, key, segments, calls, first_key, self._read - first_key, scale, softcap, window, backend)
+        parts = [(slice(None), call.tree_end, positions)]
+        if call.mask is not None:
+            parts = _tree_calls(call.mask, rows, positions, key.shape[2])
+        self._attend(layer, queries, key, segments, parts, first_key, self._read - first_key, call)
 
     def _attend(
         self,
@@ -243,16 +243,13 @@ class AttentionRecorder:
         queries: Tensor,  # (B, Hq, R, D)
         key: Tensor,  # (B, Hkv, K, D)
         segments: Tensor,  # (B, K)
-        calls: Iterable[tuple[slice, Tensor | None, Tensor]],
+        parts: Iterable[tuple[slice, Tensor | None, Tensor]],
         first_key: int,
         num_keys: int,
-        scale: float | None,
-        softcap: float | None,
-        window: int | None,
-        backend: str,
+        call: LayerCall,
     ) -> None:
-        """Add the masses of `calls`: rows, their `tree_end` (B, K), their positions. num_keys: those that are there, from `first_key` on."""
-        for part, its_tree_end, its_positions in calls:
+        """Add the masses of `parts`: rows, their `tree_end` (B, K), their positions. num_keys: those that are there, from `first_key` on."""
+        for part, its_tree_end, its_positions in parts:
             found = attention_mass(
                 queries[:, :, part],
                 key,
@@ -260,11 +257,11 @@ class AttentionRecorder:
                 row_positions=its_positions,
                 num_segments=self.num_segments,
                 tree_end=its_tree_end,
-                scale=scale,
-                softcap=softcap,
-                window=window,
+                scale=call.scale,
+                softcap=call.softcap,
+                window=call.window,
                 reduce=self.reduce,
-                backend=backend,
+                backend=call.backend,
             )
             if self.reduce == "tokens":
                 found = pad(found[:, :num_keys], (first_key, 0))

@@ -16,8 +16,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from .ops.flat import schema_of
 from .patched import AttentionPlace, state_of
-from .recorder import AttentionRecorder
+from .recorder import AttentionRecorder, LayerCall
 
 _HOOK: Any = "mmdpo_record"
 """The key of hooks, the same for every recording: compiled code is guarded by it."""
@@ -39,50 +40,25 @@ def watch_attention(
     recorder: AttentionRecorder,
     query: Tensor,
     key: Tensor,
-    *,
-    tree_end: Tensor | None,
-    mask: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    window: int | None,
+    call: LayerCall,
 ) -> None:
     """One attention call of a recorded model."""
-    backend = place.state.mass_backend
-    if not torch.compiler.is_compiling():
-        recorder.observe(
-            int(place.layer),
-            query,
-            key,
-            tree_end=tree_end,
-            mask=mask,
-            scale=scale,
-            softcap=softcap,
-            window=window,
-            backend=backend,
-        )
-        return
-    _observe(recorder.ticket, place.layer, query.detach(), key.detach(), tree_end, mask, scale, softcap, window, backend)
+    if torch.compiler.is_compiling():
+        _observe(recorder.ticket, place.layer, query.detach(), key.detach(), *call)
+    else:
+        recorder.observe(int(place.layer), query, key, call)
 
 
-@torch.library.custom_op("mmdpo_kernels::record_attention_call", mutates_args={"ticket"})
-def _observe(
-    ticket: Tensor,
-    layer: Tensor,
-    query: Tensor,
-    key: Tensor,
-    tree_end: Tensor | None,
-    mask: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    window: int | None,
-    backend: str,
-) -> None:
+@torch.library.custom_op(
+    "mmdpo_kernels::record_attention_call",
+    mutates_args={"ticket"},
+    schema=f"(Tensor(a0!) ticket, Tensor layer, Tensor query, Tensor key, {schema_of(LayerCall)}) -> ()",
+)
+def _observe(ticket: Tensor, layer: Tensor, query: Tensor, key: Tensor, *fields: Any) -> None:
     ticket[1] += 1
     recorder = _RECORDERS.get(int(ticket[0]))
     if recorder is not None:
-        recorder.observe(
-            int(layer), query, key, tree_end=tree_end, mask=mask, scale=scale, softcap=softcap, window=window, backend=backend
-        )
+        recorder.observe(int(layer), query, key, LayerCall(*fields))
 
 
 @torch.library.custom_op("mmdpo_kernels::record_forward", mutates_args={"ticket"})

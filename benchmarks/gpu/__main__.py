@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -30,24 +31,8 @@ if __name__ == "__main__":
     # As a script, this folder would come first, and nothing in it is meant to be imported by its bare name.
     sys.path[0] = str(ROOT)
 
-TESTS = (
-    # First those that compile most.
-    "test_properties.py",
-    "test_triton_attention_mass.py",
-    "test_triton_tree_attention.py",
-    "test_tree_attention.py",
-    "test_attention_mass.py",
-    "test_native.py",
-    "test_native_tree_attention.py",
-    "test_varlen_flex.py",
-    "test_choice.py",
-    "test_linear_logprobs.py",
-    "test_triton_linear_logprobs.py",
-    "test_native_linear_logprobs.py",
-    "test_shared_rows.py",
-    "test_preference_loss.py",
-    "test_preference_loss_backends.py",
-)
+# Of all ops; those of each are in its row of the table of ops.
+TESTS = ("test_properties", "test_choice")
 # Of a phase's output, its end stays in the log.
 LOG_CHARACTERS = 1 << 20
 # Seconds to end in after an interruption: pytest waits ten for its processes before it writes its report.
@@ -63,21 +48,8 @@ SANITIZED = (
     "head, softcap, statistics",
     "loss",
 )
-# What is compiled at its first use, and the cases in which it takes part.
+# What is compiled at its first use.
 COMPILED = ("auto", "triton", "triton, no mass", "flex", "FlexAttention")
-COMPILED_CASES = {
-    "attention_mass": (("rows", "rows_lse", "mean"), ("tokens", "backward")),
-    "tree_attention": (
-        ("pair",),
-        ("recorded", "causal_8k"),
-        ("causal_8k_backward",),
-        ("causal_8k_mass",),
-        ("pair_mass",),
-        ("triple",),
-    ),
-    "linear_logprobs": (("frozen_200", "with_reference", "trainable"),),
-    "preference_loss": (("mdpo", "mdpo_sums", "from_hidden"),),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +94,24 @@ def _build(plan: Plan, seconds: float) -> list[list[str]]:
     return [[sys.executable, "setup.py", "build_ext", *where, "--build-temp", str(plan.scratch / "objects")]]
 
 
+def test_names() -> list[str]:
+    """First those that compile most: one of each op, then the next of each."""
+    from mmdpo_kernels.backends.ops_table import OPS
+
+    turns = zip_longest(*(op.gpu_tests for op in OPS.values()))
+    return [TESTS[0], *(name for turn in turns for name in turn if name is not None), *TESTS[1:]]
+
+
+def compiled_cases() -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Per op the cases in which something is compiled at its first use, a process for each group."""
+    from benchmarks.kernels import ops
+
+    return {name: module.COMPILED for name, module in ops.modules().items() if hasattr(module, "COMPILED")}
+
+
 def _tests(plan: Plan, seconds: float) -> list[list[str]]:
-    names = ("test_attention_mass.py",) if plan.small else TESTS
-    files = [f"tests/kernels/{name}" for name in names if (ROOT / "tests" / "kernels" / name).exists()]
+    names = ("test_attention_mass",) if plan.small else test_names()
+    files = [str(path.relative_to(ROOT)) for name in names for path in sorted((ROOT / "tests").rglob(f"{name}.py"))]
     # Most of the time goes into compiling kernels, one core each; neighbours, which compile alike, go to different processes.
     workers = str(max(1, (os.cpu_count() or 1) - 2))
     parallel = ["-n", workers, "--maxschedchunk", "1"] if importlib.util.find_spec("xdist") and not plan.small else []
@@ -151,7 +138,7 @@ def _compile(plan: Plan, seconds: float) -> list[list[str]]:
     if plan.device != "cuda":
         raise LeftOut("kernels are compiled for a GPU")
     commands = []
-    for op, groups in COMPILED_CASES.items():
+    for op, groups in compiled_cases().items():
         for number, names in enumerate(groups):
             folder = plan.scratch / f"{op}_{number}"
             chosen = [f"--case={name}" for name in names] + [f"--contestant={name}" for name in COMPILED]

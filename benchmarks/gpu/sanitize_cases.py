@@ -18,7 +18,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 import torch  # noqa: E402
 
 from mmdpo_kernels import TokenLogps, attention_mass, linear_logprobs, preference_loss, tree_attention  # noqa: E402
-from mmdpo_kernels.backends.registry import PREFERENCE  # noqa: E402
+from mmdpo_kernels.backends.ops_table import OPS  # noqa: E402
 from mmdpo_kernels.ops.preference_loss import ANCHORS, LOSSES  # noqa: E402
 
 # The others call kernels of libraries.
@@ -136,7 +136,7 @@ def main() -> int:
     failures = 0
     for name in arguments.case or CASES:
         case = CASES[name]
-        for backend in (backend for backend in PREFERENCE[case.op] if backend in WRITTEN_HERE):
+        for backend in (backend for backend in OPS[case.op].backends if backend in WRITTEN_HERE):
             try:
                 RUN[case.op](case, backend, device)
                 print(f"{name}, {backend}: ran")

@@ -32,7 +32,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 from mmdpo_kernels import attention_mass, tree_attention  # noqa: E402
-from mmdpo_kernels.backends.registry import PREFERENCE, load  # noqa: E402
+from mmdpo_kernels.backends.ops_table import OPS  # noqa: E402
+from mmdpo_kernels.backends.registry import load  # noqa: E402
 from mmdpo_kernels.tree_mask import visible  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -242,7 +243,9 @@ def _compared(mine: Tensor, usual: Tensor, truth: Tensor, size: Tensor | None = 
 
 def here(op: str, device: str) -> list[str]:
     """Backends of an op that serve some dtype here."""
-    return [name for name in PREFERENCE[op] if any(load(op, name).unavailable_reason(device, dtype) is None for dtype in DTYPES)]
+    return [
+        name for name in OPS[op].backends if any(load(op, name).unavailable_reason(device, dtype) is None for dtype in DTYPES)
+    ]
 
 
 COLUMNS = ["op", "tensor", "dtype", "PyTorch"]

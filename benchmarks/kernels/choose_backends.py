@@ -1,4 +1,4 @@
-"""Times every backend of the attention ops on this machine, for the table that `backend="auto"` uses (`mmdpo_kernels/backends/choice.py`).
+"""Times every backend of the attention ops on this machine, for the rules of `backend="auto"` (`mmdpo_kernels/backends/ops_table.py`).
 
     python -m benchmarks.kernels.choose_backends [--device cuda] [--repeats 5] [--seconds 40] [--output FOLDER] [--small]
 
@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.kernels import ops
 from benchmarks.measure import add_place, alternate, place_of
-from mmdpo_kernels import attention_mass, tree_attention
-from mmdpo_kernels.backends.registry import PREFERENCE, load, resolve
+from mmdpo_kernels.backends.ops_table import OPS
+from mmdpo_kernels.backends.registry import load, resolve
 
 CPU_SHAPES = ((16, 16), (120, 16), (400, 20), (1620, 60))
 CUDA_SHAPES = ((256, 32), (1024, 64), (3200, 100), (8192, 100), (16384, 200))
@@ -67,12 +68,10 @@ def settings(device: str, *, small: bool = False) -> Iterator[Setting]:
     for dtype in dtypes:
         for length, response in shapes:
             known = {"dtype": dtype, "length": length, "response": response, **sizes}
-            for tree in (False, True):
-                for gradient in (False, True):
-                    yield Setting(op="tree_attention", tree=tree, gradient=gradient, **known)
-            if length <= DENSE or on_gpu:
-                yield Setting(op="tree_attention", mass=True, **known)
-            yield Setting(op="attention_mass", gradient=False, **known)
+            for name, module in ops.modules().items():
+                if hasattr(module, "choice_kinds"):
+                    for traits in module.choice_kinds(mass=length <= DENSE or on_gpu):
+                        yield Setting(op=name, **traits, **known)
 
 
 def pair(length: int, response: int, device: str) -> Tensor:
@@ -82,34 +81,37 @@ def pair(length: int, response: int, device: str) -> Tensor:
     return tree_end
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the calls of a setting are made from."""
+
+    heads: Callable[[int, int], Tensor]
+    """Heads and rows -> head vectors (1, heads, rows, D)."""
+    key: Tensor
+    value: Tensor
+    segments: Tensor
+    num_segments: int
+    tree_end: Tensor | None
+
+
 def call(setting: Setting, device: str) -> Callable[[str], Any]:
     """The call as a function of the backend's name; the same inputs for all."""
     torch.manual_seed(0)
     length = setting.length
 
-    def heads(count: int, rows: int = length) -> Tensor:
+    def heads(count: int, rows: int) -> Tensor:
         made = torch.randn(1, rows, count, setting.dim, device=device).to(setting.dtype).transpose(1, 2)
         return made.detach().requires_grad_(setting.gradient)
 
-    segments = (torch.arange(length, device=device) * 5 // length)[None]
-    tree_end = pair(length, setting.response, device) if setting.tree else None
-    key, value = heads(setting.kv_heads), heads(setting.kv_heads)
-    if setting.op == "attention_mass":
-        query = heads(setting.heads, setting.response)
-        rows = torch.arange(length - setting.response, length, device=device)[None]
-        options = {"row_positions": rows, "num_segments": 5, "tree_end": tree_end, "reduce": "mean"}
-        return lambda backend: attention_mass(query, key, segments, **options, backend=backend)
-    query = heads(setting.heads)
-    upstream = torch.randn_like(query)
-    mass = {"segments": segments, "num_segments": 5} if setting.mass else {}
-
-    def run(backend: str) -> Any:
-        found = tree_attention(query, key, value, tree_end, **mass, backend=backend)
-        results = [found.output, found.mass] if setting.mass else [found.output]
-        if not setting.gradient:
-            return results
-        return torch.autograd.grad(results, (query, key, value), [upstream, *(torch.ones_like(r) for r in results[1:])])
-
+    inputs = Inputs(
+        heads=heads,
+        key=heads(setting.kv_heads, length),
+        value=heads(setting.kv_heads, length),
+        segments=(torch.arange(length, device=device) * 5 // length)[None],
+        num_segments=5,
+        tree_end=pair(length, setting.response, device) if setting.tree else None,
+    )
+    run: Callable[[str], Any] = ops.modules()[setting.op].choice_call(setting, inputs)
     return run
 
 
@@ -117,7 +119,7 @@ def compare(setting: Setting, device: str, repeats: int) -> dict[str, Any]:
     """Median seconds of each backend that serves the setting, the reasons of the others, the fastest, and what "auto" takes."""
     run = call(setting, device)
     able, unable = {}, {}
-    for name in PREFERENCE[setting.op]:
+    for name in OPS[setting.op].backends:
         try:
             run(name)
             able[name] = partial(_finished, run, name, device)
@@ -160,7 +162,7 @@ def _automatic(setting: Setting, device: str) -> str:
         tree=setting.tree,
         gradient=setting.gradient,
     )
-    return next(name for name in PREFERENCE[setting.op] if load(setting.op, name) is module)
+    return next(name for name in OPS[setting.op].backends if load(setting.op, name) is module)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

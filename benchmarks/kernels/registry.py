@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from benchmarks.kernels import ops as benchmarked
 from benchmarks.kernels import ours, peers
 from benchmarks.kernels.case import Case, Contestant
-from benchmarks.kernels.ops import attention_mass, linear_logprobs, logit_rows, preference_loss, tree_attention
 
-# In the order in which they run; where time is short, the last ones are left out.
-CASES: dict[str, tuple[Case, ...]] = {
-    "attention_mass": attention_mass.CASES,
-    "tree_attention": tree_attention.CASES,
-    "linear_logprobs": linear_logprobs.CASES,
-    "logit_rows": logit_rows.CASES,
-    "preference_loss": preference_loss.CASES,
-}
+
+def all_cases() -> dict[str, tuple[Case, ...]]:
+    """By op, in the order in which they run; where time is short, the last ones are left out."""
+    return {name: module.CASES for name, module in benchmarked.modules().items()}
 
 
 def cases(ops: Sequence[str] = (), names: Sequence[str] = (), size: str = "small") -> list[Case]:
@@ -24,14 +20,15 @@ def cases(ops: Sequence[str] = (), names: Sequence[str] = (), size: str = "small
     Raises:
         ValueError: an op or a case that there is none of.
     """
-    strange = [op for op in ops if op not in CASES]
+    every = all_cases()
+    strange = [op for op in ops if op not in every]
     if strange:
-        raise ValueError(f"no op is called {', '.join(strange)}; there are {', '.join(CASES)}")
-    known = {case.name for op in ops or CASES for case in CASES[op]}
+        raise ValueError(f"no op is called {', '.join(strange)}; there are {', '.join(every)}")
+    known = {case.name for op in ops or every for case in every[op]}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"no case is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    return [case for op in ops or CASES for case in CASES[op] if size in case.sizes and (not names or case.name in names)]
+    return [case for op in ops or every for case in every[op] if size in case.sizes and (not names or case.name in names)]
 
 
 def contestants(op: str) -> list[Contestant]:

@@ -28,9 +28,11 @@ if not torch.cuda.is_available():
 from benchmarks.kernels.harness import CudaTimer, timed
 from benchmarks.kernels.ops.tree_attention import LLM, LONG, TINY, Problem, make
 from benchmarks.measure import add_place, markdown, place_of
+from mmdpo_kernels.backends.calls import TreeAttentionCall
 from mmdpo_kernels.backends.logit_options import LogitOptions
-from mmdpo_kernels.backends.triton import logit_rows, runtime, tiles
+from mmdpo_kernels.backends.triton import logit_rows, logit_rows_tiles, runtime
 from mmdpo_kernels.backends.triton import tree_attention as kernels
+from mmdpo_kernels.backends.triton import tree_attention_tiles as tiles
 
 Tiles = tiles.Tiles
 Candidate = tuple[int, int, int, int]
@@ -134,15 +136,15 @@ class Passes:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.inputs = tuple(leaf.detach() for leaf in problem.leaves.values())
-        self.options = (problem.tree_end, None, 0, problem.scale, None, None)
+        self.call = TreeAttentionCall(problem.tree_end, None, 0, problem.scale, softcap=None, window=None)
         self.grad = problem.grad_output
         self.output, self.lse, _ = self.forward()
 
     def forward(self) -> Any:
-        return kernels.forward(*self.inputs, *self.options)
+        return kernels.forward(*self.inputs, self.call)
 
     def backward(self) -> Any:
-        return kernels.backward(self.grad, None, None, *self.inputs, self.output, self.lse, *self.options)
+        return kernels.backward(self.grad, None, None, *self.inputs, self.output, self.lse, self.call)
 
     def one(self, which: str) -> Any:
         return self.forward() if which == "forward" else self.backward()
@@ -166,11 +168,11 @@ class LogitRows:
         return logit_rows.fold_with_gradient(self.logits, self.targets, LogitOptions(None, 1.0, 1.0, -100), (), 1.0)
 
     def varied(self, which: str, candidate: Candidate) -> AbstractContextManager[None]:
-        return logit_rows.override(logit_rows.Block(*candidate))
+        return logit_rows_tiles.override(logit_rows_tiles.Block(*candidate))
 
     def described(self, which: str, candidate: Candidate) -> dict[str, Any]:
-        block = logit_rows.Block(*candidate)
-        return {**block._asdict(), "in_table": block == logit_rows.block_of(self.logits.dtype, ())}
+        block = logit_rows_tiles.Block(*candidate)
+        return {**block._asdict(), "in_table": block == logit_rows_tiles.choose(self.logits.dtype, ())}
 
 
 def subject_of(which: str, size: Size) -> Subject:

@@ -1,4 +1,4 @@
-"""What `backend="auto"` tries, and in which order: one table, filled from measurements where there are any.
+"""A rule of `backend="auto"`: what is tried, and in which order; the rules of an op are in its row of `ops_table`.
 
 `python -m benchmarks.kernels.choose_backends` times the backends on the machine at hand, and writes
 `benchmarks/results/choice_<device>.json`; a rule
@@ -41,37 +41,3 @@ class Rule:
             and self.lengths[0] <= length <= self.lengths[1]
             and all(features.get(name, False) == value for name, value in self.traits.items())
         )
-
-
-_CPU = "benchmarks/results/choice_cpu.json"
-_HALF = (torch.float16, torch.bfloat16)
-_PLAIN = {"tree": False, "mass": False, "softcap": False, "window": False}
-
-# Per op and device type, the first rule that fits a call.
-_RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
-    ("tree_attention", "cpu"): (Rule(calls="calls", order=("native", "sdpa", "reference"), measured=_CPU),),
-    ("tree_attention", "cuda"): (
-        Rule(
-            calls="causal float16 and bfloat16 calls",
-            dtypes=_HALF,
-            traits=_PLAIN,
-            order=("sdpa", "triton", "varlen", "flex", "reference"),
-            measured=None,
-        ),
-        Rule(calls="calls with mass", traits={"mass": True}, order=("triton", "reference"), measured=None),
-        Rule(calls="other calls", order=("triton", "varlen", "flex", "sdpa", "reference"), measured=None),
-    ),
-    ("attention_mass", "cpu"): (Rule(calls="calls", order=("native", "reference"), measured=_CPU),),
-    ("attention_mass", "cuda"): (Rule(calls="calls", order=("native", "triton", "reference"), measured=None),),
-    ("preference_loss", "cpu"): (Rule(calls="calls", order=("native", "reference"), measured=None),),
-    ("preference_loss", "cuda"): (Rule(calls="calls", order=("triton", "reference"), measured=None),),
-    ("linear_logprobs", "cpu"): (Rule(calls="calls", order=("native", "chunked", "reference"), measured=None),),
-    ("linear_logprobs", "cuda"): (Rule(calls="calls", order=("native", "triton", "chunked", "reference"), measured=None),),
-}
-
-
-def rule(op: str, device: torch.device, dtype: torch.dtype, features: Mapping[str, object]) -> Rule | None:
-    """The rule for a call, or None where the table has none for the op or the device."""
-    rules = _RULES.get((op, device.type), ())
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and rules else (0, 0)
-    return next((rule for rule in rules if rule.fits(dtype, capability, features)), None)

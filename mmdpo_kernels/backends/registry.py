@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
 
-from . import choice
+from .choice import Rule
+from .ops_table import OPS
 
 logger = logging.getLogger("mmdpo_kernels")
 
-# Where `choice` has no rule, "auto" tries them in this order.
-PREFERENCE: dict[str, tuple[str, ...]] = {
-    "tree_attention": ("native", "triton", "varlen", "flex", "sdpa", "reference"),
-    "attention_mass": ("native", "triton", "reference"),
-    "linear_logprobs": ("native", "triton", "chunked", "reference"),
-    "preference_loss": ("native", "triton", "reference"),
-}
 _announced: set[tuple[str, str, str, torch.dtype, str]] = set()
 
 
@@ -31,11 +26,11 @@ def backends() -> dict[str, dict[str, str | None]]:
     """Per op, backend -> None, or the reason it cannot run here (asked for bfloat16 on a GPU, float32 on a CPU alone)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return {op: {name: load(op, name).unavailable_reason(device, dtype) for name in names} for op, names in PREFERENCE.items()}
+    return {op: {name: load(op, name).unavailable_reason(device, dtype) for name in row.backends} for op, row in OPS.items()}
 
 
 def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, **features: object) -> ModuleType:
-    """The module for a call: the named backend, or with "auto" the first that can serve it in the order that `choice` has for it.
+    """The module for a call: the named backend, or with "auto" the first that can serve it in the order that a rule has for it.
 
     Args:
         features: traits of the call: what some backends lack, true where used, and what the choice depends on.
@@ -43,7 +38,7 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, **f
     Raises:
         ValueError: unknown backend, or a named one that cannot serve the call (with its reason).
     """
-    names = PREFERENCE[op]
+    names = OPS[op].backends
     if backend == "auto":
         return _choose(op, device, dtype, features)
     if backend not in names:
@@ -55,10 +50,17 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, **f
     return module
 
 
+def rule_for(op: str, device: torch.device, dtype: torch.dtype, features: Mapping[str, object]) -> Rule | None:
+    """The rule for a call, or None where the op has none for the device."""
+    rules = OPS[op].rules.get(device.type, ())
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and rules else (0, 0)
+    return next((rule for rule in rules if rule.fits(dtype, capability, features)), None)
+
+
 def _choose(op: str, device: torch.device, dtype: torch.dtype, features: dict[str, object]) -> ModuleType:
-    rule = choice.rule(op, device, dtype, features)
+    rule = rule_for(op, device, dtype, features)
     passed_over: dict[str, str] = {}
-    for name in PREFERENCE[op] if rule is None else rule.order:
+    for name in OPS[op].backends if rule is None else rule.order:
         module = load(op, name)
         reason = module.unavailable_reason(device.type, dtype, **features)
         if reason is None:
@@ -69,7 +71,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, features: dict[st
 
 
 def _announce(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, rule: choice.Rule | None, passed_over: dict[str, str]
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, rule: Rule | None, passed_over: dict[str, str]
 ) -> None:
     calls, measured = ("calls", None) if rule is None else (rule.calls, rule.measured)
     kind = op, backend, device.type, dtype, calls

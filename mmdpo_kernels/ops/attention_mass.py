@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends.calls import AttentionMassCall
 from ..backends.reference import attention_mass as reference
 from ..backends.registry import resolve
 from .checks import (
@@ -21,6 +22,7 @@ from .checks import (
     check_tree_end,
     default_scale,
 )
+from .flat import tensors_and_rest, with_tensors
 from .precision import without_autocast
 
 OP = "attention_mass"
@@ -29,31 +31,19 @@ OP = "attention_mass"
 class _AttentionMass(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(
-        ctx: Any,
-        query_rows: Tensor,
-        key: Tensor,
-        segments: Tensor,
-        row_positions: Tensor,
-        tree_end: Tensor | None,
-        lse: Tensor | None,
-        options: tuple[Any, ...],
-        backend: ModuleType,
-    ) -> Tensor:
-        num_segments, *rest = options
-        ctx.save_for_backward(query_rows, key, segments, row_positions, tree_end, lse)
-        ctx.options, ctx.backend = options, backend
-        return backend.forward(query_rows, key, segments, row_positions, num_segments, tree_end, lse, *rest)
+    def forward(ctx: Any, query_rows: Tensor, key: Tensor, call: AttentionMassCall, backend: ModuleType) -> Tensor:
+        tensors, ctx.call = tensors_and_rest(call)
+        ctx.save_for_backward(query_rows, key, *tensors)
+        ctx.backend = backend
+        return backend.forward(query_rows, key, call)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query_rows, key, segments, row_positions, tree_end, lse = ctx.saved_tensors
-        num_segments, *rest = ctx.options
+        query_rows, key, *tensors = ctx.saved_tensors
         backend = ctx.backend if hasattr(ctx.backend, "backward") else reference
-        found = backend.backward(grad, query_rows, key, segments, row_positions, num_segments, tree_end, lse, *rest)
-        return *found, None, None, None, None, None, None
+        return *backend.backward(grad, query_rows, key, with_tensors(ctx.call, tensors)), None, None
 
 
 def attention_mass(
@@ -118,5 +108,15 @@ def attention_mass(
     tree_window = window is not None and tree_end is not None
     traits = {"softcap": softcap is not None, "tree_window": tree_window, "head_dim": dim, "num_segments": num_segments}
     module = resolve(OP, backend, key.device, key.dtype, **traits)
-    options = (num_segments, default_scale(scale, dim), softcap, window, reduce)
-    return _AttentionMass.apply(query_rows, key, segments, row_positions, tree_end, lse, options, module)
+    call = AttentionMassCall(
+        segments=segments,
+        row_positions=row_positions,
+        num_segments=num_segments,
+        tree_end=tree_end,
+        lse=lse,
+        scale=default_scale(scale, dim),
+        softcap=softcap,
+        window=window,
+        reduce=reduce,
+    )
+    return _AttentionMass.apply(query_rows, key, call, module)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backends.calls import TreeAttentionCall
+from ..backends.layout import accumulation_dtype
 from ..backends.reference import tree_attention as reference
 from ..backends.registry import resolve
 from .checks import (
@@ -22,6 +24,7 @@ from .checks import (
     default_scale,
     grad_or_none,
 )
+from .flat import schema_of, tensors_and_rest, with_tensors
 from .precision import autocast_off, without_autocast
 
 OP = "tree_attention"
@@ -53,28 +56,30 @@ class _TreeAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        tree_end: Tensor | None,
-        segments: Tensor | None,
-        options: tuple[Any, ...],
+        call: TreeAttentionCall,
         backend: ModuleType,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        # Kernels read each head vector as consecutive elements.
-        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-        output, lse, mass = backend.forward(query, key, value, tree_end, segments, *options)
-        ctx.save_for_backward(query, key, value, output, lse, tree_end, segments)
-        ctx.options, ctx.backend = options, backend
+        query, key, value = _dense(query, key, value)
+        output, lse, mass = backend.forward(query, key, value, call)
+        tensors, ctx.call = tensors_and_rest(call)
+        ctx.save_for_backward(query, key, value, output, lse, *tensors)
+        ctx.backend = backend
         return output, lse, mass
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse, tree_end, segments = ctx.saved_tensors
-        found = _backward_of(
-            ctx.backend, tuple(map(grad_or_none, grads)), query, key, value, output, lse, tree_end, segments, ctx.options
-        )
-        return *found, None, None, None, None
+        query, key, value, output, lse, *tensors = ctx.saved_tensors
+        call = with_tensors(ctx.call, tensors)
+        found = _backward_of(ctx.backend, tuple(map(grad_or_none, grads)), query, key, value, output, lse, call)
+        return *found, None, None
+
+
+def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Kernels read each head vector as consecutive elements."""
+    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
 
 
 def _backward_through_lse(
@@ -87,12 +92,7 @@ def _backward_through_lse(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    tree_end: Tensor | None,
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of a backend that takes no gradient of the log-sum-exp, made to take one.
 
@@ -101,10 +101,9 @@ def _backward_through_lse(
     a power of two that float16 has too. Where the kernel has no room for more columns, the reference does the backward.
     """
     dim = query.shape[-1]
-    rest = lse, tree_end, segments, num_segments, scale, softcap, window
-    features = {"head_dim": dim + _COLUMNS, "softcap": softcap is not None, "window": window is not None}
+    features = {"head_dim": dim + _COLUMNS, "softcap": call.softcap is not None, "window": call.window is not None}
     if backend.unavailable_reason(query.device.type, query.dtype, **features) is not None:
-        return reference.backward(grad_output, grad_lse, grad_mass, query, key, value, output, *rest)
+        return reference.backward(grad_output, grad_lse, grad_mass, query, key, value, output, lse, call)
     exponent = torch.frexp(grad_lse).exponent.clamp(*_EXPONENTS)
     powers = torch.ldexp(torch.ones_like(grad_lse), exponent)
     left, parts = -grad_lse / powers, []
@@ -125,7 +124,8 @@ def _backward_through_lse(
         grad_mass,
         *(widened(tensor, []) for tensor in (query, key, value)),
         widened(output, [powers.to(query.dtype)] * _PARTS),
-        *rest,
+        lse,
+        call,
     )
     grad_query, grad_key, grad_value = (grad[..., :dim] for grad in grads)
     return grad_query, grad_key, grad_value
@@ -183,25 +183,23 @@ def tree_attention(
     check_tree_end(OP, tree_end, batch, length)
     check_segments(OP, segments, num_segments, batch, length)
     check_positive(OP, softcap=softcap, window=window)
-    options = (num_segments, default_scale(scale, dim), softcap, window)
+    call = TreeAttentionCall(
+        tree_end=tree_end,
+        segments=segments,
+        num_segments=num_segments,
+        scale=default_scale(scale, dim),
+        softcap=softcap,
+        window=window,
+    )
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if torch.compiler.is_compiling():
-        return TreeAttentionOutput(*attention_op(query, key, value, own_tree(tree_end), segments, *options, backend, gradient))
-    module = _resolve(backend, query, value, tree_end, *options, gradient)
-    return TreeAttentionOutput(*_TreeAttention.apply(query, key, value, tree_end, segments, options, module))
+        call = call._replace(tree_end=own_tree(tree_end))
+        return TreeAttentionOutput(*attention_op(query, key, value, *call, backend, gradient))
+    module = _resolve(backend, query, value, call, gradient)
+    return TreeAttentionOutput(*_TreeAttention.apply(query, key, value, call, module))
 
 
-def _resolve(
-    backend: str,
-    query: Tensor,
-    value: Tensor,
-    tree_end: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    gradient: bool,
-) -> ModuleType:
+def _resolve(backend: str, query: Tensor, value: Tensor, call: TreeAttentionCall, gradient: bool) -> ModuleType:
     """The module that serves a call."""
     dim, value_dim = query.shape[-1], value.shape[-1]
     return resolve(
@@ -209,13 +207,13 @@ def _resolve(
         backend,
         query.device,
         query.dtype,
-        softcap=softcap is not None,
-        window=window is not None,
-        mass=num_segments > 0,
+        softcap=call.softcap is not None,
+        window=call.window is not None,
+        mass=call.num_segments > 0,
         value_dim=value_dim != dim,
         head_dim=max(dim, value_dim),
         length=query.shape[2],
-        tree=tree_end is not None,
+        tree=call.tree_end is not None,
         gradient=gradient,
     )
 
@@ -236,54 +234,52 @@ def _(tree_end: Tensor) -> Tensor:
     return tree_end.new_empty(tree_end.shape)
 
 
-@torch.library.custom_op("mmdpo_kernels::tree_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op(
+    "mmdpo_kernels::tree_attention",
+    mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),
+    schema=f"(Tensor query, Tensor key, Tensor value, {schema_of(TreeAttentionCall)}, str backend, bool gradient)"
+    " -> (Tensor, Tensor, Tensor)",
+)
 def attention_op(
     query: Tensor,  # (B, Hq, S, D)
     key: Tensor,  # (B, Hkv, S, D)
     value: Tensor,  # (B, Hkv, S, Dv)
-    tree_end: Tensor | None,  # (B, S)
-    segments: Tensor | None,  # (B, S)
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    backend: str,
-    gradient: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`tree_attention` as an operator, so that `torch.compile` has it in its graph. gradient: whether there will be a backward."""
-    options = (num_segments, scale, softcap, window)
-    check_segments(OP, segments, num_segments, query.shape[0], query.shape[2])
-    module = _resolve(backend, query, value, tree_end, *options, gradient)
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    """`tree_attention` as an operator, so that `torch.compile` has it in its graph.
+
+    rest: the fields of the call, the backend, and whether there will be a backward.
+    """
+    *fields, backend, gradient = rest
+    call = TreeAttentionCall(*fields)
+    check_segments(OP, call.segments, call.num_segments, query.shape[0], query.shape[2])
+    module = _resolve(backend, query, value, call, gradient)
+    query, key, value = _dense(query, key, value)
     with autocast_off(query.device.type):
-        output, lse, mass = module.forward(query, key, value, tree_end, segments, *options)
+        output, lse, mass = module.forward(query, key, value, call)
     return output.contiguous(), lse.contiguous(), mass.contiguous()
 
 
 @attention_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tree_end: Tensor | None,
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    backend: str,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, _, _ = rest
     rows = query.shape[:3]
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulation_dtype(query.dtype)
     return (
         query.new_empty((*rows, value.shape[3])),
         query.new_empty(rows, dtype=wide),
-        query.new_empty((*rows, num_segments), dtype=wide),
+        query.new_empty((*rows, TreeAttentionCall(*fields).num_segments), dtype=wide),
     )
 
 
-@torch.library.custom_op("mmdpo_kernels::tree_attention_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op(
+    "mmdpo_kernels::tree_attention_backward",
+    mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe,),
+    schema="(Tensor? grad_output, Tensor? grad_lse, Tensor? grad_mass, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "
+    f"{schema_of(TreeAttentionCall)}, str backend) -> (Tensor, Tensor, Tensor)",
+)
 def attention_backward_op(
     grad_output: Tensor | None,
     grad_lse: Tensor | None,
@@ -293,21 +289,16 @@ def attention_backward_op(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    tree_end: Tensor | None,
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    backend: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the gradients of query, key and value."""
-    options = (num_segments, scale, softcap, window)
-    module = _resolve(backend, query, value, tree_end, *options, True)
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    """-> the gradients of query, key and value. rest: the fields of the call, and the backend."""
+    *fields, backend = rest
+    call = TreeAttentionCall(*fields)
+    module = _resolve(backend, query, value, call, True)
+    query, key, value = _dense(query, key, value)
     with autocast_off(query.device.type):
         grads = tuple(grad_or_none(grad) for grad in (grad_output, grad_lse, grad_mass))
-        found = _backward_of(module, grads, query, key, value, output, lse, tree_end, segments, options)
+        found = _backward_of(module, grads, query, key, value, output, lse, call)
     return tuple(grad.contiguous() for grad in found)  # type: ignore[return-value]
 
 
@@ -325,16 +316,19 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, tree_end, segments, *options, _ = inputs
+    query, key, value, *fields, ctx.backend, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output[:2], tree_end, segments)
-    ctx.options = options
+    tensors, ctx.call = tensors_and_rest(TreeAttentionCall(*fields))
+    ctx.save_for_backward(query, key, value, *output[:2], *tensors)
 
 
 def _op_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(f"{OP}: it has a first derivative only, backward was asked for with create_graph=True")
-    return *attention_backward_op(*grads, *ctx.saved_tensors, *ctx.options), *[None] * 8
+    query, key, value, output, lse, *tensors = ctx.saved_tensors
+    call = with_tensors(ctx.call, tensors)
+    found = attention_backward_op(*grads, query, key, value, output, lse, *call, ctx.backend)
+    return *found, *[None] * (len(call) + 2)
 
 
 attention_op.register_autograd(_op_backward, setup_context=_setup_context)
@@ -348,13 +342,11 @@ def _backward_of(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    tree_end: Tensor | None,
-    segments: Tensor | None,
-    options: tuple[Any, ...],
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, from those of output, lse and mass."""
     backward = backend.backward
     if grads[1] is not None and not backend.LSE_GRADIENT:
         backward = partial(_backward_through_lse, backend)
-    found: tuple[Tensor, Tensor, Tensor] = backward(*grads, query, key, value, output, lse, tree_end, segments, *options)
+    found: tuple[Tensor, Tensor, Tensor] = backward(*grads, query, key, value, output, lse, call)
     return found

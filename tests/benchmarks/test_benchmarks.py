@@ -445,7 +445,7 @@ def test_all_gpu_phases_fit_into_nine_minutes(capsys: pytest.CaptureFixture[str]
     assert sum(phase.seconds for phase in gpu.PHASES) < 9 * 60
     assert "benchmarks.gpu.sanitize_cases --device cuda" in capsys.readouterr().out
     assert set(gpu.SANITIZED) == set(sanitize_cases.CASES)
-    wanted = {(op, name) for op, groups in gpu.COMPILED_CASES.items() for names in groups for name in names}
+    wanted = {(op, name) for op, groups in gpu.compiled_cases().items() for names in groups for name in names}
     assert wanted <= {(case.op, case.name) for case in registry.cases(size="cuda")}
 
 

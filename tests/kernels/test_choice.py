@@ -11,11 +11,13 @@ import torch
 
 from benchmarks.kernels import choose_backends
 from mmdpo_kernels import tree_attention
-from mmdpo_kernels.backends import choice, registry
+from mmdpo_kernels.backends import registry
+from mmdpo_kernels.backends.choice import Rule
 from mmdpo_kernels.backends.native import tree_attention as native
+from mmdpo_kernels.backends.ops_table import OPS
 
-ROOT = Path(__file__).resolve().parents[2]
-RULES = [(op, device, rule) for (op, device), rules in choice._RULES.items() for rule in rules]
+ROOT = Path(__file__).resolve().parents[1]
+RULES = [(op, device, rule) for op, row in OPS.items() for device, rules in row.rules.items() for rule in rules]
 CUDA = torch.device("cuda", 0)
 PLAIN = {"tree": False, "mass": False, "softcap": False, "window": False, "length": 3000, "gradient": True}
 
@@ -23,22 +25,22 @@ PLAIN = {"tree": False, "mass": False, "softcap": False, "window": False, "lengt
 def order(monkeypatch: pytest.MonkeyPatch, op: str, dtype: torch.dtype, **features: object) -> tuple[str, ...]:
     """The order on a GPU, asked for where there may be none."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
-    rule = choice.rule(op, CUDA, dtype, features)
+    rule = registry.rule_for(op, CUDA, dtype, features)
     assert rule is not None and rule.measured is None
     return rule.order
 
 
 @pytest.mark.parametrize(("op", "device", "rule"), RULES, ids=lambda value: value if isinstance(value, str) else "")
-def test_rules_name_backends_that_exist_and_end_with_one_that_serves_everything(op: str, device: str, rule: choice.Rule) -> None:
-    assert set(rule.order) <= set(registry.PREFERENCE[op])
+def test_rules_name_backends_that_exist_and_end_with_one_that_serves_everything(op: str, device: str, rule: Rule) -> None:
+    assert set(rule.order) <= set(OPS[op].backends)
     assert rule.order[-1] == "reference"
     # Uncompiled, it builds all scores.
     assert device != "cpu" or "flex" not in rule.order
 
 
-@pytest.mark.parametrize("op_device", choice._RULES)
-def test_every_call_has_a_rule(op_device: tuple[str, str]) -> None:
-    last = choice._RULES[op_device][-1]
+@pytest.mark.parametrize(("op", "device"), [(op, device) for op, row in OPS.items() for device in row.rules])
+def test_every_call_has_a_rule(op: str, device: str) -> None:
+    last = OPS[op].rules[device][-1]
     assert last.fits(torch.float64, (0, 0), {}) and not last.traits
 
 
@@ -49,7 +51,7 @@ def test_measured_orders_are_what_was_measured(path: str) -> None:
     device = torch.device("cpu")
     for setting in settings:
         features = {name: setting[name] for name in ("length", "tree", "mass", "gradient")}
-        rule = choice.rule(setting["op"], device, getattr(torch, setting["dtype"]), features)
+        rule = registry.rule_for(setting["op"], device, getattr(torch, setting["dtype"]), features)
         assert rule is not None and rule.measured == path
         taken = next(name for name in rule.order if name in setting["seconds"])
         # A short call is all overhead, and its time all noise.
@@ -68,7 +70,7 @@ def test_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rule_fits_by_dtype_capability_length_and_traits() -> None:
-    rule = choice.Rule(
+    rule = Rule(
         calls="",
         order=("reference",),
         measured=None,
@@ -113,23 +115,23 @@ def test_the_choice_is_logged_once_per_kind_of_call(monkeypatch: pytest.MonkeyPa
 def test_without_a_rule_the_preference_decides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(registry, "_announced", set())
     caplog.set_level(logging.INFO, logger="mmdpo_kernels")
-    monkeypatch.setattr(choice, "rule", lambda *call: None)
+    monkeypatch.setattr(registry, "rule_for", lambda *call: None)
     module = registry.resolve("linear_logprobs", "auto", torch.device("cpu"), torch.float64)
     assert module.__name__.endswith("chunked.linear_logprobs")
     assert "not measured on this device" in caplog.text
 
 
 def test_a_call_that_no_backend_serves_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = choice.Rule(calls="calls", order=("varlen",), measured=None)
-    monkeypatch.setattr(choice, "rule", lambda *call: rule)
+    rule = Rule(calls="calls", order=("varlen",), measured=None)
+    monkeypatch.setattr(registry, "rule_for", lambda *call: rule)
     with pytest.raises(ValueError, match="no backend can serve torch.float32 on cpu: varlen: .* runs on cuda tensors, got cpu"):
         registry.resolve("tree_attention", "auto", torch.device("cpu"), torch.float32)
 
 
 def test_the_op_reports_what_the_choice_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, object]] = []
-    rule = choice.Rule(calls="calls", order=("reference",), measured=None)
-    monkeypatch.setattr(choice, "rule", lambda op, device, dtype, features: seen.append(dict(features)) or rule)
+    rule = Rule(calls="calls", order=("reference",), measured=None)
+    monkeypatch.setattr(registry, "rule_for", lambda op, device, dtype, features: seen.append(dict(features)) or rule)
     q = torch.randn(1, 2, 5, 8, requires_grad=True)
     tree_end = torch.full((1, 5), 5, dtype=torch.int32)
     tree_attention(q, q, q, tree_end, segments=tree_end * 0, num_segments=1)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from emulated_cuda import EmulatedNative, Weather
 from mass_cases import REDUCTIONS, Call, Sizes, assert_sums_as_accurate, make_call
 from torch import Tensor
 
+from mmdpo_kernels.backends.calls import AttentionMassCall
 from mmdpo_kernels.backends.native import attention_mass as native
 from mmdpo_kernels.backends.reference import attention_mass as reference
 
@@ -41,16 +41,14 @@ class OnGpu:
     def __init__(self, emulated: EmulatedNative, multiprocessors: int = MANY) -> None:
         self.emulated, self.multiprocessors = emulated, multiprocessors
 
-    def forward(
-        self, query_rows: Tensor, key: Tensor, segments: Tensor, rows: Tensor, *rest: Any, reduce: str | None, **options: Any
-    ) -> Tensor:
+    def forward(self, query_rows: Tensor, key: Tensor, call: AttentionMassCall) -> Tensor:
         module: ModuleType = self.emulated  # type: ignore[assignment]
-        call = native._Call(module, query_rows, key, segments, rows, *rest, reduce=reduce, **options)
-        batch, heads, count, _ = query_rows.shape
-        num_segments = rest[0]
-        shape = {None: (batch, heads, count, num_segments), "mean": (batch, num_segments), "tokens": segments.shape}[reduce]
+        given = native._Given(module, query_rows, key, call)
+        batch, heads, rows, _ = query_rows.shape
+        count = call.num_segments
+        shape = {None: (batch, heads, rows, count), "mean": (batch, count), "tokens": call.segments.shape}[call.reduce]
         out = torch.empty(shape)
-        self.emulated.attention_mass_cuda(call.args, multiprocessors=self.multiprocessors, out=out.data_ptr())
+        self.emulated.attention_mass_cuda(given.args, multiprocessors=self.multiprocessors, out=out.data_ptr())
         return out
 
 

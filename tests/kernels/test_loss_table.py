@@ -164,7 +164,7 @@ def test_rows_that_no_backend_could_evaluate(monkeypatch: pytest.MonkeyPatch, te
 
 def test_links_and_values_have_one_order() -> None:
     from mmdpo_kernels.backends.reference import preference_loss as reference
-    from mmdpo_kernels.backends.triton import preference_loss_functions as links
+    from mmdpo_kernels.backends.triton import preference_loss_device as links
     from mmdpo_kernels.backends.triton import preference_loss_kernels as kernels
 
     assert set(reference.LINKS) == set(LINKS) and set(reference.VALUES) == set(VALUES)

@@ -13,6 +13,7 @@ from mass_cases import REDUCTIONS, Sizes, assert_as_accurate, assert_sums_as_acc
 from torch import Tensor
 
 from mmdpo_kernels import attention_mass, backends
+from mmdpo_kernels.backends.calls import AttentionMassCall
 from mmdpo_kernels.backends.native import attention_mass as native
 from mmdpo_kernels.backends.native import extension
 from mmdpo_kernels.backends.reference import attention_mass as reference
@@ -73,7 +74,7 @@ def test_half_precision_inputs_are_read_exactly(level: str, monkeypatch: pytest.
             segments, rows = torch.tensor([[0, 1]]), torch.tensor([[1]])
             # Scores of size one, as far as a float32 scale reaches.
             scale = min(2.0**120, 1.0 / max(abs(float(value)), 2.0**-130))
-            got = native.forward(query, key, segments, rows, 2, None, None, scale, None, None, None)
+            got = native.forward(query, key, AttentionMassCall(segments, rows, 2, None, None, scale, None, None, None))
             want = torch.tensor([float(value) * scale, 0.0], dtype=torch.float64).softmax(0)
             torch.testing.assert_close(got.flatten().double(), want, rtol=3e-7, atol=1e-7)
 
@@ -282,8 +283,8 @@ def test_nan_is_not_lost(reduce: str | None, with_lse: bool, where: str) -> None
     lse = torch.zeros(1, 2, 2) if with_lse else None
 
     def both() -> tuple[Tensor, Tensor]:
-        arguments = (query, key, segments, rows, 3, None, lse, 0.3, None, None, reduce)
-        return native.forward(*arguments), reference.forward(*arguments)
+        call = AttentionMassCall(segments, rows, 3, None, lse, 0.3, None, None, reduce)
+        return native.forward(query, key, call), reference.forward(query, key, call)
 
     key[0, 0, 60] = float("nan")
     clean = both()

@@ -32,11 +32,12 @@ from torch import Tensor
 
 from mmdpo_kernels import attention_mass, tree_attention
 from mmdpo_kernels.backends import registry
+from mmdpo_kernels.backends.ops_table import OPS
 
-OPS = ("tree_attention", "attention_mass")
+DRAWN = ("tree_attention", "attention_mass")
 TOTAL = int(os.environ.get("MMDPO_PROPERTY_CASES", "240"))
 BLOCK = 20 if TOTAL <= 1000 else 100
-HERE = [(op, name) for op in OPS for name in registry.PREFERENCE[op] if reason_not_here(op, name) is None]
+HERE = [(op, name) for op in DRAWN for name in OPS[op].backends if reason_not_here(op, name) is None]
 
 
 def share(op: str, backend: str) -> float:
@@ -89,7 +90,7 @@ def test_large_scores_under_a_softcap(op: str, backend: str, length: int) -> Non
 
 
 def test_the_calls_of_a_seed_are_the_same_every_time() -> None:
-    for op in OPS:
+    for op in DRAWN:
         one, other = (served(op, "reference", 5) for _ in range(2))
         assert one.traits == other.traits and one.options == other.options
         assert all(torch.equal(t, other.leaves[name]) for name, t in one.leaves.items())
@@ -98,29 +99,32 @@ def test_the_calls_of_a_seed_are_the_same_every_time() -> None:
 # Each wrong backend below is wrong in one place only.
 
 Forward = Callable[..., Any]
-TREE_END, SEGMENTS = {"tree_attention": 3, "attention_mass": 5}, {"tree_attention": 4, "attention_mass": 2}
-SCALE, SOFTCAP = {"tree_attention": -3, "attention_mass": -4}, {"tree_attention": -2, "attention_mass": -3}
-WINDOW = {"tree_attention": -1, "attention_mass": -2}
 
 
-def argument(index: dict[str, int], change: Callable[[Any], Any], *, only: str = "") -> Callable[..., Any]:
-    """A backend whose forward and backward, or only one of them, take an argument wrongly. index: of forward, counted per op."""
+def field(name: str, change: Callable[[Any], Any], *, only: str = "") -> Callable[..., Any]:
+    """A backend whose forward and backward, or only one of them, take a field of the call wrongly."""
 
-    def wrong(op: str, name: str, original: Forward) -> Forward:
-        if only and name != only:
+    def wrong(op: str, function: str, original: Forward) -> Forward:
+        if only and function != only:
             return original
-        at = index[op]
-        if name == "backward" and at >= 0:
-            # Upstream gradients come first, one or three; `tree_attention` has its two results after the value.
-            at += 1 if op == "attention_mass" else 3 if at <= 2 else 5
 
-        def function(*args: Any) -> Any:
-            given = list(args)
-            if given[at] is not None:
-                given[at] = change(given[at])
-            return original(*given)
+        def changed(*args: Any) -> Any:
+            *tensors, call = args
+            value = getattr(call, name)
+            return original(*tensors, call if value is None else call._replace(**{name: change(value)}))
 
-        return function
+        return changed
+
+    return wrong
+
+
+def keys(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A backend that takes the keys wrongly."""
+
+    def wrong(op: str, function: str, original: Forward) -> Forward:
+        # Upstream gradients come first, one or three.
+        at = 1 if function == "forward" else 2 if op == "attention_mass" else 4
+        return lambda *args: original(*args[:at], change(args[at]), *args[at + 1 :])
 
     return wrong
 
@@ -160,14 +164,14 @@ def unwritten_end(tensor: Tensor) -> Tensor:
 
 
 WRONG: dict[str, Callable[..., Any]] = {
-    "subtrees end one early": argument(TREE_END, lambda ends: (ends - 1).clamp(min=0)),
-    "subtrees end one late": argument(TREE_END, lambda ends: (ends + 1).clamp(max=ends.shape[1])),
-    "windows one too wide": argument(WINDOW, lambda window: window + 1),
-    "no softcap in the backward": argument(SOFTCAP, lambda softcap: None, only="backward"),
-    "another scale in the backward": argument(SCALE, lambda scale: scale * 1.01, only="backward"),
-    "segments one token off": argument(SEGMENTS, lambda segments: segments.roll(1, dims=1)),
-    "the second key head first": argument({"tree_attention": 1, "attention_mass": 1}, lambda key: key.flip(1)),
-    "keys in half precision": argument({"tree_attention": 1, "attention_mass": 1}, lambda key: key.half().to(key.dtype)),
+    "subtrees end one early": field("tree_end", lambda ends: (ends - 1).clamp(min=0)),
+    "subtrees end one late": field("tree_end", lambda ends: (ends + 1).clamp(max=ends.shape[1])),
+    "windows one too wide": field("window", lambda window: window + 1),
+    "no softcap in the backward": field("softcap", lambda softcap: None, only="backward"),
+    "another scale in the backward": field("scale", lambda scale: scale * 1.01, only="backward"),
+    "segments one token off": field("segments", lambda segments: segments.roll(1, dims=1)),
+    "the second key head first": keys(lambda key: key.flip(1)),
+    "keys in half precision": keys(lambda key: key.half().to(key.dtype)),
     "last row not written": result(unwritten_end, only="forward"),
     "gradient of queries halved": result(lambda grad: grad / 2, only="backward"),
     "gradient of lse forgotten": without_upstream(1),
@@ -177,7 +181,7 @@ WRONG: dict[str, Callable[..., Any]] = {
 
 # The mass of chosen rows has one upstream gradient, which cannot be forgotten alone.
 @pytest.mark.parametrize(
-    ("op", "mistake"), [(op, name) for op in OPS for name in WRONG if "forgotten" not in name or op != OPS[1]]
+    ("op", "mistake"), [(op, name) for op in DRAWN for name in WRONG if "forgotten" not in name or op != DRAWN[1]]
 )
 def test_a_wrong_backend_is_caught(op: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = registry.load(op, "reference"), ModuleType("wrong")
@@ -319,7 +323,7 @@ def test_mass_of_chosen_rows(backend: str) -> None:
 def test_seeds_reach_what_they_should() -> None:
     """Over the modest number of seeds every tree, segment map and layout comes up, and every feature both ways."""
     rng = random.Random(0)
-    calls = [property_cases.draw(op, seed, rng.choice(DTYPES)) for op in OPS for seed in range(160)]
+    calls = [property_cases.draw(op, seed, rng.choice(DTYPES)) for op in DRAWN for seed in range(160)]
     traits = {trait.split(" segments ")[-1] for call in calls for trait in call.traits}
     assert traits >= {*property_cases.TREES, *property_cases.SEGMENTS, *property_cases.LAYOUTS, "lse given"}
     for name in ("softcap", "window", "scale"):

@@ -232,8 +232,9 @@ def test_layers_that_nobody_asked_for_pay_nothing() -> None:
     """Their tensors are not looked at: there are none here."""
     watching = recorder.AttentionRecorder(segment_map(), None, (1,), SEGMENTS, "mean", False)
     nothing: Any = None
+    call = recorder.LayerCall(tree_end=None, mask=None, scale=None, softcap=None, window=None, backend="auto")
     for layer in (0, 2):
-        watching.observe(layer, nothing, nothing, tree_end=None, mask=None, scale=None, softcap=None, window=None, backend="auto")
+        watching.observe(layer, nothing, nothing, call)
     assert watching.mass == {}
 
 

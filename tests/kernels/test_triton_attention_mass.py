@@ -14,6 +14,7 @@ from torch import Tensor
 from trees import random_tree_end
 
 from mmdpo_kernels import attention_mass
+from mmdpo_kernels.backends.calls import AttentionMassCall
 from mmdpo_kernels.backends.reference import attention_mass as reference
 from mmdpo_kernels.backends.reference.scores import capped_scores
 from mmdpo_kernels.backends.triton import attention_mass as triton_backend
@@ -57,7 +58,8 @@ class Call:
     def arguments(self, reduce: str | None, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
         query_rows, key = (t if dtype is None else t.to(dtype) for t in (self.query_rows, self.key))
         options = (key.shape[-1] ** -0.5, self.options.get("softcap"), self.options.get("window"))
-        return query_rows, key, self.segments, self.row_positions, self.num_segments, self.tree_end, self.lse, *options, reduce
+        known = (self.segments, self.row_positions, self.num_segments, self.tree_end, self.lse)
+        return query_rows, key, AttentionMassCall(*known, *options, reduce)
 
     def forward(self, module: Any, reduce: str | None, dtype: torch.dtype | None = None) -> Tensor:
         return module.forward(*self.arguments(reduce, dtype))
@@ -203,12 +205,11 @@ def test_launches() -> None:
             patch.setattr(triton_backend, "_processors", lambda device, processors=processors: processors)
             counts = []
             for reduce in REDUCTIONS:
-                query, key, segments, rows, count, tree_end, known, *options, _ = call.arguments(reduce)
-                work = triton_backend._Work.of(query, key, segments, rows, count, tree_end, *options)
-                out = work.forward(known, reduce)
+                work = triton_backend._Work.of(*call.arguments(reduce))
+                out = work.forward()
                 counts.append(len(work.launches))
             work.launches.clear()
-            work.backward(out, known, "tokens")
+            work.backward(out)
         assert (*counts, len(work.launches)) == want
 
 

@@ -15,7 +15,6 @@ from trees import assert_accurate
 
 from benchmarks.kernels import sweep_tiles
 from mmdpo_kernels import linear_logprobs
-from mmdpo_kernels.backends import registry
 from mmdpo_kernels.backends.chunked import linear_logprobs as chunked
 from mmdpo_kernels.backends.chunked import logit_rows as plain
 from mmdpo_kernels.backends.chunked import row_chunks
@@ -23,7 +22,7 @@ from mmdpo_kernels.backends.logit_options import LogitOptions
 from mmdpo_kernels.backends.native import logit_rows as native_rows
 from mmdpo_kernels.backends.reference import linear_logprobs as reference
 from mmdpo_kernels.backends.triton import linear_logprobs as triton_backend
-from mmdpo_kernels.backends.triton import logit_rows
+from mmdpo_kernels.backends.triton import logit_rows, logit_rows_tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow).*:RuntimeWarning:triton")
 """Of the interpreter, about values that a `where` then leaves out."""
@@ -51,7 +50,7 @@ def small_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
     if "shipped_blocks" in request.fixturenames:
         yield
         return
-    with logit_rows.override(logit_rows.Block(16, 1, 2, 255)):
+    with logit_rows_tiles.override(logit_rows_tiles.Block(16, 1, 2, 255)):
         yield
 
 
@@ -356,9 +355,8 @@ def test_the_backend_is_as_accurate_as_pytorch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_op(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_op(trained: bool) -> None:
     """A frozen head's gradient made in forward, a trained one's from what forward kept."""
-    monkeypatch.setitem(registry.PREFERENCE, "linear_logprobs", ("triton", "reference"))
     hidden, weight, targets, bias = make_head(8, torch.float32)
     up, results = torch.randn(8).to(DEVICE), []
     for backend in ("triton", "reference"):

@@ -12,9 +12,10 @@ from torch import Tensor
 from trees import random_tree_end
 
 from mmdpo_kernels import tree_attention
-from mmdpo_kernels.backends.triton import tiles, tree_plan
 from mmdpo_kernels.backends.triton import tree_attention as backend
-from mmdpo_kernels.backends.triton.tiles import Tiles
+from mmdpo_kernels.backends.triton import tree_attention_tiles as tiles
+from mmdpo_kernels.backends.triton import tree_plan
+from mmdpo_kernels.backends.triton.tree_attention_tiles import Tiles
 from mmdpo_kernels.tree_mask import visible
 
 SQUARE, TALL, WIDE = (Tiles(m, n, 4, 2) for m, n in ((16, 16), (32, 16), (16, 32)))

@@ -12,6 +12,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from trees import random_tree_end
 
 from mmdpo_kernels import tree_attention
+from mmdpo_kernels.backends.calls import TreeAttentionCall
 from mmdpo_kernels.backends.flex import tree_attention as flex
 from mmdpo_kernels.backends.reference import tree_attention as reference
 from mmdpo_kernels.backends.varlen import libraries
@@ -270,5 +271,6 @@ def test_nothing_to_attend(shape: tuple[int, ...], with_tree: bool) -> None:
     output = tree_attention(q, q, q, tree_end, backend="varlen").output
     output.sum().backward()
     assert output.shape == shape
-    assert flex.forward(q, q, q, tree_end, None, 0, 1.0, None, None)[0].shape == shape
-    assert reference.forward(q, q, q, tree_end, None, 0, 1.0, None, None)[0].shape == shape
+    call = TreeAttentionCall(tree_end, None, 0, 1.0, None, None)
+    assert flex.forward(q, q, q, call)[0].shape == shape
+    assert reference.forward(q, q, q, call)[0].shape == shape

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from trees import random_tree_end
 
+from mmdpo_kernels.backends.calls import AttentionMassCall
 from mmdpo_kernels.backends.reference.scores import capped_scores
 from mmdpo_kernels.tree_mask import visible_rows
 
@@ -37,22 +39,20 @@ class Call:
     num_segments: int = 4
     lse: Tensor | None = None
 
-    def run(self, module: object, reduce: str | None, dtype: torch.dtype | None = None) -> Tensor:
+    def arguments(self, reduce: str | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, AttentionMassCall]:
         query_rows, key = (t if dtype is None else t.to(dtype) for t in (self.query_rows, self.key))
         lse = self.lse if self.lse is None or dtype is None else self.lse.to(dtype)
-        options = {"softcap": None, "window": None, "scale": key.shape[-1] ** -0.5, **self.options}
-        return module.forward(  # type: ignore[attr-defined]
-            query_rows, key, self.segments, self.row_positions, self.num_segments, self.tree_end, lse, reduce=reduce, **options
-        )
+        options: dict[str, Any] = {"softcap": None, "window": None, "scale": key.shape[-1] ** -0.5, **self.options}
+        known = (self.segments, self.row_positions, self.num_segments, self.tree_end, lse)
+        return query_rows, key, AttentionMassCall(*known, reduce=reduce, **options)
+
+    def run(self, module: object, reduce: str | None, dtype: torch.dtype | None = None) -> Tensor:
+        return module.forward(*self.arguments(reduce, dtype))  # type: ignore[attr-defined]
 
     def run_backward(
         self, module: object, reduce: str | None, grad: Tensor, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        query_rows, key = (t if dtype is None else t.to(dtype) for t in (self.query_rows, self.key))
-        lse = self.lse if self.lse is None or dtype is None else self.lse.to(dtype)
-        options = {"softcap": None, "window": None, "scale": key.shape[-1] ** -0.5, **self.options}
-        shared = (query_rows, key, self.segments, self.row_positions, self.num_segments, self.tree_end, lse)
-        return module.backward(grad, *shared, reduce=reduce, **options)  # type: ignore[attr-defined]
+        return module.backward(grad, *self.arguments(reduce, dtype))  # type: ignore[attr-defined]
 
     def largest_score(self) -> float:
         scores = self.scores()

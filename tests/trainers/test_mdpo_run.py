@@ -124,7 +124,7 @@ def test_other_seeds_stand_beside_the_run(finished: tuple[Path, dict[str, Any], 
     chosen = summary["arms"]["dpo"]["held_out"]["answer"]["gap"]["crop"]
     assert "Over seeds" in page and f"{chosen:.2f} ({chosen:.2f} to {chosen:.2f})" in page
     values["report"]["seeds"] = [str(tmp_path)]
-    with pytest.raises(ConfigError, match=r"report\.seeds.*not the folder of a finished mDPO run"):
+    with pytest.raises(ConfigError, match=r"report\.seeds.*not the folder of a finished run with held-out pairs"):
         go(RunConfig.from_dict(values))
 
 

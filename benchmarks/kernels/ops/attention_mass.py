@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import BOTH, FORWARD, Case, Named, Work
+from benchmarks.kernels.case import BOTH, FORWARD, Case, Named, Run, Work, timed_run
 from benchmarks.kernels.ops.tree_attention import picture_of
+from mmdpo_kernels import attention_mass
+from mmdpo_kernels.backends.calls import AttentionMassCall
 from mmdpo_kernels.backends.reference import attention_mass as reference
+
+if TYPE_CHECKING:
+    from benchmarks.kernels.choose_backends import Inputs, Setting
 
 Sizes = Mapping[str, int]
 
@@ -88,22 +94,54 @@ def work(problem: Problem) -> Work:
 def truth(problem: Problem) -> Named:
     """The reference in float64."""
     query, key = (tensor.detach().double() for tensor in (problem.query_rows, problem.key))
-    options = (
-        problem.segments,
-        problem.row_positions.long(),
-        problem.num_segments,
-        None,
-        None,
-        problem.scale,
-        None,
-        None,
-        problem.reduce,
+    call = AttentionMassCall(
+        segments=problem.segments,
+        row_positions=problem.row_positions.long(),
+        num_segments=problem.num_segments,
+        tree_end=None,
+        lse=None,
+        scale=problem.scale,
+        softcap=None,
+        window=None,
+        reduce=problem.reduce,
     )
-    found = {"mass": reference.forward(query, key, *options)}
+    found = {"mass": reference.forward(query, key, call)}
     if problem.timed == BOTH:
-        grads = reference.backward(problem.grad_mass.double(), query, key, *options)
+        grads = reference.backward(problem.grad_mass.double(), query, key, call)
         found |= dict(zip(("grad_query_rows", "grad_key"), grads, strict=True))
     return found
+
+
+def prepare(problem: Problem, backend: str) -> Run:
+    """One of our backends, or "auto", with the inputs of a case in hand."""
+
+    def forward() -> Named:
+        mass = attention_mass(
+            problem.query_rows,
+            problem.key,
+            problem.segments,
+            row_positions=problem.row_positions,
+            num_segments=problem.num_segments,
+            lse=problem.lse,
+            reduce=problem.reduce,
+            backend=backend,
+        )
+        return {"mass": mass}
+
+    return timed_run(problem.timed, forward, problem.leaves, {"mass": problem.grad_mass})
+
+
+def choice_kinds(*, mass: bool) -> Iterator[dict[str, bool]]:
+    """What `choose_backends` tells apart."""
+    yield {"gradient": False}
+
+
+def choice_call(setting: Setting, inputs: Inputs) -> Callable[[str], Any]:
+    """The call as a function of the backend's name."""
+    query = inputs.heads(setting.heads, setting.response)
+    rows = torch.arange(setting.length - setting.response, setting.length, device=query.device)[None]
+    options = {"row_positions": rows, "num_segments": inputs.num_segments, "tree_end": inputs.tree_end, "reduce": "mean"}
+    return lambda backend: attention_mass(query, inputs.key, inputs.segments, **options, backend=backend)
 
 
 SIZES = {
@@ -133,3 +171,6 @@ CASES = (
     _case("tokens", "a heat map: each key's share, mean over heads and rows", reduce="tokens"),
     _case("backward", "a loss on where a response looks", timed=BOTH),
 )
+
+COMPILED = (("rows", "rows_lse", "mean"), ("tokens", "backward"))
+"""Cases that a GPU run compiles ahead of timing, a process for each group."""

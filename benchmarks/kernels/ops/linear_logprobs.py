@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import BOTH, CannotServe, Case, Named, Work
+from benchmarks.kernels.case import BOTH, WITH_STATISTICS, CannotServe, Case, Named, Run, Work, timed_run
+from mmdpo_kernels import linear_logprobs
 from mmdpo_kernels.backends.logit_options import LogitOptions
 from mmdpo_kernels.backends.reference import linear_logprobs as reference
 
 Sizes = Mapping[str, int]
+STATISTICS = ("entropy", "mean_logit", "is_top1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,26 @@ def require_products(problem: Problem) -> None:
     slow = problem.hidden.dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if problem.hidden.device.type == "cpu" and slow and problem.hidden.shape[0] > 50:
         raise CannotServe("PyTorch's own product in half precision takes minutes on this CPU")
+
+
+def prepare(problem: Problem, backend: str, stats: tuple[str, ...] = ()) -> Run:
+    """One of our backends, or "auto", with the inputs of a case in hand."""
+    if backend == "reference":
+        require_products(problem)
+
+    def forward() -> Named:
+        found = linear_logprobs(
+            problem.hidden,
+            problem.weight,
+            problem.targets,
+            stats=stats,
+            reference_hidden=problem.reference_hidden,
+            backend=backend,
+        )
+        named = {"logps": found.logps}
+        return named if found.reference_logps is None else {**named, "reference_logps": found.reference_logps}
+
+    return timed_run(problem.timed, forward, problem.leaves, {"logps": problem.grad_logps})
 
 
 def work(problem: Problem) -> Work:
@@ -179,3 +202,8 @@ CASES = (
         trainable=True,
     ),
 )
+
+VARIANTS = {WITH_STATISTICS: (partial(prepare, stats=STATISTICS), ("auto",))}
+"""What a name ends in -> what is prepared instead, and for which backends; None: all."""
+COMPILED = (("frozen_200", "with_reference", "trainable"),)
+"""Cases that a GPU run compiles ahead of timing, a process for each group."""

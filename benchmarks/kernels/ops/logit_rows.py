@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import FORWARD, Case, Named, Work
+from benchmarks.kernels.case import FORWARD, Case, Named, NotOfThisCase, Run, Work
 from mmdpo_kernels.backends.chunked import logit_rows
 from mmdpo_kernels.backends.logit_options import LogitOptions
+from mmdpo_kernels.backends.registry import load
 
 PLAIN = LogitOptions(None, 1.0, 1.0, -100)
+BACKENDS = ("triton", "native", "chunked")
+"""Those that have row kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,19 @@ def make(sizes: Mapping[str, int], device: torch.device, dtype: torch.dtype) -> 
     logits = torch.randn(sizes["rows"], sizes["vocabulary"], generator=generator, device=device, dtype=torch.float32)
     targets = torch.randint(sizes["vocabulary"], (sizes["rows"],), generator=generator, device=device)
     return Problem(logits=logits.to(dtype), targets=targets)
+
+
+def prepare(problem: Problem, backend: str) -> Run:
+    """One of our backends, or "auto", with the inputs of a case in hand."""
+    if backend == "native" and problem.logits.device.type == "cpu":
+        raise NotOfThisCase  # there the product and its rows are one kernel
+    kernels, logits = load("logit_rows", backend), problem.logits.clone()
+
+    def call() -> Named:
+        logps, _ = kernels.fold_with_gradient(logits, problem.targets, PLAIN, (), 1.0)
+        return {"logps": logps, "coefficients": logits}
+
+    return Run(call=call, results=lambda found: found)
 
 
 def work(problem: Problem) -> Work:

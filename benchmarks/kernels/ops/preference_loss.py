@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from benchmarks.kernels.case import BOTH, Case, Named, Work
+from benchmarks.kernels.case import BOTH, Case, Named, Run, Work, timed_run
 from benchmarks.kernels.ops.linear_logprobs import peaked
+from mmdpo_kernels import SequenceLogps, TokenLogps, linear_logprobs, preference_loss
+from mmdpo_kernels.backends.loss_options import BRANCHES
 
 Sizes = Mapping[str, int]
 BETA = 0.1
@@ -138,6 +142,38 @@ def _response_logps(problem: HeadProblem, rows: Tensor) -> Tensor:
     return logps.gather(-1, problem.responses(problem.targets)[..., None])[..., 0].sum(-1)
 
 
+def prepare(problem: LossProblem | HeadProblem, backend: str) -> Run:
+    """One of our backends, or "auto", with the inputs of a case in hand."""
+    forward = partial(_loss if isinstance(problem, LossProblem) else _head_and_loss, problem, backend)
+    return timed_run(problem.timed, forward, problem.leaves, {"loss": torch.ones((), device=problem.leaves.popitem()[1].device)})
+
+
+def _loss(problem: LossProblem, backend: str) -> Named:
+    options: dict[str, Any] = {"loss_type": ("sigmoid", "copo", "ancpo"), "beta": BETA, "backend": backend}
+    if problem.lengths is None:
+        sums = (dict(zip(BRANCHES, logps.unbind(0), strict=True)) for logps in (problem.policy, problem.reference))
+        policy, reference = (SequenceLogps(**fields) for fields in sums)
+        return {"loss": preference_loss(policy, reference, **options).loss}
+    tokens, base = (
+        TokenLogps(logps=logps, lengths=problem.lengths, branches=BRANCHES) for logps in (problem.policy, problem.reference)
+    )
+    found = preference_loss(tokens, base, **options)
+    rewards = {f"reward_{name}": values for name, values in found.rewards.items()}
+    return {"loss": found.loss, **rewards, "accuracies": found.accuracies, "margins": found.margins}
+
+
+def _head_and_loss(problem: HeadProblem, backend: str) -> Named:
+    rows, reference, targets = map(problem.responses, (problem.hidden, problem.reference_hidden, problem.targets))
+    found = linear_logprobs(rows.flatten(0, 1), problem.weight, targets.flatten(), reference_hidden=reference.flatten(0, 1))
+    pairs = [
+        SequenceLogps(chosen=chosen, rejected=rejected)
+        for logps in (found.logps, found.reference_logps)
+        if logps is not None
+        for chosen, rejected in [logps.view(targets.shape).sum(-1).chunk(2)]
+    ]
+    return {"loss": preference_loss(*pairs, beta=BETA, backend=backend).loss}
+
+
 CASES = (
     Case(
         op="preference_loss",
@@ -192,3 +228,6 @@ CASES = (
         timed=BOTH,
     ),
 )
+
+COMPILED = (("mdpo", "mdpo_sums", "from_hidden"),)
+"""Cases that a GPU run compiles ahead of timing, a process for each group."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import BACKWARD, BOTH, FORWARD, Case, Named, Work
+from benchmarks.kernels.case import BACKWARD, BOTH, FORWARD, WITHOUT_MASS, Case, Named, NotOfThisCase, Run, Work, timed_run
+from mmdpo_kernels import attention_mass, tree_attention
+from mmdpo_kernels.backends.calls import AttentionMassCall, TreeAttentionCall
 from mmdpo_kernels.backends.reference import attention_mass as reference_mass
 from mmdpo_kernels.backends.reference import tree_attention as reference
+
+if TYPE_CHECKING:
+    from benchmarks.kernels.choose_backends import Inputs, Setting
 
 Sizes = Mapping[str, int]
 # A node of a tree: its tokens, and its children.
@@ -173,11 +180,11 @@ def truth(problem: Problem) -> Named:
         query, grad = (tensor.detach()[:, group].double() for tensor in (problem.query, problem.grad_output))
         key, value = (tensor.detach()[:, head : head + 1].double() for tensor in (problem.key, problem.value))
         count = problem.num_segments if problem.rows is None else 0
-        options = (problem.tree_end, problem.segments, count, problem.scale, None, None)
-        output, lse, mass = reference.forward(query, key, value, *options)
+        call = TreeAttentionCall(problem.tree_end, problem.segments, count, problem.scale, softcap=None, window=None)
+        output, lse, mass = reference.forward(query, key, value, call)
         found = {"output": output, "lse": lse, "mass": mass}
         if problem.timed != FORWARD:
-            grads = reference.backward(grad, None, None, query, key, value, output, lse, *options)
+            grads = reference.backward(grad, None, None, query, key, value, output, lse, call)
             found |= dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True))
         parts.append(found)
     found = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
@@ -185,17 +192,81 @@ def truth(problem: Problem) -> Named:
         found["mass"] = reference_mass.forward(
             problem.query.detach()[:, :, problem.rows].double(),
             problem.key.detach().double(),
-            problem.segments,
-            problem.rows[None],
-            problem.num_segments,
-            problem.tree_end,
-            None,
-            problem.scale,
-            None,
-            None,
-            "mean",
+            AttentionMassCall(
+                segments=problem.segments,
+                row_positions=problem.rows[None],
+                num_segments=problem.num_segments,
+                tree_end=problem.tree_end,
+                lse=None,
+                scale=problem.scale,
+                softcap=None,
+                window=None,
+                reduce="mean",
+            ),
         )
     return {name: tensor for name, tensor in found.items() if tensor.numel()}
+
+
+def prepare(problem: Problem, backend: str, with_mass: bool = True) -> Run:
+    """One of our backends, or "auto", with the inputs of a case in hand."""
+    if (not with_mass and not problem.num_segments) or (backend == "flex" and not problem.compiled):
+        raise NotOfThisCase
+    in_pass = problem.num_segments if with_mass and problem.rows is None else 0
+
+    def forward() -> Named:
+        for _ in range(problem.layers):
+            found = tree_attention(
+                problem.query,
+                problem.key,
+                problem.value,
+                problem.tree_end,
+                segments=problem.segments if in_pass else None,
+                num_segments=in_pass,
+                backend=backend,
+            )
+        named = {"output": found.output, "lse": found.lse}
+        if in_pass:
+            named["mass"] = found.mass
+        if problem.rows is not None and with_mass:
+            named["mass"] = attention_mass(
+                problem.query[:, :, problem.rows],
+                problem.key,
+                problem.segments,
+                row_positions=problem.rows[None],
+                num_segments=problem.num_segments,
+                tree_end=problem.tree_end,
+                lse=found.lse[:, :, problem.rows],
+                reduce="mean",
+            )
+        return named
+
+    return timed_run(problem.timed, forward, problem.leaves, {"output": problem.grad_output})
+
+
+def choice_kinds(*, mass: bool) -> Iterator[dict[str, bool]]:
+    """What `choose_backends` tells apart; with mass of every row where that is affordable."""
+    for tree in (False, True):
+        for gradient in (False, True):
+            yield {"tree": tree, "gradient": gradient}
+    if mass:
+        yield {"mass": True}
+
+
+def choice_call(setting: Setting, inputs: Inputs) -> Callable[[str], Any]:
+    """The call as a function of the backend's name."""
+    query = inputs.heads(setting.heads, setting.length)
+    upstream = torch.randn_like(query)
+    mass = {"segments": inputs.segments, "num_segments": inputs.num_segments} if setting.mass else {}
+
+    def run(backend: str) -> Any:
+        found = tree_attention(query, inputs.key, inputs.value, inputs.tree_end, **mass, backend=backend)
+        results = [found.output, found.mass] if setting.mass else [found.output]
+        if not setting.gradient:
+            return results
+        leaves = (query, inputs.key, inputs.value)
+        return torch.autograd.grad(results, leaves, [upstream, *(torch.ones_like(r) for r in results[1:])])
+
+    return run
 
 
 def _causal(sizes: Sizes) -> list[Node]:
@@ -301,3 +372,15 @@ CASES = (
         BOTH,
     ),
 )
+
+VARIANTS = {WITHOUT_MASS: (partial(prepare, with_mass=False), None)}
+"""What a name ends in -> what is prepared instead, and for which backends; None: all."""
+COMPILED = (
+    ("pair",),
+    ("recorded", "causal_8k"),
+    ("causal_8k_backward",),
+    ("causal_8k_mass",),
+    ("pair_mass",),
+    ("triple",),
+)
+"""Cases that a GPU run compiles ahead of timing, a process for each group."""

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..layout import accumulation_dtype
 from ..logit_options import LogitOptions
 from .products import add_weight_gradient, logits_into, weighted_rows
 
@@ -79,7 +80,7 @@ class RowChunks:
         Rows after those are scored in the same products. kept: as `empty_kept` makes it, filled for `backward_kept`.
         """
         scale = _coefficient_scale(hidden.dtype, options)
-        gradient = hidden.new_empty(gradient_rows, hidden.shape[1], dtype=torch.promote_types(hidden.dtype, torch.float32))
+        gradient = hidden.new_empty(gradient_rows, hidden.shape[1], dtype=accumulation_dtype(hidden.dtype))
         pieces = []
         for rows, logits in _chunks(hidden, weight, bias, None if kept is None else kept[0]):
             # Two launches where a chunk holds both kinds; the product before them is one.
@@ -128,7 +129,7 @@ class RowChunks:
         """-> gradients of hidden, weight, bias in float32 or wider, None where `needs` says so."""
         scale = _coefficient_scale(hidden.dtype, options)
         sums = _HeadGradients(hidden, weight, needs, scale)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = accumulation_dtype(hidden.dtype)
         grad_hidden = torch.empty(hidden.shape, dtype=wide, device=hidden.device) if needs[0] else None
         for rows, logits in _chunks(hidden, weight, bias):
             self.kernels.fold_with_gradient(logits, targets[rows], options, (), scale)
@@ -142,7 +143,7 @@ class _HeadGradients:
     """Sums over chunks of what each adds to the gradients of weight and bias."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], scale: float) -> None:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = accumulation_dtype(hidden.dtype)
         self.weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
         self.bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if needs[2] else None
         self._scale = scale
@@ -182,7 +183,7 @@ def _empty_rows(like: Tensor, count: int, vocabulary: int) -> Tensor:
 
 def _joined(pieces: list[Found], hidden: Tensor, stats: tuple[str, ...]) -> Found:
     if not pieces:
-        empty = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        empty = hidden.new_empty(0, dtype=accumulation_dtype(hidden.dtype))
         return empty, {name: empty.clone() for name in stats}
     return torch.cat([logps for logps, _ in pieces]), {name: torch.cat([found[name] for _, found in pieces]) for name in stats}
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from ...tree_mask import PlanCache, depth
+from ..calls import TreeAttentionCall
+from ..layout import accumulation_dtype
 
 LSE_GRADIENT = True
 
@@ -45,21 +47,16 @@ def forward(
     query: Tensor,  # (B, Hq, S, D)
     key: Tensor,  # (B, Hkv, S, D)
     value: Tensor,  # (B, Hkv, S, Dv)
-    tree_end: Tensor | None,  # (B, S)
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, Dv), lse (B, Hq, S), mass (B, Hq, S, 0)."""
     batch, heads, length, _ = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulation_dtype(query.dtype)
     mass = query.new_empty(batch, heads, length, 0, dtype=wide)
     if query.numel() == 0:
         return query.new_empty(batch, heads, length, value.shape[-1]), query.new_empty(batch, heads, length, dtype=wide), mass
     inputs = (tensor.detach() for tensor in (query, key, value))
-    return *_attention(*inputs, tree_end=tree_end, scale=scale, softcap=softcap, window=window), mass
+    return *_attention(*inputs, call=call), mass
 
 
 def backward(
@@ -71,12 +68,7 @@ def backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    tree_end: Tensor | None,
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value, through output and lse."""
     inputs = query, key, value
@@ -85,7 +77,7 @@ def backward(
     else:
         with torch.enable_grad():
             leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-            found = _attention(*leaves, tree_end=tree_end, scale=scale, softcap=softcap, window=window)
+            found = _attention(*leaves, call=call)
             through = [(result, grad) for result, grad in zip(found, (grad_output, grad_lse), strict=True) if grad is not None]
             grads = torch.autograd.grad(
                 [result for result, _ in through], leaves, [grad for _, grad in through], materialize_grads=True
@@ -93,10 +85,9 @@ def backward(
     return grads[0], grads[1], grads[2]
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, *, tree_end: Tensor | None, scale: float, softcap: float | None, window: int | None
-) -> tuple[Tensor, Tensor]:
+def _attention(query: Tensor, key: Tensor, value: Tensor, *, call: TreeAttentionCall) -> tuple[Tensor, Tensor]:
     batch, _, length, _ = query.shape
+    tree_end, window = call.tree_end, call.window
     mask = _causal_mask(batch, length, window, query.device) if tree_end is None else _tree_mask(tree_end, window)
     on_gpu = query.device.type == "cuda"
     # As a symbol, a second scale would meet an error of PyTorch's tracer; it is a constant of a model anyway. Beyond the limit PyTorch would
@@ -106,9 +97,9 @@ def _attention(
             query,
             key,
             value,
-            score_mod=None if softcap is None else _softcap(softcap),
+            score_mod=None if call.softcap is None else _softcap(call.softcap),
             block_mask=mask,
-            scale=scale,
+            scale=call.scale,
             enable_gqa=True,
             return_aux=AuxRequest(lse=True),
             # Whatever PyTorch is set to elsewhere, float32 is float32 here.

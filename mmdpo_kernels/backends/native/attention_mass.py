@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ...tree_mask import depth
+from ..calls import AttentionMassCall
+from ..layout import accumulation_dtype, dense_heads, int32
 from ..registry import load as load_backend
-from .extension import address, cuda_reason, dense_heads, int32, load, module
+from .extension import address, cuda_reason, load, module
 
 OP = "attention_mass"
 
@@ -47,15 +49,7 @@ def unavailable_reason(
 def forward(
     query_rows: Tensor,  # (B, Hq, R, D)
     key: Tensor,  # (B, Hkv, S, D)
-    segments: Tensor,  # (B, S)
-    row_positions: Tensor,  # (B, R)
-    num_segments: int,
-    tree_end: Tensor | None,  # (B, S)
-    lse: Tensor | None,  # (B, Hq, R)
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    reduce: str | None,
+    call: AttentionMassCall,
 ) -> Tensor:
     """-> (B, Hq, R, N), (B, N) or (B, S), as `reduce` says; float32, or float64 where an input is float64.
 
@@ -66,14 +60,15 @@ def forward(
             nobody can look without waiting, such ids count as none.
     """
     native = module(OP)
-    call = _Call(native, query_rows, key, segments, row_positions, num_segments, tree_end, lse, scale, softcap, window, reduce)
+    given = _Given(native, query_rows, key, call)
     batch, heads, rows, _ = query_rows.shape
-    shape = {None: (batch, heads, rows, num_segments), "mean": (batch, num_segments), "tokens": (batch, key.shape[2])}[reduce]
-    out = torch.empty(shape, dtype=call.wide, device=key.device)
+    count = call.num_segments
+    shape = {None: (batch, heads, rows, count), "mean": (batch, count), "tokens": (batch, key.shape[2])}[call.reduce]
+    out = torch.empty(shape, dtype=given.wide, device=key.device)
     if key.device.type == "cpu":
-        native.attention_mass(call.args, num_threads=torch.get_num_threads(), out=out.data_ptr())
+        native.attention_mass(given.args, num_threads=torch.get_num_threads(), out=out.data_ptr())
     else:
-        _run_on_gpu(native, call.args, out)
+        _run_on_gpu(native, given.args, out)
     return out
 
 
@@ -81,26 +76,17 @@ def backward(
     grad: Tensor,
     query_rows: Tensor,
     key: Tensor,
-    segments: Tensor,
-    row_positions: Tensor,
-    num_segments: int,
-    tree_end: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    reduce: str | None,
+    call: AttentionMassCall,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of query_rows and key; on CUDA tensors another backend's, see the module."""
-    shared = (query_rows, key, segments, row_positions, num_segments, tree_end, lse, scale, softcap, window, reduce)
     if key.device.type != "cpu":
-        return _gpu_backward(key).backward(grad, *shared)
+        return _gpu_backward(key).backward(grad, query_rows, key, call)
     native = module(OP)
-    call = _Call(native, *shared)
-    grad = grad.to(call.wide).contiguous()
-    grad_query, grad_key = (torch.empty(tensor.shape, dtype=call.wide) for tensor in (query_rows, key))
+    given = _Given(native, query_rows, key, call)
+    grad = grad.to(given.wide).contiguous()
+    grad_query, grad_key = (torch.empty(tensor.shape, dtype=given.wide) for tensor in (query_rows, key))
     native.attention_mass_backward(
-        call.args,
+        given.args,
         num_threads=torch.get_num_threads(),
         grad=grad.data_ptr(),
         grad_query=grad_query.data_ptr(),
@@ -109,36 +95,22 @@ def backward(
     return grad_query.to(query_rows.dtype), grad_key.to(key.dtype)
 
 
-class _Call:
+class _Given:
     """`args` of the C++ functions, and the tensors whose addresses are in it."""
 
-    def __init__(
-        self,
-        native: ModuleType,
-        query_rows: Tensor,
-        key: Tensor,
-        segments: Tensor,
-        row_positions: Tensor,
-        num_segments: int,
-        tree_end: Tensor | None,
-        lse: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
-        reduce: str | None,
-    ) -> None:
+    def __init__(self, native: ModuleType, query_rows: Tensor, key: Tensor, call: AttentionMassCall) -> None:
         dtype = torch.promote_types(query_rows.dtype, key.dtype)
-        self.wide = torch.promote_types(dtype, torch.float32)
+        self.wide = accumulation_dtype(dtype)
         readable = dense_heads if key.device.type == "cpu" else _aligned_heads
         query_rows, key = (readable(tensor.to(dtype)) for tensor in (query_rows, key))
-        depths = None if tree_end is None or window is None else depth(tree_end)
-        ids = {"segments": segments, "row_positions": row_positions, "tree_end": tree_end, "depth": depths}
+        depths = None if call.tree_end is None or call.window is None else depth(call.tree_end)
+        ids = {"segments": call.segments, "row_positions": call.row_positions, "tree_end": call.tree_end, "depth": depths}
         ids = {name: int32(tensor) for name, tensor in ids.items()}
-        lse = None if lse is None else lse.to(self.wide).contiguous()
+        lse = None if call.lse is None else call.lse.to(self.wide).contiguous()
         self._tensors = (query_rows, key, lse, *ids.values())
         batch, heads, rows, dim = query_rows.shape
         self.args = native.AttentionMassArgs(
-            sizes=(batch, heads, key.shape[1], rows, key.shape[2], dim, num_segments),
+            sizes=(batch, heads, key.shape[1], rows, key.shape[2], dim, call.num_segments),
             dtype=native.dtypes.index(DTYPES[dtype]),
             query=query_rows.data_ptr(),
             query_strides=query_rows.stride()[:3],
@@ -146,10 +118,10 @@ class _Call:
             key_strides=key.stride()[:3],
             **{name: address(tensor) for name, tensor in ids.items()},
             lse=address(lse),
-            scale=scale,
-            softcap=softcap or 0.0,
-            window=window or 0,
-            reduce=native.reductions.index(reduce or "none"),
+            scale=call.scale,
+            softcap=call.softcap or 0.0,
+            window=call.window or 0,
+            reduce=native.reductions.index(call.reduce or "none"),
         )
 
 

@@ -1,4 +1,4 @@
-"""The compiled module, or why there is none; tensors as its functions take them."""
+"""The compiled module, or why there is none; addresses as its functions take them."""
 
 from __future__ import annotations
 
@@ -44,15 +44,6 @@ def _device_reason(native: ModuleType, device: int) -> str:
     reason = native.cuda_unavailable(device)
     targets = ", ".join(native.cuda_targets)
     return f"its CUDA kernels (built for {targets}) cannot run on device {device}: {reason}" if reason else ""
-
-
-def dense_heads(tensor: Tensor) -> Tensor:
-    """The kernels read each head vector as consecutive elements; other strides may be anything."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def int32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int32).contiguous()
 
 
 def address(tensor: Tensor | None) -> int:

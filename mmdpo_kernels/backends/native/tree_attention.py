@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .extension import address, dense_heads, int32, load, module
+from ..calls import TreeAttentionCall
+from ..layout import dense_heads, empty_head_last, int32
+from .extension import address, load, module
 
 OP = "tree_attention"
 
@@ -45,23 +47,17 @@ def forward(
     query: Tensor,  # (B, Hq, S, D)
     key: Tensor,  # (B, Hkv, S, D)
     value: Tensor,  # (B, Hkv, S, D)
-    tree_end: Tensor | None,  # (B, S)
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, D), lse (B, Hq, S), mass (B, Hq, S, 0). At most `torch.get_num_threads()` threads work."""
     batch, heads, length, dim = query.shape
     dtype = query.dtype
     query, key, value = (tensor.float() for tensor in (query, key, value))
-    # Heads last but one in memory, as models want the output next, so that no layer copies it.
-    output = query.new_empty(batch, length, heads, dim).transpose(1, 2)
+    output = empty_head_last(query, dim)
     lse = query.new_empty(batch, heads, length)
     if query.numel():
-        tree_end = int32(tree_end)
-        module(OP).tree_attention_forward(**_arguments(query, key, value, tree_end, scale, output, lse))
+        tree_end = int32(call.tree_end)
+        module(OP).tree_attention_forward(**_arguments(query, key, value, tree_end, call.scale, output, lse))
     return output.to(dtype), lse, query.new_empty(batch, heads, length, 0)
 
 
@@ -74,23 +70,18 @@ def backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    tree_end: Tensor | None,
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value, through output and lse."""
     dtype = query.dtype
     query, key, value, output = (tensor.float() for tensor in (query, key, value, output))
-    grads = tuple(_like(tensor) for tensor in (query, key, value))
+    grads = tuple(empty_head_last(tensor, tensor.shape[-1]) for tensor in (query, key, value))
     if query.numel():
-        tree_end = int32(tree_end)
+        tree_end = int32(call.tree_end)
         grad_output = torch.zeros_like(output) if grad_output is None else dense_heads(grad_output.float())
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         module(OP).tree_attention_backward(
-            **_arguments(query, key, value, tree_end, scale, output, lse),
+            **_arguments(query, key, value, tree_end, call.scale, output, lse),
             grad_output=_heads(grad_output),
             grad_lse=address(grad_lse),
             grad_query=_heads(grads[0]),
@@ -119,9 +110,3 @@ def _arguments(
 
 def _heads(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()[:3]
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """(B, H, S, D) for a gradient, in memory as (B, S, H, D), which is how projections make queries, keys and values."""
-    batch, heads, length, dim = tensor.shape
-    return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tree_mask import visible_rows
+from ..calls import AttentionMassCall
 from .scores import capped, expand_heads, raw_scores, segment_one_hot, softcap_slope, softmax_of_seen, sum_heads
 
 
@@ -17,77 +18,53 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object)
 def forward(
     query_rows: Tensor,  # (B, Hq, R, D)
     key: Tensor,  # (B, Hkv, S, D)
-    segments: Tensor,  # (B, S)
-    row_positions: Tensor,  # (B, R)
-    num_segments: int,
-    tree_end: Tensor | None,  # (B, S)
-    lse: Tensor | None,  # (B, Hq, R)
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    reduce: str | None,
+    call: AttentionMassCall,
 ) -> Tensor:
     """-> (B, Hq, R, N), (B, N) or (B, S), as `reduce` says."""
-    probabilities, _ = _probabilities(query_rows, key, row_positions, tree_end, lse, scale, softcap, window)
-    if reduce == "tokens":
-        return probabilities.sum((1, 2)) / _row_weight(row_positions, query_rows, probabilities.dtype)
-    mass = probabilities @ segment_one_hot(segments, num_segments, key, probabilities.dtype)
-    if reduce is None:
+    probabilities, _ = _probabilities(query_rows, key, call)
+    if call.reduce == "tokens":
+        return probabilities.sum((1, 2)) / _row_weight(call.row_positions, query_rows, probabilities.dtype)
+    mass = probabilities @ segment_one_hot(call.segments, call.num_segments, key, probabilities.dtype)
+    if call.reduce is None:
         return mass
-    return mass.sum((1, 2)) / _row_weight(row_positions, query_rows, mass.dtype)
+    return mass.sum((1, 2)) / _row_weight(call.row_positions, query_rows, mass.dtype)
 
 
 def backward(
     grad: Tensor,
     query_rows: Tensor,
     key: Tensor,
-    segments: Tensor,
-    row_positions: Tensor,
-    num_segments: int,
-    tree_end: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    reduce: str | None,
+    call: AttentionMassCall,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of query_rows and key: dscores = P (dP - rowsum(P dP)), dP the upstream gradient at the key's segment."""
-    probabilities, scores = _probabilities(query_rows, key, row_positions, tree_end, lse, scale, softcap, window)
+    probabilities, scores = _probabilities(query_rows, key, call)
     wide = probabilities.dtype
     grad = grad.to(wide)
-    if reduce is not None:
-        grad = (grad / _row_weight(row_positions, query_rows, wide))[:, None, None, :]
-    if reduce != "tokens":
-        grad = grad @ segment_one_hot(segments, num_segments, key, wide).transpose(-1, -2)
+    if call.reduce is not None:
+        grad = (grad / _row_weight(call.row_positions, query_rows, wide))[:, None, None, :]
+    if call.reduce != "tokens":
+        grad = grad @ segment_one_hot(call.segments, call.num_segments, key, wide).transpose(-1, -2)
     grad_scores = probabilities * (grad - (probabilities * grad).sum(-1, keepdim=True))
-    if softcap is not None:
-        grad_scores = grad_scores * softcap_slope(scores, softcap)
-    grad_scores = grad_scores * scale
+    if call.softcap is not None:
+        grad_scores = grad_scores * softcap_slope(scores, call.softcap)
+    grad_scores = grad_scores * call.scale
     grad_query = grad_scores @ expand_heads(key, query_rows.shape[1]).to(wide)
     grad_key = sum_heads(grad_scores.transpose(-1, -2) @ query_rows.to(wide), key.shape[1])
     return grad_query.to(query_rows.dtype), grad_key.to(key.dtype)
 
 
-def _probabilities(
-    query_rows: Tensor,
-    key: Tensor,
-    row_positions: Tensor,
-    tree_end: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
+def _probabilities(query_rows: Tensor, key: Tensor, call: AttentionMassCall) -> tuple[Tensor, Tensor]:
     """-> probabilities (B, Hq, R, S), zero in unused rows and rows that see no key; scores before the softcap."""
+    tree_end = call.tree_end
     if tree_end is None:
         tree_end = torch.full((key.shape[0], key.shape[2]), key.shape[2], dtype=torch.int32, device=key.device)
-    scores = raw_scores(query_rows, key, scale)
-    seen = visible_rows(row_positions, tree_end, window)[:, None]
-    limited = capped(scores, softcap)
-    if lse is None:
+    scores = raw_scores(query_rows, key, call.scale)
+    seen = visible_rows(call.row_positions, tree_end, call.window)[:, None]
+    limited = capped(scores, call.softcap)
+    if call.lse is None:
         return softmax_of_seen(limited, seen), scores
     # Of the accuracy that lse was given in. Where no key is seen it may be anything.
-    total = lse.to(scores.dtype).masked_fill(lse == float("-inf"), 0.0)[..., None]
+    total = call.lse.to(scores.dtype).masked_fill(call.lse == float("-inf"), 0.0)[..., None]
     return torch.exp(limited.masked_fill(~seen, float("-inf")) - total).masked_fill(~seen, 0.0), scores
 
 

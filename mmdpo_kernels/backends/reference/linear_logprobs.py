@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import accumulation_dtype
 from ..logit_options import LogitOptions
 
 
@@ -50,7 +51,7 @@ def backward(
 
 def logits_of(products: Tensor, options: LogitOptions) -> Tensor:
     """(T, V) hidden @ weight.T + bias, rounded to the inputs' dtype as a model's own head does, -> logits in float32 or wider."""
-    logits = products.to(torch.promote_types(products.dtype, torch.float32)) * options.logit_scale
+    logits = products.to(accumulation_dtype(products.dtype)) * options.logit_scale
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     return logits / options.temperature

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32, or float64 where the inputs are float64."""
-    return torch.promote_types(dtype, torch.float32)
+from ..layout import accumulation_dtype
 
 
 def expand_heads(tensor: Tensor, heads: int) -> Tensor:

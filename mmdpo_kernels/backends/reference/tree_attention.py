@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...tree_mask import visible
+from ..calls import TreeAttentionCall
 from .scores import capped, expand_heads, raw_scores, segment_one_hot, softcap_slope, softmax_of_seen, sum_heads
 
 LSE_GRADIENT = True
@@ -20,20 +21,15 @@ def forward(
     query: Tensor,  # (B, Hq, S, D)
     key: Tensor,  # (B, Hkv, S, D)
     value: Tensor,  # (B, Hkv, S, Dv)
-    tree_end: Tensor | None,  # (B, S)
-    segments: Tensor | None,  # (B, S)
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, Dv), lse (B, Hq, S), mass (B, Hq, S, N); lse and mass in the accumulation dtype."""
-    scores, seen = _scores(query, key, tree_end, scale, window)
-    scores = capped(scores, softcap)
+    scores, seen = _scores(query, key, call)
+    scores = capped(scores, call.softcap)
     probabilities, lse = softmax_of_seen(scores, seen), scores.masked_fill(~seen, float("-inf")).logsumexp(-1)
     wide = probabilities.dtype
     output = probabilities @ expand_heads(value, query.shape[1]).to(wide)
-    mass = probabilities @ segment_one_hot(segments, num_segments, query, wide)
+    mass = probabilities @ segment_one_hot(call.segments, call.num_segments, query, wide)
     return output.to(query.dtype), lse, mass
 
 
@@ -46,20 +42,15 @@ def backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    tree_end: Tensor | None,
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value. With P = softmax(scores):
 
     dP = dO V' + dmass at the key's segment;  dscores = P (dP - rowsum(P dP)) + P dlse.
     """
     heads, kv_heads = query.shape[1], key.shape[1]
-    scores, seen = _scores(query, key, tree_end, scale, window)
-    probabilities = softmax_of_seen(capped(scores, softcap), seen)
+    scores, seen = _scores(query, key, call)
+    probabilities = softmax_of_seen(capped(scores, call.softcap), seen)
     wide = probabilities.dtype
     grad_p = torch.zeros_like(probabilities)
     grad_value = torch.zeros(value.shape, dtype=wide, device=value.device)
@@ -68,22 +59,23 @@ def backward(
         grad_p += grad_wide @ expand_heads(value, heads).to(wide).transpose(-1, -2)
         grad_value = sum_heads(probabilities.transpose(-1, -2) @ grad_wide, kv_heads)
     if grad_mass is not None:
-        grad_p += grad_mass.to(wide) @ segment_one_hot(segments, num_segments, query, wide).transpose(-1, -2)
+        grad_p += grad_mass.to(wide) @ segment_one_hot(call.segments, call.num_segments, query, wide).transpose(-1, -2)
     grad_scores = probabilities * (grad_p - (probabilities * grad_p).sum(-1, keepdim=True))
     if grad_lse is not None:
         # Beside the difference, not in it: what cancels there would leave the rounding of a sum with this.
         grad_scores = grad_scores + probabilities * grad_lse.to(wide)[..., None]
-    if softcap is not None:
-        grad_scores = grad_scores * softcap_slope(scores, softcap)
-    grad_scores = grad_scores * scale
+    if call.softcap is not None:
+        grad_scores = grad_scores * softcap_slope(scores, call.softcap)
+    grad_scores = grad_scores * call.scale
     grad_query = grad_scores @ expand_heads(key, heads).to(wide)
     grad_key = sum_heads(grad_scores.transpose(-1, -2) @ query.to(wide), kv_heads)
     return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def _scores(query: Tensor, key: Tensor, tree_end: Tensor | None, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+def _scores(query: Tensor, key: Tensor, call: TreeAttentionCall) -> tuple[Tensor, Tensor]:
     """-> scores (B, Hq, S, S) before a softcap, and which of them count, (B, 1, S, S)."""
     batch, length = query.shape[0], query.shape[2]
+    tree_end = call.tree_end
     if tree_end is None:
         tree_end = torch.full((batch, length), length, dtype=torch.int32, device=query.device)
-    return raw_scores(query, key, scale), visible(tree_end, window)[:, None]
+    return raw_scores(query, key, call.scale), visible(tree_end, call.window)[:, None]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ...tree_mask import Rectangle, causal_plan, rectangles
+from ..calls import TreeAttentionCall
+from ..layout import accumulation_dtype
 from . import flash
 
 LSE_GRADIENT = False
@@ -38,28 +40,23 @@ def forward(
     query: Tensor,  # (B, Hq, S, D)
     key: Tensor,  # (B, Hkv, S, D)
     value: Tensor,  # (B, Hkv, S, D)
-    tree_end: Tensor | None,  # (B, S)
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, D), lse (B, Hq, S), mass (B, Hq, S, 0)."""
     batch, heads, length, dim = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulation_dtype(query.dtype)
     lse = torch.full((batch, heads, length), float("-inf"), dtype=wide, device=query.device)
     mass = torch.empty(batch, heads, length, 0, dtype=wide, device=query.device)
     if query.numel() == 0:  # the kernels divide by the length
         return torch.empty_like(query), lse, mass
-    calls = list(_calls(tree_end, batch, length))
+    parts = list(_rectangles(call.tree_end, batch, length))
     # Heads last but one in memory, as models want the output next, so that no layer copies it. Sums are made in float32.
-    dtype = query.dtype if all(untouched for *_, untouched in calls) else wide
+    dtype = query.dtype if all(untouched for *_, untouched in parts) else wide
     merged = torch.zeros(batch, length, heads, dim, dtype=dtype, device=query.device).transpose(1, 2)
-    for rows, rectangle, untouched in calls:
+    for rows, rectangle, untouched in parts:
         q, k, causal = _slices(rectangle)
         for group in _head_groups(query, key):
-            part, part_lse = flash.forward(query[rows, group, q], key[rows, :, k], value[rows, :, k], causal, scale)
+            part, part_lse = flash.forward(query[rows, group, q], key[rows, :, k], value[rows, :, k], causal, call.scale)
             if untouched:
                 merged[rows, group, q], lse[rows, group, q] = part, part_lse
             else:
@@ -76,28 +73,23 @@ def backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    tree_end: Tensor | None,
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value through the output; a gradient through lse is refused."""
     if grad_lse is not None:
         raise ValueError("tree_attention: backend 'sdpa' has no gradient through lse of its own")
-    calls = list(_calls(tree_end, query.shape[0], query.shape[2]))
+    parts = list(_rectangles(call.tree_end, query.shape[0], query.shape[2]))
     groups = _head_groups(query, key)
-    alone = len(groups) == 1 and all(untouched for *_, untouched in calls)
+    alone = len(groups) == 1 and all(untouched for *_, untouched in parts)
     # Sums are made in float32.
-    dtype = query.dtype if alone else torch.promote_types(query.dtype, torch.float32)
+    dtype = query.dtype if alone else accumulation_dtype(query.dtype)
     grads = tuple(torch.zeros_like(t, dtype=dtype) for t in (query, key, value))
     if grad_output is not None and query.numel():
-        for rows, rectangle, untouched in calls:
+        for rows, rectangle, untouched in parts:
             q, k, causal = _slices(rectangle)
             for number, group in enumerate(groups):
                 at_query, at_key = (rows, group, q), (rows, slice(None), k)
-                parts = flash.backward(
+                found = flash.backward(
                     grad_output[at_query],
                     query[at_query],
                     key[at_key],
@@ -105,12 +97,12 @@ def backward(
                     output[at_query],
                     lse[at_query],
                     causal,
-                    scale,
+                    call.scale,
                 )
                 # Keys meet their own square before anything else.
                 new_key = causal and number == 0
                 for total, part, where, new in zip(
-                    grads, parts, (at_query, at_key, at_key), (untouched, new_key, new_key), strict=True
+                    grads, found, (at_query, at_key, at_key), (untouched, new_key, new_key), strict=True
                 ):
                     if new:
                         total[where] = part
@@ -119,7 +111,7 @@ def backward(
     return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
 
 
-def _calls(tree_end: Tensor | None, batch: int, length: int) -> Iterator[tuple[slice, Rectangle, bool]]:
+def _rectangles(tree_end: Tensor | None, batch: int, length: int) -> Iterator[tuple[slice, Rectangle, bool]]:
     """Batch rows, rectangle, and whether no rectangle before it had one of its queries."""
     for plan in causal_plan(batch, length) if tree_end is None else rectangles(tree_end):
         touched = 0

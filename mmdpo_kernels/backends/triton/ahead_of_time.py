@@ -22,10 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..ops_table import OPS
 from .runtime import INTERPRETED, Specialization
-
-MODULES = ("tree_attention", "attention_mass", "logit_rows", "preference_loss")
-"""Modules of this folder with a function `specializations(capability)` and REPRESENTATIVE, texts in the labels of a few of its forms."""
 
 TARGETS = (80, 90, 100)
 """A100, H100 and H200, B200."""
@@ -63,10 +61,15 @@ class Row:
         return f"needs {self.shared} bytes of shared memory, sm_{self.target} has {limit}" if self.shared > limit else None
 
 
+def modules() -> list[str]:
+    """Modules of this folder with a function `specializations(capability)` and REPRESENTATIVE, texts in the labels of a few of its forms."""
+    return [name for op in OPS.values() for name in op.ahead_of_time]
+
+
 def specializations(target: int, *, everything: bool = True) -> list[Specialization]:
-    """The forms that the launchers of MODULES ask for on a GPU of this capability; all, or those each module calls representative."""
+    """The forms that the launchers of `modules` ask for on a GPU of this capability; all, or those each module calls representative."""
     found = []
-    for name in MODULES:
+    for name in modules():
         module = importlib.import_module(f".{name}", __package__)
         texts = ("",) if everything else module.REPRESENTATIVE
         found += [form for form in module.specializations(target) if any(text in form.label for text in texts)]

@@ -11,16 +11,27 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ...tree_mask import depth
+from ..calls import AttentionMassCall
+from ..layout import dense_heads
 from . import runtime
-from .attention_mass_kernels import add_parts, combine_splits, key_gradient, key_partials, query_gradient, row_partials
-from .attention_mass_tiles import COLUMNS, SPLITS
+from .attention_device import COLUMNS
+from .attention_mass_device import SPLITS
+from .attention_mass_kernels import (
+    add_parts_kernel,
+    combine_splits_kernel,
+    grad_key_kernel,
+    grad_query_kernel,
+    key_partials_kernel,
+    row_partials_kernel,
+)
+from .attention_mass_tiles import Tile, tile_of
 from .launch import Launch
 
 _COLUMNS = COLUMNS.value
@@ -35,19 +46,11 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object)
 def forward(
     query_rows: Tensor,  # (B, Hq, R, D)
     key: Tensor,  # (B, Hkv, S, D)
-    segments: Tensor,  # (B, S)
-    row_positions: Tensor,  # (B, R)
-    num_segments: int,
-    tree_end: Tensor | None,  # (B, S)
-    lse: Tensor | None,  # (B, Hq, R)
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    reduce: str | None,
+    call: AttentionMassCall,
 ) -> Tensor:
     """-> (B, Hq, R, N), (B, N) or (B, S) float32, as `reduce` says. With `lse`, blocks of keys that are in no segment are not read."""
-    work = _Work.of(query_rows, key, segments, row_positions, num_segments, tree_end, scale, softcap, window)
-    out = work.forward(lse, reduce)
+    work = _Work.of(query_rows, key, call)
+    out = work.forward()
     work.run()
     return out
 
@@ -56,62 +59,13 @@ def backward(
     grad: Tensor,
     query_rows: Tensor,
     key: Tensor,
-    segments: Tensor,
-    row_positions: Tensor,
-    num_segments: int,
-    tree_end: Tensor | None,
-    lse: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-    reduce: str | None,
+    call: AttentionMassCall,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of query_rows and key: dscores = P (dP - rowsum(P dP)), dP the upstream gradient at the key's segment."""
-    work = _Work.of(query_rows, key, segments, row_positions, num_segments, tree_end, scale, softcap, window)
-    grad_query, grad_key = work.backward(grad, lse, reduce)
+    work = _Work.of(query_rows, key, call)
+    grad_query, grad_key = work.backward(grad)
     work.run()
     return grad_query.to(query_rows.dtype), grad_key.to(key.dtype)
-
-
-class Tile(NamedTuple):
-    """How a program cuts its work."""
-
-    block_m: int
-    """Packed rows."""
-    block_n: int
-    """Keys."""
-    step_d: int
-    """Elements of a head vector read at a time."""
-    num_warps: int
-    num_stages: int
-
-
-def tile_of(work: str, dtype: torch.dtype, block_d: int, target: int) -> Tile:
-    """Chosen so that no form spills registers on sm_80, sm_90 and sm_100, see `ahead_of_time`, and none but sm_90's takes over 99 KiB shared.
-
-    Args:
-        target: compute capability, 80 for 8.0.
-        work: "scores" (probabilities only), "corrections" (with upstream gradients), "query" and "key" (a gradient of whole head vectors).
-    """
-    if dtype == torch.float32:  # outside the tensor cores, from registers
-        block = 32 if work in ("scores", "corrections") else 16
-        return Tile(block, 16, min(block_d, 32), 4 if block_d <= 512 else 8, 1)
-    if block_d > 256:
-        large = {"scores": Tile(64, 64, 128, 4, 2), "corrections": Tile(64, 32, 128, 4, 2)}
-        return large.get(work, Tile(16, 16, 64, 8, 1))
-    if block_d > 128:
-        return {
-            "scores": Tile(64, 64 if target == 90 else 32, block_d, 8, 2),
-            "corrections": Tile(64, 32, block_d, 8, 2),
-            "query": Tile(32, 32, block_d, 8, 1),
-            "key": Tile(16, 32, block_d, 8, 1),
-        }[work]
-    return {
-        "scores": Tile(64, 64 if target == 90 else 32, block_d, 4, 3),
-        "corrections": Tile(64, 32, block_d, 4, 3),
-        "query": Tile(64, 32, block_d, 8, 2),
-        "key": Tile(32, 64, block_d, 8, 2) if block_d == 128 else Tile(64, 32, block_d, 8, 2),
-    }[work]
 
 
 @cache
@@ -133,44 +87,27 @@ class _Work:
 
     query: Tensor
     key: Tensor
-    segments: Tensor
-    positions: Tensor
-    tree_end: Tensor | None
+    call: AttentionMassCall
     depth: Tensor | None
-    num_segments: int
-    scale: float
-    softcap: float | None
-    window: int | None
     target: int
     launches: list[Launch] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls,
-        query_rows: Tensor,
-        key: Tensor,
-        segments: Tensor,
-        row_positions: Tensor,
-        num_segments: int,
-        tree_end: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
-    ) -> _Work:
+    def of(cls, query_rows: Tensor, key: Tensor, call: AttentionMassCall, target: int | None = None) -> _Work:
+        """target: compute capability to launch for, 80 for 8.0; None: that of the GPU that holds the keys."""
         dtype = torch.promote_types(query_rows.dtype, key.dtype)
-        query_rows, key = (_dense_heads(tensor.to(dtype)) for tensor in (query_rows, key))
+        query_rows, key = (dense_heads(tensor.to(dtype)) for tensor in (query_rows, key))
         return cls(
             query=query_rows,
             key=key,
-            segments=segments.contiguous(),
-            positions=row_positions.contiguous(),
-            tree_end=None if tree_end is None else tree_end.contiguous(),
-            depth=None if tree_end is None or window is None else depth(tree_end),
-            num_segments=num_segments,
-            scale=scale,
-            softcap=softcap,
-            window=window,
-            target=_target(key.device),
+            call=call._replace(
+                segments=call.segments.contiguous(),
+                row_positions=call.row_positions.contiguous(),
+                tree_end=None if call.tree_end is None else call.tree_end.contiguous(),
+                lse=None if call.lse is None else call.lse.to(torch.float32).contiguous(),
+            ),
+            depth=None if call.tree_end is None or call.window is None else depth(call.tree_end),
+            target=_target(key.device) if target is None else target,
         )
 
     def run(self) -> None:
@@ -178,14 +115,13 @@ class _Work:
             for launch in self.launches:
                 launch.run()
 
-    def forward(self, lse: Tensor | None, reduce: str | None) -> Tensor:
+    def forward(self) -> Tensor:
         batch, heads, rows, _ = self.query.shape
-        length, count = self.key.shape[2], self.num_segments
+        length, count, reduce = self.key.shape[2], self.call.num_segments, self.call.reduce
         shape = {None: (batch, heads, rows, count), "mean": (batch, count), "tokens": (batch, length)}[reduce]
         if 0 in (batch, heads, rows, length, *shape):
             return torch.zeros(shape, dtype=torch.float32, device=self.key.device)
-        out = self.workspace(*shape)
-        lse = _dense_float(lse)
+        out, lse = self.workspace(*shape), self.call.lse
         if reduce == "tokens":
             self.token_means(lse, out)
         else:
@@ -193,88 +129,94 @@ class _Work:
                 lse = self.segment_masses(lse, first, reduce == "mean", out)
         return out
 
-    def backward(self, grad: Tensor, lse: Tensor | None, reduce: str | None) -> tuple[Tensor, Tensor]:
-        query, key = self.query, self.key
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, reduce = self.query, self.key, self.call.reduce
         if 0 in (*grad.shape, *query.shape, *key.shape):
             return torch.zeros_like(query), torch.zeros_like(key)
         # A reduced gradient is one a key, shared by all rows; the kernels divide their sums by the number of rows.
         strides = grad.stride() if reduce is None else (grad.stride(0), 0, 0, grad.stride(1))
         upstream = {
-            "SEGMENTS": None if reduce == "tokens" else self.segments,
-            "GRAD": grad,
-            "end_segment": key.shape[2] if reduce == "tokens" else self.num_segments,
-            **_named("stride_g", "bhrn", strides),
+            "segments": None if reduce == "tokens" else self.call.segments,
+            "grad": grad,
+            "end_segment": key.shape[2] if reduce == "tokens" else self.call.num_segments,
+            **_named("grad_", "bhrn", strides),
         }
-        found, delta = self.row_corrections(_dense_float(lse), upstream, per_row=reduce is None)
+        found, correction = self.row_corrections(self.call.lse, upstream, per_row=reduce is None)
         grad_query, grad_key = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
-        common = self.common_arguments() | upstream | {"LSE": found, "DELTA": delta}
+        common = self.common_arguments() | upstream | {"lse": found, "correction": correction}
         flags = {"PER_ROW": reduce is None, "MEAN": reduce is not None}
         tile = self.tile("query")
         grid = (triton.cdiv(self.packed_rows, tile.block_m), self.pairs)
-        self.add(query_gradient, grid, common | {"DQ": grad_query}, self.constants(tile) | flags, tile)
+        self.add(grad_query_kernel, grid, common | {"grad_query": grad_query}, self.constants(tile) | flags, tile)
         tile = self.tile("key")
         grid = (triton.cdiv(key.shape[2], tile.block_n), self.pairs)
-        self.add(key_gradient, grid, common | {"DK": grad_key}, self.constants(tile) | flags, tile)
+        self.add(grad_key_kernel, grid, common | {"grad_key": grad_key}, self.constants(tile) | flags, tile)
         return grad_query, grad_key
 
     def segment_masses(self, lse: Tensor | None, first: int, mean: bool, out: Tensor) -> Tensor | None:
         """Masses of _COLUMNS segments from `first` on into `out` -> lse, where it is known now."""
         batch, heads, rows, _ = self.query.shape
-        end = min(first + _COLUMNS, self.num_segments)
+        end = min(first + _COLUMNS, self.call.num_segments)
         tiles, splits, pairs = self.row_grid("scores")[0]
-        options: dict[str, Any] = {"SEGMENTS": self.segments, "first_segment": first, "end_segment": end}
+        options: dict[str, Any] = {"segments": self.call.segments, "first_segment": first, "end_segment": end}
         if lse is not None and mean:
             parts = self.workspace(batch, pairs // batch * tiles * splits, _COLUMNS)
             self.row_partials(lse, None, None, parts, "mass", sum_rows=True, **options)
             self.add_parts(parts, out[:, first:end])
             return lse
         if lse is not None and splits == 1:
-            self.row_partials(lse, None, None, out[..., first:], "mass", stride_row=out.stride(2), **options)
+            self.row_partials(lse, None, None, out[..., first:], "mass", row_stride=out.stride(2), **options)
             return lse
-        peak, total = (None, None) if lse is not None else self.split_state(splits)
+        split_max, split_sum = (None, None) if lse is not None else self.split_state(splits)
         mass = self.workspace(splits, batch, heads, rows, _COLUMNS)
-        self.row_partials(lse, peak, total, mass, "mass", stride_row=_COLUMNS, **options)
-        new_lse = self.workspace(batch, heads, rows) if lse is None and end < self.num_segments else None
+        self.row_partials(lse, split_max, split_sum, mass, "mass", row_stride=_COLUMNS, **options)
+        new_lse = self.workspace(batch, heads, rows) if lse is None and end < self.call.num_segments else None
         if mean:
             parts = self.workspace(batch, triton.cdiv(heads * rows, _COMBINED_ROWS), _COLUMNS)
-            self.combine_splits(peak, total, mass, new_lse, parts, sum_rows=True)
+            self.combine_splits(split_max, split_sum, mass, new_lse, parts, sum_rows=True)
             self.add_parts(parts, out[:, first:end])
         else:
-            self.combine_splits(peak, total, mass, new_lse, out[..., first:end])
+            self.combine_splits(split_max, split_sum, mass, new_lse, out[..., first:end])
         return lse if new_lse is None else new_lse
 
     def token_means(self, lse: Tensor | None, out: Tensor) -> None:
         batch, length = out.shape
         tile = self.tile("scores")
         splits = self.row_grid("scores")[0][1]
-        peak = total = None
+        split_max = split_sum = None
         if lse is None:
-            peak, total = self.split_state(splits)
-            self.row_partials(None, peak, total, None, "lse")
+            split_max, split_sum = self.split_state(splits)
+            self.row_partials(None, split_max, split_sum, None, "lse")
         parts = self.workspace(batch, self.pairs // batch, length)
-        arguments = self.common_arguments() | {"LSE": lse, "PEAK": peak, "TOTAL": total, "OUT": parts, "splits": splits}
-        self.add(key_partials, (triton.cdiv(length, tile.block_n), self.pairs), arguments, self.constants(tile), tile)
+        arguments = self.common_arguments() | {
+            "lse": lse,
+            "split_max": split_max,
+            "split_sum": split_sum,
+            "output": parts,
+            "splits": splits,
+        }
+        self.add(key_partials_kernel, (triton.cdiv(length, tile.block_n), self.pairs), arguments, self.constants(tile), tile)
         self.add_parts(parts, out)
 
     def row_corrections(self, lse: Tensor | None, upstream: dict[str, Any], *, per_row: bool) -> tuple[Tensor, Tensor]:
         """-> lse and rowsum(P dP), both (B, Hq, R)."""
         shape = self.query.shape[:3]
         splits = self.row_grid("corrections")[0][1]
-        peak, total = (None, None) if lse is not None else self.split_state(splits)
+        split_max, split_sum = (None, None) if lse is not None else self.split_state(splits)
         parts = self.workspace(splits, *shape, 1)
-        self.row_partials(lse, peak, total, parts, "gradient", per_row=per_row, stride_row=1, **upstream)
+        self.row_partials(lse, split_max, split_sum, parts, "gradient", per_row=per_row, row_stride=1, **upstream)
         if lse is not None and splits == 1:
             return lse, parts[0]
         found = self.workspace(*shape) if lse is None else lse
-        delta = self.workspace(*shape, 1)
-        self.combine_splits(peak, total, parts, found, delta)
-        return found, delta
+        correction = self.workspace(*shape, 1)
+        self.combine_splits(split_max, split_sum, parts, found, correction)
+        return found, correction
 
     def row_partials(
         self,
         lse: Tensor | None,
-        peak: Tensor | None,
-        total: Tensor | None,
+        split_max: Tensor | None,
+        split_sum: Tensor | None,
         mass: Tensor | None,
         what: str,
         *,
@@ -286,27 +228,27 @@ class _Work:
         tile = self.tile(work)
         grid, blocks = self.row_grid(work)
         arguments = self.common_arguments() | {
-            "SEGMENTS": None,
-            "GRAD": None,
-            **_named("stride_g", "bhrn", (0, 0, 0, 0)),
-            "LSE": lse,
-            "PEAK": peak,
-            "TOTAL": total,
-            "MASS": mass,
+            "segments": None,
+            "grad": None,
+            **_named("grad_", "bhrn", (0, 0, 0, 0)),
+            "lse": lse,
+            "split_max": split_max,
+            "split_sum": split_sum,
+            "mass": mass,
             "blocks": blocks,
             "first_segment": 0,
             "end_segment": 0,
-            "stride_split": self.query.shape[:3].numel(),
-            "stride_row": 0,
+            "split_stride": self.query.shape[:3].numel(),
+            "row_stride": 0,
             **options,
         }
         constants = self.constants(tile) | {"WHAT": what, "SUM_ROWS": sum_rows, "PER_ROW": per_row}
-        self.add(row_partials, grid, arguments, constants, tile)
+        self.add(row_partials_kernel, grid, arguments, constants, tile)
 
     def combine_splits(
         self,
-        peak: Tensor | None,
-        total: Tensor | None,
+        split_max: Tensor | None,
+        split_sum: Tensor | None,
         mass: Tensor,  # (splits, B, Hq, R, columns)
         lse: Tensor | None,
         out: Tensor,
@@ -315,36 +257,36 @@ class _Work:
     ) -> None:
         splits, batch, heads, rows, columns = mass.shape
         arguments = {
-            "PEAK": peak,
-            "TOTAL": total,
-            "MASS": mass,
-            "LSE": lse,
-            "OUT": out,
+            "split_max": split_max,
+            "split_sum": split_sum,
+            "mass": mass,
+            "lse": lse,
+            "output": out,
             "batch_rows": heads * rows,
             "splits": splits,
             "num_columns": out.shape[-1],
-            "stride_out": out.stride(-2),
+            "output_stride": out.stride(-2),
         }
         constants = {"SUM_ROWS": sum_rows, "WIDTH": columns, "BLOCK_R": _COMBINED_ROWS}
-        self.add(combine_splits, (triton.cdiv(heads * rows, _COMBINED_ROWS), batch), arguments, constants)
+        self.add(combine_splits_kernel, (triton.cdiv(heads * rows, _COMBINED_ROWS), batch), arguments, constants)
 
     def add_parts(self, parts: Tensor, out: Tensor) -> None:
         """parts (B, T, C) -> out (B, columns of out), the mean over heads and used rows."""
         batch, num_columns = out.shape
         block_t, block_c = (256, _COLUMNS) if num_columns <= _COLUMNS else (32, 128)
         arguments = {
-            "PARTS": parts,
-            "OUT": out,
-            "POSITIONS": self.positions,
-            "rows": self.query.shape[2],
+            "parts": parts,
+            "output": out,
+            "row_positions": self.call.row_positions,
+            "num_rows": self.query.shape[2],
             "heads": self.query.shape[1],
-            "parts": parts.shape[1],
+            "num_parts": parts.shape[1],
             "width": parts.shape[2],
             "num_columns": num_columns,
-            "stride_out": out.stride(0),
+            "output_stride": out.stride(0),
         }
         grid = (triton.cdiv(num_columns, block_c), batch)
-        self.add(add_parts, grid, arguments, {"BLOCK_T": block_t, "BLOCK_C": block_c})
+        self.add(add_parts_kernel, grid, arguments, {"BLOCK_T": block_t, "BLOCK_C": block_c})
 
     def add(
         self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], constants: dict[str, Any], tile: Tile | None = None
@@ -366,7 +308,7 @@ class _Work:
         return tile_of(work, self.query.dtype, self.block_d, self.target)
 
     def row_grid(self, work: str) -> tuple[tuple[int, int, int], int]:
-        """-> grid (row tiles, splits, B * Hkv) of `row_partials`, key blocks a split: two programs a processor, where there are as many."""
+        """-> grid of `row_partials_kernel` (row tiles, splits, B * Hkv), and key blocks a split: two programs a processor, where it can."""
         tile = self.tile(work)
         tiles, blocks = triton.cdiv(self.packed_rows, tile.block_m), triton.cdiv(self.key.shape[2], tile.block_n)
         wanted = triton.cdiv(2 * _processors(self.key.device), tiles * self.pairs)
@@ -388,32 +330,32 @@ class _Work:
 
     def common_arguments(self) -> dict[str, Any]:
         return {
-            "Q": self.query,
-            "K": self.key,
-            "POSITIONS": self.positions,
-            "TREE_END": self.tree_end,
-            "DEPTH": self.depth,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "window": self.window,
-            "rows": self.query.shape[2],
+            "query": self.query,
+            "key": self.key,
+            "row_positions": self.call.row_positions,
+            "tree_end": self.call.tree_end,
+            "depth": self.depth,
+            "scale": self.call.scale,
+            "softcap": self.call.softcap,
+            "window": self.call.window,
+            "num_rows": self.query.shape[2],
             "group": self.query.shape[1] // self.key.shape[1],
             "kv_heads": self.key.shape[1],
             "length": self.key.shape[2],
-            **_named("stride_q", "bhr", self.query.stride()),
-            **_named("stride_k", "bhs", self.key.stride()),
+            **_named("query_", "bhr", self.query.stride()),
+            **_named("key_", "bhs", self.key.stride()),
         }
 
     def workspace(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.key.device)
 
     def split_state(self, splits: int) -> tuple[Tensor, Tensor]:
-        """Running maximum and total of each row and split."""
+        """Running maximum and sum of each row and split."""
         return self.workspace(splits, *self.query.shape[:3]), self.workspace(splits, *self.query.shape[:3])
 
     def constants(self, tile: Tile) -> dict[str, Any]:
         return {
-            "HEAD_DIM": self.query.shape[-1],
+            "DIM": self.query.shape[-1],
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_D": self.block_d,
@@ -433,15 +375,14 @@ def specializations(target: int) -> list[runtime.Specialization]:
         for reduce, known, extras in _FORMS if dim == 128 else _FORMS[:2]:
             options = (torch.int32, 2.0, 1024) if extras else (None, None, None)
             for work, name in _described_work(target, dtype, dim, reduce, known, *options):
-                label = f"{name} {_SHORT[dtype]} {dim}{' tree window softcap' if extras else ''}"
+                label = f"{name} {runtime.DTYPE_NAMES[dtype]} {dim}{' tree window softcap' if extras else ''}"
                 for launch in work.launches:
-                    form = launch.describe(f"attention_mass {launch.kernel.__name__} {label}")
+                    form = launch.describe(f"attention_mass {launch.kernel.__name__.removesuffix('_kernel')} {label}")
                     key = (form.kernel, *map(str, (form.signature, form.constants, form.num_warps, form.num_stages)))
                     found.setdefault(key, form)
     return list(found.values())
 
 
-_SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # reduce, lse known, tree with softcap and window. The first two hold the kernels with most registers.
 _FORMS = ((None, False, True), ("tokens", True, True), ("mean", False, False), ("mean", True, False), ("tokens", False, False))
 
@@ -463,23 +404,14 @@ def _described_work(
         tree_end = None if tree is None else torch.empty(batch, length, dtype=tree)
         lse = torch.empty(batch, heads, rows) if known else None
     for name in ("forward", "backward"):
-        work = _Work.of(query, key, segments, positions, count, tree_end, dim**-0.5, softcap, window)
-        work.target = target
-        out = work.forward(lse, reduce)
+        call = AttentionMassCall(segments, positions, count, tree_end, lse, dim**-0.5, softcap, window, reduce)
+        work = _Work.of(query, key, call, target)
+        out = work.forward()
         if name == "backward":
             work.launches.clear()
-            work.backward(out, lse, reduce)
+            work.backward(out)
         yield work, f"{name} {reduce or 'rows'}{' lse' if known else ''}"
 
 
 def _named(prefix: str, axes: str, strides: Sequence[int]) -> dict[str, int]:
     return {prefix + axis: stride for axis, stride in zip(axes, strides, strict=False)}
-
-
-def _dense_heads(tensor: Tensor) -> Tensor:
-    """The kernels read each head vector as consecutive elements; other strides may be anything."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _dense_float(lse: Tensor | None) -> Tensor | None:
-    return None if lse is None else lse.to(torch.float32).contiguous()

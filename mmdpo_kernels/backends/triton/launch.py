@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .runtime import Specialization
+from .runtime import DTYPE_NAMES, Specialization
 
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+_POINTERS = {dtype: f"*{name}" for dtype, name in DTYPE_NAMES.items()} | {torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,56 +7,15 @@ at once on 132 processors. Each product beside them reads a weight of 1.2 GB whe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..logit_options import STATS, LogitOptions
+from . import logit_rows_tiles as tiles
 from .launch import Launch
-from .logit_rows_kernels import fold_rows
-from .runtime import DTYPES, Specialization
-
-
-class Block(NamedTuple):
-    """How a program reads its row."""
-
-    columns: int
-    """Read together."""
-    num_warps: int
-    num_stages: int
-    """Blocks in flight between global memory and registers."""
-    registers: int
-    """A thread may use: 64 let four programs of 8 warps share a processor, 80 three."""
-
-
-RUNNING = ("entropy", "mean_logit")
-"""Statistics that cost every lane one more running value."""
-
-
-def block_of(dtype: torch.dtype, stats: tuple[str, ...]) -> Block:
-    """At most 16 bytes a thread, and few enough that nothing spills on sm_80, sm_90 and sm_100, see `ahead_of_time`.
-
-    8 or 12 KiB of a row are on their way at a time: two programs a processor keep as much in flight as memory can bring.
-    """
-    running = any(name in RUNNING for name in stats)
-    columns = 1024 if running or dtype == torch.float32 else 2048
-    return Block(columns, 8, 5 if running else 4, 80 if running else 64)
-
-
-_override: list[Block] = []
-
-
-@contextmanager
-def override(block: Block) -> Iterator[None]:
-    """This block whatever the call: for tests, which want many blocks of few columns, and for measurements."""
-    _override.append(block)
-    try:
-        yield
-    finally:
-        _override.pop()
+from .logit_rows_kernels import fold_rows_kernel
+from .runtime import DTYPE_NAMES, DTYPES, Specialization
 
 
 def fold(
@@ -92,15 +51,15 @@ def _prepare(
     logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
     found = {name: torch.empty_like(logps) for name in stats}
     slope = options.logit_scale / options.temperature
-    block = _override[-1] if _override else block_of(logits.dtype, stats)
+    block = tiles.choose(logits.dtype, stats)
     launch = Launch(
-        kernel=fold_rows,
+        kernel=fold_rows_kernel,
         programs=rows,
         arguments={
-            "LOGITS": logits,
-            "TARGETS": targets.contiguous(),
-            "LOGPS": logps,
-            **{name.upper(): found.get(name) for name in STATS},
+            "logits": logits,
+            "targets": targets.contiguous(),
+            "logps": logps,
+            **{name: found.get(name) for name in STATS},
             "inner": None if options.softcap is None else options.logit_scale / options.softcap,
             "outer": slope if options.softcap is None else options.softcap / options.temperature,
             "factor": None if coefficient_scale is None else coefficient_scale * slope,
@@ -122,14 +81,13 @@ REPRESENTATIVE = ("gradient bf16 softcap entropy",)
 
 def specializations(target: int) -> list[Specialization]:
     """Every dtype with and without a gradient, a softcap and the statistics, and vocabularies that are no multiple of 16."""
-    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     found = []
     for dtype, scale, softcap, stats in itertools.product(DTYPES, (None, 1.0), (None, 30.0), _DESCRIBED_STATS):
         for width in (151936, 92553) if dtype == torch.bfloat16 else (151936,):
             logits = torch.empty(256, width, dtype=dtype, device="meta")
             targets = torch.empty(256, dtype=torch.int64, device="meta")
             launch, *_ = _prepare(logits, targets, LogitOptions(softcap, 1.0, 1.0, -100), stats, scale)
-            words = ["logit_rows", "fold" if scale is None else "gradient", names[dtype]]
+            words = ["logit_rows", "fold" if scale is None else "gradient", DTYPE_NAMES[dtype]]
             words += ["softcap"] * (softcap is not None) + list(stats) + ["odd"] * (width % 16 != 0)
             found.append(launch.describe(" ".join(words)))
     return found

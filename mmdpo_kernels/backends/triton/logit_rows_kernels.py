@@ -1,7 +1,7 @@
 """Kernel of `logit_rows`: one program reads a row of logits, and a second time, backwards, where it turns them into coefficients.
 
-Every lane folds its own columns (running maximum and sum) and lanes meet once at the end of the row: a block costs no reduction.
-Names: `b_` is a block's values, one a lane; capitals are addresses and compile-time constants.
+Every lane folds its own columns (running maximum and sum) and lanes meet once at the end of the row: a block of BLOCK columns costs no
+reduction. Names: z is hidden @ weight.T + bias, scores are the logits of the softmax, `lane_` is a lane's own.
 """
 
 from __future__ import annotations
@@ -9,26 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import narrow, tanh
+from .arithmetic_device import capped, narrow, tanh_slope_at
 
 FLOOR = tl.constexpr(-3.4028234663852886e38)
 """Where running maxima start: finite, so that differences from it are never inf - inf."""
 
 
 @triton.jit
-def scaled(b_z, inner, outer):
+def scaled(z, inner, outer):
     """-> logits of the softmax, float32: outer z, or outer tanh(inner z) with a softcap."""
-    b_z = b_z.to(tl.float32)
-    if inner is not None:
-        b_z = tanh(b_z * inner)
-    return b_z * outer
-
-
-@triton.jit
-def slope(b_z, inner):
-    """1 - tanh(inner z)^2, from the exponential: the tanh of a capped logit is too near 1 to tell."""
-    b_e = tl.exp2(tl.abs(b_z.to(tl.float32) * inner) * -2.885390081777927)  # 2 log2(e)
-    return 4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
+    return capped(z.to(tl.float32), inner, inner is not None) * outer
 
 
 @triton.jit
@@ -39,44 +29,44 @@ def log1p(x):
 
 
 @triton.jit
-def fold_block(b_s, column, target, b_peak, b_total, b_moment, WITH_MOMENT: tl.constexpr):
+def fold_block(scores, column, target, lane_max, lane_sum, lane_moment, WITH_MOMENT: tl.constexpr):
     """One more block in the running state of the columns other than the target: maximum, sum of exp(s - maximum), sum of
     exp(s - maximum) (s - maximum). One exponential a column: either the new term fades or the sum so far.
     """
-    b_s = tl.where(column == target, float("-inf"), b_s)
-    b_rise = b_s - b_peak
-    b_e = tl.exp(-tl.abs(b_rise))
-    higher = b_rise > 0.0
+    scores = tl.where(column == target, float("-inf"), scores)
+    rise = scores - lane_max
+    e = tl.exp(-tl.abs(rise))
+    higher = rise > 0.0
     if WITH_MOMENT:
-        # A term of s = -inf is 0, not 0 * -inf; b_rise times its exponential is small, times the total it might overflow.
-        b_product = b_e * tl.maximum(b_rise, FLOOR)
-        b_moment = tl.where(higher, b_moment * b_e - b_total * b_product, b_moment + b_product)
-    b_total = tl.where(higher, b_total * b_e + 1.0, b_total + b_e)
-    b_peak = tl.where(higher, b_s, b_peak)
-    return b_peak, b_total, b_moment
+        # A term of s = -inf is 0, not 0 * -inf; rise times its exponential is small, times the sum it might overflow.
+        product = e * tl.maximum(rise, FLOOR)
+        lane_moment = tl.where(higher, lane_moment * e - lane_sum * product, lane_moment + product)
+    lane_sum = tl.where(higher, lane_sum * e + 1.0, lane_sum + e)
+    lane_max = tl.where(higher, scores, lane_max)
+    return lane_max, lane_sum, lane_moment
 
 
 @triton.jit
-def coefficients(b_z, column, target, own_coefficient, rate, highest, inner, outer):
-    """-> in the dtype of z: own_coefficient for the target, rate exp(s - highest) for the others, both times the softcap's slope."""
-    b_c = tl.where(column == target, own_coefficient, rate * tl.exp(scaled(b_z, inner, outer) - highest))
+def coefficients(z, column, target, own_coefficient, rate, row_max, inner, outer):
+    """-> in the dtype of z: own_coefficient for the target, rate exp(s - row_max) for the others, both times the softcap's slope."""
+    coefficient = tl.where(column == target, own_coefficient, rate * tl.exp(scaled(z, inner, outer) - row_max))
     if inner is not None:
-        b_c *= slope(b_z, inner)
-    return narrow(b_c, b_z.dtype)
+        coefficient *= tanh_slope_at(z.to(tl.float32) * inner)
+    return narrow(coefficient, z.dtype)
 
 
 @triton.jit
-def fold_rows(
-    LOGITS,
-    TARGETS,
-    LOGPS,
-    ENTROPY,
-    MAX_LOGP,
-    IS_TOP1,
-    MEAN_LOGIT,
-    inner,
+def fold_rows_kernel(
+    logits,  # (R, V)
+    targets,  # (R,)
+    logps,  # (R,)
+    entropy,  # (R,); None: not wanted
+    max_logp,  # (R,) or None
+    is_top1,  # (R,) or None
+    mean_logit,  # (R,) or None
+    inner,  # None: no softcap
     outer,
-    factor,
+    factor,  # None: no coefficients
     ignore_index,
     width,
     stride,
@@ -88,83 +78,83 @@ def fold_rows(
     Whole blocks are read without a mask, which in a vocabulary that is no multiple of 16 would cut every read into single elements.
     """
     row = tl.program_id(0)
-    p_row = LOGITS + row.to(tl.int64) * stride
+    row_logits = logits + row.to(tl.int64) * stride
     lane = tl.arange(0, BLOCK)
     whole = width // BLOCK * BLOCK
     last = whole + lane
-    target = tl.load(TARGETS + row)
+    target = tl.load(targets + row)
 
     if target == ignore_index:
-        tl.store(LOGPS + row, 0.0)
-        if ENTROPY is not None:
-            tl.store(ENTROPY + row, 0.0)
-        if MAX_LOGP is not None:
-            tl.store(MAX_LOGP + row, 0.0)
-        if IS_TOP1 is not None:
-            tl.store(IS_TOP1 + row, 0.0)
-        if MEAN_LOGIT is not None:
-            tl.store(MEAN_LOGIT + row, 0.0)
+        tl.store(logps + row, 0.0)
+        if entropy is not None:
+            tl.store(entropy + row, 0.0)
+        if max_logp is not None:
+            tl.store(max_logp + row, 0.0)
+        if is_top1 is not None:
+            tl.store(is_top1 + row, 0.0)
+        if mean_logit is not None:
+            tl.store(mean_logit + row, 0.0)
         if factor is not None:
-            b_zero = tl.zeros([BLOCK], LOGITS.dtype.element_ty)
+            zero = tl.zeros([BLOCK], logits.dtype.element_ty)
             for start in range(0, whole, BLOCK):
-                tl.store(p_row + start + lane, b_zero)
-            tl.store(p_row + last, b_zero, mask=last < width)
+                tl.store(row_logits + start + lane, zero)
+            tl.store(row_logits + last, zero, mask=last < width)
         return
 
     # A target outside the vocabulary gives NaN, where PyTorch's gather stops the device.
     known = (target >= 0) & (target < width)
-    own = scaled(tl.load(p_row + target, mask=known, other=float("nan")), inner, outer)
-    b_peak = tl.full([BLOCK], FLOOR, tl.float32)
-    b_total = tl.zeros([BLOCK], tl.float32)
-    b_moment = tl.zeros([BLOCK], tl.float32)
-    b_sum = tl.zeros([BLOCK], tl.float32)
+    own = scaled(tl.load(row_logits + target, mask=known, other=float("nan")), inner, outer)
+    lane_max = tl.full([BLOCK], FLOOR, tl.float32)
+    lane_sum = tl.zeros([BLOCK], tl.float32)
+    lane_moment = tl.zeros([BLOCK], tl.float32)
+    lane_total = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         column = start + lane
-        b_s = scaled(tl.load(p_row + column), inner, outer)
-        b_peak, b_total, b_moment = fold_block(b_s, column, target, b_peak, b_total, b_moment, ENTROPY is not None)
-        if MEAN_LOGIT is not None:
-            b_sum += b_s
+        scores = scaled(tl.load(row_logits + column), inner, outer)
+        lane_max, lane_sum, lane_moment = fold_block(scores, column, target, lane_max, lane_sum, lane_moment, entropy is not None)
+        if mean_logit is not None:
+            lane_total += scores
     inside = last < width
-    b_s = scaled(tl.load(p_row + last, mask=inside, other=0.0), inner, outer)
-    if MEAN_LOGIT is not None:
-        b_sum += tl.where(inside, b_s, 0.0)
-    b_s = tl.where(inside, b_s, float("-inf"))
-    b_peak, b_total, b_moment = fold_block(b_s, last, target, b_peak, b_total, b_moment, ENTROPY is not None)
+    scores = scaled(tl.load(row_logits + last, mask=inside, other=0.0), inner, outer)
+    if mean_logit is not None:
+        lane_total += tl.where(inside, scores, 0.0)
+    scores = tl.where(inside, scores, float("-inf"))
+    lane_max, lane_sum, lane_moment = fold_block(scores, last, target, lane_max, lane_sum, lane_moment, entropy is not None)
 
-    peak = tl.max(b_peak)
-    b_fade = tl.exp(b_peak - peak)
-    highest = tl.maximum(peak, own)
-    fade = tl.exp(peak - highest)
-    others = tl.sum(b_total * b_fade) * fade
+    others_max = tl.max(lane_max)
+    lane_decay = tl.exp(lane_max - others_max)
+    row_max = tl.maximum(others_max, own)
+    decay = tl.exp(others_max - row_max)
+    others = tl.sum(lane_sum * lane_decay) * decay
     # Not the difference of the two where they are one number: as part of a fused multiply-add it would be what rounding left off.
-    likeliest = own >= peak
-    gap = tl.where(likeliest, 0.0, own - highest)
+    likeliest = own >= others_max
+    gap = tl.where(likeliest, 0.0, own - row_max)
     mine = tl.exp(gap)
-    total = others + mine
+    row_sum = others + mine
     # Of a target that is all but certain the log-probability is the others' share.
-    log_total = tl.where(likeliest, log1p(others), tl.log(total))
-    tl.store(LOGPS + row, gap - log_total)
-    if ENTROPY is not None:
-        moment = tl.sum(b_moment * b_fade + b_total * ((b_peak - peak) * b_fade)) * fade
-        moment += others * (peak - highest) + mine * tl.maximum(gap, FLOOR)
-        tl.store(ENTROPY + row, log_total - moment / total)
-    if MAX_LOGP is not None:
-        tl.store(MAX_LOGP + row, -log_total)
-    if IS_TOP1 is not None:
-        tl.store(IS_TOP1 + row, likeliest.to(tl.float32))
-    if MEAN_LOGIT is not None:
-        tl.store(MEAN_LOGIT + row, tl.sum(b_sum) / width)
+    log_sum = tl.where(likeliest, log1p(others), tl.log(row_sum))
+    tl.store(logps + row, gap - log_sum)
+    if entropy is not None:
+        moment = tl.sum(lane_moment * lane_decay + lane_sum * ((lane_max - others_max) * lane_decay)) * decay
+        moment += others * (others_max - row_max) + mine * tl.maximum(gap, FLOOR)
+        tl.store(entropy + row, log_sum - moment / row_sum)
+    if max_logp is not None:
+        tl.store(max_logp + row, -log_sum)
+    if is_top1 is not None:
+        tl.store(is_top1 + row, likeliest.to(tl.float32))
+    if mean_logit is not None:
+        tl.store(mean_logit + row, tl.sum(lane_total) / width)
 
     if factor is not None:
         # 1 - p of the target is the others' share, exact also where p is all but 1.
-        own_coefficient = factor * (others / total)
-        rate = -factor / total
+        own_coefficient = factor * (others / row_sum)
+        rate = -factor / row_sum
         # From the row's end, which was read last and is still in the caches, to its beginning.
-        b_z = tl.load(p_row + last, mask=inside, other=0.0)
-        b_c = coefficients(b_z, last, target, own_coefficient, rate, highest, inner, outer)
-        tl.store(p_row + last, b_c, mask=inside)
+        z = tl.load(row_logits + last, mask=inside, other=0.0)
+        coefficient = coefficients(z, last, target, own_coefficient, rate, row_max, inner, outer)
+        tl.store(row_logits + last, coefficient, mask=inside)
         for back in tl.range(0, whole, BLOCK, num_stages=STAGES):
             column = whole - BLOCK - back + lane
-            b_z = tl.load(p_row + column)
-            b_c = coefficients(b_z, column, target, own_coefficient, rate, highest, inner, outer)
-            tl.store(p_row + column, b_c)
+            z = tl.load(row_logits + column)
+            coefficient = coefficients(z, column, target, own_coefficient, rate, row_max, inner, outer)
+            tl.store(row_logits + column, coefficient)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .preference_loss_functions import linked, log_odds
-from .preference_loss_tokens import read_response, shortest_of, spread, starts_of
+from .preference_loss_device import linked, log_odds
+from .preference_loss_tokens_device import read_response, shortest_of, spread, starts_of
 
 RATIO = tl.constexpr(0)  # in the order of VALUES
 MEAN_RATIO = tl.constexpr(1)
@@ -25,16 +25,16 @@ BATCH_LOGP = tl.constexpr(6)
 
 @triton.jit(do_not_specialize=("batch", "elements"))
 def loss_kernel(
-    policy,
-    reference,
-    lengths,
-    weights,
-    counts,
-    loss,
-    gradient,
-    table,
-    batch,
-    elements,
+    policy,  # (R,) tokens, or without lengths (K B,) sums
+    reference,  # as policy, or with REFERENCE_IS_SUMS (K B,); None: zeros
+    lengths,  # (B, K); None: sums
+    weights,  # (R,) or None
+    counts,  # (K B,) or None
+    loss,  # ()
+    gradient,  # as policy; None: not wanted
+    table,  # (rows, B), see `TableRows`
+    batch,  # B
+    elements,  # of policy
     beta,
     loss_weights,  # one a loss
     term_weights,  # one a term

@@ -13,6 +13,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 """TRITON_INTERPRET was set when Triton was imported: kernels run on the CPU, one program after another."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPE_NAMES = dict(zip(DTYPES, ("fp32", "fp16", "bf16"), strict=True))
+"""As Triton calls them."""
 
 
 @dataclass(frozen=True, kw_only=True)

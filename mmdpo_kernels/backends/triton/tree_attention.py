@@ -10,11 +10,15 @@ import torch
 import triton
 from torch import Tensor
 
-from . import runtime, tiles
+from ..calls import TreeAttentionCall
+from ..layout import empty_head_last, int32
+from . import runtime
+from . import tree_attention_tiles as tiles
+from .attention_device import COLUMNS
 from .launch import Launch
 from .runtime import Specialization
-from .tiles import Tiles, TreeAttentionTiles
-from .tree_attention_kernels import COLUMNS, forward_kernel, grad_key_kernel, grad_query_kernel, row_correction_kernel
+from .tree_attention_kernels import forward_kernel, grad_key_kernel, grad_query_kernel, row_correction_kernel
+from .tree_attention_tiles import Tiles, TreeAttentionTiles
 from .tree_plan import key_plan, query_plan, segment_kinds, token_depths
 
 LSE_GRADIENT = True
@@ -34,23 +38,17 @@ def forward(
     query: Tensor,  # (B, Hq, S, D)
     key: Tensor,  # (B, Hkv, S, D)
     value: Tensor,  # (B, Hkv, S, Dv)
-    tree_end: Tensor | None,  # (B, S)
-    segments: Tensor | None,  # (B, S)
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, Dv), lse (B, Hq, S) and mass (B, Hq, S, N) in float32.
 
     More than 16 segments take one pass for every 16 of them.
     """
-    call = _Call(query, key, value, tree_end, segments, num_segments, scale, softcap, window)
     batch, heads, length, _ = query.shape
-    output = _head_last(query, value.shape[3])
+    output = empty_head_last(query, value.shape[3])
     lse = query.new_empty(batch, heads, length, dtype=torch.float32)
-    mass = query.new_empty(batch, heads, length, num_segments, dtype=torch.float32)
-    for launch in call.forward(output, lse, mass):
+    mass = query.new_empty(batch, heads, length, call.num_segments, dtype=torch.float32)
+    for launch in _Launches(query, key, value, call).forward(output, lse, mass):
         launch.run()
     return output, lse, mass
 
@@ -64,42 +62,32 @@ def backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    tree_end: Tensor | None,
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value. No sum depends on the order in which programs run.
 
     A gradient of mass needs mass again, which another forward pass finds: cheaper than to keep it for those who only look at it.
     """
-    if num_segments == 0:
+    if call.num_segments == 0:
         grad_mass = None
-    mass = None
-    if grad_mass is not None:
-        mass = forward(query, key, value, tree_end, segments, num_segments, scale, softcap, window)[2]
-    call = _Call(query, key, value, tree_end, segments, 0 if mass is None else num_segments, scale, softcap, window)
-    grads = (_head_last(query, query.shape[3]), _head_last(key, key.shape[3]), _head_last(value, value.shape[3]))
-    for launch in call.backward(grad_output, grad_lse, grad_mass, output, lse, mass, *grads):
+    mass = None if grad_mass is None else forward(query, key, value, call)[2]
+    if mass is None:
+        call = call._replace(num_segments=0)
+    grads = (empty_head_last(query, query.shape[3]), empty_head_last(key, key.shape[3]), empty_head_last(value, value.shape[3]))
+    launches = _Launches(query, key, value, call)
+    for launch in launches.backward(grad_output, grad_lse, grad_mass, output, lse, mass, *grads):
         launch.run()
     return grads
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What all kernels of a call share."""
+class _Launches:
+    """Those of one call."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    tree_end: Tensor | None
-    segments: Tensor | None
-    num_segments: int
-    scale: float
-    softcap: float | None
-    window: int | None
+    call: TreeAttentionCall
     capability: tuple[int, int] | None = None
     """Of the GPU to launch for; None: the one that holds the query."""
 
@@ -108,9 +96,9 @@ class _Call:
         tile = self._tiles.forward
         programs = triton.cdiv(self.query.shape[2], tile.block_m) * self.query.shape[1]
         own: dict[str, Any] = {"output": output, "lse": lse, "mass": None, "kinds": None}
-        if self.segments is not None and self.num_segments:
-            own |= {"mass": mass, "kinds": segment_kinds(self.segments, tile.block_n)}
-        for first in range(0, max(self.num_segments, 1), SEGMENTS_PER_PASS):
+        if self.call.segments is not None and self.call.num_segments:
+            own |= {"mass": mass, "kinds": segment_kinds(self.call.segments, tile.block_n)}
+        for first in range(0, max(self.call.num_segments, 1), SEGMENTS_PER_PASS):
             yield self._launch(forward_kernel, programs, tile, query_plan, {**own, "first_segment": first})
 
     def backward(
@@ -148,14 +136,14 @@ class _Call:
                 **_strides(output=output),
                 "heads": heads,
                 "length": length,
-                "num_segments": self.num_segments,
+                "num_segments": self.call.num_segments,
             },
             constants={name: widths[name] for name in ("VALUE_DIM", "BLOCK_V", "BLOCK_M")},
             num_warps=tiles.CORRECTION.num_warps,
             num_stages=tiles.CORRECTION.num_stages,
         )
-        known = {**upstream, "lse": lse, "correction": correction, "scale": float(self.scale)}
-        passes = triton.cdiv(self.num_segments, SEGMENTS_PER_PASS)
+        known = {**upstream, "lse": lse, "correction": correction, "scale": float(self.call.scale)}
+        passes = triton.cdiv(self.call.num_segments, SEGMENTS_PER_PASS)
         tile = self._tiles.grad_key
         programs = triton.cdiv(length, tile.block_n) * self.key.shape[1]
         own = {**known, "grad_key": grad_key, "grad_value": grad_value}
@@ -168,21 +156,21 @@ class _Call:
     def _tiles(self) -> TreeAttentionTiles:
         width = max(self.query.shape[3], self.value.shape[3])
         capability = self.capability or runtime.capability(self.query.device)
-        heavy = self.num_segments > 0 or self.softcap is not None
+        heavy = self.call.num_segments > 0 or self.call.softcap is not None
         return tiles.choose(width, self.query.dtype, capability, heavy)
 
     def _launch(
         self, kernel: Any, programs: int, tile: Tiles, plan: Callable[..., Tensor], own: dict[str, Any], **constants: int
     ) -> Launch:
         """programs: of one batch row. own: arguments that not all kernels have."""
-        planned = self.tree_end is not None or self.window is not None
-        blocks = plan(self.tree_end, self.query, self.window, tile.block_m, tile.block_n) if planned else None
-        if self.softcap is not None:
-            inner, outer = self.scale / self.softcap, self.softcap
-        elif self.scale > 0:  # then it can wait for the exponential
-            inner, outer = None, self.scale
+        planned = self.call.tree_end is not None or self.call.window is not None
+        blocks = plan(self.call.tree_end, self.query, self.call.window, tile.block_m, tile.block_n) if planned else None
+        if self.call.softcap is not None:
+            inner, outer = self.call.scale / self.call.softcap, self.call.softcap
+        elif self.call.scale > 0:  # then it can wait for the exponential
+            inner, outer = None, self.call.scale
         else:
-            inner, outer = self.scale, 1.0
+            inner, outer = self.call.scale, 1.0
         return Launch(
             kernel=kernel,
             programs=programs * self.query.shape[0],
@@ -191,17 +179,17 @@ class _Call:
                 "key": self.key,
                 "value": self.value,
                 **_strides(query=self.query, key=self.key, value=self.value),
-                "tree_end": _int32(self.tree_end),
-                "depth": None if self.tree_end is None or self.window is None else token_depths(self.tree_end),
+                "tree_end": int32(self.call.tree_end),
+                "depth": None if self.call.tree_end is None or self.call.window is None else token_depths(self.call.tree_end),
                 "plan": blocks,
                 "plan_b": None if blocks is None else blocks.stride(0),
-                "segments": _int32(self.segments) if self.num_segments else None,
+                "segments": int32(self.call.segments) if self.call.num_segments else None,
                 "heads": self.query.shape[1],
                 "length": self.query.shape[2],
-                "window": self.window,
+                "window": self.call.window,
                 "inner": inner,
                 "outer": float(outer),
-                "num_segments": self.num_segments,
+                "num_segments": self.call.num_segments,
                 **own,
             },
             constants=self._constants(tile) | constants,
@@ -213,7 +201,7 @@ class _Call:
         dim, value_dim = self.query.shape[3], self.value.shape[3]
         return {
             "GROUP": self.query.shape[1] // self.key.shape[1],
-            "SOFTCAP": self.softcap is not None,
+            "SOFTCAP": self.call.softcap is not None,
             "DIM": dim,
             "VALUE_DIM": value_dim,
             "BLOCK_D": _padded(dim),
@@ -226,16 +214,6 @@ class _Call:
 def _padded(dim: int) -> int:
     """Width of a tile of head vectors: tensor cores take 16 or more, Triton powers of two."""
     return max(16, triton.next_power_of_2(dim))
-
-
-def _head_last(like: Tensor, dim: int) -> Tensor:
-    """(B, H, S, dim), in memory as (B, S, H, dim): what a model's next layer reads, and how projections make their outputs."""
-    batch, heads, length, _ = like.shape
-    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
-
-
-def _int32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(torch.int32).contiguous()
 
 
 def _strides(**tensors: Tensor | None) -> dict[str, int | None]:
@@ -298,7 +276,8 @@ def _example(
 
     query, key = (torch.empty(batch, length, h, dim, dtype=dtype, device="meta").transpose(1, 2) for h in (heads, kv_heads))
     segments = ids() if num_segments else None
-    call = _Call(query, key, key, ids() if tree else None, segments, num_segments, dim**-0.5, softcap, window, capability)
+    call = TreeAttentionCall(ids() if tree else None, segments, num_segments, dim**-0.5, softcap, window)
+    launches = _Launches(query, key, key, call, capability)
     lse, mass = rows(), rows(num_segments)
-    yield from call.forward(query, lse, mass)
-    yield from call.backward(query, None, mass if num_segments else None, query, lse, mass, query, key, key)
+    yield from launches.forward(query, lse, mass)
+    yield from launches.backward(query, None, mass if num_segments else None, query, lse, mass, query, key, key)

@@ -12,87 +12,25 @@ import torch
 import triton
 import triton.language as tl
 
-from .arithmetic import dot, dot_exact, narrow, tanh
+from .arithmetic_device import capped, dot, dot_exact, narrow, tanh_slope
+from .attention_device import COLUMNS, offset
+from .tree_attention_device import (
+    LOG2_E,
+    close_run,
+    load_lse,
+    load_mass,
+    load_one_hot,
+    load_tile,
+    load_vector,
+    probabilities,
+    seen_pairs,
+    store_tile,
+)
 from .tree_plan import MIXED
 
-COLUMNS = tl.constexpr(16)
-"""Segments in one pass."""
 _MIXED = tl.constexpr(MIXED)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _LN_2 = tl.constexpr(math.log(2.0))
-_LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-@triton.jit
-def offset(i, stride):
-    """i * stride in 64 bits: a batch row may lie further than 32 bits reach."""
-    return i.to(tl.int64) * stride
-
-
-@triton.jit
-def load_tile(base, start, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, EDGE: tl.constexpr):
-    """Rows [start, start + ROWS) of a (S, DIM) matrix, zeros to its right and, with EDGE, below it -> [ROWS, WIDTH]."""
-    rows = tl.arange(0, ROWS)
-    columns = tl.arange(0, WIDTH)
-    addresses = base + offset(start, stride) + (rows[:, None] * stride + columns[None, :])
-    if EDGE and WIDTH != DIM:
-        return tl.load(addresses, mask=(start + rows < length)[:, None] & (columns < DIM)[None, :], other=0.0)
-    elif EDGE:
-        return tl.load(addresses, mask=(start + rows < length)[:, None], other=0.0)
-    elif WIDTH != DIM:
-        return tl.load(addresses, mask=(columns < DIM)[None, :], other=0.0)
-    else:
-        return tl.load(addresses)
-
-
-@triton.jit
-def load_vector(base, at, length, EDGE: tl.constexpr):
-    """Entries of a (S,) vector; zeros beyond S, where EDGE says that there may be any."""
-    if EDGE:
-        return tl.load(base + at, mask=at < length, other=0)
-    else:
-        return tl.load(base + at)
-
-
-@triton.jit
-def store_tile(base, tile, start, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """The part of a [ROWS, WIDTH] tile that lies in the (S, DIM) matrix."""
-    rows = tl.arange(0, ROWS)
-    columns = tl.arange(0, WIDTH)
-    addresses = base + offset(start, stride) + (rows[:, None] * stride + columns[None, :])
-    tl.store(addresses, narrow(tile, base.dtype.element_ty), mask=(start + rows < length)[:, None] & (columns < DIM)[None, :])
-
-
-@triton.jit
-def capped(dots, inner, SOFTCAP: tl.constexpr):
-    """Dot products -> scores but for the factor `outer`."""
-    if inner is not None:
-        dots *= inner
-    if SOFTCAP:
-        dots = tanh(dots)
-    return dots
-
-
-@triton.jit
-def seen_pairs(rows, keys, tree_end, depth, length, window):
-    """Whether query `rows` sees `keys`, for [BM, 1] and [1, BN] or the transposed; tree_end and depth are (S,) or None."""
-    seen = keys <= rows
-    if tree_end is not None:
-        seen &= rows < load_vector(tree_end, keys, length, True)
-    if window is not None:
-        if depth is not None:
-            rows = load_vector(depth, rows, length, True)
-            keys = load_vector(depth, keys, length, True)
-        seen &= rows - keys < window
-    return seen
-
-
-@triton.jit
-def close_run(mass, mass_max, run, owner, row_max, first_segment):
-    """Add the mass of a run of key blocks, all of segment `owner`, to its column -> mass relative to row_max, [BM, 16]."""
-    columns = first_segment + tl.arange(0, COLUMNS)
-    mass *= tl.exp2(mass_max - row_max)[:, None]
-    return mass + tl.where((columns == owner)[None, :], run[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "window", "num_segments", "first_segment"])
@@ -157,7 +95,7 @@ def forward_kernel(
 
     q = load_tile(query, start_m, query_s, length, BLOCK_M, DIM, BLOCK_D, True)  # [BM, D]
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    outer *= _LOG2_E
+    outer *= LOG2_E
     # A finite maximum where nothing was seen yet: no difference below is ever -inf - -inf.
     row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -264,41 +202,6 @@ def row_correction_kernel(
     if grad_lse is not None:
         total -= tl.load(grad_lse + offset(i_bh, length) + rows, mask=rows < length, other=0.0)
     tl.store(correction + offset(i_bh, length) + rows, total, mask=rows < length)
-
-
-@triton.jit
-def load_lse(lse, rows, length, EDGE: tl.constexpr):
-    """With EDGE, +inf where nothing is seen and beyond S: every probability of such a row is then exp(-inf)."""
-    row_lse = load_vector(lse, rows, length, EDGE)
-    if EDGE:
-        row_lse = tl.where((rows >= length) | (row_lse == float("-inf")), float("inf"), row_lse)
-    return row_lse
-
-
-@triton.jit
-def probabilities(scores, outer, lse, WIDE: tl.constexpr):
-    """exp(outer * scores - lse)."""
-    if WIDE:
-        # In float32 the rounding of a change of base before the subtraction would show.
-        return tl.exp2((scores * outer - lse) * _LOG2_E)
-    else:
-        return tl.exp2(scores * (outer * _LOG2_E) - lse * _LOG2_E)
-
-
-@triton.jit
-def load_one_hot(segments, keys, first_segment, length):
-    """Which of 16 segments each key is in, zeros and ones in bfloat16, [BN, 16]."""
-    ids = tl.load(segments + keys, mask=keys < length, other=-1)
-    one_hot = ids[:, None] == first_segment + tl.arange(0, COLUMNS)[None, :]
-    return narrow(one_hot.to(tl.float32), tl.bfloat16)
-
-
-@triton.jit
-def load_mass(mass, rows, first_segment, length, num_segments):
-    """16 columns of a (S, N) mass or its gradient, zeros beyond the edges, [BM, 16]."""
-    columns = first_segment + tl.arange(0, COLUMNS)
-    addresses = mass + offset(rows, num_segments)[:, None] + columns[None, :]
-    return tl.load(addresses, mask=(rows < length)[:, None] & (columns < num_segments)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "window", "num_segments"])
@@ -419,7 +322,7 @@ def grad_key_kernel(
             grad_p -= load_vector(correction + offset(i_g, length), rows, length, MASKED)[None, :]
             grad_scores = p * grad_p
             if SOFTCAP:
-                grad_scores *= 1.0 - scores * scores
+                grad_scores *= tanh_slope(scores)
             acc_key = dot(narrow(grad_scores, q.dtype), q, acc_key)
 
     grad_key += (offset(i_b, length) * kv_heads + i_h) * DIM
@@ -525,7 +428,7 @@ def grad_query_kernel(
             grad_p -= taken[:, None]
             grad_scores = p * grad_p
             if SOFTCAP:
-                grad_scores *= 1.0 - scores * scores
+                grad_scores *= tanh_slope(scores)
             acc = dot(narrow(grad_scores, k.dtype), k, acc)
 
     grad_query += (offset(i_b, length) * heads + i_h) * DIM

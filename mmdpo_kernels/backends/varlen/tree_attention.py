@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..calls import TreeAttentionCall
+from ..layout import accumulation_dtype
 from . import libraries
 from .libraries import Library, Options
 from .plan import Call, plan
@@ -32,24 +34,19 @@ def forward(
     query: Tensor,  # (B, Hq, S, D)
     key: Tensor,  # (B, Hkv, S, D)
     value: Tensor,  # (B, Hkv, S, D)
-    tree_end: Tensor | None,  # (B, S)
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, D), lse (B, Hq, S), mass (B, Hq, S, 0)."""
     batch, heads, length, _ = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulation_dtype(query.dtype)
     tokens = [_tokens(tensor) for tensor in (query, key, value)]
     outputs, lses = [], []
     if query.numel():
-        library, options = _library(query, softcap), Options(scale=scale, softcap=softcap, window=window)
-        for call in plan(tree_end, batch, length, window, query.device):
-            output, lse = library.forward(*_gather(call, *tokens), call, options)
-            outputs.append((call.rows, output))
-            lses.append((call.rows, lse.T))
+        library, options = _library(query, call)
+        for part in plan(call.tree_end, batch, length, call.window, query.device):
+            output, lse = library.forward(*_gather(part, *tokens), part, options)
+            outputs.append((part.rows, output))
+            lses.append((part.rows, lse.T))
     # Heads last but one in memory, as models want the output next, so that no layer copies it.
     output = _spread(outputs, tokens[0].shape, 0.0, query)
     lse = _spread(lses, (batch * length, heads), float("-inf"), query.new_empty(0, dtype=wide))
@@ -66,40 +63,35 @@ def backward(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
-    tree_end: Tensor | None,
-    segments: Tensor | None,
-    num_segments: int,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
+    call: TreeAttentionCall,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value through the output; a gradient through lse is refused."""
     if grad_lse is not None:
         raise ValueError("tree_attention: backend 'varlen' has no gradient through lse of its own")
     batch, _, length, _ = query.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
+    wide = accumulation_dtype(query.dtype)
     tokens = [_tokens(tensor) for tensor in (query, key, value)]
     grad_queries = []
     grad_key, grad_value = (torch.zeros_like(tensor, dtype=wide) for tensor in tokens[1:])
     if grad_output is not None and query.numel():
-        library, options = _library(query, softcap), Options(scale=scale, softcap=softcap, window=window)
+        library, options = _library(query, call)
         rows = [_tokens(tensor) for tensor in (grad_output, output, lse)]
-        for call in plan(tree_end, batch, length, window, query.device):
-            its_grad, its_output, its_lse = (_take(tensor, call.rows) for tensor in rows)
-            found = library.backward(its_grad, *_gather(call, *tokens), its_output, its_lse.T.contiguous(), call, options)
-            grad_queries.append((call.rows, found[0]))
-            _add_copies(grad_key, found[1], call)
-            _add_copies(grad_value, found[2], call)
+        for part in plan(call.tree_end, batch, length, call.window, query.device):
+            its_grad, its_output, its_lse = (_take(tensor, part.rows) for tensor in rows)
+            found = library.backward(its_grad, *_gather(part, *tokens), its_output, its_lse.T.contiguous(), part, options)
+            grad_queries.append((part.rows, found[0]))
+            _add_copies(grad_key, found[1], part)
+            _add_copies(grad_value, found[2], part)
     grad_query = _spread(grad_queries, tokens[0].shape, 0.0, query)
     grads = tuple(_heads(grad.to(query.dtype), batch, length) for grad in (grad_query, grad_key, grad_value))
     return grads[0], grads[1], grads[2]
 
 
-def _library(query: Tensor, softcap: float | None) -> Library:
-    library = libraries.choose(query.device.type, query.dtype, query.shape[-1], softcap is not None)
+def _library(query: Tensor, call: TreeAttentionCall) -> tuple[Library, Options]:
+    library = libraries.choose(query.device.type, query.dtype, query.shape[-1], call.softcap is not None)
     if isinstance(library, str):
         raise RuntimeError(f"tree_attention: {library}")
-    return library
+    return library, Options(scale=call.scale, softcap=call.softcap, window=call.window)
 
 
 def _tokens(tensor: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.loss_options import BRANCHES, LossArrays
-from .checks import check_tensor
-from .loss_settings import OP, LossSettings
-from .sequence_logps import SequenceLogps, TokenLogps, wide
+from ...backends.loss_options import BRANCHES, LossArrays
+from ..checks import check_tensor
+from .logps import SequenceLogps, TokenLogps, wide
+from .settings import OP, LossSettings
 
 _USUAL = frozenset((BRANCHES[:2], BRANCHES))
 

@@ -7,10 +7,21 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..backends.loss_options import BATCH_VALUES, LINKS, TOKEN_VALUES, VALUES, LossOptions, Term
-from ..losses import ANCHORS, LOSSES, SMOOTHED, LossParameters
+from ...backends.loss_options import BATCH_VALUES, LINKS, TOKEN_VALUES, VALUES, LossOptions, Term
+from ...losses import ANCHORS, LOSSES, SMOOTHED, LossParameters
 
 OP = "preference_loss"
+
+
+class LossRequest(NamedTuple):
+    """The options of a call."""
+
+    names: tuple[str, ...]
+    """A loss that is named twice counts with both weights."""
+    weights: tuple[float, ...] | None
+    """One a name; None: all 1."""
+    parameters: LossParameters
+    length_normalised: bool
 
 
 class LossSettings(NamedTuple):
@@ -28,36 +39,27 @@ def as_names(names: Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def settings(
-    names: tuple[str, ...],
-    weights: tuple[float, ...] | None,
-    beta: float,
-    label_smoothing: float,
-    anchor: float,
-    anchors: tuple[str, ...],
-    simpo_gamma: float,
-    bco_shift: float,
-    length_normalised: bool,
-) -> LossSettings:
-    """A loss that is named twice counts with both weights.
+def settings(request: LossRequest) -> LossSettings:
+    """What follows from the options.
 
     Raises:
         ValueError: unknown loss, settings out of range, weights that do not match.
     """
+    names, weights, parameters, length_normalised = request
     factors = _checked_weights(names, weights)
+    anchors = parameters.anchors
     if not anchors or len(set(anchors)) != len(anchors) or not set(anchors).issubset(ANCHORS):
         raise ValueError(f"{OP}: anchors must name one or more of {', '.join(ANCHORS)}, each once, got {list(anchors)}")
-    _check_ranges(names, beta, label_smoothing, anchor, simpo_gamma, bco_shift)
+    _check_ranges(names, parameters)
     total: dict[str, float] = {}
     for name, weight in zip(names, factors, strict=True):
         total[name] = total.get(name, 0.0) + weight
-    parameters = LossParameters(beta, label_smoothing, anchor, anchors, simpo_gamma, bco_shift)
     terms = {name: _checked_terms(name, tuple(LOSSES[name](parameters))) for name in total}
     options = LossOptions(
         names=tuple(total),
         weights=tuple(total.values()),
         terms=tuple(terms.values()),
-        beta=beta,
+        beta=parameters.beta,
         length_normalised=bool(length_normalised),
     )
     branches = {"chosen", "rejected"}
@@ -109,9 +111,8 @@ def _checked_weights(names: tuple[str, ...], weights: tuple[float, ...] | None) 
     return factors
 
 
-def _check_ranges(
-    names: tuple[str, ...], beta: float, label_smoothing: float, anchor: float, simpo_gamma: float, bco_shift: float
-) -> None:
+def _check_ranges(names: tuple[str, ...], parameters: LossParameters) -> None:
+    beta, label_smoothing, anchor, _, simpo_gamma, bco_shift = parameters
     if not 0 < beta < math.inf:
         raise ValueError(f"{OP}: beta must be above 0, got {beta}")
     if not 0 <= label_smoothing < 0.5:

@@ -9,27 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..backends.reference import preference_loss as reference_backend
-from ..backends.registry import resolve
-from ..losses import ANCHORS, LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED
-from .fused_loss import compiled_loss, fused_loss
-from .loss_arrays import sequence_arrays, token_arrays
-from .loss_settings import OP, as_names, kept_settings, settings
-from .sequence_logps import SequenceLogps, TokenLogps, sequence_logps
-
-__all__ = [
-    "ANCHORS",
-    "LOSSES",
-    "NEEDS_CORRUPTED",
-    "NEEDS_LENGTHS",
-    "REFERENCE_FREE",
-    "SMOOTHED",
-    "PreferenceLoss",
-    "SequenceLogps",
-    "TokenLogps",
-    "preference_loss",
-    "sequence_logps",
-]
+from ...backends.loss_options import TableRows, table_rows
+from ...backends.reference import preference_loss as reference_backend
+from ...backends.registry import resolve
+from ...losses import LossParameters
+from .arrays import sequence_arrays, token_arrays
+from .fused import compiled_loss, fused_loss
+from .logps import SequenceLogps, TokenLogps
+from .settings import OP, LossRequest, as_names, kept_settings, settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +41,26 @@ class PreferenceLoss:
     def rewards(self) -> dict[str, Tensor]:
         """(B,) `beta (log p - log p_ref)` of each branch: "chosen", "rejected", maybe "corrupted" and others; per token with
         `length_normalised`."""
-        return self._rows(self.branches, len(self.names))
+        return self._rows(self.branches, self._places.rewards)
 
     @property
     def logps(self) -> dict[str, Tensor]:
         """(B,) the policy's log-probability of each response: the sum over its tokens, or with weights their weighted mean."""
-        return self._rows(self.branches, len(self.names) + len(self.branches))
+        return self._rows(self.branches, self._places.logps)
 
     @property
     def accuracies(self) -> Tensor:
         """(B,) 1.0 where the chosen reward is above the rejected one."""
-        return self.table[-2]
+        return self.table[self._places.accuracy]
 
     @property
     def margins(self) -> Tensor:
         """(B,) chosen minus rejected reward."""
-        return self.table[-1]
+        return self.table[self._places.margin]
+
+    @property
+    def _places(self) -> TableRows:
+        return table_rows(len(self.names), len(self.branches))
 
     def _rows(self, names: tuple[str, ...], first: int) -> dict[str, Tensor]:
         return dict(zip(names, self.table[first : first + len(names)].unbind(0), strict=True))
@@ -123,19 +114,18 @@ def preference_loss(
         RuntimeError: in backward, a second derivative (`create_graph=True`).
     """
     compiling = torch.compiler.is_compiling()
-    given = (
-        as_names(loss_type),
-        None if loss_weights is None else tuple(loss_weights),
-        # Numbers, not tensors of them: what is looked up by a tensor does not follow its value.
-        float(beta),
-        float(label_smoothing),
-        float(anchor),
-        as_names(anchors),
-        float(simpo_gamma),
-        float(bco_shift),
-        length_normalised,
+    # Numbers, not tensors of them: what is looked up by a tensor does not follow its value.
+    parameters = LossParameters(
+        beta=float(beta),
+        label_smoothing=float(label_smoothing),
+        anchor=float(anchor),
+        anchors=as_names(anchors),
+        simpo_gamma=float(simpo_gamma),
+        bco_shift=float(bco_shift),
     )
-    asked = (settings if compiling else kept_settings)(*given)
+    weights = None if loss_weights is None else tuple(loss_weights)
+    request = LossRequest(as_names(loss_type), weights, parameters, length_normalised)
+    asked = (settings if compiling else kept_settings)(request)
     if isinstance(policy, TokenLogps):
         arrays = token_arrays(policy, reference, asked)
     elif isinstance(policy, SequenceLogps):
@@ -146,7 +136,7 @@ def preference_loss(
     if name == "reference":
         loss, table = reference_backend.forward(arrays, asked.options)
     elif compiling:
-        loss, table = compiled_loss(name, arrays, given)
+        loss, table = compiled_loss(name, arrays, request)
     else:
         loss, table = fused_loss(name, arrays, asked.options)
     return PreferenceLoss(loss=loss, table=table, names=asked.options.names, branches=arrays.branches)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends.logit_options import LogitOptions
-from .backends.reference.linear_logprobs import logits_of
-from .backends.registry import resolve
+from ...backends.layout import accumulation_dtype
+from ...backends.logit_options import LogitOptions
+from ...backends.reference.linear_logprobs import logits_of
+from ...backends.registry import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class SharedRows:
         the log-probabilities and in hidden. Weight and bias are taken to be frozen: trained ones would get whole gradients of their own here.
         """
         options = LogitOptions(softcap, logit_scale, temperature, ignore_index=-1)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wide = accumulation_dtype(hidden.dtype)
         # The log-sum-exp inside a log-probability is of logits as the backend rounds them. Rounded alike, that cancels where the further
         # target is the likeliest token; else its log-probability could end up above 0.
         rounded = resolve("linear_logprobs", backend, hidden.device, hidden.dtype).logit_dtype(hidden)

@@ -1,4 +1,4 @@
-"""Device functions with one meaning, compiled or interpreted: casts, dot products, tanh."""
+"""Device functions with one meaning, compiled or interpreted: casts, dot products, softcaps."""
 
 from __future__ import annotations
 
@@ -60,3 +60,26 @@ def tanh(x):
     near = near * square + 0.1333311
     near = near * square - 0.33333332
     return tl.where(size < 0.55, x + x * square * near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def tanh_slope(y):
+    """Derivative of `y = tanh(x)` in x."""
+    return 1.0 - y * y
+
+
+@triton.jit
+def tanh_slope_at(x):
+    """Derivative of `tanh(x)` in x, from the exponential: where tanh is too near 1 to tell."""
+    e = tl.exp2(tl.abs(x) * -2.885390081777927)  # 2 log2(e)
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def capped(x, inner, SOFTCAP: tl.constexpr):
+    """`tanh(inner x)` under a softcap, else `inner x`; inner None: 1. What both are times the factor `outer` is left to the caller."""
+    if inner is not None:
+        x *= inner
+    if SOFTCAP:
+        x = tanh(x)
+    return x

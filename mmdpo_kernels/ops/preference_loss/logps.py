@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.reference.preference_loss import check_tokens, response_values
-from .checks import check_tensor
+from ...backends.layout import accumulation_dtype
+from ...backends.reference.preference_loss import check_tokens, response_values
+from ..checks import check_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,4 @@ def sequence_logps(token_logps: Tensor, lengths: Sequence[int] | Tensor, *, weig
 
 def wide(values: Tensor) -> Tensor:
     """float32 at least: half precision would round sums over long responses."""
-    return (
-        values if values.dtype in (torch.float32, torch.float64) else values.to(torch.promote_types(values.dtype, torch.float32))
-    )
+    return values if values.dtype in (torch.float32, torch.float64) else values.to(accumulation_dtype(values.dtype))

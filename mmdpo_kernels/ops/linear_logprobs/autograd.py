@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.logit_options import LogitOptions
-from ..backends.registry import resolve
-from .precision import autocast_off
+from ...backends.layout import accumulation_dtype
+from ...backends.logit_options import LogitOptions
+from ...backends.registry import resolve
+from ..flat import schema_of
+from ..precision import autocast_off
 
 OP = "linear_logprobs"
 
@@ -23,7 +25,12 @@ NONE, HIDDEN, HIDDEN_AND_HEAD = range(3)
 """What will be differentiated in. HIDDEN: the head is frozen."""
 
 
-@torch.library.custom_op("mmdpo_kernels::linear_logprobs", mutates_args=())
+@torch.library.custom_op(
+    "mmdpo_kernels::linear_logprobs",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor? reference_hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? reference_targets, "
+    f"{schema_of(LogitOptions)}, str stats, str backend, SymInt gradient, SymInt kept_bytes) -> Tensor[]",
+)
 def head_logprobs(
     hidden: Tensor,  # (T, H)
     reference_hidden: Tensor | None,  # (T', H)
@@ -31,28 +38,22 @@ def head_logprobs(
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (T,)
     reference_targets: Tensor | None,  # (T',)
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    stats: str,
-    backend: str,
-    gradient: int,
-    kept_bytes: int,
+    *rest: Any,
 ) -> list[Tensor]:
     """-> log-probabilities (T + T',), each statistic (T + T',), then what backward needs:
 
     nothing, where it makes the logits again; d log-probability / d hidden (T, H), where it multiplies; and after this what the backend
-    keeps of a trained head.
+    keeps of a trained head. rest: `LogitOptions`, field by field, and what the schema says after them.
     """
+    *fields, stats, backend, gradient, kept_bytes = rest
+    options = LogitOptions(*fields)
     module = resolve(OP, backend, hidden.device, hidden.dtype)
-    options = LogitOptions(softcap, logit_scale, temperature, ignore_index)
     names = _names(stats)
     kept = _kept(module, gradient, hidden, weight, kept_bytes)
-    _check_targets("targets", targets, weight.shape[0], ignore_index)
+    _check_targets("targets", targets, weight.shape[0], options.ignore_index)
     parts = [(hidden, targets)]
     if reference_hidden is not None and reference_targets is not None:
-        _check_targets("reference_targets", reference_targets, weight.shape[0], ignore_index)
+        _check_targets("reference_targets", reference_targets, weight.shape[0], options.ignore_index)
         parts.append((reference_hidden, reference_targets))
     # What a trained head keeps is of its own rows; all others go through the head together.
     apart = kept or len(parts) == 1
@@ -77,24 +78,10 @@ def head_logprobs(
 
 
 @head_logprobs.register_fake
-def _(
-    hidden: Tensor,
-    reference_hidden: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    reference_targets: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    stats: str,
-    backend: str,
-    gradient: int,
-    kept_bytes: int,
-) -> list[Tensor]:
+def _(hidden: Tensor, reference_hidden: Tensor | None, weight: Tensor, *rest: Any) -> list[Tensor]:
+    *_, stats, backend, gradient, kept_bytes = rest
     count = hidden.shape[0] + (0 if reference_hidden is None else reference_hidden.shape[0])
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+    wide = accumulation_dtype(hidden.dtype)
     found = [hidden.new_empty(count, dtype=wide) for _ in range(1 + len(_names(stats)))]
     kept = _kept(resolve(OP, backend, hidden.device, hidden.dtype), gradient, hidden, weight, kept_bytes)
     if gradient == NONE or kept is None:
@@ -102,7 +89,12 @@ def _(
     return [*found, hidden.new_empty(hidden.shape, dtype=wide), *kept]
 
 
-@torch.library.custom_op("mmdpo_kernels::linear_logprobs_backward", mutates_args=())
+@torch.library.custom_op(
+    "mmdpo_kernels::linear_logprobs_backward",
+    mutates_args=(),
+    schema="(Tensor grad_logps, Tensor[] kept, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+    f"{schema_of(LogitOptions)}, str backend, bool[] needs) -> Tensor[]",
+)
 def head_logprobs_backward(
     grad_logps: Tensor,  # (T,)
     kept: Sequence[Tensor],
@@ -110,16 +102,12 @@ def head_logprobs_backward(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    backend: str,
-    needs: Sequence[bool],
+    *rest: Any,
 ) -> list[Tensor]:
     """-> the gradients of hidden, weight and bias that `needs` names, in their dtypes; hidden's is not made from `kept`."""
+    *fields, backend, needs = rest
+    options = LogitOptions(*fields)
     module = resolve(OP, backend, hidden.device, hidden.dtype)
-    options = LogitOptions(softcap, logit_scale, temperature, ignore_index)
     wanted = (needs[0], needs[1], needs[2])
     with autocast_off(hidden.device.type):
         if kept:
@@ -131,32 +119,21 @@ def head_logprobs_backward(
 
 @head_logprobs_backward.register_fake
 def _(
-    grad_logps: Tensor,
-    kept: Sequence[Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    ignore_index: int,
-    backend: str,
-    needs: Sequence[bool],
+    grad_logps: Tensor, kept: Sequence[Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> list[Tensor]:
-    tensors = (hidden, weight, bias)
+    tensors, needs = (hidden, weight, bias), rest[-1]
     return [torch.empty_like(tensor) for tensor, needed in zip(tensors, needs, strict=True) if tensor is not None and needed]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    hidden, reference_hidden, weight, bias, targets, _, *options, stats, backend, gradient, _ = inputs
+    hidden, reference_hidden, weight, bias, targets, _, *fields, stats, backend, gradient, _ = inputs
     saved = output[1 + len(_names(stats)) :]
     # A frozen head's backward needs its weight no more.
     remembered = (None, None, None) if saved and gradient == HIDDEN else (hidden, weight, bias)
     ctx.save_for_backward(*remembered, targets, *saved)
     # The coefficients that are kept are an output too: zeros for their gradient would be as large.
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.backend, ctx.rows, ctx.dtype = options, backend, hidden.shape[0], hidden.dtype
+    ctx.options, ctx.backend, ctx.rows, ctx.dtype = LogitOptions(*fields), backend, hidden.shape[0], hidden.dtype
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -167,7 +144,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     found: list[Tensor | None] = [None, None, None]
     if grads[0] is not None:
         # An ignored row has no gradient, whatever comes from above: 0 times a NaN would be one.
-        used = targets != ctx.options[3]
+        used = targets != ctx.options.ignore_index
         grad_logps = grads[0][: ctx.rows].where(used, 0.0).contiguous()
         if saved:
             if needs[0]:

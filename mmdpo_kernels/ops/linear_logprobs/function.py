@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.logit_options import STATS
-from .checks import check_positive, check_tensor
-from .head_autograd import HIDDEN, HIDDEN_AND_HEAD, NONE, head_logprobs
-from .precision import autocast_to
+from ...backends.logit_options import STATS
+from ..checks import check_positive, check_tensor
+from ..precision import autocast_to
+from .autograd import HIDDEN, HIDDEN_AND_HEAD, NONE, head_logprobs
 
 OP = "linear_logprobs"
 
@@ -84,30 +84,7 @@ def linear_logprobs(
         TypeError, ValueError: an argument of the wrong kind, shape or device, or, on the CPU, a target outside the vocabulary; on a GPU
             such a target makes its row NaN.
     """
-    check_tensor(OP, "hidden", hidden, ("T", "H"), floating=True)
-    check_tensor(OP, "weight", weight, ("V", hidden.shape[1]), floating=True)
-    check_tensor(OP, "targets", targets, (hidden.shape[0],), floating=False)
-    if weight.shape[0] == 0:
-        raise ValueError(f"{OP}: weight must have at least one row, got shape {tuple(weight.shape)}")
-    if bias is not None:
-        check_tensor(OP, "bias", bias, (weight.shape[0],), floating=True)
-    if reference_hidden is not None:
-        check_tensor(OP, "reference_hidden", reference_hidden, ("T'", hidden.shape[1]), floating=True)
-        reference_targets = targets if reference_targets is None else reference_targets
-        check_tensor(OP, "reference_targets", reference_targets, (reference_hidden.shape[0],), floating=False)
-    elif reference_targets is not None:
-        raise ValueError(f"{OP}: reference_targets need reference_hidden, got None")
-    given = {"hidden": hidden, "weight": weight, "bias": bias, "reference_hidden": reference_hidden}
-    present = [name for name, tensor in given.items() if tensor is not None]
-    cast = dict(zip(present, autocast_to(*(given[name] for name in present)), strict=True))  # type: ignore[arg-type]
-    for name, tensor in cast.items():
-        if tensor.dtype != cast["hidden"].dtype:
-            raise TypeError(f"{OP}: hidden and {name} must have one dtype, got {cast['hidden'].dtype} and {tensor.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{OP}: {name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
-    for name, values in (("targets", targets), ("reference_targets", reference_targets)):
-        if values is not None and values.device != hidden.device:
-            raise ValueError(f"{OP}: {name} must be on the device of hidden, {hidden.device}, got {values.device}")
+    cast, reference_targets = _cast(hidden, weight, targets, bias, reference_hidden, reference_targets)
     check_positive(OP, softcap=softcap, temperature=temperature)
     unknown = [name for name in stats if name not in STATS]
     if unknown:
@@ -138,6 +115,42 @@ def linear_logprobs(
     return LogProbs(
         logps=logps[:rows], reference_logps=logps.detach()[rows:], **{name: values[:rows] for name, values in found.items()}
     )
+
+
+def _cast(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    reference_hidden: Tensor | None,
+    reference_targets: Tensor | None,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """-> the floating tensors that are given, by name and in one dtype, and the targets of the reference; all checked."""
+    check_tensor(OP, "hidden", hidden, ("T", "H"), floating=True)
+    check_tensor(OP, "weight", weight, ("V", hidden.shape[1]), floating=True)
+    check_tensor(OP, "targets", targets, (hidden.shape[0],), floating=False)
+    if weight.shape[0] == 0:
+        raise ValueError(f"{OP}: weight must have at least one row, got shape {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor(OP, "bias", bias, (weight.shape[0],), floating=True)
+    if reference_hidden is not None:
+        check_tensor(OP, "reference_hidden", reference_hidden, ("T'", hidden.shape[1]), floating=True)
+        reference_targets = targets if reference_targets is None else reference_targets
+        check_tensor(OP, "reference_targets", reference_targets, (reference_hidden.shape[0],), floating=False)
+    elif reference_targets is not None:
+        raise ValueError(f"{OP}: reference_targets need reference_hidden, got None")
+    given = {"hidden": hidden, "weight": weight, "bias": bias, "reference_hidden": reference_hidden}
+    present = [name for name, tensor in given.items() if tensor is not None]
+    cast = dict(zip(present, autocast_to(*(given[name] for name in present)), strict=True))  # type: ignore[arg-type]
+    for name, tensor in cast.items():
+        if tensor.dtype != cast["hidden"].dtype:
+            raise TypeError(f"{OP}: hidden and {name} must have one dtype, got {cast['hidden'].dtype} and {tensor.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{OP}: {name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    for name, values in (("targets", targets), ("reference_targets", reference_targets)):
+        if values is not None and values.device != hidden.device:
+            raise ValueError(f"{OP}: {name} must be on the device of hidden, {hidden.device}, got {values.device}")
+    return cast, reference_targets
 
 
 def _gradient(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:

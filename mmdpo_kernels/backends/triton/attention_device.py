@@ -1,0 +1,26 @@
+"""Device functions that the kernels of both attention ops share: addresses, the tree rule."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+COLUMNS = tl.constexpr(16)
+"""Segments that one pass adds up: the narrowest tile that tensor cores take."""
+
+
+@triton.jit
+def offset(i, stride):
+    """i * stride in 64 bits: a batch row may lie further than 32 bits reach."""
+    return i.to(tl.int64) * stride
+
+
+@triton.jit
+def sees(rows, keys, ends, row_depths, key_depths, window):
+    """Whether query `rows` see `keys`, in shapes that broadcast. ends: of the keys' subtrees, None: causal; depths count with a window."""
+    seen = keys <= rows
+    if ends is not None:
+        seen &= rows < ends
+    if window is not None:
+        seen &= row_depths - key_depths < window
+    return seen

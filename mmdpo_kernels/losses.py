@@ -1,7 +1,7 @@
 """The losses of `preference_loss`, each a row of LOSSES: what it is made of, as a function of the options.
 
 A loss is a list of terms, each `weight * link(scale * sum_j coefficient_j value_j + offset)` of a record; links and values are those of
-`mmdpo_kernels.backends.loss_options`. A new loss is a function here and its name in LOSSES: every backend evaluates terms, and what a
+`mmdpo_kernels.loss_terms`. A new loss is a function here and its name in LOSSES: every backend evaluates terms, and what a
 loss needs is read off its terms.
 
 In the equations w, l and c are `log p - log p_ref` of the chosen response, of the rejected one, and of the chosen one under the
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import NamedTuple
 
-from .backends.loss_options import BRANCHES, REFERENCE_VALUES, TOKEN_VALUES, Term, Value
+from .loss_terms import BRANCHES, REFERENCE_VALUES, TOKEN_VALUES, Term, Value
 
 ANCHORS = BRANCHES
 """What "ancpo" can hold above ("chosen") or below (the others) its anchor."""

@@ -21,6 +21,8 @@ from .patched import (
     PatchState,
     attach,
     detach,
+    language_tower,
+    on_unpickling,
     place_of,
     remember_configs,
     restore_configs,
@@ -123,31 +125,15 @@ def _cross_layers(tower: Any) -> frozenset[int]:
     return frozenset(getattr(tower.config, "cross_attention_layers", None) or ())
 
 
-def language_tower(model: nn.Module) -> Any:
-    """The decoder of a transformers model, under PEFT or not.
-
-    Raises:
-        ValueError: no decoder that uses the attention interface.
-    """
-    base: Any = model
-    if hasattr(model, "get_base_model"):  # PEFT
-        base = model.get_base_model()  # type: ignore[operator]
-    tower = base.get_decoder() if hasattr(base, "get_decoder") else None
-    if tower is None or not getattr(tower, "_supports_attention_backend", False):
-        found = "no get_decoder()" if tower is None else f"decoder {type(tower).__name__}"
-        raise ValueError(
-            f"{type(base).__name__} cannot be patched: {found} uses transformers' attention interface "
-            "(a model with get_decoder() whose class sets _supports_attention_backend is needed)"
-        )
-    return tower
-
-
 def register() -> None:
     """Make the attention and mask functions known to transformers, in this process."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, tree_attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, tree_mask)
+
+
+on_unpickling.append(register)
 
 
 def tree_mask(

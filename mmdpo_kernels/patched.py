@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -17,6 +18,10 @@ IMPLEMENTATION = "mmdpo_tree"
 
 _STATE = "_mmdpo_patch"
 _PLACE = "_mmdpo_attention"
+
+
+on_unpickling: list[Callable[[], None]] = []
+"""What makes a patched model that comes from elsewhere work in this process; `patch` puts it here."""
 
 
 @dataclass(eq=False)
@@ -47,9 +52,8 @@ class PatchState:
         self.__dict__.update(values)
         _LIVE.add(self)
         # A model that was pickled elsewhere names an implementation that transformers may not know in this process.
-        from .patch import register
-
-        register()
+        for work in on_unpickling:
+            work()
 
 
 @dataclass(eq=False)
@@ -65,6 +69,25 @@ class AttentionPlace:
 
 # Looked at when models are patched and unpatched only: a configuration may be several models' own.
 _LIVE: WeakSet[PatchState] = WeakSet()
+
+
+def language_tower(model: nn.Module) -> Any:
+    """The decoder of a transformers model, under PEFT or not.
+
+    Raises:
+        ValueError: no decoder that uses the attention interface.
+    """
+    base: Any = model
+    if hasattr(model, "get_base_model"):  # PEFT
+        base = model.get_base_model()  # type: ignore[operator]
+    tower = base.get_decoder() if hasattr(base, "get_decoder") else None
+    if tower is None or not getattr(tower, "_supports_attention_backend", False):
+        found = "no get_decoder()" if tower is None else f"decoder {type(tower).__name__}"
+        raise ValueError(
+            f"{type(base).__name__} cannot be patched: {found} uses transformers' attention interface "
+            "(a model with get_decoder() whose class sets _supports_attention_backend is needed)"
+        )
+    return tower
 
 
 def state_of(tower: nn.Module) -> PatchState | None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .patch import language_tower, patch_state
+from .patch import patch_state
+from .patched import language_tower
 from .recorder import AttentionRecorder, ForwardStopped
 from .recorder_ops import Replaced, replace_method, ticket_of, watch_decoder, watch_model
 

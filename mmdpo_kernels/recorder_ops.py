@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.flat import schema_of
-from .patched import AttentionPlace, state_of
+from .patched import AttentionPlace, language_tower, state_of
 from .recorder import AttentionRecorder, LayerCall
 
 _HOOK: Any = "mmdpo_record"
@@ -108,8 +108,6 @@ def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    from .patch import language_tower
-
     state = state_of(language_tower(module))
     recorder = None if state is None else state.recorder
     if recorder is None:

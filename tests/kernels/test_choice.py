@@ -16,7 +16,7 @@ from mmdpo_kernels.backends.choice import Rule
 from mmdpo_kernels.backends.native import tree_attention as native
 from mmdpo_kernels.backends.ops_table import OPS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RULES = [(op, device, rule) for op, row in OPS.items() for device, rules in row.rules.items() for rule in rules]
 CUDA = torch.device("cuda", 0)
 PLAIN = {"tree": False, "mass": False, "softcap": False, "window": False, "length": 3000, "gradient": True}

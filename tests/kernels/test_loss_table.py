@@ -15,9 +15,9 @@ from torch.nn.functional import softplus
 from training_cases import config, preference_records, tiny
 
 from mmdpo_kernels import SequenceLogps, TokenLogps, preference_loss
-from mmdpo_kernels.backends.loss_options import LINKS, VALUES, Term, Value
 from mmdpo_kernels.backends.native.extension import load as load_native
 from mmdpo_kernels.backends.registry import load
+from mmdpo_kernels.loss_terms import LINKS, VALUES, Term, Value
 from mmdpo_kernels.losses import LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.trainer import PreferenceTrainer

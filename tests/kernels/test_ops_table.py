@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks.gpu import __main__ as gpu
 from benchmarks.kernels import ops, registry
 from mmdpo_kernels.backends import ops_table
 from mmdpo_kernels.backends.choice import Rule
@@ -20,7 +20,7 @@ from mmdpo_kernels.backends.registry import backends, load, resolve
 from mmdpo_kernels.backends.triton import ahead_of_time
 from mmdpo_kernels.backends.triton.runtime import Specialization
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OP = "double"
 CPU = torch.device("cpu")
 FORM = Specialization(label="double float32", kernel=None, signature={}, constants={}, num_warps=1, num_stages=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmdpo_kernels import TokenTree, image_segments, patch_model, record_attention, unpatch_model
-from mmdpo_kernels.patch import language_tower
+from mmdpo_kernels.patched import language_tower
 
 PROMPTS = [
     "USER: In <image> what colour ? ASSISTANT:",

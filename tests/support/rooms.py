@@ -15,8 +15,8 @@ PACKAGES = {"mmdpo_kernels": ROOT / "mmdpo_kernels", "mmdpo_trainers": ROOT / "t
 
 ORDER = {
     "mmdpo_kernels": (
-        *("record", "patch", "patched", "recorder", "recorder_ops"),
-        *("shared_rows", "tree", "segments", "head", "ops", "backends", "losses", "tree_mask"),
+        *("record", "patch", "recorder_ops", "patched", "recorder", "ops", "backends"),
+        *("losses", "loss_terms", "tree_mask", "tree", "segments", "head"),
     ),
     "mmdpo_trainers": (
         *("cli", "run", "checks", "stages", "report", "training", "answers", "shapes", "models"),

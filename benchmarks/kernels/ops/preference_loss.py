@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from benchmarks.kernels.case import BOTH, Case, Named, Run, Work, timed_run
 from benchmarks.kernels.ops.linear_logprobs import peaked
 from mmdpo_kernels import SequenceLogps, TokenLogps, linear_logprobs, preference_loss
-from mmdpo_kernels.backends.loss_options import BRANCHES
+from mmdpo_kernels.loss_terms import BRANCHES
 
 Sizes = Mapping[str, int]
 BETA = 0.1

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..loss_options import LossArrays, LossOptions, Term
+from ...loss_terms import Term
+from ..loss_options import LossArrays, LossOptions
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:

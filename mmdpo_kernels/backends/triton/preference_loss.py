@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loss_options import BATCH_VALUES, BRANCHES, LINKS, VALUES, LossArrays, LossOptions, Term, table_size
+from ...loss_terms import BATCH_VALUES, BRANCHES, LINKS, VALUES, Term
+from ...losses import LOSSES, LossParameters  # for examples alone: the kernel is given terms
+from ..loss_options import LossArrays, LossOptions, table_size
 from . import runtime
 from .launch import Launch
 from .preference_loss_kernels import loss_kernel
@@ -102,8 +104,6 @@ REPRESENTATIVE = ("tokens mdpo",)
 
 def specializations(target: int) -> list[Specialization]:
     """mDPO, MIA-DPO, and every loss of the table at once; from tokens and from sums."""
-    from ...losses import LOSSES  # for examples alone: the kernel is given terms
-
     mdpo, mia = ("sigmoid", "copo", "ancpo"), ("sigmoid", "nll")
     cases = {
         "tokens mdpo": (mdpo, True, {}),
@@ -117,7 +117,6 @@ def specializations(target: int) -> list[Specialization]:
 
 def _example(names: tuple[str, ...], tokens: bool, features: dict[str, bool]) -> Launch:
     """A call without data."""
-    from ...losses import LOSSES, LossParameters
 
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.loss_options import BRANCHES, LossArrays
+from ...backends.loss_options import LossArrays
+from ...loss_terms import BRANCHES
 from ..checks import check_tensor
 from .logps import SequenceLogps, TokenLogps, wide
 from .settings import OP, LossSettings

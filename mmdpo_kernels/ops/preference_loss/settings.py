@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ...backends.loss_options import BATCH_VALUES, LINKS, TOKEN_VALUES, VALUES, LossOptions, Term
+from ...backends.loss_options import LossOptions
+from ...loss_terms import BATCH_VALUES, LINKS, TOKEN_VALUES, VALUES, Term
 from ...losses import ANCHORS, LOSSES, SMOOTHED, LossParameters
 
 OP = "preference_loss"

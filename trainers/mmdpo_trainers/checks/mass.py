@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmdpo_kernels import record_attention
-from mmdpo_kernels.patch import language_tower
+from mmdpo_kernels.patched import language_tower
 from mmdpo_trainers.answers.attention_ratios import default_layer
 from mmdpo_trainers.checks.inputs import answers, prompt_records
 from mmdpo_trainers.checks.result import CheckFailure, CheckResult, Differences, rounding

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmdpo_kernels import image_segments
-from mmdpo_kernels.patch import language_tower
+from mmdpo_kernels.patched import language_tower
 from mmdpo_trainers.checks.alone import processor_inputs
 from mmdpo_trainers.checks.inputs import drawn_picture, prompt_records
 from mmdpo_trainers.checks.result import CheckFailure, CheckResult, rounding

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mmdpo_kernels import patch_model, unpatch_model
-from mmdpo_kernels.patch import language_tower
+from mmdpo_kernels.patched import language_tower
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmdpo_trainers.data.corruption import Corruption, corrupt
+from mmdpo_trainers.data.pair_records import CORRUPTED, Branch
 from mmdpo_trainers.models.chat_format import render_prompt
 from mmdpo_trainers.models.loaded import LoadedModel
 
@@ -32,15 +33,14 @@ def processor_inputs(loaded: LoadedModel, prompt: str, pictures: Sequence[Image.
 
 
 @torch.no_grad()
-def branch_logp(loaded: LoadedModel, record: dict[str, Any], branch: str) -> Tensor:
-    """Summed log-probability of a preference record's response, from the model's logits of that one sequence."""
-    pictures = record["images"]
-    if branch == "corrupted":
+def branch_logp(loaded: LoadedModel, record: dict[str, Any], branch: Branch) -> Tensor:
+    """Summed log-probability of a branch's response, from the model's logits of that one sequence."""
+    pictures = record["images" if branch.view == CORRUPTED else branch.view]
+    if branch.view == CORRUPTED:
         pictures = [
             corrupt(picture, BLUR, "") if place == record["target"] else picture for place, picture in enumerate(pictures)
         ]
-    column = "rejected" if branch == "rejected" else "chosen"
-    response = loaded.texts.answer(record["id"], column, record[column][0]["content"])
+    response = loaded.texts.answer(record["id"], branch.response, record[branch.response][0]["content"])
     ids = torch.tensor([[*response, end_id(loaded)]], device=loaded.device)
     inputs = processor_inputs(loaded, record["prompt"][0]["content"], pictures)
     start = inputs["input_ids"].shape[1]

@@ -51,7 +51,9 @@ def check_tree(loaded: LoadedModel) -> CheckResult:
     Where packed trees are refused, that they are, with the reason.
     """
     records, refusal = preference_records(), tree_refusal(loaded.model)
-    expected = torch.stack([torch.stack([branch_logp(loaded, record, branch) for branch in BRANCHES]) for record in records])
+    expected = torch.stack(
+        [torch.stack([branch_logp(loaded, record, branch) for branch in BRANCHES.values()]) for record in records]
+    )
     rows, packed = preference_batch(loaded, packing=False), 0
     found = Differences(loaded.dtype)
     with patched(loaded.model):

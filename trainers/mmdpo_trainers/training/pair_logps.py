@@ -7,7 +7,7 @@ from typing import Any
 
 from mmdpo_kernels import tree_refusal
 from mmdpo_trainers.data.corruption import Corruption, Kind
-from mmdpo_trainers.data.pair_records import BRANCHES
+from mmdpo_trainers.data.pair_records import BRANCHES, PAIR
 from mmdpo_trainers.methods.held_out import CORRUPTIONS
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.training.batches.collator import PreferenceCollator
@@ -24,8 +24,9 @@ def pair_logps(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], *, see
     found: list[dict[str, float]] = [{} for _ in records]
     for kind in CORRUPTIONS:
         batch = _collator(loaded, kind, seed).batch(plain).to(loaded.device)
-        for logps, (chosen, rejected, corrupted) in zip(found, batch_logps(loaded.model, batch).tolist(), strict=True):
-            logps.update({"chosen": chosen, "rejected": rejected, kind: corrupted})
+        for logps, row in zip(found, batch_logps(loaded.model, batch).tolist(), strict=True):
+            by_name = dict(zip(batch.branches, row, strict=True))
+            logps.update({**{name: by_name[name] for name in PAIR}, kind: by_name["corrupted"]})
     return found
 
 

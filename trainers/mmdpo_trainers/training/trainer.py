@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, patch_model, preference_loss, record_attention
-from mmdpo_trainers.data.pair_records import BRANCHES
+from mmdpo_trainers.data.pair_records import PAIR
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.models.families import EncodedPictures, family_of, picture_layers
@@ -75,6 +75,7 @@ class PreferenceTrainer(SavingTrainer):
     Logged, averaged over records, micro-batches and the logging interval (evaluation: with prefix `eval_`): `loss`,
     `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins` (unless `nll` is the only loss; without a
     reference they are beta times log-probabilities),
+    `rewards/<branch>`, `rewards/<branch>_accuracies` and `rewards/<branch>_margins` (of chosen over it) for other branches,
     `rewards/chosen_<kind>` and so on for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where
     that loss is used), and `attn/ratio_<format>`: the share of the attention on a record's pictures that its chosen response gives
     the asked-about one. With tree packing, pictures that several
@@ -183,7 +184,7 @@ class PreferenceTrainer(SavingTrainer):
         base = model_parts.base_of(model)
         _check_layer(args.attention_layer, picture_layers(base.config))
         processor = given_models.processor_of(processor, base)
-        plain = collator_of(base, processor, args, None, tree_packing=False, branches=BRANCHES[:2])
+        plain = collator_of(base, processor, args, None, tree_packing=False, branches=PAIR)
         given_models.note_full_training(model, args, copied=given is None)
         if given is not None:
             given = given_models.model_of("ref_model", given, args)
@@ -558,9 +559,9 @@ def _mean(values: Tensor) -> float:
 def _rewards(outcome: PreferenceLoss) -> dict[str, Tensor]:
     """What is logged of the rewards; (B,) each."""
     values = {**outcome.rewards, "accuracies": outcome.accuracies, "margins": outcome.margins}
-    if "corrupted" in outcome.rewards:
-        margins = outcome.rewards["chosen"] - outcome.rewards["corrupted"]
-        values.update({"corrupted_accuracies": (margins > 0).float(), "corrupted_margins": margins})
+    for name in (name for name in outcome.rewards if name not in PAIR):
+        margins = outcome.rewards["chosen"] - outcome.rewards[name]
+        values.update({f"{name}_accuracies": (margins > 0).float(), f"{name}_margins": margins})
     return values
 
 

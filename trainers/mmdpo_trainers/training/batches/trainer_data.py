@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 from torch.utils.data import IterableDataset, Subset
 
-from mmdpo_trainers.data.pair_records import check_content, record_images, record_name
+from mmdpo_trainers.data.pair_records import Branch, check_content, record_name, shows_corrupted
 from mmdpo_trainers.data.pairs import check_contents
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.atomic import read_json, write_atomic
@@ -20,6 +20,7 @@ from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.training.batches.collator import PreferenceCollator
+from mmdpo_trainers.training.batches.views import PicturePool
 from mmdpo_trainers.training.config import PreferenceConfig
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,13 @@ TEMPLATE_DATE = "template_date.json"
 
 
 def collator_of(
-    base: Any, processor: Any, args: PreferenceConfig, pool: Any, *, tree_packing: bool, branches: tuple[str, ...] | None = None
+    base: Any,
+    processor: Any,
+    args: PreferenceConfig,
+    pool: Any,
+    *,
+    tree_packing: bool,
+    branches: Mapping[str, Branch] | None = None,
 ) -> PreferenceCollator:
     """The collator that `args` describes, for a model without its adapter. pool: a dataset, whose pictures corruption "other" draws from.
 
@@ -44,6 +51,7 @@ def collator_of(
         raise ValueError("processing_class: neither tokenizer nor generation_config has an end token; responses could not end")
     end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     branches = branches or args.branches
+    corrupts = shows_corrupted(branches)
     return PreferenceCollator(
         processor,
         family=family_of(base),
@@ -53,10 +61,10 @@ def collator_of(
         date=template_date(processor, args),
         tree_packing=tree_packing,
         branches=branches,
-        corruption=args.picture_corruption if "corrupted" in branches else None,
+        corruption=args.picture_corruption if corrupts else None,
         no_image=args.no_image,
         changed_token_weight=args.changed_token_weight,
-        picture_pool=PicturePool(pool) if pool is not None and args.corruption == "other" and "corrupted" in branches else (),
+        picture_pool=PicturePool(pool) if pool is not None and args.corruption == "other" and corrupts else (),
     )
 
 
@@ -113,7 +121,7 @@ def _check_dataset(name: str, dataset: Any, args: PreferenceConfig) -> None:
         "precompute_ref_log_probs": args.precompute_ref_log_probs and args.needs_reference,
         "max_tokens_per_batch": args.max_tokens_per_batch,
         "group_by_pictures": args.group_by_pictures,
-        "corruption 'other'": args.corruption == "other" and "corrupted" in args.branches,
+        "corruption 'other'": args.corruption == "other" and shows_corrupted(args.branches),
         f"{args.world_size} processes": args.world_size > 1,
     }
     for setting in (setting for setting, used in whole.items() if used):
@@ -187,19 +195,3 @@ class _ShortOnes(IterableDataset[Any]):
         """Let a shuffled dataset know the epoch."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-
-
-class PicturePool(Sequence[Any]):
-    """The pictures of a dataset's records, read from their records when they are asked for."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        counts = (len(record_images(dataset[index])) for index in range(len(dataset)))
-        self.places = [(index, place) for index, count in enumerate(counts) for place in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, number: Any) -> Any:
-        index, place = self.places[number]
-        return record_images(self.dataset[index])[place]

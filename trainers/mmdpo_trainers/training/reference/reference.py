@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdpo_kernels import SequenceLogps
+from mmdpo_kernels import SequenceLogps, TokenLogps
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.models.families import EncodedPictures
 from mmdpo_trainers.training import head, model_parts
@@ -57,7 +57,7 @@ class Reference:
         """While it lasts, `model` computes the reference."""
         return contextlib.nullcontext() if self.second is not None else model_parts.adapter_off(self.policy)  # type: ignore[arg-type]
 
-    def cached(self, batch: PreferenceBatch) -> SequenceLogps | None:
+    def cached(self, batch: PreferenceBatch) -> SequenceLogps | TokenLogps | None:
         """What the cache holds of a batch; None: there is no cache. Raises DataError naming a record that is not in it."""
         if self.cache is None:
             return None
@@ -68,9 +68,8 @@ class Reference:
                 "which runs the reference over what changed"
             )
         found = [self.cache.get(key) for key in batch.keys]
-        device = batch.input_ids.device
-        columns = {name: [logps[name] for logps in found] for name in batch.branches}
-        return SequenceLogps(**{name: torch.tensor(v, dtype=torch.float64, device=device) for name, v in columns.items()})
+        rows = [[logps[name] for name in batch.branches] for logps in found]
+        return batch.summed_logps(torch.tensor(rows, dtype=torch.float64, device=batch.input_ids.device))
 
     @property
     def scored_beside_policy(self) -> bool:

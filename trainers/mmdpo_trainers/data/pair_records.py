@@ -14,7 +14,7 @@ from PIL import Image
 from mmdpo_trainers.data import pictures
 from mmdpo_trainers.data.content import PicturePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
 from mmdpo_trainers.data.pictures import PictureError
-from mmdpo_trainers.data.records import IMAGE_TOKEN
+from mmdpo_trainers.data.records import IMAGE_TOKEN, check_placeholders
 from mmdpo_trainers.errors import DataError
 
 _OTHER_PICTURES = (
@@ -239,15 +239,10 @@ def _placed(record: Mapping[str, Any], image: Any, folder: str | os.PathLike[str
 def prompt_text(record: Mapping[str, Any]) -> str:
     """The prompt with one `<image>` for each picture. DataError where they do not match."""
     text, pictures = single_turn(record, "prompt", "user"), len(record_images(record))
-    places = text.count(IMAGE_TOKEN)
-    if places == 0:
+    if IMAGE_TOKEN not in text:
         # TRL's plain-text prompts name no place: pictures come first.
         return f"{IMAGE_TOKEN}\n" * pictures + text
-    if places != pictures:
-        raise DataError(
-            f"record {record_name(record)}: the prompt has {places} {IMAGE_TOKEN} placeholders for {pictures} pictures; "
-            "each picture needs exactly one"
-        )
+    check_placeholders(record_name(record), text, pictures)
     return text
 
 

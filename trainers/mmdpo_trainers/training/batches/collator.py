@@ -17,6 +17,7 @@ from mmdpo_trainers.data.corruption import Corruption, Model
 from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, branch_table, shows_corrupted
 from mmdpo_trainers.models.families import EncodedPictures, Family, family_of
 from mmdpo_trainers.models.template_date import TemplateDate
+from mmdpo_trainers.models.token_rules import response_end
 from mmdpo_trainers.training.batches.examples import Example, ExampleMaker, TokenSequence
 from mmdpo_trainers.training.batches.ratio_spans import RatioSpan, RatioSpans
 
@@ -279,6 +280,25 @@ class PreferenceCollator:
             ratios=ratios.spans,
             **inputs,
         )
+
+
+def model_collator(base: Any, processor: Any, **options: Any) -> PreferenceCollator:
+    """The collator for a model without its adapter. options: as of `PreferenceCollator`.
+
+    Raises ValueError where neither tokenizer nor model has an end token.
+    """
+    tokenizer = processor.tokenizer
+    end = response_end(tokenizer, base.generation_config)
+    if end is None:
+        raise ValueError("processing_class: neither tokenizer nor generation_config has an end token; responses could not end")
+    return PreferenceCollator(
+        processor,
+        family=family_of(base),
+        image_token_id=base.config.image_token_id,
+        end_id=end,
+        pad_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **options,
+    )
 
 
 def _kind(record: Mapping[str, Any]) -> str | None:

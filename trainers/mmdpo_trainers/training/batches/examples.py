@@ -186,13 +186,7 @@ class ExampleMaker:
         text, images = prompt_text(record), self._views.images(record)
         if self.no_image:
             text = _without_pictures(text)
-        prompt = self._encoder.prompt(record_name(record), text)
-        found = prompt.count(self.image_token_id)
-        if found != len(images):
-            raise DataError(
-                f"record {record_name(record)}: the prompt has {found} image tokens for {len(images)} pictures; write {IMAGE_TOKEN} "
-                "for a picture, and take the model's own image token out of the text"
-            )
+        prompt = self._encoder.prompt(record_name(record), text, len(images))
         return _Texts(record, text, prompt, {column: self._response(record, column) for column in self._columns}, images)
 
     def _response(self, record: Mapping[str, Any], column: str) -> list[int]:

@@ -15,11 +15,10 @@ from mmdpo_trainers.data.pairs import check_contents
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.models.chat_format import prints_date
-from mmdpo_trainers.models.families import family_of
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.processes.progress import Progress
-from mmdpo_trainers.training.batches.collator import PreferenceCollator
+from mmdpo_trainers.training.batches.collator import PreferenceCollator, model_collator
 from mmdpo_trainers.training.batches.views import PicturePool
 from mmdpo_trainers.training.config import PreferenceConfig
 
@@ -40,24 +39,13 @@ def collator_of(
 ) -> PreferenceCollator:
     """The collator that `args` describes, for a model without its adapter. pool: a dataset, whose pictures corruption "other" draws from.
 
-    branches: in place of those of `args`. Raises ValueError where neither tokenizer nor model has an end token.
+    branches: in place of those of `args`.
     """
-    tokenizer = processor.tokenizer
-    end = base.generation_config.eos_token_id
-    ends = [end] if isinstance(end, int) else list(end or [])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
-        ends.append(tokenizer.eos_token_id)
-    if not ends:
-        raise ValueError("processing_class: neither tokenizer nor generation_config has an end token; responses could not end")
-    end_id = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
     branches = branches or args.branches
     corrupts = shows_corrupted(branches)
-    return PreferenceCollator(
+    return model_collator(
+        base,
         processor,
-        family=family_of(base),
-        image_token_id=base.config.image_token_id,
-        end_id=end_id,
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id,
         date=template_date(processor, args),
         tree_packing=tree_packing,
         branches=branches,

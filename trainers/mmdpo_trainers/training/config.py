@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -265,6 +266,11 @@ class PreferenceConfig(TrainingArguments):
         parameters = LossParameters(anchors=tuple(self.anchors))
         looked_at = {value.branch for name in self.loss_type for value in values_of(name, parameters)}
         return {name: branch for name, branch in self._known_branches.items() if name in PAIR or name in looked_at}
+
+    @property
+    def reference_path(self) -> Path:
+        """File of the reference's log-probabilities."""
+        return Path(self.reference_cache or Path(str(self.output_dir)) / "reference.jsonl")
 
     @property
     def picture_corruption(self) -> Corruption:

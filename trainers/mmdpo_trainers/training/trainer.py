@@ -31,7 +31,9 @@ from mmdpo_trainers.training.checkpoints import latest_complete, newest
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.gradient_check import GradientCheck, connected
 from mmdpo_trainers.training.loss_check import LossCheck
-from mmdpo_trainers.training.reference.cache import Precomputed, ReferenceCache, precompute, reference_header
+from mmdpo_trainers.training.reference.cache import ReferenceCache
+from mmdpo_trainers.training.reference.model_hash import reference_header
+from mmdpo_trainers.training.reference.precompute import Precomputed, precompute
 from mmdpo_trainers.training.reference.reference import Reference
 from mmdpo_trainers.training.saving import LOG_STATE, SavingTrainer
 from mmdpo_trainers.training.sharded.batches import COUNTS, batches_of, sharded_loader
@@ -374,8 +376,8 @@ class PreferenceTrainer(SavingTrainer):
         ]
         with self.reference.active() if new else contextlib.nullcontext():
             if self.reference.cache is None:
-                path = Path(args.reference_cache or Path(str(args.output_dir)) / "reference.jsonl")
-                self.reference.cache = ReferenceCache(path, self._header or self._reference_header(self.reference.model))
+                header = self._header or self._reference_header(self.reference.model)
+                self.reference.cache = ReferenceCache(args.reference_path, header)
                 self.data_collator.runs_reference = False
             for dataset in new:
                 done = precompute(

@@ -23,25 +23,19 @@ from mmdpo_trainers.models.families import EncodedPictures, family_of, picture_l
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.training import adapter_checks, arguments, given_models, head, model_parts
-from mmdpo_trainers.training.activation_offload import offload_checkpoints
-from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator
-from mmdpo_trainers.training.batches.packing import batch_sampler
-from mmdpo_trainers.training.batches.trainer_data import check_datasets, collator_of, is_streaming, short_enough
-from mmdpo_trainers.training.checkpoints import latest_complete, newest
+from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator, collator_of
+from mmdpo_trainers.training.batches.packing import batch_sampler, check_datasets, is_streaming, short_enough
+from mmdpo_trainers.training.checkpoints import LOG_STATE, SavingTrainer, latest_complete, newest
 from mmdpo_trainers.training.config import PreferenceConfig
-from mmdpo_trainers.training.gradient_check import GradientCheck, connected
-from mmdpo_trainers.training.loss_check import LossCheck
 from mmdpo_trainers.training.reference.cache import ReferenceCache
 from mmdpo_trainers.training.reference.model_hash import reference_header
 from mmdpo_trainers.training.reference.precompute import Precomputed, precompute
 from mmdpo_trainers.training.reference.reference import Reference
-from mmdpo_trainers.training.saving import LOG_STATE, SavingTrainer
 from mmdpo_trainers.training.sharded.batches import COUNTS, batches_of, sharded_loader
-from mmdpo_trainers.training.sharded.blank_pictures import blank_picture, features_of_blank
-from mmdpo_trainers.training.sharded.root_call import through_root
-from mmdpo_trainers.training.sharded.sharding import Sharding, check_whole
+from mmdpo_trainers.training.sharded.sharding import Sharding, check_whole, through_root
+from mmdpo_trainers.training.stopping import GradientCheck, LossCheck, connected
 from mmdpo_trainers.training.training_log import Averages
-from mmdpo_trainers.training.training_mode import disable_dropout, quiet
+from mmdpo_trainers.training.training_mode import disable_dropout, offload_checkpoints, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +168,7 @@ class PreferenceTrainer(SavingTrainer):
         )
         self._loss_check = LossCheck()
         # What other processes' batches make a process run, although its own has no picture.
-        self._blank = blank_picture(family_of(base), processing_class) if args.world_size > 1 else None
+        self._blank = model_parts.blank_picture(family_of(base), processing_class) if args.world_size > 1 else None
 
     def _policy_and_reference(
         self, model: Any, processor: Any, peft_config: PeftConfig | None, ref_model: Any
@@ -280,7 +274,7 @@ class PreferenceTrainer(SavingTrainer):
             features, nothing = self._features(batch), None
             if blank is not None:
                 with self.accelerator.autocast():
-                    features, nothing = features_of_blank(self._policy, batch, blank)
+                    features, nothing = model_parts.features_of_blank(self._policy, batch, blank)
             shared = features if reference_batch is None else None
             beside = runs and reference.scored_beside_policy
             rows = reference.rows(theirs, shared, blank) if beside else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,19 @@ from torch.nn.utils.rnn import pad_sequence
 from mmdpo_kernels import SequenceLogps, SharedRows, TokenLogps, TokenTree
 from mmdpo_trainers.data.corruption import Corruption, Model
 from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, branch_table, shows_corrupted
+from mmdpo_trainers.files.atomic import read_json, write_atomic
+from mmdpo_trainers.models.chat_format import prints_date
 from mmdpo_trainers.models.families import EncodedPictures, Family, family_of
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.models.token_rules import response_end
+from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.training.batches.examples import Example, ExampleMaker, TokenSequence
 from mmdpo_trainers.training.batches.ratio_spans import RatioSpan, RatioSpans
+from mmdpo_trainers.training.batches.views import PicturePool
+from mmdpo_trainers.training.config import PreferenceConfig
+
+TEMPLATE_DATE = "template_date.json"
+"""File of `output_dir`: the date that the chat template is told, where it prints one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +308,52 @@ def model_collator(base: Any, processor: Any, **options: Any) -> PreferenceColla
         pad_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **options,
     )
+
+
+def collator_of(
+    base: Any,
+    processor: Any,
+    args: PreferenceConfig,
+    pool: Any,
+    *,
+    tree_packing: bool,
+    branches: Mapping[str, Branch] | None = None,
+) -> PreferenceCollator:
+    """The collator that `args` describes, for a model without its adapter. pool: a dataset, whose pictures corruption "other" draws from.
+
+    branches: in place of those of `args`.
+    """
+    branches = branches or args.branches
+    corrupts = shows_corrupted(branches)
+    return model_collator(
+        base,
+        processor,
+        date=template_date(processor, args),
+        tree_packing=tree_packing,
+        branches=branches,
+        corruption=args.picture_corruption if corrupts else None,
+        no_image=args.no_image,
+        changed_token_weight=args.changed_token_weight,
+        picture_pool=PicturePool(pool) if pool is not None and args.corruption == "other" and corrupts else (),
+    )
+
+
+def template_date(processor: Any, args: PreferenceConfig) -> TemplateDate | None:
+    """The date that the chat template is told: that of `args`, or for a template that prints one the day of the first start.
+
+    With another day's date a continued training would see other prompts than its reference did.
+    """
+    if args.template_date is not None:
+        return TemplateDate.read(args.template_date)
+    if not prints_date(processor):
+        return None
+    found = None
+    if args.process_index == 0:
+        path = Path(str(args.output_dir)) / TEMPLATE_DATE
+        if not path.exists():
+            write_atomic(path, {"template_date": str(TemplateDate.now())})
+        found = str(read_json(path)["template_date"])
+    return TemplateDate.read(str(collectives.gathered(found)[0]))
 
 
 def _kind(record: Mapping[str, Any]) -> str | None:

@@ -15,8 +15,7 @@ from mmdpo_trainers.models.families import EncodedPictures
 from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.batches.collator import PreferenceBatch
 from mmdpo_trainers.training.reference.cache import ReferenceCache
-from mmdpo_trainers.training.sharded.blank_pictures import features_of_blank
-from mmdpo_trainers.training.sharded.root_call import through_root
+from mmdpo_trainers.training.sharded.sharding import through_root
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -80,7 +79,8 @@ class Reference:
     def token_logps(self, batch: PreferenceBatch, features: list[Tensor] | None, blank: EncodedPictures | None = None) -> Tensor:
         """(R,) log-probabilities of a batch's response tokens.
 
-        features: the policy's of this batch, used where they are the reference's too. blank: see `blank_pictures`; the batch has no picture.
+        features: the policy's of this batch, used where they are the reference's too. blank: see `model_parts.features_of_blank`; the
+        batch has no picture.
         """
         return self._called(lambda: head.token_logps(self.model, self._rows(batch, features, blank), batch))
 
@@ -109,5 +109,5 @@ class Reference:
                 if blank is None:
                     features = model_parts.picture_features(self.model, batch)
                 else:
-                    features, _ = features_of_blank(self.model, batch, blank)
+                    features, _ = model_parts.features_of_blank(self.model, batch, blank)
             return head.scored_rows(model_parts.hidden_states(self.model, batch, features), batch)

@@ -6,6 +6,7 @@ Which checkpoints are ours is told by a marker written first, which are whole by
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -16,17 +17,17 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer
 
 from mmdpo_trainers.errors import RunFolderError
 from mmdpo_trainers.files.atomic import FULL, free_mib, read_json, write_atomic
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.training.sharded.sharding import Sharding
-from mmdpo_trainers.training.training_log import Averages
+from mmdpo_trainers.training.training_log import LOG_STATE, LoggingTrainer
+
+logger = logging.getLogger(__name__)
 
 STARTED = "started.json"
 MARKER = "complete.json"
-LOG_STATE = "log_state.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -174,11 +175,10 @@ def replace_folder(temporary: Path, final: Path) -> None:
         os.replace(temporary, final)
 
 
-class SavingTrainer(Trainer):
+class SavingTrainer(LoggingTrainer):
     """`transformers.Trainer` with whole checkpoints, and weights by the names that models save them under."""
 
     sharding: Sharding
-    _averages: dict[str, Averages]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -235,3 +235,15 @@ class SavingTrainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _latest_checkpoint(self) -> str | None:
+        """The last whole checkpoint. Looked for by one process, as what is half is removed."""
+        folder = str(self.args.output_dir)
+        found = latest_complete(folder, report=logger.warning) if self.args.process_index == 0 else None
+        return collectives.gathered(None if found is None else str(found))[0]
+
+    def _kept(self) -> str:
+        """What a message says of the checkpoints so far."""
+        folder = str(self.args.output_dir)
+        found = collectives.gathered(newest(folder) if self.args.process_index == 0 else None)[0]
+        return "there is no checkpoint yet" if found is None else f"{found} is whole, and training continues from it"

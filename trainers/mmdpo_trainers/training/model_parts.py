@@ -62,6 +62,17 @@ def sees_as_reference(model: nn.Module) -> bool:
     return not adapted and not any(parameter.requires_grad for parameter in picture_parameters(model))
 
 
+def skips_pictures(model: nn.Module) -> bool:
+    """Whether a step without pictures leaves weights that are trained without a gradient."""
+    return family_of(base_of(model)).cross_attention or any(parameter.requires_grad for parameter in picture_parameters(model))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a step leaves weights without a gradient where its tokens take other experts."""
+    text = base_of(model).config.get_text_config()
+    return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
 def _part_parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
     """Parameters of the parts with these names below the base model."""
     inside = tuple(f"{name}." for name in names)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,11 @@ from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator
 from mmdpo_trainers.training.batches.packing import batch_tokens, group_batches, measure, pack_by_tokens
+from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.reference.cache import Logps, ReferenceCache
+from mmdpo_trainers.training.reference.model_hash import reference_header
+from mmdpo_trainers.training.reference.reference import Reference
+from mmdpo_trainers.training.sharded.sharding import check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,77 @@ class Precomputed:
     def __str__(self) -> str:
         found = f"{self.records} records: {self.cached} cached"
         return f"{found}, {self.computed} computed in {_duration(self.seconds)}" if self.computed else found
+
+
+class ReferencePass:
+    """The passes of a trainer's reference, over each dataset once.
+
+    Args:
+        args: of the trainer; nothing is done unless they ask for cached log-probabilities and a loss looks at the reference.
+        processor: the model's.
+        autocast, logps: as of `precompute`.
+        in_shards: whether weights are whole only while their module runs.
+    """
+
+    def __init__(
+        self,
+        args: PreferenceConfig,
+        *,
+        processor: Any,
+        progress: Progress,
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+        logps: Callable[[PreferenceBatch], Tensor],
+        in_shards: bool,
+    ) -> None:
+        self.args, self.processor, self.progress = args, processor, progress
+        self.autocast, self.logps, self.in_shards = autocast, logps, in_shards
+        self._known: dict[int, Any] = {}
+        """Datasets whose records the cache holds."""
+        self._header: dict[str, Any] | None = None
+
+    @property
+    def _wanted(self) -> bool:
+        return self.args.precompute_ref_log_probs and self.args.needs_reference
+
+    def name(self, model: nn.Module) -> None:
+        """Take the hash of the reference's weights, which needs them whole: before they are put in shards."""
+        if self._wanted and self._header is None:
+            self._header = self._header_of(model)
+
+    def over(self, reference: Reference, collator: PreferenceCollator, datasets: Sequence[Any]) -> list[Precomputed]:
+        """Run the reference over what is new in datasets. Raises StaleCacheError where the cache was made by another reference."""
+        args = self.args
+        results: list[Precomputed] = []
+        if not self._wanted:
+            return results
+        new = [each for each in datasets if each is not None and id(each) not in self._known]
+        with reference.active() if new else contextlib.nullcontext():
+            if reference.cache is None:
+                reference.cache = ReferenceCache(args.reference_path, self._header or self._header_of(reference.model))
+                collator.runs_reference = False
+            for dataset in new:
+                done = precompute(
+                    reference.cache,
+                    reference.model,
+                    collator,
+                    dataset,
+                    max_tokens=args.max_tokens_per_batch,
+                    batch_size=args.per_device_eval_batch_size,
+                    autocast=self.autocast,
+                    num_workers=args.dataloader_num_workers,
+                    progress=self.progress,
+                    logps=self.logps,
+                    in_step=self.in_shards,
+                )
+                self.progress.print(f"reference: {done}")
+                self._known[id(dataset)] = dataset
+                results.append(done)
+        return results
+
+    def _header_of(self, model: nn.Module) -> dict[str, Any]:
+        check_whole(model, "precompute_ref_log_probs names the reference by its weights")
+        autocast = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else False
+        return reference_header(model, processor=self.processor, autocast=autocast)
 
 
 @torch.no_grad()

@@ -263,7 +263,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[datetime.datetime]]:
             return days[-1]
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-    for module in ("template_date", "run_folder"):
+    for module in ("models.template_date", "stages.folder"):
         monkeypatch.setattr(f"mmdpo_trainers.{module}.datetime.datetime", Clock, raising=False)
     yield days
 

@@ -172,7 +172,7 @@ class LogitRows:
 
     def described(self, which: str, candidate: Candidate) -> dict[str, Any]:
         block = logit_rows_tiles.Block(*candidate)
-        return {**block._asdict(), "in_table": block == logit_rows_tiles.choose(self.logits.dtype, ())}
+        return {**block._asdict(), "in_table": block == logit_rows_tiles.block_of(self.logits.dtype, ())}
 
 
 def subject_of(which: str, size: Size) -> Subject:

@@ -177,9 +177,9 @@ def test_every_op_runs_through_the_command_line(tmp_path: Path, monkeypatch: pyt
     assert status == 0
     cases = {(entry["op"], entry["case"]): entry for entry in found["cases"]}
     assert list(cases) == [
-        ("attention_mass", "rows"),
         ("tree_attention", "pair"),
         ("tree_attention", "recorded"),
+        ("attention_mass", "rows"),
         ("linear_logprobs", "frozen_32k_200"),
         ("preference_loss", "mdpo"),
         ("preference_loss", "mdpo_sums"),

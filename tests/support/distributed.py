@@ -21,8 +21,7 @@ from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
 from mmdpo_trainers.models.whole_weights import whole_weights
-from mmdpo_trainers.training.gradient_check import NoGradientError
-from mmdpo_trainers.training.loss_check import NonFiniteLossError
+from mmdpo_trainers.training.stopping import NoGradientError, NonFiniteLossError
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 
 ROOT = Path(__file__).parents[2]

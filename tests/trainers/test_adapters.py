@@ -16,7 +16,7 @@ from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
 from mmdpo_trainers.training import adapter_checks
-from mmdpo_trainers.training.gradient_check import NoGradientError
+from mmdpo_trainers.training.stopping import NoGradientError
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 
 LINEARS = ["q_proj", "down_proj"]

@@ -21,7 +21,7 @@ from mmdpo_trainers.models.chat_format import render_prompt
 from mmdpo_trainers.models.families import family_of
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
-from mmdpo_trainers.training.batches import examples
+from mmdpo_trainers.training.batches import views
 from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator
 from mmdpo_trainers.training.batches.examples import changed_token_weights
 
@@ -121,14 +121,14 @@ def test_the_tree_shares_what_comes_before_the_target(make: Make, loaded: Loaded
 def test_corruption_follows_from_content_and_seed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same in any batch, tree or not; another with another seed, prompt or picture."""
     made: list[bytes] = []
-    original = examples.corrupt
+    original = views.corrupt
 
     def watched(*args: Any, **options: Any) -> Image.Image:
         found = original(*args, **options)
         made.append(found.tobytes())
         return found
 
-    monkeypatch.setattr(examples, "corrupt", watched)
+    monkeypatch.setattr(views, "corrupt", watched)
     other = record(id="other", prompt=record()["prompt"].replace("star", "circle"))
     make()([record(), other])
     make(tree_packing=False)([other, record(id="renamed")])

@@ -22,7 +22,7 @@ from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.training import head
-from mmdpo_trainers.training.batches import examples
+from mmdpo_trainers.training.batches import examples, views
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -127,9 +127,9 @@ def _checkpointing_off(patch: pytest.MonkeyPatch, model: Any) -> None:
 
 
 def _pictures_not_shared(patch: pytest.MonkeyPatch, model: Any) -> None:
-    right, count = examples._Pictures.add, iter(range(1000))
+    right, count = views.BatchImages.add, iter(range(1000))
     patch.setattr(
-        examples._Pictures, "add", lambda self, record, image, digest, alone: right(self, record, image, f"{next(count)}", alone)
+        views.BatchImages, "add", lambda self, record, image, digest, alone: right(self, record, image, f"{next(count)}", alone)
     )
 
 

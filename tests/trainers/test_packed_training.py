@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ from processes import killed
 from test_resume import KillAfter, assert_same, outcome
 from tiny_models import sample_pictures
 from training_cases import config, preference_records, tiny
+from transformers import PreTrainedTokenizerFast
 
 from mmdpo_trainers.errors import DataError
+from mmdpo_trainers.models import token_rules
+from mmdpo_trainers.models.token_rules import TextEncoder
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.training.batches.collator import PreferenceCollator
 from mmdpo_trainers.training.batches.packing import batch_sampler, batch_tokens, measure, pack_by_tokens
@@ -91,6 +96,42 @@ def test_the_dataloader_packs_and_says_what_it_saves(model: Path, tmp_path: Path
     for inputs in grouped.get_train_dataloader():
         batch = inputs["batch"]
         assert len(batch.ids) == 4 and len({int(name.split("-")[1]) % 5 for name in batch.ids}) == 1
+
+
+def test_a_text_becomes_tokens_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over `max_length`, packing, the look-up of the reference and two epochs."""
+    records = questions(4, 3)
+    calls: Counter[tuple[str, Any]] = Counter()
+    call = PreTrainedTokenizerFast.__call__
+
+    def counted(self: Any, text: Any, **options: Any) -> Any:
+        if isinstance(text, str) and text != "<image>":
+            calls[text, options.get("add_special_tokens")] += 1
+        return call(self, text, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    options: dict[str, Any] = {"max_length": 500, "max_tokens_per_batch": 300, "group_by_pictures": True}
+    made = trainer(model, tmp_path, records, max_steps=-1, num_train_epochs=2, precompute_ref_log_probs=True, **options)
+    made.train()
+    assert made.state.epoch == 2 and made.reference.cache is not None and len(made.reference.cache) == len(records)
+    asked = {record["prompt"][0]["content"].rsplit("\n", 1)[-1] for record in records}
+    answers = {record[column][0]["content"] for record in records for column in ("chosen", "rejected")}
+    assert answers <= {text for text, _ in calls} and all(any(each in text for text, _ in calls) for each in asked)
+    assert set(calls.values()) == {1}, calls.most_common(3)
+
+
+def test_what_an_encoder_keeps_is_bounded_and_travels(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = tiny(model).texts
+    ids = {text: encoder.answer("one", "chosen", text) for text in ("red circle", "two", "the star")}
+    copy = pickle.loads(pickle.dumps(encoder))
+    monkeypatch.setattr(TextEncoder, "_plain", lambda self, text: [1, 2, 3])
+    assert {text: each.answer("two", "rejected", text) for each in (encoder, copy) for text in ids} == ids
+    monkeypatch.setattr(token_rules, "_KEPT_TOKENS", 5)
+    small = tiny(model).texts
+    for text in ("red", "circle"):
+        small.answer("one", "chosen", text)
+    monkeypatch.setattr(TextEncoder, "_plain", lambda self, text: [6])
+    assert [small.answer("one", "chosen", text) for text in ("red", "circle")] == [[1, 2, 3], [6]]
 
 
 def test_a_record_above_the_budget_is_named(model: Path, tmp_path: Path) -> None:

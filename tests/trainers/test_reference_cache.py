@@ -22,14 +22,9 @@ from mmdpo_trainers.errors import DataError, RunFolderError, StaleCacheError
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.training import head
 from mmdpo_trainers.training.batches.collator import PreferenceCollator
-from mmdpo_trainers.training.reference.cache import (
-    Precomputed,
-    ReferenceCache,
-    model_fingerprint,
-    precompute,
-    reference_header,
-    remove_cache,
-)
+from mmdpo_trainers.training.reference.cache import ReferenceCache, remove_cache
+from mmdpo_trainers.training.reference.model_hash import model_fingerprint, reference_header
+from mmdpo_trainers.training.reference.precompute import Precomputed, precompute
 
 HEADER = {"weights": "a" * 32, "dtype": "float32", "autocast": False}
 ENTRIES = {

@@ -17,7 +17,7 @@ from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
 from mmdpo_trainers.errors import RunFolderError
-from mmdpo_trainers.training import checkpoints, saving
+from mmdpo_trainers.training import checkpoints
 from mmdpo_trainers.training.checkpoints import MARKER, defect, latest_complete, mark_complete, remove_old, replace_folder, start
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 from mmdpo_trainers.training.training_log import LogFile
@@ -121,7 +121,7 @@ def test_killed_between_checkpoints(model: Path, tmp_path: Path, undisturbed: An
 
 def train_and_die(model: Path, output: Path, moment: str) -> None:
     """Be killed when the third checkpoint comes to this part of it."""
-    owner: Any = saving if moment == "mark_complete" else PreferenceTrainer
+    owner: Any = checkpoints if moment == "mark_complete" else PreferenceTrainer
     original = getattr(owner, moment)
 
     def fatal(*args: Any) -> Any:

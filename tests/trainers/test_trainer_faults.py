@@ -17,7 +17,7 @@ from training_cases import Gradients, config, preference_records, tiny
 
 from mmdpo_trainers.errors import RunFolderError
 from mmdpo_trainers.training.checkpoints import MARKER, defect, latest_complete
-from mmdpo_trainers.training.loss_check import NonFiniteLossError
+from mmdpo_trainers.training.stopping import NonFiniteLossError
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 
 SAVED: dict[str, Any] = {

@@ -19,7 +19,8 @@ from benchmarks.runs.training_step.setting import Setting, build, processor_of, 
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.training import model_parts
 from mmdpo_trainers.training.config import PreferenceConfig
-from mmdpo_trainers.training.reference.cache import ReferenceCache, precompute
+from mmdpo_trainers.training.reference.cache import ReferenceCache
+from mmdpo_trainers.training.reference.precompute import precompute
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 
 MDPO = ["sigmoid", "copo", "ancpo"]

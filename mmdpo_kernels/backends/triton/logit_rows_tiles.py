@@ -28,12 +28,15 @@ RUNNING = ("entropy", "mean_logit")
 
 
 def choose(dtype: torch.dtype, stats: tuple[str, ...]) -> Block:
+    """The block for a call."""
+    return _override[-1] if _override else block_of(dtype, stats)
+
+
+def block_of(dtype: torch.dtype, stats: tuple[str, ...]) -> Block:
     """At most 16 bytes a thread, and few enough that nothing spills on sm_80, sm_90 and sm_100, see `ahead_of_time`.
 
     8 or 12 KiB of a row are on their way at a time: two programs a processor keep as much in flight as memory can bring.
     """
-    if _override:
-        return _override[-1]
     running = any(name in RUNNING for name in stats)
     columns = 1024 if running or dtype == torch.float32 else 2048
     return Block(columns, 8, 5 if running else 4, 80 if running else 64)

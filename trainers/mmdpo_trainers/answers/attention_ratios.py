@@ -166,8 +166,8 @@ def ratio_settings(layers: Sequence[int], *, layer: int | None, regions: str, dr
 
 
 def check_layer(layers: Sequence[int], layer: int | None) -> int:
-    """The layer, by default the middle one. Raises StageError where it is none of `layers`, see `picture_layers`."""
-    layer = default_layer(layers) if layer is None else layer
+    """As `resolve_layer`. Raises StageError where it is none of `layers`, see `picture_layers`."""
+    layer = resolve_layer(layers, layer)
     if layer not in layers:
         all_of_them = (
             f"{layers[0]} to {layers[-1]}" if isinstance(layers, range) else f"one of {list(layers)}, which see pictures,"
@@ -176,9 +176,9 @@ def check_layer(layers: Sequence[int], layer: int | None) -> int:
     return layer
 
 
-def default_layer(layers: Sequence[int]) -> int:
-    """The middle one of the decoder layers that see pictures, 0-based: 16 of 32, MIA-DPO's choice."""
-    return layers[len(layers) // 2]
+def resolve_layer(layers: Sequence[int], layer: int | None = None) -> int:
+    """The decoder layer that an option means, 0-based; None is the middle one of those that see pictures: 16 of 32, MIA-DPO's choice."""
+    return layers[len(layers) // 2] if layer is None else layer
 
 
 def check_regions(family: Family, regions: str, formats: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -10,8 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from mmdpo_trainers.data.corruption import Corruption, corrupt
+from mmdpo_trainers.data.pair_records import CORRUPTED, Branch
 from mmdpo_trainers.models.chat_format import render_prompt
 from mmdpo_trainers.models.loaded import LoadedModel
+from mmdpo_trainers.models.token_rules import response_end
 
 BLUR = Corruption(kind="blur", strength=0.5)
 """Draws nothing, so what is to come out is known."""
@@ -32,26 +34,20 @@ def processor_inputs(loaded: LoadedModel, prompt: str, pictures: Sequence[Image.
 
 
 @torch.no_grad()
-def branch_logp(loaded: LoadedModel, record: dict[str, Any], branch: str) -> Tensor:
-    """Summed log-probability of a preference record's response, from the model's logits of that one sequence."""
-    pictures = record["images"]
-    if branch == "corrupted":
+def branch_logp(loaded: LoadedModel, record: dict[str, Any], branch: Branch) -> Tensor:
+    """Summed log-probability of a branch's response, from the model's logits of that one sequence."""
+    pictures = record["images" if branch.view == CORRUPTED else branch.view]
+    if branch.view == CORRUPTED:
         pictures = [
             corrupt(picture, BLUR, "") if place == record["target"] else picture for place, picture in enumerate(pictures)
         ]
-    column = "rejected" if branch == "rejected" else "chosen"
-    response = loaded.texts.answer(record["id"], column, record[column][0]["content"])
-    ids = torch.tensor([[*response, end_id(loaded)]], device=loaded.device)
+    response = loaded.texts.answer(record["id"], branch.response, record[branch.response][0]["content"])
+    end = response_end(loaded.tokenizer, loaded.model.generation_config)
+    ids = torch.tensor([[*response, end]], device=loaded.device)
     inputs = processor_inputs(loaded, record["prompt"][0]["content"], pictures)
     start = inputs["input_ids"].shape[1]
     logits = loaded.model(**_continued(inputs, ids), use_cache=False).logits[0, start - 1 : -1]
     return logits.double().log_softmax(-1).gather(1, ids[0, :, None]).sum()
-
-
-def end_id(loaded: LoadedModel) -> int:
-    """The token that ends a response."""
-    end = loaded.tokenizer.eos_token_id
-    return int(end) if end is not None else min(loaded.end_ids)
 
 
 def _continued(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:

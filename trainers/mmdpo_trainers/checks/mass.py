@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmdpo_kernels import record_attention
 from mmdpo_kernels.patched import language_tower
-from mmdpo_trainers.answers.attention_ratios import default_layer
+from mmdpo_trainers.answers.attention_ratios import resolve_layer
 from mmdpo_trainers.checks.inputs import answers, prompt_records
 from mmdpo_trainers.checks.result import CheckFailure, CheckResult, Differences, rounding
 from mmdpo_trainers.checks.segments import picture_segments
@@ -24,7 +24,7 @@ _STEPS = 8
 @torch.no_grad()
 def check_mass(loaded: LoadedModel) -> CheckResult:
     """Mass of teacher-forced answers on each picture, at the middle one of the layers that see pictures."""
-    records, layer = prompt_records(), default_layer(loaded.picture_layers)
+    records, layer = prompt_records(), resolve_layer(loaded.picture_layers)
     batch = encode_prompts(loaded, records, padding_side="right", answers=answers())
     segments = picture_segments(loaded, batch)
     number = int(segments.max()) + 1

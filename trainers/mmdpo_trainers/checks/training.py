@@ -12,29 +12,21 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from mmdpo_kernels import SharedRows, TokenTree, patch_model, tree_refusal
-from mmdpo_trainers.checks.alone import BLUR, branch_logp, end_id
+from mmdpo_trainers.checks.alone import BLUR, branch_logp
 from mmdpo_trainers.checks.inputs import preference_records
 from mmdpo_trainers.checks.result import CheckFailure, CheckResult, Differences
 from mmdpo_trainers.checks.twins import patched, twin
 from mmdpo_trainers.data.pair_records import BRANCHES
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.training import head, model_parts
-from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator
+from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator, model_collator
 from mmdpo_trainers.training.training_mode import disable_dropout
 
 
 def collator(loaded: LoadedModel, *, packing: bool) -> PreferenceCollator:
     """Of the model, with a chosen, a rejected and a corrupted branch."""
-    return PreferenceCollator(
-        loaded.processor,
-        image_token_id=loaded.image_token_id,
-        end_id=end_id(loaded),
-        pad_id=loaded.pad_id,
-        family=loaded.family,
-        tree_packing=packing,
-        branches=BRANCHES,
-        corruption=BLUR,
-        date=loaded.date,
+    return model_collator(
+        loaded.model, loaded.processor, tree_packing=packing, branches=BRANCHES, corruption=BLUR, date=loaded.date
     )
 
 
@@ -51,7 +43,9 @@ def check_tree(loaded: LoadedModel) -> CheckResult:
     Where packed trees are refused, that they are, with the reason.
     """
     records, refusal = preference_records(), tree_refusal(loaded.model)
-    expected = torch.stack([torch.stack([branch_logp(loaded, record, branch) for branch in BRANCHES]) for record in records])
+    expected = torch.stack(
+        [torch.stack([branch_logp(loaded, record, branch) for branch in BRANCHES.values()]) for record in records]
+    )
     rows, packed = preference_batch(loaded, packing=False), 0
     found = Differences(loaded.dtype)
     with patched(loaded.model):

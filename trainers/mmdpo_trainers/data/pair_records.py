@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -12,7 +14,7 @@ from PIL import Image
 from mmdpo_trainers.data import pictures
 from mmdpo_trainers.data.content import PicturePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
 from mmdpo_trainers.data.pictures import PictureError
-from mmdpo_trainers.data.records import IMAGE_TOKEN
+from mmdpo_trainers.data.records import IMAGE_TOKEN, check_placeholders
 from mmdpo_trainers.errors import DataError
 
 _OTHER_PICTURES = (
@@ -28,8 +30,50 @@ _OTHER_PICTURES = (
 )
 """Columns that hold pictures elsewhere. Beside `images` all but the first are taken as where its pictures came from."""
 
-BRANCHES = ("chosen", "rejected", "corrupted")
-"""What of a preference record is scored: a response each, the last one the chosen one under corrupted pictures."""
+IMAGES, CORRUPTED = "images", "corrupted"
+"""Views that every record has: its images, and these corrupted: by a corruption, or the record's own `rejected_images`."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What of a preference record is scored: a response, behind the prompt with some list of images."""
+
+    view: str
+    """IMAGES, CORRUPTED, or a column that holds an image for each of the record's own."""
+    response: str
+    """A column."""
+
+
+BRANCHES: Mapping[str, Branch] = MappingProxyType(
+    {
+        "chosen": Branch(IMAGES, "chosen"),
+        "rejected": Branch(IMAGES, "rejected"),
+        "corrupted": Branch(CORRUPTED, "chosen"),
+    }
+)
+"""The branches that every record has, by name."""
+PAIR: Mapping[str, Branch] = MappingProxyType({name: BRANCHES[name] for name in ("chosen", "rejected")})
+"""Those that are always scored."""
+
+
+def branch_table(branches: Sequence[str] | Mapping[str, Branch]) -> dict[str, Branch]:
+    """Branches by name, of a table that begins with PAIR, or of the names of PAIR or of BRANCHES. ValueError for others."""
+    if not isinstance(branches, Mapping):
+        if tuple(branches) not in (tuple(PAIR), tuple(BRANCHES)):
+            raise ValueError(f"branches: expected {tuple(PAIR)} or {tuple(BRANCHES)}, got {tuple(branches)}")
+        return {name: BRANCHES[name] for name in branches}
+    if tuple(branches)[: len(PAIR)] != tuple(PAIR) or any(
+        branches[name] != BRANCHES.get(name, branches[name]) for name in branches
+    ):
+        raise ValueError(
+            f"branches: expected {', '.join(PAIR)} first, and {', '.join(BRANCHES)} as every record has them, got {dict(branches)}"
+        )
+    return dict(branches)
+
+
+def shows_corrupted(branches: Mapping[str, Branch]) -> bool:
+    """Whether some branch shows corrupted images."""
+    return any(branch.view == CORRUPTED for branch in branches.values())
 
 
 def record_name(record: Mapping[str, Any]) -> str:
@@ -125,6 +169,17 @@ def record_rejected_images(record: Mapping[str, Any]) -> list[Any] | None:
     return found
 
 
+def view_images(record: Mapping[str, Any], column: str) -> list[Any]:
+    """The images that a column has in the places of the record's own. DataError where it has not one for each."""
+    found, count = record_images(record, column), len(record_images(record))
+    if count and len(found) != count:
+        raise DataError(
+            f"record {record_name(record)}: {column} must hold one image for each of images ({count}), as a branch shows them, got "
+            f"{len(found)}; add them, or leave the branch out"
+        )
+    return found if count else []
+
+
 def record_target(record: Mapping[str, Any]) -> int | None:
     """Index of the asked-about one among several pictures; None: not told. DataError where there is no such picture."""
     target, count = record.get("target"), len(record_images(record))
@@ -157,12 +212,15 @@ def check_content(record: Mapping[str, Any]) -> None:
         response_text(record, column)
 
 
-def with_pictures_from(record: Mapping[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record with all its pictures in their columns, none in parts of the prompt, and paths that are relative to `folder` absolute."""
+def with_pictures_from(record: Mapping[str, Any], folder: str | os.PathLike[str], *, views: Sequence[str] = ()) -> dict[str, Any]:
+    """The record with all its pictures in their columns, none in parts of the prompt, and paths that are relative to `folder` absolute.
+
+    views: columns of pictures beside `images` and `rejected_images`.
+    """
     found = {**record, "images": record_images(record)}
     if _pictures_within(record):
         found["prompt"] = [{"role": "user", "content": single_turn(record, "prompt", "user")}]
-    for column in ("images", "rejected_images"):
+    for column in ("images", "rejected_images", *views):
         if not is_empty(found.get(column)):
             found[column] = [_placed(record, image, folder) for image in record_images(found, column)]
     return found
@@ -181,15 +239,10 @@ def _placed(record: Mapping[str, Any], image: Any, folder: str | os.PathLike[str
 def prompt_text(record: Mapping[str, Any]) -> str:
     """The prompt with one `<image>` for each picture. DataError where they do not match."""
     text, pictures = single_turn(record, "prompt", "user"), len(record_images(record))
-    places = text.count(IMAGE_TOKEN)
-    if places == 0:
+    if IMAGE_TOKEN not in text:
         # TRL's plain-text prompts name no place: pictures come first.
         return f"{IMAGE_TOKEN}\n" * pictures + text
-    if places != pictures:
-        raise DataError(
-            f"record {record_name(record)}: the prompt has {places} {IMAGE_TOKEN} placeholders for {pictures} pictures; "
-            "each picture needs exactly one"
-        )
+    check_placeholders(record_name(record), text, pictures)
     return text
 
 

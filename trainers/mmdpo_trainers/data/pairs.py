@@ -33,15 +33,19 @@ _COLUMNS = ("prompt", "chosen", "rejected")
 _ACCEPTED = "preference data is a .jsonl file (one record a line), a .parquet file, or a folder that Dataset.save_to_disk wrote"
 
 
-def read_pairs(path: Path, missing: list[str] | None = None) -> Any:
+def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[str] = ()) -> Any:
     """Preference records with TRL's columns: a list from a .jsonl file, a `datasets.Dataset` from parquet or a saved folder.
 
     Picture paths are relative to the file's folder, or to the saved folder; pictures that parts of a prompt hold come in `images`. Those
-    of a dataset are looked at when a record is read. missing: takes the names of records that lack a picture, which are then left out;
-    None: they are refused. Raises DataError naming the file that is no preference data, or the record that cannot be used.
+    of a dataset are looked at when a record is read.
+
+    missing: takes the names of records that lack a picture, which are then left out; None: they are refused.
+    views: columns of pictures beside `images` and `rejected_images`.
+
+    Raises DataError naming the file that is no preference data, or the record that cannot be used.
     """
     if path.is_dir() or path.suffix.lower() == ".parquet":
-        return _read_dataset(path)
+        return _read_dataset(path, views)
     folder, records = path.resolve().parent, []
     names: set[str] = set()
     gone: dict[str, str] = {}
@@ -49,8 +53,8 @@ def read_pairs(path: Path, missing: list[str] | None = None) -> Any:
         record.setdefault("id", f"line {number}")
         _check_columns(path, record, record["id"])
         check_record(record)
-        record = with_pictures_from(record, folder)
-        for column, images in _picture_columns(record):
+        record = with_pictures_from(record, folder, views=views)
+        for column, images in _picture_columns(record, views):
             if not all(isinstance(image, str) for image in images):
                 raise DataError(f"{path}, record {record['id']}: {column} must be paths or data: URLs, got {str(images)[:120]}")
             first = next((image for image in images if not (image.startswith("data:") or os.path.exists(image))), None)
@@ -77,11 +81,13 @@ def refuse_missing(path: Path, gone: Mapping[str, str], total: int) -> None:
     )
 
 
-def _picture_columns(record: Mapping[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+def _picture_columns(record: Mapping[str, Any], views: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
     yield "images", record_images(record)
     own = record_rejected_images(record)
     if own is not None:
         yield "rejected_images", own
+    for column in views:
+        yield column, record_images(record, column)
 
 
 def _own_name(name: Any, taken: set[str]) -> str:
@@ -103,7 +109,7 @@ def _lines(path: Path) -> Iterator[Record]:
         raise DataError(f"{error}; {_ACCEPTED}") from error
 
 
-def _read_dataset(path: Path) -> Any:
+def _read_dataset(path: Path, views: Sequence[str]) -> Any:
     import datasets
 
     try:
@@ -123,15 +129,15 @@ def _read_dataset(path: Path) -> Any:
         dataset = (dataset.remove_columns("id") if named else dataset).add_column("id", ids)
     check_contents(dataset)
     folder = path.resolve() if path.is_dir() else path.resolve().parent
-    return dataset.with_transform(functools.partial(_rows_with_pictures_from, folder=str(folder)))
+    return dataset.with_transform(functools.partial(_rows_with_pictures_from, folder=str(folder), views=tuple(views)))
 
 
-def _rows_with_pictures_from(columns: dict[str, list[Any]], folder: str) -> dict[str, list[Any]]:
+def _rows_with_pictures_from(columns: dict[str, list[Any]], folder: str, views: Sequence[str]) -> dict[str, list[Any]]:
     """Rows of a dataset, one list a column, through `with_pictures_from`; a row of which only some columns are asked for, as it is."""
     if "prompt" not in columns:
         return columns
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    placed = [with_pictures_from(row, folder) for row in rows]
+    placed = [with_pictures_from(row, folder, views=views) for row in rows]
     return {name: [row.get(name) for row in placed] for name in dict.fromkeys(name for row in placed for name in row)}
 
 

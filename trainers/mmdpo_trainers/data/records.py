@@ -21,6 +21,15 @@ Moment = Literal["before", "after"]
 IMAGE_TOKEN = "<image>"
 
 
+def check_placeholders(name: str, prompt: str, pictures: int) -> None:
+    """DataError, naming the record, where a prompt has not one `<image>` for each of its pictures."""
+    places = prompt.count(IMAGE_TOKEN)
+    if places != pictures:
+        raise DataError(
+            f"record {name}: the prompt has {places} {IMAGE_TOKEN} placeholders for {pictures} pictures; each picture needs exactly one"
+        )
+
+
 def prompt_record(
     *,
     id: str,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mmdpo_trainers.data.pictures import PictureError, is_made, open_picture
-from mmdpo_trainers.data.records import IMAGE_TOKEN
+from mmdpo_trainers.data.records import check_placeholders
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.models.families import EncodedPictures, View, expand_ids, plain_grid
 
@@ -66,7 +66,7 @@ def encode_prompts(
     if pictures is None:
         pictures = [load_pictures(record) for record in records]
     for record, its_pictures in zip(records, pictures, strict=True):
-        _check_placeholders(record, len(its_pictures))
+        check_placeholders(record["id"], record["prompt"], len(its_pictures))
     encoded = _encode_pictures(loaded, records, pictures)
     prompts = prompt_ids(loaded, records, _by_row(pictures, () if encoded is None else encoded.blocks))
     answer_ids = [_answer_ids(loaded, *both) for both in zip(records, answers or [()] * len(records), strict=True)]
@@ -121,15 +121,6 @@ def load_pictures(record: Mapping[str, Any]) -> list[Image.Image]:
     return found
 
 
-def _check_placeholders(record: Mapping[str, Any], pictures: int) -> None:
-    places = record["prompt"].count(IMAGE_TOKEN)
-    if places != pictures:
-        raise DataError(
-            f"record {record['id']}: the prompt has {places} {IMAGE_TOKEN} placeholders for {pictures} pictures; "
-            "each picture needs exactly one"
-        )
-
-
 def _encode_pictures(
     loaded: LoadedModel, records: Sequence[Mapping[str, Any]], pictures: Sequence[Sequence[Image.Image]]
 ) -> EncodedPictures | None:
@@ -165,14 +156,10 @@ def prompt_ids(
     loaded: LoadedModel, records: Sequence[Mapping[str, Any]], blocks: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[int]]:
     """Token ids of the prompts, `blocks` in the places of their pictures."""
-    found = []
-    for record, its_blocks in zip(records, blocks, strict=True):
-        ids = loaded.texts.prompt(record["id"], record["prompt"])
-        try:
-            found.append(expand_ids(ids, loaded.image_token_id, its_blocks))
-        except ValueError as error:
-            raise DataError(f"record {record['id']}: {error}; take the model's own image token out of the prompt") from error
-    return found
+    return [
+        expand_ids(loaded.texts.prompt(record["id"], record["prompt"], len(its_blocks)), loaded.image_token_id, its_blocks)
+        for record, its_blocks in zip(records, blocks, strict=True)
+    ]
 
 
 def _answer_ids(loaded: LoadedModel, record: Mapping[str, Any], answer: str | Sequence[int]) -> list[int]:

@@ -12,7 +12,7 @@ import torch
 
 from mmdpo_trainers.models.families import Family, family_of, picture_layers
 from mmdpo_trainers.models.template_date import TemplateDate
-from mmdpo_trainers.models.token_rules import TextEncoder
+from mmdpo_trainers.models.token_rules import TextEncoder, end_tokens
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,8 @@ class LoadedModel:
     @property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a response."""
-        end = self.model.generation_config.eos_token_id
-        if end is None:
-            end = self.tokenizer.eos_token_id
-        return frozenset(() if end is None else [end] if isinstance(end, int) else end)
+        own = self.tokenizer.eos_token_id
+        return frozenset(end_tokens(self.model.generation_config) or ([] if own is None else [own]))
 
     @property
     def pad_id(self) -> int:

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
+
+import numpy as np
 
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError, StageError
-from mmdpo_trainers.models.chat_format import chat_of, render_prompt
+from mmdpo_trainers.models.chat_format import chat_of, prints_date, render_prompt, template_of
 from mmdpo_trainers.models.families import family_of
 from mmdpo_trainers.models.template_date import TemplateDate
 
 _PROBE = "<<text>>"
+_KEPT_TOKENS = 2**25
+"""Most token ids that an encoder keeps: 128 MiB."""
+
+
+def end_tokens(generation_config: Any) -> list[int]:
+    """Tokens that end an answer, as the model itself says."""
+    end = generation_config.eos_token_id
+    return [end] if isinstance(end, int) else list(end or [])
+
+
+def response_end(tokenizer: Any, generation_config: Any) -> int | None:
+    """The token that a response of preference data ends with: the tokenizer's own end, else the model's first; None: there is none."""
+    own = tokenizer.eos_token_id
+    return next(iter(end_tokens(generation_config)), None) if own is None else own
 
 
 class TextEncoder:
@@ -37,11 +54,28 @@ class TextEncoder:
     ) -> None:
         self.processor, self.date = processor, date
         self.image_token_id, self.end_ids = image_token_id, frozenset(end_ids)
+        self._kept = _KeptTokens()
 
-    def prompt(self, name: str, text: str) -> list[int]:
-        """Ids of a prompt, `<image>` as one image token. DataError, naming the record, for a text that cannot stand in a turn."""
-        self.check_prompt(name, text)
-        return self.tokens(render_prompt(self.processor, text, self.date))
+    def prompt(self, name: str, text: str, pictures: int) -> list[int]:
+        """Ids of a prompt, `<image>` as one image token. pictures: how many it is about.
+
+        Raises DataError, naming the record, for a text that cannot stand in a turn, or has more or fewer image tokens.
+        """
+
+        def made() -> list[int]:
+            self.check_prompt(name, text)
+            return self.tokens(render_prompt(self.processor, text, self.date))
+
+        # A date that is this moment's makes another prompt each time.
+        passing = self.date is None and prints_date(self.processor)
+        ids = made() if passing else self._kept.ids(f"{template_of(self.processor)}\0{text}", made)
+        found = ids.count(self.image_token_id)
+        if found != pictures:
+            raise DataError(
+                f"record {name}: the prompt has {found} image tokens for {pictures} pictures; write {IMAGE_TOKEN} "
+                "for a picture, and take the model's own image token out of the text"
+            )
+        return ids
 
     def tokens(self, rendered: str) -> list[int]:
         """Ids of a rendered prompt."""
@@ -79,9 +113,13 @@ class TextEncoder:
 
     def answer(self, name: str, what: str, text: str) -> list[int]:
         """Ids of `answer_text`."""
-        ids = self._plain(self.answer_text(name, what, text))
-        self.check_answer_ids(name, what, ids)
-        return ids
+
+        def made() -> list[int]:
+            ids = self._plain(self.answer_text(name, what, text))
+            self.check_answer_ids(name, what, ids)
+            return ids
+
+        return self._kept.ids(text, made)
 
     def check_answer_ids(self, name: str, what: str, ids: Collection[int]) -> None:
         """DataError, naming the record, for an answer of given ids with a picture in it."""
@@ -167,3 +205,23 @@ class TextEncoder:
         lines = [re.split(rf"{pattern}|\n", side)[-1].strip() for side in (before.rstrip(), behind.rstrip())]
         # A role's name alone is a word as any other.
         return tuple(line if re.search(r"\w", line) and re.search(r"[^\w\s]", line) else "" for line in lines)  # type: ignore[return-value]
+
+
+class _KeptTokens:
+    """Token ids by text, until there are too many of them: texts that come later are made into tokens again."""
+
+    def __init__(self) -> None:
+        self._ids: dict[bytes, np.ndarray] = {}
+        self._room = _KEPT_TOKENS
+
+    def ids(self, text: str, made: Callable[[], list[int]]) -> list[int]:
+        """Those that `made` gives for a text."""
+        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        known = self._ids.get(key)
+        if known is not None:
+            return known.tolist()  # type: ignore[no-any-return]
+        ids = made()
+        if len(ids) <= self._room:
+            self._ids[key] = np.array(ids, dtype=np.int32)
+            self._room -= len(ids)
+        return ids

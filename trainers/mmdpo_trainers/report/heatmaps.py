@@ -116,9 +116,9 @@ def _read(cache: Path, chosen: Sequence[tuple[Record, Record]]) -> HeatMaps:
 
 
 def _layer(loaded: LoadedModel, score: ScoreConfig) -> int:
-    from mmdpo_trainers.answers.attention_ratios import default_layer
+    from mmdpo_trainers.answers.attention_ratios import resolve_layer
 
-    return default_layer(loaded.picture_layers) if score.layer is None else score.layer
+    return resolve_layer(loaded.picture_layers, score.layer)
 
 
 def _shows_parts(loaded: LoadedModel) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import ConcatDataset, Subset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mmdpo_trainers.answers.attention_ratios import default_layer
+from mmdpo_trainers.answers.attention_ratios import resolve_layer
 from mmdpo_trainers.data.left_out import check_left_out, lost
 from mmdpo_trainers.data.pairs import read_pairs, replay_pairs, split
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
@@ -126,7 +126,7 @@ def preference_config(context: StageContext, layers: Sequence[int], *, evaluate:
         "save_steps": 0.1,
         "eval_strategy": "steps" if evaluate else "no",
         "eval_steps": 0.1,
-        "attention_layer": default_layer(layers) if context.config.score.layer is None else context.config.score.layer,
+        "attention_layer": resolve_layer(layers, context.config.score.layer),
         "seed": context.seed,
         "disable_tqdm": True,
         "log_level": "error",

@@ -1,18 +1,30 @@
-"""Which checkpoints are ours, by a marker written first, and whole, by one written last that lists every file with its size."""
+"""What a trainer writes and reads back: whole checkpoints, adapters and models that `from_pretrained` reads.
+
+Which checkpoints are ours is told by a marker written first, which are whole by one written last that lists every file with its size.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from mmdpo_trainers.errors import RunFolderError
 from mmdpo_trainers.files.atomic import FULL, free_mib, read_json, write_atomic
+from mmdpo_trainers.processes import collectives
+from mmdpo_trainers.training.sharded.sharding import Sharding
+from mmdpo_trainers.training.training_log import LOG_STATE, LoggingTrainer
+
+logger = logging.getLogger(__name__)
 
 STARTED = "started.json"
 MARKER = "complete.json"
@@ -161,3 +173,77 @@ def replace_folder(temporary: Path, final: Path) -> None:
         shutil.rmtree(doomed)
     else:
         os.replace(temporary, final)
+
+
+class SavingTrainer(LoggingTrainer):
+    """`transformers.Trainer` with whole checkpoints, and weights by the names that models save them under."""
+
+    sharding: Sharding
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        averages, loss = self._averages["train"].state(), collectives.gathered(self._tr_loss.item())
+        self.sharding.complete_optimizer(self.optimizer)
+        with writing(folder):
+            if self.args.process_index == 0:
+                start(folder)
+            collectives.barrier()
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                # Its own removal of old checkpoints would not wait for the marker, nor spare what others wrote.
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            # Every process has written what is its own.
+            collectives.barrier()
+            if self.args.process_index == 0:
+                state = {"loss": sum(loss) / len(loss), "last_logged": self._globalstep_last_logged, "averages": averages}
+                write_atomic(folder / LOG_STATE, state)
+                mark_complete(folder)
+                remove_old(folder.parent, limit, keep=self.state.best_model_checkpoint)
+            collectives.barrier()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `transformers.Trainer`: an adapter or a whole model that `from_pretrained` reads, gathered where weights are in shards."""
+        if self.is_fsdp_enabled and not _internal_call:
+            # By itself it writes nothing where checkpoints are in shards.
+            state = self.accelerator.get_state_dict(self.model)
+            self._save(output_dir, state_dict=state)
+        else:
+            super().save_model(output_dir, _internal_call)
+        collectives.barrier()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As in `transformers.Trainer`; a tied weight once, also where gathering has made two of it."""
+        if state_dict is not None and not isinstance(self.model, PeftModel):
+            once = dict(self.model.named_parameters())  # type: ignore[union-attr]
+            twice = [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in once]  # type: ignore[union-attr]
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in twice}
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in `transformers.Trainer`; a whole model by `from_pretrained`, which knows under what names weights are saved."""
+        target: Any = model if model is not None else self.model
+        if isinstance(target, PeftModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = type(target).from_pretrained(resume_from_checkpoint, dtype="auto", local_files_only=True)
+            target.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _latest_checkpoint(self) -> str | None:
+        """The last whole checkpoint. Looked for by one process, as what is half is removed."""
+        folder = str(self.args.output_dir)
+        found = latest_complete(folder, report=logger.warning) if self.args.process_index == 0 else None
+        return collectives.gathered(None if found is None else str(found))[0]
+
+    def _kept(self) -> str:
+        """What a message says of the checkpoints so far."""
+        folder = str(self.args.output_dir)
+        found = collectives.gathered(newest(folder) if self.args.process_index == 0 else None)[0]
+        return "there is no checkpoint yet" if found is None else f"{found} is whole, and training continues from it"

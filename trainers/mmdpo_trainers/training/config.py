@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -11,14 +12,14 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from mmdpo_kernels.losses import LOSSES, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters, values_of
 from mmdpo_trainers.data.corruption import KINDS, Corruption
-from mmdpo_trainers.data.pair_records import BRANCHES
+from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, shows_corrupted
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.training.arguments import TRL_LOSSES, check_inherited, takes_foreign_names
 
 LOSS_TYPES = tuple(LOSSES)
 """Losses by name; their equations and sources are in `mmdpo_kernels.losses`."""
-
-"""What a record's prompt continues to; `corrupted` is the chosen response under the corrupted picture."""
+_METRICS = ("accuracies", "margins")
+"""What the log has beside the rewards of branches."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -64,6 +65,11 @@ class PreferenceConfig(TrainingArguments):
     anchor: float = _option(0.0, "ancpo: delta, the reward that anchored responses are to stay above (chosen) or below (others)")
     anchors: list[str] = field(
         default_factory=lambda: ["chosen"], metadata={"help": f"ancpo: rewards that are anchored, of {', '.join(BRANCHES)}"}
+    )
+    further_branches: dict[str, list[str]] | None = _option(
+        None,
+        "what else losses may look at: name -> [view, response]. A view is images, corrupted, or a column that holds an image for each of "
+        "images; a response is a column. Only branches that a loss looks at are run",
     )
     corruption: str = _option(
         "crop",
@@ -129,6 +135,7 @@ class PreferenceConfig(TrainingArguments):
         super().__post_init__()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        self._check_further_branches()
         self._check_loss()
         self._check_corruption()
         self._check_batches()
@@ -167,6 +174,19 @@ class PreferenceConfig(TrainingArguments):
                     "would miss it"
                 )
 
+    def _check_further_branches(self) -> None:
+        for name, branch in (self.further_branches or {}).items():
+            if not str(name).isidentifier() or name in BRANCHES or str(name).endswith(_METRICS):
+                raise ValueError(
+                    f"further_branches: expected names of letters and digits other than {', '.join(BRANCHES)}, without {' or '.join(_METRICS)} "
+                    f"at the end, got {name!r}"
+                )
+            pair = branch if isinstance(branch, list | tuple) else ()
+            if len(pair) != 2 or not all(isinstance(each, str) and each for each in pair):
+                raise ValueError(
+                    f"further_branches: expected {name}: [view, response], such as [corrupted, rejected], got {branch!r}"
+                )
+
     def _check_loss(self) -> None:
         unknown = [name for name in self.loss_type if name not in LOSSES]
         words = "".join(f"; {name}: {TRL_LOSSES[name]}" for name in unknown if name in TRL_LOSSES)
@@ -177,10 +197,11 @@ class PreferenceConfig(TrainingArguments):
         if self.loss_weights is not None and not all(map(_is_number, self.loss_weights)):
             raise ValueError(f"loss_weights: expected finite numbers, got {self.loss_weights}")
         for name in self.loss_type:
-            others = {value.branch for value in values_of(name)}.difference(BRANCHES)
+            others = {value.branch for value in values_of(name)}.difference(self._known_branches)
             if others:
                 raise ValueError(
-                    f"loss_type: {name!r} looks at the branches {', '.join(sorted(others))}; training records have {', '.join(BRANCHES)}"
+                    f"loss_type: {name!r} looks at the branches {', '.join(sorted(others))}; training records have "
+                    f"{', '.join(self._known_branches)}"
                 )
         if not _is_number(self.beta) or not self.beta > 0:
             raise ValueError(f"beta: expected a value above 0, got {self.beta}")
@@ -208,7 +229,7 @@ class PreferenceConfig(TrainingArguments):
     def _check_corruption(self) -> None:
         self.corruption_keep = tuple(self.corruption_keep)  # type: ignore[assignment]
         self.picture_corruption  # noqa: B018 - raises ValueError where its parts do not fit
-        if self.no_image and "corrupted" in self.branches:
+        if self.no_image and shows_corrupted(self.branches):
             raise ValueError("no_image: without pictures there is none to corrupt; leave copo out of loss_type")
 
     def _check_batches(self) -> None:
@@ -236,11 +257,20 @@ class PreferenceConfig(TrainingArguments):
         return any(name not in REFERENCE_FREE for name in self.loss_type)
 
     @property
-    def branches(self) -> tuple[str, ...]:
-        """The branches that some loss looks at."""
+    def _known_branches(self) -> dict[str, Branch]:
+        return {**BRANCHES, **{name: Branch(*pair) for name, pair in (self.further_branches or {}).items()}}
+
+    @property
+    def branches(self) -> dict[str, Branch]:
+        """The branches that some loss looks at, "chosen" and "rejected" first."""
         parameters = LossParameters(anchors=tuple(self.anchors))
         looked_at = {value.branch for name in self.loss_type for value in values_of(name, parameters)}
-        return BRANCHES if "corrupted" in looked_at else BRANCHES[:2]
+        return {name: branch for name, branch in self._known_branches.items() if name in PAIR or name in looked_at}
+
+    @property
+    def reference_path(self) -> Path:
+        """File of the reference's log-probabilities."""
+        return Path(self.reference_cache or Path(str(self.output_dir)) / "reference.jsonl")
 
     @property
     def picture_corruption(self) -> Corruption:

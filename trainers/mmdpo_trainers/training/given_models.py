@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from mmdpo_kernels import patch_model
+from mmdpo_trainers.data.pair_records import PAIR
 from mmdpo_trainers.errors import StageError
-from mmdpo_trainers.models.families import family_of
+from mmdpo_trainers.models.families import family_of, picture_layers
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.models.processors import load_processor
-from mmdpo_trainers.training import adapter_checks, model_parts
-from mmdpo_trainers.training.batches.collator import PreferenceCollator
+from mmdpo_trainers.training import adapter_checks, head, model_parts
+from mmdpo_trainers.training.batches.collator import PreferenceCollator, collator_of
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.sharded.sharding import check_whole
+from mmdpo_trainers.training.training_mode import disable_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -119,3 +123,40 @@ def note_full_training(model: nn.Module, args: PreferenceConfig, *, copied: bool
                 "start from the model as it was"
             )
     _fully_trained.add(model)
+
+
+def policy_and_reference(
+    model: Any, args: PreferenceConfig, peft_config: PeftConfig | None, ref_model: Any, processor: Any
+) -> tuple[nn.Module, nn.Module | None, Any]:
+    """The model to train, the reference where it is a second model, and their processor, of what a trainer is given."""
+    given = ref_model
+    model = model_of("model", model, args)
+    adapter_checks.check_plain(model)
+    base = model_parts.base_of(model)
+    _check_layer(args.attention_layer, picture_layers(base.config))
+    processor = processor_of(processor, base)
+    plain = collator_of(base, processor, args, None, tree_packing=False, branches=PAIR)
+    note_full_training(model, args, copied=given is None)
+    if given is not None:
+        given = model_of("ref_model", given, args)
+    second = model_parts.second_model(model, args, peft_config, given)
+    if given is not None:
+        check_reference(given, base, plain, processor)
+    return adapter_checks.policy(model, args, peft_config, plain, has_reference=second is not None), second, processor
+
+
+def prepare(model: nn.Module, args: PreferenceConfig, *, packs: bool) -> None:
+    """Make policy or reference ready for batches: without dropout, patched where it needs to be. packs: whether they are token trees."""
+    head.check_head(model)
+    disable_dropout(model)
+    if packs or args.attention_layer is not None:
+        patch_model(model)
+    if args.torch_compile:
+        model_parts.compile_decoder(model, args)
+
+
+def _check_layer(layer: int | None, layers: Sequence[int]) -> None:
+    if layer is not None and layer not in layers:
+        count = f"0 to {len(layers) - 1} (the model has {len(layers)} decoder layers)"
+        expected = count if isinstance(layers, range) else f"one of {list(layers)}, which see pictures"
+        raise ValueError(f"attention_layer: expected {expected}, got {layer}")

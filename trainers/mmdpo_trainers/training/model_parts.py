@@ -14,16 +14,21 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import set_seed
 
 from mmdpo_kernels import tree_refusal
-from mmdpo_trainers.models.families import family_of
+from mmdpo_trainers.models.families import EncodedPictures, Family, family_of
 from mmdpo_trainers.training.batches.collator import PreferenceBatch
 from mmdpo_trainers.training.config import PreferenceConfig
-from mmdpo_trainers.training.sharded.root_call import through_root
+from mmdpo_trainers.training.sharded.sharding import through_root
 
 logger = logging.getLogger(__name__)
+
+_SIDE = 56
+"""Of a blank picture, in pixels."""
 
 
 def base_of(model: nn.Module) -> Any:
@@ -55,6 +60,17 @@ def sees_as_reference(model: nn.Module) -> bool:
     parts = [modules[name] for name in (*family.vision, *family.projector) if name in modules]
     adapted = any(isinstance(module, BaseTunerLayer) for part in parts for module in part.modules())
     return not adapted and not any(parameter.requires_grad for parameter in picture_parameters(model))
+
+
+def skips_pictures(model: nn.Module) -> bool:
+    """Whether a step without pictures leaves weights that are trained without a gradient."""
+    return family_of(base_of(model)).cross_attention or any(parameter.requires_grad for parameter in picture_parameters(model))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether a step leaves weights without a gradient where its tokens take other experts."""
+    text = base_of(model).config.get_text_config()
+    return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def _part_parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
@@ -189,6 +205,25 @@ def picture_features(model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
         # it counts a module's outputs, of which all processes must have as many.
         joined = through_root(body, body, lambda: torch.cat(family.features(body, pictures)))
         return list(joined.split(pictures.tokens))
+
+
+def blank_picture(family: Family, processor: Any) -> EncodedPictures:
+    """A small black picture as the model takes it, for a process whose micro-batch has none where another's has."""
+    return family.encode_pictures(processor, [Image.new("RGB", (_SIDE, _SIDE))])
+
+
+def features_of_blank(model: nn.Module, batch: PreferenceBatch, blank: EncodedPictures) -> tuple[list[Tensor], Tensor | None]:
+    """Run a blank picture through the vision tower in place of a batch's own, of which it has none.
+
+    Returns its features for `hidden_states`, where no token stands for them, and a zero to add to what backward goes through,
+    so that all weights of the tower get gradients, of zeros; None: they are not trained.
+
+    With features in hand a model runs the same modules in the same order as on a batch with pictures, cross-attention layers included, which
+    ZeRO-3 expects of all processes.
+    """
+    found = picture_features(model, dataclasses.replace(batch, pictures=blank).to(batch.input_ids.device))
+    parts = [each.float().sum() for each in pytree.tree_leaves(found) if isinstance(each, Tensor) and each.requires_grad]
+    return found, torch.stack(parts).sum() * 0 if parts else None
 
 
 def hidden_states(model: nn.Module, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:

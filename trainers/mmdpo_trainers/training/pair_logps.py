@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmdpo_kernels import tree_refusal
-from mmdpo_trainers.data.corruption import Corruption, Kind
-from mmdpo_trainers.data.pair_records import BRANCHES
+from mmdpo_trainers.data.corruption import Corruption
+from mmdpo_trainers.data.pair_records import BRANCHES, PAIR
 from mmdpo_trainers.methods.held_out import CORRUPTIONS
 from mmdpo_trainers.models.loaded import LoadedModel
-from mmdpo_trainers.training.batches.collator import PreferenceCollator
+from mmdpo_trainers.training.batches.collator import model_collator
 from mmdpo_trainers.training.head import batch_logps
 
 
@@ -23,22 +23,16 @@ def pair_logps(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], *, see
     plain = [{name: value for name, value in record.items() if name != "rejected_images"} for record in records]
     found: list[dict[str, float]] = [{} for _ in records]
     for kind in CORRUPTIONS:
-        batch = _collator(loaded, kind, seed).batch(plain).to(loaded.device)
-        for logps, (chosen, rejected, corrupted) in zip(found, batch_logps(loaded.model, batch).tolist(), strict=True):
-            logps.update({"chosen": chosen, "rejected": rejected, kind: corrupted})
+        collator = model_collator(
+            loaded.model,
+            loaded.processor,
+            tree_packing=tree_refusal(loaded.model) is None,
+            branches=BRANCHES,
+            corruption=Corruption(kind=kind, seed=seed),
+            date=loaded.date,
+        )
+        batch = collator.batch(plain).to(loaded.device)
+        for logps, row in zip(found, batch_logps(loaded.model, batch).tolist(), strict=True):
+            by_name = dict(zip(batch.branches, row, strict=True))
+            logps.update({**{name: by_name[name] for name in PAIR}, kind: by_name["corrupted"]})
     return found
-
-
-def _collator(loaded: LoadedModel, kind: Kind, seed: int) -> PreferenceCollator:
-    end = loaded.tokenizer.eos_token_id
-    return PreferenceCollator(
-        loaded.processor,
-        family=loaded.family,
-        image_token_id=loaded.image_token_id,
-        end_id=end if end in loaded.end_ids else min(loaded.end_ids),
-        pad_id=loaded.pad_id,
-        tree_packing=tree_refusal(loaded.model) is None,
-        branches=BRANCHES,
-        corruption=Corruption(kind=kind, seed=seed),
-        date=loaded.date,
-    )

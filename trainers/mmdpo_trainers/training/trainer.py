@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +12,25 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
-from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, patch_model, preference_loss, record_attention
-from mmdpo_trainers.data.pair_records import BRANCHES
+from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, record_attention
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.files.atomic import read_json
-from mmdpo_trainers.models.families import EncodedPictures, family_of, picture_layers
+from mmdpo_trainers.models.families import EncodedPictures, family_of
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.processes.progress import Progress
-from mmdpo_trainers.training import adapter_checks, arguments, given_models, head, model_parts
-from mmdpo_trainers.training.activation_offload import offload_checkpoints
-from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator
-from mmdpo_trainers.training.batches.packing import batch_sampler
-from mmdpo_trainers.training.batches.trainer_data import check_datasets, collator_of, is_streaming, short_enough
-from mmdpo_trainers.training.checkpoints import latest_complete, newest
+from mmdpo_trainers.training import arguments, given_models, head, model_parts
+from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator, collator_of
+from mmdpo_trainers.training.batches.packing import batch_sampler, check_datasets, is_streaming, short_enough
+from mmdpo_trainers.training.checkpoints import SavingTrainer
 from mmdpo_trainers.training.config import PreferenceConfig
-from mmdpo_trainers.training.gradient_check import GradientCheck, connected
-from mmdpo_trainers.training.loss_check import LossCheck
-from mmdpo_trainers.training.reference.cache import Precomputed, ReferenceCache, precompute, reference_header
+from mmdpo_trainers.training.reference.precompute import Precomputed, ReferencePass
 from mmdpo_trainers.training.reference.reference import Reference
-from mmdpo_trainers.training.saving import LOG_STATE, SavingTrainer
-from mmdpo_trainers.training.sharded.batches import COUNTS, batches_of, sharded_loader
-from mmdpo_trainers.training.sharded.blank_pictures import blank_picture, features_of_blank
-from mmdpo_trainers.training.sharded.root_call import through_root
-from mmdpo_trainers.training.sharded.sharding import Sharding, check_whole
-from mmdpo_trainers.training.training_log import Averages
-from mmdpo_trainers.training.training_mode import disable_dropout, quiet
-
-logger = logging.getLogger(__name__)
-
-_PAIRWISE = "pairwise_loss"
+from mmdpo_trainers.training.sharded.batches import COUNTS, batches_of, sharded_loader, train_loader
+from mmdpo_trainers.training.sharded.sharding import Sharding, through_root
+from mmdpo_trainers.training.stopping import GradientCheck, LossCheck, connected
+from mmdpo_trainers.training.training_log import PAIRWISE, Averages, mean_of, rewards_of
+from mmdpo_trainers.training.training_mode import offload_checkpoints, quiet
 
 
 class PreferenceTrainer(SavingTrainer):
@@ -75,6 +62,7 @@ class PreferenceTrainer(SavingTrainer):
     Logged, averaged over records, micro-batches and the logging interval (evaluation: with prefix `eval_`): `loss`,
     `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins` (unless `nll` is the only loss; without a
     reference they are beta times log-probabilities),
+    `rewards/<branch>`, `rewards/<branch>_accuracies` and `rewards/<branch>_margins` (of chosen over it) for other branches,
     `rewards/chosen_<kind>` and so on for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where
     that loss is used), and `attn/ratio_<format>`: the share of the attention on a record's pictures that its chosen response gives
     the asked-about one. With tree packing, pictures that several
@@ -114,16 +102,13 @@ class PreferenceTrainer(SavingTrainer):
             # accelerate would put records of several batches together.
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         self.args = args
-        policy, processing_class = self._policy_and_reference(model, processing_class, peft_config, ref_model)
+        policy, self.ref_model, processing_class = given_models.policy_and_reference(
+            model, args, peft_config, ref_model, processing_class
+        )
         packs = model_parts.packs_trees(policy, args)
-        for each in (policy, self.ref_model):
-            if each is not None:
-                head.check_head(each)
-                disable_dropout(each)
-                if packs or args.attention_layer is not None:
-                    patch_model(each)
-                if args.torch_compile:
-                    model_parts.compile_decoder(each, args)
+        given_models.prepare(policy, args, packs=packs)
+        if self.ref_model is not None:
+            given_models.prepare(self.ref_model, args, packs=packs)
         shares_features = ref_model is None and model_parts.sees_as_reference(policy)
         shares_head = ref_model is None and head.heads_alike(policy)
         base = model_parts.base_of(policy)
@@ -132,16 +117,9 @@ class PreferenceTrainer(SavingTrainer):
         self.progress = progress or Progress()
         self.left_out: list[str] = []
         """Names of records longer than `max_length`."""
-        text = base.config.get_text_config()
-        # Weights that a step without pictures leaves without a gradient, or one whose tokens take other experts.
-        self._uneven = family_of(base).cross_attention or any(
-            parameter.requires_grad for parameter in model_parts.picture_parameters(policy)
-        )
+        self._uneven = model_parts.skips_pictures(policy)
         if args.ddp_find_unused_parameters is None:
-            experts = any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-            args.ddp_find_unused_parameters = self._uneven or experts
-        self._averages = {"train": Averages(), "eval": Averages()}
-        self._resumed_from: Path | None = None
+            args.ddp_find_unused_parameters = self._uneven or model_parts.has_experts(policy)
         super().__init__(
             model=policy,
             args=args,
@@ -154,13 +132,16 @@ class PreferenceTrainer(SavingTrainer):
         # `compute_loss` divides by the whole accumulated batch itself.
         self.model_accepts_loss_kwargs = True
         self.sharding = Sharding(self)
-        self._known: dict[int, Any] = {}
-        """Datasets whose records the reference's cache holds."""
-        self._header: dict[str, Any] | None = None
-        caches = args.precompute_ref_log_probs and args.needs_reference
-        if caches and self.ref_model is not None and self.sharding.in_shards:
-            # A hash of the weights needs them whole.
-            self._header = self._reference_header(self.ref_model)
+        self._reference_pass = ReferencePass(
+            args,
+            processor=processing_class,
+            progress=self.progress,
+            autocast=self.accelerator.autocast,
+            logps=self._reference_logps,
+            in_shards=self.sharding.in_shards,
+        )
+        if self.ref_model is not None and self.sharding.in_shards:
+            self._reference_pass.name(self.ref_model)
         self.reference = Reference(
             policy,
             self.ref_model,
@@ -171,26 +152,7 @@ class PreferenceTrainer(SavingTrainer):
         )
         self._loss_check = LossCheck()
         # What other processes' batches make a process run, although its own has no picture.
-        self._blank = blank_picture(family_of(base), processing_class) if args.world_size > 1 else None
-
-    def _policy_and_reference(
-        self, model: Any, processor: Any, peft_config: PeftConfig | None, ref_model: Any
-    ) -> tuple[nn.Module, Any]:
-        """The model to train and its processor, of what the trainer was given; sets `ref_model`."""
-        args, given = self.args, ref_model
-        model = given_models.model_of("model", model, args)
-        adapter_checks.check_plain(model)
-        base = model_parts.base_of(model)
-        _check_layer(args.attention_layer, picture_layers(base.config))
-        processor = given_models.processor_of(processor, base)
-        plain = collator_of(base, processor, args, None, tree_packing=False, branches=BRANCHES[:2])
-        given_models.note_full_training(model, args, copied=given is None)
-        if given is not None:
-            given = given_models.model_of("ref_model", given, args)
-        self.ref_model = model_parts.second_model(model, args, peft_config, given)
-        if given is not None:
-            given_models.check_reference(given, base, plain, processor)
-        return adapter_checks.policy(model, args, peft_config, plain, has_reference=self.ref_model is not None), processor
+        self._blank = model_parts.blank_picture(family_of(base), processing_class) if args.world_size > 1 else None
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
@@ -207,15 +169,9 @@ class PreferenceTrainer(SavingTrainer):
         self._resumed_from = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
         if not self._reference_waits:
             self.precompute_reference()
-        elif self.args.precompute_ref_log_probs and self.args.needs_reference and self._header is None:
-            self._header = self._reference_header(self.reference.model)
+        else:
+            self._reference_pass.name(self.reference.model)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    def _latest_checkpoint(self) -> str | None:
-        """The last whole checkpoint. Looked for by one process, as what is half is removed."""
-        folder = str(self.args.output_dir)
-        found = latest_complete(folder, report=logger.warning) if self.args.process_index == 0 else None
-        return collectives.gathered(None if found is None else str(found))[0]
 
     @property
     def _reference_waits(self) -> bool:
@@ -254,12 +210,6 @@ class PreferenceTrainer(SavingTrainer):
             loss = loss * self.args.world_size
         return (loss, {}) if return_outputs else loss
 
-    def _kept(self) -> str:
-        """What a message says of the checkpoints so far."""
-        folder = str(self.args.output_dir)
-        found = collectives.gathered(newest(folder) if self.args.process_index == 0 else None)[0]
-        return "there is no checkpoint yet" if found is None else f"{found} is whole, and training continues from it"
-
     def _logps(
         self, batch: PreferenceBatch, reference_batch: PreferenceBatch | None, *, training: bool, averages: Averages
     ) -> tuple[TokenLogps, SequenceLogps | TokenLogps | None]:
@@ -277,7 +227,7 @@ class PreferenceTrainer(SavingTrainer):
             features, nothing = self._features(batch), None
             if blank is not None:
                 with self.accelerator.autocast():
-                    features, nothing = features_of_blank(self._policy, batch, blank)
+                    features, nothing = model_parts.features_of_blank(self._policy, batch, blank)
             shared = features if reference_batch is None else None
             beside = runs and reference.scored_beside_policy
             rows = reference.rows(theirs, shared, blank) if beside else None
@@ -335,12 +285,14 @@ class PreferenceTrainer(SavingTrainer):
             outcomes.append(outcome)
             loss = loss + outcome.loss * (count / records)
             if averages is self._averages["eval"]:
-                averages.add({_PAIRWISE: outcome.loss.detach()}, count)
+                averages.add({PAIRWISE: outcome.loss.detach()}, count)
             parts |= {name: outcome.losses[name].detach() for name in pairwise}
-            averages.add({f"rewards/{name}": _mean(value) for name, value in _rewards(outcome).items()}, count)
+            averages.add({f"rewards/{name}": mean_of(value) for name, value in rewards_of(outcome).items()}, count)
             for kind in sorted({kind for kind in batch.kinds if kind}):
                 mine = [index for index, each in enumerate(batch.kinds) if each == kind]
-                averages.add({f"rewards/{name}_{kind}": _mean(value[mine]) for name, value in outcome.rewards.items()}, len(mine))
+                averages.add(
+                    {f"rewards/{name}_{kind}": mean_of(value[mine]) for name, value in outcome.rewards.items()}, len(mine)
+                )
         if "nll" in weights:
             # A loss of its own, as it is averaged over tokens and not over records.
             nll = preference_loss(policy, loss_type=("nll",))
@@ -348,7 +300,7 @@ class PreferenceTrainer(SavingTrainer):
             loss = loss + weights["nll"] * nll.loss * (batch.chosen_tokens / tokens)
             parts["nll"] = nll.loss.detach()
             averages.add({"nll_loss": parts["nll"]}, batch.chosen_tokens)
-        averages.add({f"logps/{name}": _mean(value) for name, value in outcomes[0].logps.items()}, count)
+        averages.add({f"logps/{name}": mean_of(value) for name, value in outcomes[0].logps.items()}, count)
         return loss, parts | {f"logps/{name}": value.detach() for name, value in outcomes[0].logps.items()}
 
     def _features(self, batch: PreferenceBatch) -> list[Tensor]:
@@ -362,38 +314,8 @@ class PreferenceTrainer(SavingTrainer):
         continues where it stopped. Returns what was done for each dataset not seen before. Raises StaleCacheError where the cache was
         made by another reference.
         """
-        args = self.args
-        results: list[Precomputed] = []
-        if not (args.precompute_ref_log_probs and args.needs_reference):
-            return results
-        new = [
-            each
-            for each in datasets or (self.train_dataset, *_several(self.eval_dataset))
-            if each is not None and id(each) not in self._known
-        ]
-        with self.reference.active() if new else contextlib.nullcontext():
-            if self.reference.cache is None:
-                path = Path(args.reference_cache or Path(str(args.output_dir)) / "reference.jsonl")
-                self.reference.cache = ReferenceCache(path, self._header or self._reference_header(self.reference.model))
-                self.data_collator.runs_reference = False
-            for dataset in new:
-                done = precompute(
-                    self.reference.cache,
-                    self.reference.model,
-                    self.data_collator,
-                    dataset,
-                    max_tokens=args.max_tokens_per_batch,
-                    batch_size=args.per_device_eval_batch_size,
-                    autocast=self.accelerator.autocast,
-                    num_workers=args.dataloader_num_workers,
-                    progress=self.progress,
-                    logps=self._reference_logps,
-                    in_step=self.sharding.in_shards,
-                )
-                self.progress.print(f"reference: {done}")
-                self._known[id(dataset)] = dataset
-                results.append(done)
-        return results
+        chosen = datasets or (self.train_dataset, *_several(self.eval_dataset))
+        return self._reference_pass.over(self.reference, self.data_collator, chosen)
 
     def _reference_logps(self, batch: PreferenceBatch) -> Tensor:
         """(n, b) log-probabilities of a batch of the reference's pass; the adapter is off."""
@@ -402,11 +324,6 @@ class PreferenceTrainer(SavingTrainer):
             return self.reference.response_logps(batch, blank)
         wrapped = self.model_wrapped
         return through_root(wrapped, self.sharding.inside(wrapped), lambda: self.reference.response_logps(batch, blank))
-
-    def _reference_header(self, model: nn.Module) -> dict[str, Any]:
-        check_whole(model, "precompute_ref_log_probs names the reference by its weights")
-        autocast = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else False
-        return reference_header(model, processor=self.processing_class, autocast=autocast)
 
     def get_train_dataloader(self) -> DataLoader:
         """As in `transformers.Trainer`; with `max_tokens_per_batch` or `group_by_pictures` of batches made once, in a new order each epoch."""
@@ -419,19 +336,7 @@ class PreferenceTrainer(SavingTrainer):
         else:
             records, size = self._get_train_sampler(), self._train_batch_size
             sampler = batches_of(records, size, drop_last=args.dataloader_drop_last, data_seed=args.data_seed)
-        if args.world_size > 1:
-            return sharded_loader(dataset, sampler, self.data_collator, args, lasting=True)
-        workers = args.dataloader_num_workers
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers and workers > 0,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
+        return train_loader(dataset, sampler, self.data_collator, args, self.accelerator)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in `transformers.Trainer`, with every record; several processes have one process's batches between them."""
@@ -469,14 +374,6 @@ class PreferenceTrainer(SavingTrainer):
         mine = sum(len(batch.ids) for batch in batches), sum(batch.chosen_tokens for batch in batches)
         return torch.tensor(collectives.summed(mine, device))
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss of an evaluation batch; its other values are averaged into the metrics."""
-        with torch.no_grad():
-            loss = self.compute_loss(model, inputs).detach()
-        return loss, None, None
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -487,50 +384,6 @@ class PreferenceTrainer(SavingTrainer):
         check_datasets(None, given, self.args)
         self.precompute_reference(*_several(given))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As in `transformers.Trainer`, with the training log's keys among the metrics; the loss is that of all records at once."""
-        self._averages["eval"].clear()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = self._averages["eval"].take()
-        if means:
-            # Records and chosen tokens differ from batch to batch: the two parts have averages of their own.
-            means["loss"] = means.pop(_PAIRWISE, 0.0) + self.args.weight_of.get("nll", 0.0) * means.get("nll_loss", 0.0)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # type: ignore[union-attr]
-        return output
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        # The loss since the last log line is the mean over processes, as it is in the log.
-        losses = collectives.gathered(self._tr_loss.item())
-        self._tr_loss.fill_(sum(losses) / len(losses))
-        return super()._finalize_training(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `transformers.Trainer`, with the averages since the last training log."""
-        if "loss" in logs:
-            logs.update(self._averages["train"].take())
-        super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """0: the estimate of transformers knows no token trees."""
-        return 0
-
-    def _restore_log(self) -> None:
-        """Put back what was averaged but not yet logged when the checkpoint was written."""
-        if self._resumed_from is None or not (self._resumed_from / LOG_STATE).is_file():
-            return
-        state = read_json(self._resumed_from / LOG_STATE)
-        self._tr_loss.fill_(state["loss"])
-        self._globalstep_last_logged = state["last_logged"]
-        # All processes' values are in it: one of them goes on with them.
-        self._averages["train"].load(state["averages"] if self.args.process_index == 0 else {})
 
 
 class _RestoreLog(TrainerCallback):
@@ -548,24 +401,3 @@ class _RestoreLog(TrainerCallback):
 def _several(dataset: Any) -> list[Any]:
     """A dataset, or a dictionary of them, as a list."""
     return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
-
-
-def _mean(values: Tensor) -> float:
-    """Mean in double precision, so that what is logged does not depend on how records fall into micro-batches."""
-    return sum(values.tolist()) / len(values)
-
-
-def _rewards(outcome: PreferenceLoss) -> dict[str, Tensor]:
-    """What is logged of the rewards; (B,) each."""
-    values = {**outcome.rewards, "accuracies": outcome.accuracies, "margins": outcome.margins}
-    if "corrupted" in outcome.rewards:
-        margins = outcome.rewards["chosen"] - outcome.rewards["corrupted"]
-        values.update({"corrupted_accuracies": (margins > 0).float(), "corrupted_margins": margins})
-    return values
-
-
-def _check_layer(layer: int | None, layers: Sequence[int]) -> None:
-    if layer is not None and layer not in layers:
-        count = f"0 to {len(layers) - 1} (the model has {len(layers)} decoder layers)"
-        expected = count if isinstance(layers, range) else f"one of {list(layers)}, which see pictures"
-        raise ValueError(f"attention_layer: expected {expected}, got {layer}")

@@ -1,12 +1,17 @@
-"""What a model does in training mode and not in evaluation: kept off, as policy and reference must differ by the weights only."""
+"""A model in training mode: without noise, as policy and reference must differ by the weights only, and its checkpoints on the CPU."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 
 _RATE = re.compile("drop|jitter|noise")
+_FUNCTION = "_gradient_checkpointing_func"
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -30,3 +35,26 @@ def quiet(model: nn.Module) -> None:
         checkpoints = getattr(module, "gradient_checkpointing", False) is True
         if module is not model and not checkpoints and not type(module).__module__.startswith("peft."):
             module.training = False
+
+
+def offload_checkpoints(model: nn.Module) -> int:
+    """Let gradient checkpointing keep on the CPU what it keeps: the inputs of its layers. Returns how many layers do.
+
+    Only the call that stores these inputs is inside `save_on_cpu`: what a layer saves while backward runs it again stays where it is. The
+    numbers are those without, bit for bit.
+    """
+    layers = [module for module in model.modules() if callable(module.__dict__.get(_FUNCTION)) and module.gradient_checkpointing]
+    for layer in layers:
+        function: Any = layer.__dict__[_FUNCTION]
+        if not isinstance(function, _Offloaded):
+            layer.__dict__[_FUNCTION] = _Offloaded(function)
+    return len(layers)
+
+
+class _Offloaded:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with save_on_cpu(pin_memory=torch.cuda.is_available()):
+            return self.function(*args, **kwargs)

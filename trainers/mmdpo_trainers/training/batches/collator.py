@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmdpo_kernels import SharedRows, TokenLogps, TokenTree
+from mmdpo_kernels import SequenceLogps, SharedRows, TokenLogps, TokenTree
 from mmdpo_trainers.data.corruption import Corruption, Model
-from mmdpo_trainers.data.pair_records import BRANCHES
+from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, branch_table, shows_corrupted
+from mmdpo_trainers.files.atomic import read_json, write_atomic
+from mmdpo_trainers.models.chat_format import prints_date
 from mmdpo_trainers.models.families import EncodedPictures, Family, family_of
 from mmdpo_trainers.models.template_date import TemplateDate
+from mmdpo_trainers.models.token_rules import response_end
+from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.training.batches.examples import Example, ExampleMaker, TokenSequence
 from mmdpo_trainers.training.batches.ratio_spans import RatioSpan, RatioSpans
+from mmdpo_trainers.training.batches.views import PicturePool
+from mmdpo_trainers.training.config import PreferenceConfig
+
+TEMPLATE_DATE = "template_date.json"
+"""File of `output_dir`: the date that the chat template is told, where it prints one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +41,7 @@ class PreferenceBatch:
     kinds: list[str | None]
     """Each record's `kind`."""
     branches: tuple[str, ...]
-    """"chosen", "rejected" and perhaps "corrupted": the chosen response behind the prompt with corrupted pictures."""
+    """What each record is scored on, "chosen" and "rejected" first: names of `data.pair_records.BRANCHES` and of further branches."""
     input_ids: Tensor
     """(1, S) of the tree, or (n b, L) padded on the right; int64."""
     attention_mask: Tensor
@@ -67,6 +77,18 @@ class PreferenceBatch:
         """(R,) log-probabilities of the response tokens, as a loss takes them."""
         return TokenLogps(logps=logps, lengths=self.lengths, branches=self.branches, weights=self.token_weights)
 
+    def summed_logps(self, sums: Tensor) -> SequenceLogps | TokenLogps:
+        """(n, b) log-probabilities of whole responses, as a loss takes them."""
+        if set(self.branches) <= set(BRANCHES):
+            return SequenceLogps(**dict(zip(self.branches, sums.unbind(1), strict=True)))
+        # Other branches have names among tokens only: a response's first token stands for all of it, or each for the mean that weights ask for.
+        lengths = self.lengths.flatten()
+        if self.token_weights is not None:
+            return self.token_logps(sums.flatten().repeat_interleave(lengths))
+        logps = sums.new_zeros(len(self.targets))
+        logps[lengths.cumsum(0) - lengths] = sums.flatten()
+        return self.token_logps(logps)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         """The batch with its tensors on `device`."""
         return _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -87,7 +109,7 @@ class PreferenceCollator:
     which rewards are logged too. Prompt and response are tokenised each on its own and put together (`TextEncoder`), which is what
     the model sees when it generates; a response ends with `end_id`, once, also where its text ends with an end token.
 
-    In the corrupted branch the asked-about picture is corrupted, or all of them where a record does not say which; a record without
+    In the corrupted view the asked-about picture is corrupted, or all of them where a record does not say which; a record without
     pictures has its chosen sequence there. Corruptions follow from seed and content (pictures, prompt text): the same record is
     corrupted alike in every batch, epoch and process. Where the reference is to see another draw (`corruption.draw`), the result
     has a second entry, `"reference_batch"`.
@@ -97,7 +119,7 @@ class PreferenceCollator:
         family: from `family_of(model)`; None: the processor's, which is enough where positions just count tokens (LLaVA).
         image_token_id, end_id, pad_id: of the model's image token, a response's end, padding.
         tree_packing: one tree for all records, or a padded row for each sequence.
-        branches: "chosen" and "rejected", or these and "corrupted".
+        branches: names, "chosen" and "rejected", or these and "corrupted"; or a table that holds further ones, see `data.pair_records.Branch`.
         corruption: how pictures are corrupted; None: only by the records' own `rejected_images`.
         no_image: leave pictures and placeholders out of the prompts.
         changed_token_weight: weight of response tokens that differ between chosen and rejected, see `changed_token_weights`.
@@ -118,18 +140,18 @@ class PreferenceCollator:
         pad_id: int = 0,
         family: Family | None = None,
         tree_packing: bool = True,
-        branches: Sequence[str] = BRANCHES[:2],
+        branches: Sequence[str] | Mapping[str, Branch] = PAIR,
         corruption: Corruption | None = None,
         no_image: bool = False,
         changed_token_weight: float = 1.0,
         picture_pool: Sequence[Any] = (),
         date: TemplateDate | None = None,
     ) -> None:
-        if tuple(branches) not in (BRANCHES[:2], BRANCHES):
-            raise ValueError(f"branches: expected {BRANCHES[:2]} or {BRANCHES}, got {tuple(branches)}")
-        if no_image and "corrupted" in branches:
+        table = branch_table(branches)
+        corrupts = shows_corrupted(table)
+        if no_image and corrupts:
             raise ValueError("no_image: without pictures there is nothing to corrupt; leave the corrupted branch out")
-        if corruption is not None and corruption.kind == "other" and "corrupted" in branches and not len(picture_pool):
+        if corruption is not None and corruption.kind == "other" and corrupts and not len(picture_pool):
             raise ValueError("picture_pool: corruption kind 'other' needs pictures to draw from, got none")
         if tree_packing and (family or family_of(processor)).cross_attention:
             raise ValueError("tree_packing: cross-attended pictures are seen row by row of a batch; pass tree_packing=False")
@@ -141,7 +163,7 @@ class PreferenceCollator:
             family=family or family_of(processor),
             image_token_id=image_token_id,
             end_id=end_id,
-            branches=branches,
+            branches=table,
             corruption=corruption,
             no_image=no_image,
             changed_token_weight=changed_token_weight,
@@ -152,7 +174,7 @@ class PreferenceCollator:
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, PreferenceBatch]:
         found = {"batch": self.batch(records)}
         corruption = self._maker.corruption
-        if self.runs_reference and self._maker.corrupted and corruption is not None and corruption.draw == "separate":
+        if self.runs_reference and corruption is not None and corruption.draw == "separate":
             found["reference_batch"] = self.batch(records, "reference")
         return found
 
@@ -254,19 +276,84 @@ class PreferenceCollator:
             ids=[example.name for example in examples],
             keys=[example.key for example in examples],
             kinds=[_kind(example.record) for example in examples],
-            branches=self._maker.branches,
+            branches=tuple(self._maker.branches),
             pictures=pictures,
             rows=rows,
             targets=targets,
             shared_rows=SharedRows.from_pairs(rows, targets),
             token_weights=torch.from_numpy(np.concatenate(weights)) if weights else None,
             lengths=lengths,
-            chosen_tokens=int(lengths[:, self._maker.branches.index("chosen")].sum()),
+            chosen_tokens=int(lengths[:, list(self._maker.branches).index("chosen")].sum()),
             segments=ratios.segments,
             recorded_rows=ratios.recorded_rows,
             ratios=ratios.spans,
             **inputs,
         )
+
+
+def model_collator(base: Any, processor: Any, **options: Any) -> PreferenceCollator:
+    """The collator for a model without its adapter. options: as of `PreferenceCollator`.
+
+    Raises ValueError where neither tokenizer nor model has an end token.
+    """
+    tokenizer = processor.tokenizer
+    end = response_end(tokenizer, base.generation_config)
+    if end is None:
+        raise ValueError("processing_class: neither tokenizer nor generation_config has an end token; responses could not end")
+    return PreferenceCollator(
+        processor,
+        family=family_of(base),
+        image_token_id=base.config.image_token_id,
+        end_id=end,
+        pad_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **options,
+    )
+
+
+def collator_of(
+    base: Any,
+    processor: Any,
+    args: PreferenceConfig,
+    pool: Any,
+    *,
+    tree_packing: bool,
+    branches: Mapping[str, Branch] | None = None,
+) -> PreferenceCollator:
+    """The collator that `args` describes, for a model without its adapter. pool: a dataset, whose pictures corruption "other" draws from.
+
+    branches: in place of those of `args`.
+    """
+    branches = branches or args.branches
+    corrupts = shows_corrupted(branches)
+    return model_collator(
+        base,
+        processor,
+        date=template_date(processor, args),
+        tree_packing=tree_packing,
+        branches=branches,
+        corruption=args.picture_corruption if corrupts else None,
+        no_image=args.no_image,
+        changed_token_weight=args.changed_token_weight,
+        picture_pool=PicturePool(pool) if pool is not None and args.corruption == "other" and corrupts else (),
+    )
+
+
+def template_date(processor: Any, args: PreferenceConfig) -> TemplateDate | None:
+    """The date that the chat template is told: that of `args`, or for a template that prints one the day of the first start.
+
+    With another day's date a continued training would see other prompts than its reference did.
+    """
+    if args.template_date is not None:
+        return TemplateDate.read(args.template_date)
+    if not prints_date(processor):
+        return None
+    found = None
+    if args.process_index == 0:
+        path = Path(str(args.output_dir)) / TEMPLATE_DATE
+        if not path.exists():
+            write_atomic(path, {"template_date": str(TemplateDate.now())})
+        found = str(read_json(path)["template_date"])
+    return TemplateDate.read(str(collectives.gathered(found)[0]))
 
 
 def _kind(record: Mapping[str, Any]) -> str | None:

@@ -1,11 +1,9 @@
-"""Preference records to tokenised examples: a record's branches as token sequences, their pictures opened, corrupted and encoded once."""
+"""Preference records to tokenised examples: a record's branches as token sequences, each a response behind the prompt with a view's images."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,26 +14,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmdpo_trainers.data.corruption import Corruption, Model, corrupt, masked_tokens
+from mmdpo_trainers.data.corruption import Corruption, Model
 from mmdpo_trainers.data.pair_records import (
+    BRANCHES,
+    IMAGES,
+    PAIR,
+    Branch,
     check_content,
     picture_digest,
-    picture_size,
     prompt_text,
-    record_images,
     record_name,
-    record_picture,
-    record_rejected_images,
-    record_target,
     response_text,
+    shows_corrupted,
 )
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.models.families import EncodedPictures, Family, expand_ids
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.models.token_rules import TextEncoder
-
-"""What a record can be scored on: its responses, and the chosen one behind the prompt with corrupted pictures."""
+from mmdpo_trainers.training.batches.views import BatchImages, ViewPlan, Views, sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,29 +76,9 @@ class _Texts:
     record: Mapping[str, Any]
     text: str
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    responses: dict[str, list[int]]
+    """By column."""
     images: list[Any]
-
-
-@dataclass(frozen=True)
-class _Substitute:
-    """What stands in a picture's place in the corrupted branch."""
-
-    key: str
-    """Names the record's content and the place; the corruption is drawn by it."""
-    image: Any = None
-    """The record's own corrupted picture, or with kind "other" the picture that is shown; None: made from the picture itself."""
-    digest: str = ""
-    own: bool = False
-
-
-@dataclass(frozen=True)
-class _Plan:
-    texts: _Texts
-    digests: list[str]
-    substitutes: dict[int, _Substitute]
-    """By place among the record's pictures."""
 
 
 class ExampleMaker:
@@ -114,7 +91,7 @@ class ExampleMaker:
         family: Family,
         image_token_id: int,
         end_id: int,
-        branches: Sequence[str],
+        branches: Mapping[str, Branch],
         corruption: Corruption | None,
         no_image: bool,
         changed_token_weight: float,
@@ -123,58 +100,66 @@ class ExampleMaker:
     ) -> None:
         self.processor, self.family = processor, family
         self.image_token_id, self.end_id = image_token_id, end_id
-        self.branches = tuple(branches)
-        self.corruption = corruption
+        self.branches = dict(branches)
+        self.corruption = corruption if shows_corrupted(branches) else None
         self.no_image = no_image
         self.changed_token_weight = changed_token_weight
-        self.picture_pool = picture_pool
         ends = {end_id, processor.tokenizer.eos_token_id} - {None}
         self._encoder = TextEncoder(processor, image_token_id=image_token_id, end_ids=ends, date=date)
-        self._tokens_of_size: dict[tuple[tuple[int, int], bool], int] = {}
-        if family.cross_attention and corruption is not None and corruption.kind == "mask" and "corrupted" in branches:
-            raise ValueError(f"corruption: kind 'mask' hides image tokens, and {family.name} has none; choose another kind")
+        self._views = Views(
+            [branch.view for branch in branches.values()],
+            processor=processor,
+            family=family,
+            corruption=self.corruption,
+            no_image=no_image,
+            picture_pool=picture_pool,
+        )
+        self._columns = list(dict.fromkeys(branch.response for branch in branches.values()))
         self._settings = self._settings_digest()
-
-    @property
-    def corrupted(self) -> bool:
-        """Whether there is a corrupted branch."""
-        return "corrupted" in self.branches
 
     def examples(self, records: Sequence[Mapping[str, Any]], model: Model) -> tuple[list[Example], EncodedPictures | None]:
         """The records as `model` (policy or reference) is to see them, and their distinct pictures."""
-        pictures = _Pictures()
-        plans = [self._plan(self._texts(record), pictures.opened) for record in records]
-        drafts = [(plan, *self._place(plan, pictures, model)) for plan in plans]
-        encoded = pictures.encode(self.family, self.processor)
-        return [self._example(*draft, encoded, model) for draft in drafts], encoded
+        images = BatchImages()
+        drafts = []
+        for record in records:
+            texts = self._texts(record)
+            drafts.append((texts, self._plan(texts, images.opened)))
+        shown = [self._views.place(plan, images, model) for _, plan in drafts]
+        encoded = images.encode(self.family, self.processor)
+        return [self._example(*draft, each, encoded, model) for draft, each in zip(drafts, shown, strict=True)], encoded
 
     def length(self, record: Mapping[str, Any]) -> int:
         """Tokens of the record's longest branch. Of its pictures only the sizes are read."""
         texts = self._texts(record)
-        prompt = len(texts.prompt) + sum(self._counts(record, texts.images)) - len(texts.images)
-        lengths = [prompt + max(len(texts.chosen), len(texts.rejected))]
-        own = record_rejected_images(record) if self.corrupted and texts.images else None
-        if own is not None:
-            lengths.append(len(texts.prompt) + sum(self._counts(record, own)) - len(own) + len(texts.chosen))
-        return max(lengths)
+        counts = self._views.tokens(record, texts.images)
+        return max(self._length(texts, counts, branch) for branch in self.branches.values())
 
     def tree_tokens(self, record: Mapping[str, Any]) -> int:
         """Tokens of a tree of this record alone. Of its pictures only the sizes are read.
 
         Kind "mask" may take fewer: image tokens before the first masked one are shared.
         """
-        texts = self._texts(record)
-        counts = self._counts(record, texts.images)
-        tokens = len(texts.prompt) + sum(counts) - len(counts)
-        tokens += len(texts.chosen) + len(texts.rejected) - _common(texts.chosen, texts.rejected)
-        places = self._corrupted_places(texts)
-        if places:
-            own = record_rejected_images(record)
-            corrupted = counts if own is None else self._counts(record, own)
-            before = [place for place, token in enumerate(texts.prompt) if token == self.image_token_id][places[0]]
-            shared = before + sum(counts[: places[0]]) - places[0]
-            tokens += len(texts.prompt) + sum(corrupted) - len(corrupted) - shared + len(texts.chosen)
+        texts, branches = self._texts(record), list(self.branches.values())
+        counts = self._views.tokens(record, texts.images)
+        tokens = 0
+        for number, branch in enumerate(branches):
+            shared = [self._shared(texts, counts, branch, other) for other in branches[:number]]
+            tokens += self._length(texts, counts, branch) - max(shared, default=0)
         return tokens
+
+    def _length(self, texts: _Texts, counts: Mapping[str, list[int]], branch: Branch) -> int:
+        """Tokens of a branch. counts: by view, those of its images."""
+        images = counts[branch.view]
+        return len(texts.prompt) + sum(images) - len(images) + len(texts.responses[branch.response])
+
+    def _shared(self, texts: _Texts, counts: Mapping[str, list[int]], branch: Branch, other: Branch) -> int:
+        """Leading tokens that two branches have in common, at least."""
+        place = self._views.first_difference(texts.record, texts.images, branch.view, other.view)
+        if place is None:
+            common = _common(texts.responses[branch.response], texts.responses[other.response])
+            return self._length(texts, counts, branch) - len(texts.responses[branch.response]) + common
+        before = [index for index, token in enumerate(texts.prompt) if token == self.image_token_id][place]
+        return before + sum(counts[IMAGES][:place]) - place
 
     def shared_tokens(self, records: Sequence[Mapping[str, Any]]) -> int:
         """See `PreferenceCollator.shared_tokens`."""
@@ -182,33 +167,27 @@ class ExampleMaker:
         first = texts[0].prompt
         common = min(_common(first, other.prompt) for other in texts)
         pictures = first[:common].count(self.image_token_id)
-        return common + sum(self._counts(records[0], texts[0].images[:pictures])) - pictures
+        return common + sum(self._views.counts(records[0], texts[0].images[:pictures])) - pictures
 
     def key(self, record: Mapping[str, Any]) -> str:
         """See `PreferenceCollator.key`."""
-        return self._key(self._plan(self._texts(record)))
+        texts = self._texts(record)
+        return self._key(texts, self._plan(texts))
 
     def picture_key(self, record: Mapping[str, Any]) -> str:
         """See `PreferenceCollator.picture_key`."""
-        images = [] if self.no_image else record_images(record)
+        images = self._views.images(record)
         if not images:
             return self.key(record)
-        return _sha256([picture_digest(record, image) for image in images])
+        return sha256([picture_digest(record, image) for image in images])
 
     def _texts(self, record: Mapping[str, Any]) -> _Texts:
         check_content(record)
-        text, images = prompt_text(record), record_images(record)
+        text, images = prompt_text(record), self._views.images(record)
         if self.no_image:
-            text, images = _without_pictures(text), []
-        prompt = self._encoder.prompt(record_name(record), text)
-        found = prompt.count(self.image_token_id)
-        if found != len(images):
-            raise DataError(
-                f"record {record_name(record)}: the prompt has {found} image tokens for {len(images)} pictures; write {IMAGE_TOKEN} "
-                "for a picture, and take the model's own image token out of the text"
-            )
-        chosen, rejected = (self._response(record, column) for column in ("chosen", "rejected"))
-        return _Texts(record, text, prompt, chosen, rejected, images)
+            text = _without_pictures(text)
+        prompt = self._encoder.prompt(record_name(record), text, len(images))
+        return _Texts(record, text, prompt, {column: self._response(record, column) for column in self._columns}, images)
 
     def _response(self, record: Mapping[str, Any], column: str) -> list[int]:
         ids = self._encoder.answer(record_name(record), column, response_text(record, column))
@@ -216,80 +195,31 @@ class ExampleMaker:
             raise DataError(f"record {record_name(record)}: chosen is an end token alone; give it a text, or remove the record")
         return [*ids, self.end_id]
 
-    def _counts(self, record: Mapping[str, Any], images: Sequence[Any]) -> list[int]:
-        """Tokens that stand for each of a prompt's pictures, by their sizes."""
-        alone = self._alone(images)
-        sizes = [picture_size(record, image) for image in images]
-        for size in sizes:
-            if (size, alone) not in self._tokens_of_size:
-                try:
-                    self._tokens_of_size[size, alone] = self.family.picture_tokens(self.processor, size, alone)
-                except ValueError as error:
-                    raise _unfit(record, error) from error
-        return [self._tokens_of_size[size, alone] for size in sizes]
+    def _plan(self, texts: _Texts, opened: dict[str, Image.Image] | None = None) -> ViewPlan:
+        return self._views.plan(texts.record, texts.text, texts.images, opened)
 
-    def _alone(self, images: Sequence[Any]) -> bool:
-        """Whether a prompt's pictures are encoded as the only one of a prompt is."""
-        return len(images) == 1 or not self.family.several_differ
-
-    def _corrupted_places(self, texts: _Texts) -> list[int]:
-        """Which of the record's pictures the corrupted branch shows otherwise."""
-        if not self.corrupted or not texts.images:
-            return []
-        target = record_target(texts.record)
-        own = record_rejected_images(texts.record)
-        return list(range(len(texts.images))) if own is not None or target is None else [target]
-
-    def _plan(self, texts: _Texts, opened: dict[str, Image.Image] | None = None) -> _Plan:
-        """opened: gets the pictures that had to be decoded, by digest."""
-        digests = [picture_digest(texts.record, image, opened=opened) for image in texts.images]
-        own = record_rejected_images(texts.record) if self.corrupted else None
-        substitutes = {}
-        for place in self._corrupted_places(texts):
-            key = _sha256([digests, texts.text, place])
-            if own is not None:
-                substitute = _Substitute(key, own[place], picture_digest(texts.record, own[place], opened=opened), own=True)
-            elif self.corruption is None:
-                raise DataError(
-                    f"record {record_name(texts.record)}: expected rejected_images, as no corruption is set; add them, or set one"
-                )
-            elif self.corruption.kind == "other":
-                substitute = _Substitute(key, *self._other(texts.record, key, digests[place]))
-            else:
-                substitute = _Substitute(key)
-            substitutes[place] = substitute
-        return _Plan(texts, digests, substitutes)
-
-    def _other(self, record: Mapping[str, Any], key: str, digest: str) -> tuple[Any, str]:
-        """A picture of the pool that is not this one, drawn by the key, and its digest."""
-        seed = 0 if self.corruption is None else self.corruption.seed
-        first, count = int(_sha256([seed, key]), 16), len(self.picture_pool)
-        for step in range(count):
-            image = self.picture_pool[(first + step) % count]
-            its_digest = picture_digest(record, image)
-            if its_digest != digest:
-                return image, its_digest
-        raise DataError(f"record {record_name(record)}: picture_pool holds no picture other than the record's own; add one")
-
-    def _key(self, plan: _Plan) -> str:
-        texts = plan.texts
-        # The key of a drawn corruption covers the prompt's text, which may say more than its tokens.
-        substitutes = {place: substitute.digest or substitute.key for place, substitute in plan.substitutes.items()}
-        return _sha256([self._settings, texts.prompt, texts.chosen, texts.rejected, plan.digests, substitutes])
+    def _key(self, texts: _Texts, plan: ViewPlan) -> str:
+        digests, substitutes, others = plan.content()
+        responses = dict(texts.responses)
+        content = [self._settings, texts.prompt, responses.pop("chosen"), responses.pop("rejected"), digests, substitutes]
+        # Records without further branches have the keys that caches know.
+        return sha256([*content, responses, others] if responses or others else content)
 
     def _settings_digest(self) -> str:
         """What all keys share: what a record's log-probabilities depend on besides the record and the model."""
-        corruption = dataclasses.asdict(self.corruption) if self.corruption is not None and self.corrupted else None
-        return _sha256(
+        corruption = None if self.corruption is None else dataclasses.asdict(self.corruption)
+        further = {name: dataclasses.astuple(branch) for name, branch in self.branches.items() if name not in BRANCHES}
+        return sha256(
             [
                 *(
                     self.family.name,
                     self.processor.image_processor.to_json_string(),
                     self._processor_settings(),
-                    self.branches,
+                    list(self.branches),
                     corruption,
                 ),
                 *(self.no_image, self.changed_token_weight),
+                *([further] if further else []),
             ]
         )
 
@@ -298,46 +228,32 @@ class ExampleMaker:
         plain = {name: value for name, value in vars(self.processor).items() if isinstance(value, int | float | str)}
         return {name: plain[name] for name in sorted(plain) if name != "chat_template"}
 
-    def _place(self, plan: _Plan, pictures: _Pictures, model: Model) -> tuple[list[int], list[int]]:
-        """Indices of the record's pictures, and of those that the corrupted branch shows, among the batch's."""
-        record = plan.texts.record
-        alone = self._alone(plan.texts.images)
-        shown = [
-            pictures.add(record, image, digest, alone) for image, digest in zip(plan.texts.images, plan.digests, strict=True)
-        ]
-        corrupted = list(shown)
-        for place, substitute in plan.substitutes.items():
-            if substitute.own:
-                corrupted[place] = pictures.add(record, substitute.image, substitute.digest, alone)
-            elif self.corruption is not None and self.corruption.kind != "mask":
-                other = None if substitute.image is None else record_picture(record, substitute.image)
-                picture = pictures.images[shown[place]]
-                made = corrupt(picture, self.corruption, substitute.key, other=other, model=model)
-                corrupted[place] = pictures.add(record, made, picture_digest(record, made), alone)
-        return shown, corrupted
-
     def _example(
-        self, plan: _Plan, shown: list[int], corrupted: list[int], encoded: EncodedPictures | None, model: Model
+        self, texts: _Texts, plan: ViewPlan, shown: dict[str, list[int]], encoded: EncodedPictures | None, model: Model
     ) -> Example:
-        texts = plan.texts
         positions: dict[tuple[bytes, bytes | None], Tensor | None] = {}
-        prompt = self._prompt(texts.prompt, shown, encoded, positions)
-        chosen, rejected = np.array(texts.chosen), np.array(texts.rejected)
-        chosen_weights, rejected_weights = changed_token_weights(texts.chosen, texts.rejected, self.changed_token_weight)
-        sequences = {
-            "chosen": _sequence(*prompt, chosen, chosen_weights),
-            "rejected": _sequence(*prompt, rejected, rejected_weights),
+        prompts = {view: self._prompt(texts.prompt, images, encoded, positions) for view, images in shown.items()}
+        unseen = {
+            view: self._views.unseen(plan, view, rows, shown[IMAGES], encoded, model) for view, (_, rows, _) in prompts.items()
         }
-        if self.corrupted:
-            other = prompt if corrupted == shown else self._prompt(texts.prompt, corrupted, encoded, positions)
-            unseen = self._unseen(plan, other[1], shown, encoded, model)
-            sequences["corrupted"] = _sequence(*other, chosen, chosen_weights, unseen)
+        responses = {column: np.array(ids) for column, ids in texts.responses.items()}
+        weights = self._weights(texts.responses)
         return Example(
             record=texts.record,
-            key=self._key(plan),
-            sequences=tuple(sequences[branch] for branch in self.branches),
-            pictures=shown,
+            key=self._key(texts, plan),
+            sequences=tuple(
+                _sequence(*prompts[branch.view], unseen[branch.view], responses[branch.response], weights[branch.response])
+                for branch in self.branches.values()
+            ),
+            pictures=shown[IMAGES],
         )
+
+    def _weights(self, responses: Mapping[str, list[int]]) -> dict[str, np.ndarray | None]:
+        """By column, of each response's tokens: what differs between chosen and rejected, and in others from the chosen response."""
+        weight, chosen = self.changed_token_weight, responses["chosen"]
+        found = dict(zip(PAIR, changed_token_weights(chosen, responses["rejected"], weight), strict=True))
+        others = {column: ids for column, ids in responses.items() if column not in found}
+        return found | {column: changed_token_weights(chosen, ids, weight)[1] for column, ids in others.items()}
 
     def _prompt(
         self,
@@ -363,21 +279,6 @@ class ExampleMaker:
             positions[shape] = None if found is None else found[:, 0]
         return ids, rows, positions[shape]
 
-    def _unseen(
-        self, plan: _Plan, feature_rows: np.ndarray, shown: list[int], encoded: EncodedPictures | None, model: Model
-    ) -> np.ndarray | None:
-        if self.corruption is None or self.corruption.kind != "mask" or encoded is None:
-            return None
-        masked = [np.zeros(encoded.tokens[picture], dtype=bool) for picture in shown]
-        for place, substitute in plan.substitutes.items():
-            if not substitute.own:
-                masked[place] = masked_tokens(len(masked[place]), self.corruption, substitute.key, model=model)
-        unseen = np.zeros(feature_rows.shape, dtype=bool)
-        if masked and any(map(np.any, masked)):
-            unseen[feature_rows >= 0] = np.concatenate(masked)
-            return unseen
-        return None
-
 
 def changed_token_weights(
     chosen: Sequence[int], rejected: Sequence[int], weight: float
@@ -395,49 +296,13 @@ def changed_token_weights(
     return found
 
 
-class _Pictures:
-    """The distinct pictures of a batch, each opened once; one that is encoded in two ways counts as two."""
-
-    def __init__(self) -> None:
-        self.images: list[Image.Image] = []
-        self.opened: dict[str, Image.Image] = {}
-        """Those that were decoded when they were told apart, by digest."""
-        self._alone: list[bool] = []
-        self._records: list[Mapping[str, Any]] = []
-        self._index_of: dict[tuple[str, bool], int] = {}
-
-    def add(self, record: Mapping[str, Any], image: Any, digest: str, alone: bool) -> int:
-        """Index of a picture, which is opened if it is new. DataError naming the record where it cannot be."""
-        if (digest, alone) not in self._index_of:
-            known = self.opened.get(digest)
-            self.images.append(record_picture(record, image) if known is None else known)
-            self._alone.append(alone)
-            self._records.append(record)
-            self._index_of[digest, alone] = len(self._index_of)
-        return self._index_of[digest, alone]
-
-    def encode(self, family: Family, processor: Any) -> EncodedPictures | None:
-        """All of them as the model takes them; None: there are none. DataError naming the record of one that is refused."""
-        if not self.images:
-            return None
-        try:
-            return family.encode_pictures(processor, self.images, self._alone)
-        except ValueError:
-            for record, image, alone in zip(self._records, self.images, self._alone, strict=True):
-                try:
-                    family.encode_pictures(processor, [image], [alone])
-                except ValueError as error:
-                    raise _unfit(record, error) from error
-            raise
-
-
 def _sequence(
     prompt: np.ndarray,
     feature_rows: np.ndarray,
     positions: Tensor | None,
+    unseen: np.ndarray | None,
     response: np.ndarray,
     weights: np.ndarray | None,
-    unseen: np.ndarray | None = None,
 ) -> TokenSequence:
     if positions is not None:
         # Text counts on from the greatest position on any axis, as the model does when it generates.
@@ -460,11 +325,3 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
         if one != other:
             return index
     return min(len(first), len(second))
-
-
-def _sha256(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _unfit(record: Mapping[str, Any], error: ValueError) -> DataError:
-    return DataError(f"record {record_name(record)}: the image processor refuses a picture: {error}; remove the record")

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdpo_kernels import SequenceLogps
+from mmdpo_kernels import SequenceLogps, TokenLogps
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.models.families import EncodedPictures
 from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.batches.collator import PreferenceBatch
 from mmdpo_trainers.training.reference.cache import ReferenceCache
-from mmdpo_trainers.training.sharded.blank_pictures import features_of_blank
-from mmdpo_trainers.training.sharded.root_call import through_root
+from mmdpo_trainers.training.sharded.sharding import through_root
 
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -57,7 +56,7 @@ class Reference:
         """While it lasts, `model` computes the reference."""
         return contextlib.nullcontext() if self.second is not None else model_parts.adapter_off(self.policy)  # type: ignore[arg-type]
 
-    def cached(self, batch: PreferenceBatch) -> SequenceLogps | None:
+    def cached(self, batch: PreferenceBatch) -> SequenceLogps | TokenLogps | None:
         """What the cache holds of a batch; None: there is no cache. Raises DataError naming a record that is not in it."""
         if self.cache is None:
             return None
@@ -68,9 +67,8 @@ class Reference:
                 "which runs the reference over what changed"
             )
         found = [self.cache.get(key) for key in batch.keys]
-        device = batch.input_ids.device
-        columns = {name: [logps[name] for logps in found] for name in batch.branches}
-        return SequenceLogps(**{name: torch.tensor(v, dtype=torch.float64, device=device) for name, v in columns.items()})
+        rows = [[logps[name] for name in batch.branches] for logps in found]
+        return batch.summed_logps(torch.tensor(rows, dtype=torch.float64, device=batch.input_ids.device))
 
     @property
     def scored_beside_policy(self) -> bool:
@@ -81,7 +79,8 @@ class Reference:
     def token_logps(self, batch: PreferenceBatch, features: list[Tensor] | None, blank: EncodedPictures | None = None) -> Tensor:
         """(R,) log-probabilities of a batch's response tokens.
 
-        features: the policy's of this batch, used where they are the reference's too. blank: see `blank_pictures`; the batch has no picture.
+        features: the policy's of this batch, used where they are the reference's too. blank: see `model_parts.features_of_blank`; the
+        batch has no picture.
         """
         return self._called(lambda: head.token_logps(self.model, self._rows(batch, features, blank), batch))
 
@@ -110,5 +109,5 @@ class Reference:
                 if blank is None:
                     features = model_parts.picture_features(self.model, batch)
                 else:
-                    features, _ = features_of_blank(self.model, batch, blank)
+                    features, _ = model_parts.features_of_blank(self.model, batch, blank)
             return head.scored_rows(model_parts.hidden_states(self.model, batch, features), batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard, SeedableRandomSampler
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
 
@@ -82,6 +83,23 @@ def sharded_loader(dataset: Any, batches: Any, collator: Any, args: PreferenceCo
         persistent_workers=lasting and args.dataloader_persistent_workers and workers > 0,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
+
+
+def train_loader(dataset: Any, batches: Any, collator: Any, args: PreferenceConfig, accelerator: Accelerator) -> DataLoader:
+    """The data loader of a training, in this process. batches: a batch sampler, as one process would use it."""
+    if args.world_size > 1:
+        return sharded_loader(dataset, batches, collator, args, lasting=True)
+    workers = args.dataloader_num_workers
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers and workers > 0,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    return accelerator.prepare(loader)  # type: ignore[no-any-return]
 
 
 def batches_of(sampler: Any, size: int, *, drop_last: bool = False, data_seed: int | None = None) -> BatchSampler:

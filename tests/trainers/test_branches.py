@@ -1,0 +1,199 @@
+"""Branches beyond chosen, rejected and corrupted: a loss that looks at one, and its declaration, are all that training needs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import ImageOps
+from tiny_models import make_tiny_llava, make_tiny_qwen, sample_pictures
+from torch.nn.functional import logsigmoid
+from training_cases import config, preference_records, tiny, warm_adapter
+from transformers import HfArgumentParser
+
+from mmdpo_kernels import patch_model
+from mmdpo_kernels.backends.loss_options import Term
+from mmdpo_kernels.losses import LOSSES, LossParameters, difference
+from mmdpo_trainers.checks.alone import BLUR, branch_logp
+from mmdpo_trainers.data.corruption import Corruption
+from mmdpo_trainers.data.pair_records import BRANCHES, Branch
+from mmdpo_trainers.data.pairs import read_pairs
+from mmdpo_trainers.errors import DataError
+from mmdpo_trainers.models.families import family_of
+from mmdpo_trainers.models.loaded import LoadedModel
+from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.training import head
+from mmdpo_trainers.training.batches.collator import PreferenceCollator
+from mmdpo_trainers.training.config import PreferenceConfig
+from mmdpo_trainers.training.trainer import PreferenceTrainer
+
+FURTHER = {
+    "crossed": ["corrupted", "rejected"],
+    "mirrored": ["mirrored_images", "chosen"],
+    "third": ["mirrored_images", "third"],
+}
+TABLE = {**BRANCHES, **{name: Branch(*pair) for name, pair in FURTHER.items()}}
+
+
+def crossed(x: LossParameters) -> tuple[Term, ...]:
+    """-log sigmoid(beta (the chosen ratio - that of the rejected response under the corrupted image))."""
+    return (Term("minus_log_sigmoid", difference("chosen", "crossed"), scale=x.beta),)
+
+
+def mirrored(x: LossParameters) -> tuple[Term, ...]:
+    """The same against the two branches that show a column of the data."""
+    return tuple(Term("minus_log_sigmoid", difference("chosen", name), scale=x.beta) for name in ("mirrored", "third"))
+
+
+@pytest.fixture(autouse=True)
+def two_more_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for loss in (crossed, mirrored):
+        monkeypatch.setitem(LOSSES, loss.__name__, loss)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llava")
+
+
+def records(count: int = 6) -> list[dict[str, Any]]:
+    """Of one image, several and none, with another list of images and a third response."""
+    found = preference_records(count, [picture.resize((48, 48)) for picture in sample_pictures(6)])
+    for record in found:
+        record.update(region=None, patch_grid=None, mirrored_images=[ImageOps.mirror(image) for image in record["images"]])
+        record["third"] = [{"role": "assistant", "content": "two stars"}]
+    return found
+
+
+def collator(loaded: LoadedModel, **options: Any) -> PreferenceCollator:
+    defaults = {"branches": TABLE, "corruption": BLUR, "family": family_of(loaded.model), "pad_id": loaded.pad_id}
+    end = loaded.processor.tokenizer.eos_token_id
+    return PreferenceCollator(loaded.processor, image_token_id=loaded.image_token_id, end_id=end, **{**defaults, **options})
+
+
+@pytest.mark.parametrize("make", [make_tiny_llava, make_tiny_qwen])
+def test_trees_and_padded_rows_have_the_separate_sequences_log_probabilities(make: Any, tmp_path: Path) -> None:
+    loaded = load_model(make(tmp_path / "model"), dtype=torch.float64, device="cpu")
+    expected = torch.stack([torch.stack([branch_logp(loaded, each, branch) for branch in TABLE.values()]) for each in records()])
+    patch_model(loaded.model)
+    for packing in (True, False):
+        batch = collator(loaded, tree_packing=packing).batch(records())
+        assert batch.branches == tuple(TABLE)
+        # Norms of transformers round to float32.
+        assert torch.allclose(head.batch_logps(loaded.model, batch), expected, rtol=1e-5)
+    # The views show what they say: every branch of a record with images has a number of its own.
+    assert all(len(set(row.tolist())) == len(TABLE) for row, each in zip(expected, records(), strict=True) if each["images"])
+
+
+@pytest.mark.parametrize("kind", ["crop", "mask"])
+def test_lengths_count_every_branch(folder: Path, kind: str) -> None:
+    loaded, corruption = tiny(folder), Corruption(kind=kind, strength=1.0 if kind == "mask" else None)  # type: ignore[arg-type]
+    tree, rows = (collator(loaded, corruption=corruption, tree_packing=packing) for packing in (True, False))
+    for record in records():
+        assert tree.tree_tokens(record) == tree.batch([record]).input_ids.shape[1]
+        assert tree.length(record) == rows.batch([record]).input_ids.shape[1]
+
+
+def test_keys_follow_every_branch(folder: Path) -> None:
+    loaded, [first, *_] = tiny(folder), records(1)
+    key = collator(loaded).key(first)
+    four = {name: TABLE[name] for name in (*BRANCHES, "crossed")}
+    others = [
+        collator(loaded).key({**first, "mirrored_images": first["images"]}),
+        collator(loaded).key({**first, "third": "one star"}),
+        collator(loaded, branches=four).key(first),
+        collator(loaded, branches={**four, "crossed": Branch("corrupted", "chosen")}).key(first),
+        collator(loaded, branches=BRANCHES).key(first),
+    ]
+    assert len({key, *others}) == 1 + len(others)
+    assert collator(loaded, branches=tuple(BRANCHES)).key({**first, "third": "one star"}) == others[-1]
+
+
+def trained(folder: Path, output: Path, data: list[Any], **options: Any) -> tuple[PreferenceTrainer, list[dict[str, Any]]]:
+    loaded = tiny(folder)
+    settings = {"loss_type": ["sigmoid", "crossed", "mirrored"], "further_branches": FURTHER, "max_steps": 2, **options}
+    trainer = PreferenceTrainer(loaded.model, config(output, **settings), processing_class=loaded.processor, train_dataset=data)
+    warm_adapter(trainer)
+    trainer.train()
+    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tree_packing": False}, {"changed_token_weight": 3.0}, {"corruption_draw": "separate"}, {"max_tokens_per_batch": 900}],
+)
+def test_a_cached_reference_changes_nothing(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    (_, log), (_, cached) = (
+        trained(folder, tmp_path / str(cached), records(), precompute_ref_log_probs=cached, **options) for cached in (False, True)
+    )
+    assert len(log) == len(cached) == 2
+    for one, other in zip(log, cached, strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-9)
+    assert len((tmp_path / "True" / "reference.jsonl").read_text().splitlines()) == 7
+
+
+def test_the_log_has_the_loss_and_every_branch(folder: Path, tmp_path: Path) -> None:
+    trainer, [entry, _] = trained(folder, tmp_path, records(4), learning_rate=0.0)
+    batch = trainer.data_collator.batch(records(4))
+    policy = head.batch_logps(trainer.model, batch)
+    with trainer.reference.active():
+        reference = head.batch_logps(trainer.reference.model, batch)
+    rewards = dict(zip(batch.branches, (0.1 * (policy - reference)).unbind(1), strict=True))
+    # The corrupted branch itself no loss looks at.
+    assert list(rewards) == ["chosen", "rejected", *FURTHER]
+    margins = {name: rewards["chosen"] - value for name, value in rewards.items() if name != "chosen"}
+    assert entry["loss"] == pytest.approx(float(-sum(logsigmoid(margin) for margin in margins.values()).mean()), rel=1e-6)
+    for name in FURTHER:
+        assert entry[f"rewards/{name}"] == pytest.approx(float(rewards[name].mean()), rel=1e-6)
+        assert entry[f"rewards/{name}_margins"] == pytest.approx(float(margins[name].mean()), rel=1e-6)
+        assert entry[f"rewards/{name}_accuracies"] == pytest.approx(float((margins[name] > 0).double().mean()))
+        assert entry[f"logps/{name}"] == pytest.approx(float(policy[:, batch.branches.index(name)].mean()), rel=1e-6)
+    assert abs(entry["loss"] - 4 * math.log(2)) > 1e-3
+
+
+def test_a_column_without_an_image_for_each_is_named(folder: Path) -> None:
+    [record] = records(1)
+    with pytest.raises(DataError, match=r"record record-0: mirrored_images must hold one image for each of images \(2\).* got 1"):
+        collator(tiny(folder)).batch([{**record, "mirrored_images": record["images"][:1]}])
+    del record["third"]
+    with pytest.raises(DataError, match="record record-0: third must be text or a list of one assistant message, got None"):
+        collator(tiny(folder)).batch([record])
+
+
+def test_paths_of_further_columns_are_relative_to_the_data(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        sample_pictures(1)[0].save(tmp_path / f"{name}.png")
+    line = '{"prompt": "<image>what ?", "chosen": "a", "rejected": "b", "images": ["one.png"], "mirrored_images": ["two.png"]}'
+    (tmp_path / "pairs.jsonl").write_text(line)
+    [record] = read_pairs(tmp_path / "pairs.jsonl", views=["mirrored_images"])
+    assert record["mirrored_images"] == [str(tmp_path / "two.png")]
+
+
+def test_declarations_that_do_not_fit_are_refused(tmp_path: Path, folder: Path) -> None:
+    for wrong, message in {
+        "chosen": "expected names of letters and digits other than chosen",
+        "a-b": "expected names of letters and digits",
+        "x_margins": "expected names .* without accuracies or margins at the end",
+    }.items():
+        with pytest.raises(ValueError, match=f"further_branches: {message}"):
+            config(tmp_path, further_branches={wrong: ["images", "chosen"]})
+    with pytest.raises(ValueError, match="expected crossed: .view, response., such as .corrupted, rejected., got 'corrupted'"):
+        config(tmp_path, further_branches={"crossed": "corrupted"})
+    with pytest.raises(
+        ValueError, match="'crossed' looks at the branches crossed; training records have chosen, rejected, corrupted$"
+    ):
+        config(tmp_path, loss_type=["crossed"])
+    with pytest.raises(ValueError, match="no_image: without pictures there is none to corrupt"):
+        config(tmp_path, loss_type=["crossed"], further_branches=FURTHER, no_image=True)
+    with pytest.raises(ValueError, match="branches: expected chosen, rejected first"):
+        collator(tiny(folder), branches={"crossed": Branch("corrupted", "rejected"), **BRANCHES})
+
+
+def test_a_settings_file_declares_branches(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"output_dir: {tmp_path}\nloss_type: crossed\nfurther_branches: {{crossed: [corrupted, rejected]}}\n")
+    [args] = HfArgumentParser(PreferenceConfig).parse_yaml_file(str(file))  # type: ignore[arg-type]
+    assert args.branches == {"chosen": TABLE["chosen"], "rejected": TABLE["rejected"], "crossed": TABLE["crossed"]}

@@ -106,13 +106,13 @@ def tree_refusal(model: nn.Module) -> str | None:
     if _cross_layers(tower):
         return "pictures come in by cross-attention layers, which see them row by row of a batch"
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if pictures_see_themselves(type(base.base_model)):
+    if images_see_themselves(type(base.base_model)):
         return "the tokens of a picture see each other both ways"
     others = set(getattr(tower.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     return f"there are layers of {sorted(others)[0]}" if others else None
 
 
-def pictures_see_themselves(body_class: type) -> bool:
+def images_see_themselves(body_class: type) -> bool:
     """Whether a model class makes the tokens of a picture see each other both ways, by what it asks for.
 
     It needs to know them for its mask then; where positions follow pictures (`get_rope_index`), it asks for these.

@@ -224,7 +224,7 @@ class AttentionRecorder:
         queries = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
         parts: Iterable[tuple[slice, Tensor | None, Tensor]]
         if layer in self._cross_layers:
-            segments, first_key = self._segments_of_pictures(key), 0
+            segments, first_key = self._segments_of_images(key), 0
             parts = _cross_calls(call.mask, rows, key.shape[2])
             self._attend(layer, queries, key, segments, parts, first_key, key.shape[2], call._replace(window=None))
             return
@@ -295,7 +295,7 @@ class AttentionRecorder:
         before = max(0, -shift)
         return pad(segments, (before, key.shape[2] - before - segments.shape[1]), value=-1)
 
-    def _segments_of_pictures(self, key: Tensor) -> Tensor:
+    def _segments_of_images(self, key: Tensor) -> Tensor:
         """(B, K): the segments of a cross-attention layer's keys."""
         if self.cross_segments is None or self.cross_segments.shape[1] != key.shape[2]:
             given = "none" if self.cross_segments is None else f"those of {self.cross_segments.shape[1]}"

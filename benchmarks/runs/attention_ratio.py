@@ -118,7 +118,7 @@ def eager_pass(loaded: LoadedModel, record: dict[str, Any]) -> float:
     unpatch_model(loaded.model).set_attn_implementation({"text_config": "eager"})
     encoded = encode_prompts(loaded, [record], padding_side="right", answers=[record["response_ids"]])
     maps = loaded.model(**encoded.inputs, output_attentions=True, use_cache=False).attentions[
-        resolve_layer(loaded.picture_layers)
+        resolve_layer(loaded.image_layers)
     ]
     start, stop = encoded.response_spans[0]
     return eager_ratio(maps, slice(start - 1, stop - 1), encoded.inputs["input_ids"], loaded.image_token_id, record["target"])
@@ -142,7 +142,7 @@ def official_way(loaded: LoadedModel, record: dict[str, Any]) -> float:
         return_dict_in_generate=True,
         pad_token_id=loaded.pad_id,
     )
-    layer, prompt_tokens = resolve_layer(loaded.picture_layers), encoded.inputs["input_ids"].shape[1]
+    layer, prompt_tokens = resolve_layer(loaded.image_layers), encoded.inputs["input_ids"].shape[1]
     steps = torch.stack([step[layer][:, :, -1, :prompt_tokens] for step in out.attentions[1:]], dim=2)
     return eager_ratio(steps, slice(None), encoded.inputs["input_ids"], loaded.image_token_id, record["target"])
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from mmdpo_kernels import AttentionRecorder, TokenTree, patch_model, record_attention, tree_attention, unpatch_model
 from mmdpo_trainers.checks.inputs import answers, prompt_records
-from mmdpo_trainers.checks.segments import picture_segments
+from mmdpo_trainers.checks.segments import segments_of_images
 from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
@@ -243,8 +243,8 @@ def check_family(loaded: LoadedModel, backend: str, near: float | None) -> None:
         assert all(ours <= 2 * plains + 1e-9 for ours, plains in zip(apart(*found), apart(*plain), strict=True))
     else:
         same(*found, near)
-    layers = sorted({loaded.picture_layers[0], loaded.picture_layers[-1]})
-    tokens = picture_segments(loaded, encoded)
+    layers = sorted({loaded.image_layers[0], loaded.image_layers[-1]})
+    tokens = segments_of_images(loaded, encoded)
     if encoded.cross_segments is not None:
         tokens = torch.full_like(encoded.inputs["input_ids"], -1)
     masses = []

@@ -99,7 +99,7 @@ class LLM:
         inputs: Callable[[Tensor], dict[str, Tensor]] = lambda ids: {}  # noqa: E731
         assert ids.count(loaded.image_token_id) == len(pictures)
         if pictures:
-            encoded = loaded.family.encode_pictures(loaded.processor, pictures, [len(pictures) == 1] * len(pictures))
+            encoded = loaded.family.encode_images(loaded.processor, pictures, [len(pictures) == 1] * len(pictures))
             ids = expand_ids(ids, loaded.image_token_id, encoded.blocks)
             inputs = lambda ids: loaded.family.model_inputs(encoded, rows, ids)  # noqa: E731
         if self.longest is not None and len(ids) > self.longest:

@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from mmdpo_kernels import patch_model
 from mmdpo_kernels.backends.loss_options import Term
 from mmdpo_kernels.losses import LOSSES, LossParameters, difference
-from mmdpo_trainers.checks.alone import BLUR, branch_logp
+from mmdpo_trainers.checks.baseline import BLUR, branch_logp
 from mmdpo_trainers.data.corruption import Corruption
 from mmdpo_trainers.data.pair_records import BRANCHES, Branch
 from mmdpo_trainers.data.pairs import read_pairs

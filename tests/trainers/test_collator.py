@@ -219,8 +219,8 @@ def test_questions_about_the_same_pictures_share_them(make: Make) -> None:
     assert shared > sum(batch.pictures.tokens[:3])
     # The true prompt's beginning, and again up to the target in the corrupted branches, which share that with the true one already.
     assert batch.input_ids.shape[1] == apart - shared
-    assert collator.picture_key(questions[0]) == collator.picture_key(questions[1])
-    assert collator.picture_key(questions[0]) != collator.picture_key(record(images=pictures()[::-1]))
+    assert collator.image_key(questions[0]) == collator.image_key(questions[1])
+    assert collator.image_key(questions[0]) != collator.image_key(record(images=pictures()[::-1]))
 
 
 def test_changed_tokens_weigh_more(make: Make) -> None:

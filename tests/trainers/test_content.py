@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from training_cases import config, tiny
 
-from mmdpo_trainers.data.content import PicturePart, UnreadContent, read_parts
-from mmdpo_trainers.data.pair_records import check_record, prompt_text, record_images, with_pictures_from
+from mmdpo_trainers.data.content import ImagePart, UnreadContent, read_parts
+from mmdpo_trainers.data.images import open_image
+from mmdpo_trainers.data.pair_records import check_record, prompt_text, record_images, with_images_from
 from mmdpo_trainers.data.pairs import read_pairs
-from mmdpo_trainers.data.pictures import open_picture
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.data.sources import Problem, SourceRecord, read_source
 from mmdpo_trainers.errors import DataError
@@ -184,7 +184,7 @@ def test_parts_that_are_read() -> None:
     pictures = [None, own, b"data", b"x", "file:///a.png"]
     parts = read_parts(content, "here")
     assert [part for part in parts if isinstance(part, str)] == ["a", "b", "c"]
-    assert [part.picture for part in parts if isinstance(part, PicturePart)] == pictures
+    assert [part.picture for part in parts if isinstance(part, ImagePart)] == pictures
 
 
 def test_pictures_are_in_images_or_in_parts_and_nowhere_else() -> None:
@@ -198,7 +198,7 @@ def test_pictures_are_in_images_or_in_parts_and_nowhere_else() -> None:
     with pytest.raises(DataError, match="record one: it has `image` beside images, but pictures are read from `images`"):
         check_record(pair(image="b.png"))
     with pytest.raises(DataError, match="record one: picture https://example.org/a.png: remote"):
-        with_pictures_from(pair(images=["https://example.org/a.png"]), "folder")
+        with_images_from(pair(images=["https://example.org/a.png"]), "folder")
     for column in ("image", "image_path", "image_url", "pictures"):
         with pytest.raises(DataError, match=f"record one: it has `{column}`, but pictures are read from `images`"):
             check_record(pair(images=[], prompt="what ?", **{column: "b.png"}))
@@ -222,7 +222,7 @@ def test_sources_read_pictures_of_parts(folder: Path) -> None:
         conversation(id="in text", image=url),
     )
     assert [(r.id, r.question) for r in records] == [("url", "What?"), ("path", "What?"), ("in text", "What?")]
-    assert [open_picture(r.picture).getpixel((0, 0)) for r in records] == [(0, 0, 255), (200, 30, 40), (0, 0, 255)]
+    assert [open_image(r.picture).getpixel((0, 0)) for r in records] == [(0, 0, 255), (200, 30, 40), (0, 0, 255)]
     assert [(p.id, p.reason) for p in problems] == [
         ("both", "several_pictures"),
         ("out", "outside_image_folder"),

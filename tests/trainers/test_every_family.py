@@ -141,7 +141,7 @@ def _head_off(patch: pytest.MonkeyPatch, model: Any) -> None:
 def _patch_left(patch: pytest.MonkeyPatch, model: Any) -> None:
     # What a careless patch would leave behind.
     right = mmdpo_kernels.patch.unpatch_model
-    patch.setattr("mmdpo_trainers.checks.twins.unpatch_model", lambda m: setattr(right(m).model, "left_behind", 1))
+    patch.setattr("mmdpo_trainers.checks.copies.unpatch_model", lambda m: setattr(right(m).model, "left_behind", 1))
 
 
 FAULTS: list[tuple[str, Callable[[pytest.MonkeyPatch, Any], None], str]] = [

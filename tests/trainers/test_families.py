@@ -13,11 +13,11 @@ from tiny_models import TINY, make_tiny_llava, make_tiny_qwen
 from transformers import AutoConfig
 
 from mmdpo_trainers.models.families import FAMILIES, View, expand_ids, family_of, inside
-from mmdpo_trainers.models.families.pictures import heat_map
+from mmdpo_trainers.models.families.images import heat_map
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.models.processors import load_processor
-from mmdpo_trainers.training.model_parts import picture_parameters, projector_parameters, vision_parameters
+from mmdpo_trainers.training.model_parts import image_parameters, projector_parameters, vision_parameters
 
 SIZES = [(48, 48), (72, 36), (31, 97), (200, 40)]
 
@@ -48,8 +48,8 @@ def test_a_family_is_found_from_anything_of_the_model(loaded: LoadedModel) -> No
 def test_tokens_of_a_size_are_those_of_its_pixels(loaded: LoadedModel) -> None:
     family, processor = loaded.family, loaded.processor
     pictures = [Image.new("RGB", size) for size in SIZES]
-    encoded = family.encode_pictures(processor, pictures)
-    assert encoded.tokens == [family.picture_tokens(processor, size) for size in SIZES]
+    encoded = family.encode_images(processor, pictures)
+    assert encoded.tokens == [family.image_tokens(processor, size) for size in SIZES]
     assert encoded.tokens == [rows * columns for rows, columns in encoded.patch_grids]
     features = loaded.model.model.get_image_features(**encoded.inputs, return_dict=True).pooler_output
     assert [len(feature) for feature in features] == encoded.tokens
@@ -58,22 +58,20 @@ def test_tokens_of_a_size_are_those_of_its_pixels(loaded: LoadedModel) -> None:
 def test_class_token_and_uncropped_pictures_count(tmp_path: Path) -> None:
     processor = load_model(make_tiny_llava(tmp_path / "model"), device="cpu").processor
     family = family_of(processor)
-    assert family.picture_tokens(processor, (100, 40)) == 16
+    assert family.image_tokens(processor, (100, 40)) == 16
     processor.vision_feature_select_strategy = "full"
     assert (
-        family.picture_tokens(processor, (100, 40))
-        == family.encode_pictures(processor, [Image.new("RGB", (9, 9))]).tokens[0]
-        == 17
+        family.image_tokens(processor, (100, 40)) == family.encode_images(processor, [Image.new("RGB", (9, 9))]).tokens[0] == 17
     )
     processor.image_processor.do_center_crop = False
-    assert family.picture_tokens(processor, (96, 48)) == 4 * 8 + 1
+    assert family.image_tokens(processor, (96, 48)) == 4 * 8 + 1
 
 
 def test_ids_are_expanded_as_the_processor_does(loaded: LoadedModel) -> None:
     family, processor = loaded.family, loaded.processor
     pictures = [Image.new("RGB", size) for size in SIZES[:2]]
     text = "one {0} two {0} three".format(family.placeholder(processor))
-    blocks = family.encode_pictures(processor, pictures).blocks
+    blocks = family.encode_images(processor, pictures).blocks
     expected = processor(text=[text], images=pictures, return_tensors="pt")["input_ids"][0].tolist()
     ids = processor.tokenizer(text).input_ids
     assert expand_ids(ids, loaded.image_token_id, blocks) == expected
@@ -85,7 +83,7 @@ def test_vision_and_projector_share_no_parameter(loaded: LoadedModel) -> None:
     names = {id(parameter): name for name, parameter in loaded.model.named_parameters()}
     vision, projector = ({names[id(p)] for p in found(loaded.model)} for found in (vision_parameters, projector_parameters))
     assert vision and projector and not vision & projector
-    assert {names[id(p)] for p in picture_parameters(loaded.model)} == vision | projector
+    assert {names[id(p)] for p in image_parameters(loaded.model)} == vision | projector
     assert vision | projector == {name for name in names.values() if not name.startswith(("model.language_model", "lm_head"))}
     part = {"llava": "multi_modal_projector", "qwen2_5_vl": "visual.merger"}[loaded.family.name]
     assert all(f".{part}." in name for name in projector)
@@ -148,8 +146,8 @@ def test_tokens_of_any_size_are_known_without_its_pixels(family: str, tmp_path: 
     its_family = family_of(processor)
     sizes = [(48, 48), (72, 36), (31, 97), (500, 30), (30, 500)]
     for alone in (True, False) if its_family.several_differ else (True,):
-        encoded = its_family.encode_pictures(processor, [Image.new("RGB", size) for size in sizes], [alone] * len(sizes))
-        assert [len(block) for block in encoded.blocks] == [its_family.picture_tokens(processor, size, alone) for size in sizes]
+        encoded = its_family.encode_images(processor, [Image.new("RGB", size) for size in sizes], [alone] * len(sizes))
+        assert [len(block) for block in encoded.blocks] == [its_family.image_tokens(processor, size, alone) for size in sizes]
         for views, tokens in zip(encoded.views, encoded.tokens, strict=True):
             assert its_family.cross_attention or sum(view.tokens for view in views) == tokens
             assert its_family.cross_attention or heat_map(views, torch.ones(tokens)).numel()

@@ -15,7 +15,7 @@ from mmdpo_kernels import TokenTree, patch_model
 from mmdpo_trainers.answers.attention_ratios import attention_ratios
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.models.encode import encode_prompts
-from mmdpo_trainers.models.families import Conventional, EncodedPictures, family_of
+from mmdpo_trainers.models.families import Conventional, EncodedImages, family_of
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.training.batches.collator import PreferenceCollator
 
@@ -101,7 +101,7 @@ def test_tiles_are_not_the_centre_of_a_picture(tmp_path: Path) -> None:
 def test_features_for_several_layers_need_a_declaration(tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(TINY["mistral3"](tmp_path))
     family, one = Conventional(config), torch.zeros(1, 4)
-    pictures = EncodedPictures(inputs={}, tokens=[1], blocks=[[3]], views=[()])
+    pictures = EncodedImages(inputs={}, tokens=[1], blocks=[[3]], views=[()])
     assert family.split(SimpleNamespace(pooler_output=[one]), pictures)[0].shape == (1, 4)
     with pytest.raises(ValueError, match="features for several layers, which needs a declaration such as Qwen3VL's"):
         family.split(SimpleNamespace(pooler_output=[one], deepstack_features=[one]), pictures)

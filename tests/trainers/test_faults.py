@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.config.run_config import RunConfig
-from mmdpo_trainers.data.pictures import content_key
+from mmdpo_trainers.data.images import content_key
 from mmdpo_trainers.errors import DataError, MmdpoError, RunFolderError, StageError
 from mmdpo_trainers.files.atomic import write_atomic
 from mmdpo_trainers.files.json_lines import JsonLines

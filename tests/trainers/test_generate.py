@@ -13,13 +13,13 @@ from prompt_records import make_prompts
 from tiny_models import make_tiny_llava
 
 from mmdpo_kernels import patch_model
-from mmdpo_trainers.answers.noise import noisy_pictures
+from mmdpo_trainers.answers.noise import noisy_images
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data.compose import add_noise
 from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
-from mmdpo_trainers.models.encode import encode_prompts, load_pictures
+from mmdpo_trainers.models.encode import encode_prompts, load_images
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.stages import generate
@@ -114,20 +114,20 @@ def test_noise_presets(prompts: Any) -> None:
     sequence, grid, pip = prompts[1][:3]
     pixels = lambda pictures: np.array(pictures[0]).astype(int)  # noqa: E731
     for preset in ("paper", "official_code"):
-        assert (pixels(noisy_pictures(sequence, preset, 0)) == pixels(load_pictures(sequence))).all()
-        changed = (pixels(noisy_pictures(grid, preset, 0)) != pixels(load_pictures(grid))).any(-1)
+        assert (pixels(noisy_images(sequence, preset, 0)) == pixels(load_images(sequence))).all()
+        changed = (pixels(noisy_images(grid, preset, 0)) != pixels(load_images(grid))).any(-1)
         x0, y0, x1, y1 = (round(v * s) for v, s in zip(grid["box"], changed.shape[::-1] * 2, strict=True))
         assert changed[y0:y1, x0:x1].mean() > 0.9
         changed[y0:y1, x0:x1] = False
         assert not changed.any()
-    clean, clipped, wrapped = (pixels(noisy_pictures(pip, preset, 0)) for preset in ("none", "paper", "official_code"))
-    assert (clean == pixels(load_pictures(pip))).all()
+    clean, clipped, wrapped = (pixels(noisy_images(pip, preset, 0)) for preset in ("none", "paper", "official_code"))
+    assert (clean == pixels(load_images(pip))).all()
     assert 30 < (clipped - clean).std() < 50 and abs(clipped - clean).max() < 255
     assert ((wrapped - clipped) != 0).any() and ((wrapped == clipped) | (clipped == 0) | (clipped == 255)).all()
-    assert (pixels(noisy_pictures(pip, "paper", 1)) != clipped).any(), "noise must follow the seed"
+    assert (pixels(noisy_images(pip, "paper", 1)) != clipped).any(), "noise must follow the seed"
     with pytest.raises(DataError, match="noise needs the target's `box`"):
-        noisy_pictures({**grid, "box": None}, "paper", 0)
-    assert add_noise(load_pictures(pip)[0], 0.0, 0).tobytes() == load_pictures(pip)[0].tobytes()
+        noisy_images({**grid, "box": None}, "paper", 0)
+    assert add_noise(load_images(pip)[0], 0.0, 0).tobytes() == load_images(pip)[0].tobytes()
 
 
 def context_of(folder: Path, model: Path, prompts: Path, **options: Any) -> StageContext:

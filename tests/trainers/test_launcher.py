@@ -34,8 +34,8 @@ def written(path: Path) -> list[str]:
 
 def attempt(path: Path, die_at: int | None, fails: bool, rank: int) -> None:
     if fails:
-        ranks.on_main(lambda: [1 / 0])
-    assert ranks.on_main(lambda: [die_at]) == [die_at], "an answer of an earlier attempt"
+        ranks.on_rank_0(lambda: [1 / 0])
+    assert ranks.on_rank_0(lambda: [die_at]) == [die_at], "an answer of an earlier attempt"
     ranks.barrier()
     write_all(path, die_at)
 
@@ -70,7 +70,7 @@ def test_torchrun_starts_a_killed_process_again(tmp_path: Path) -> None:
 
 
 def take_a_large_result(rank: int) -> None:
-    found = ranks.on_main(lambda: ["ä" * 2**20] * 9 + [0])
+    found = ranks.on_rank_0(lambda: ["ä" * 2**20] * 9 + [0])
     assert len(found) == 10 and found[8] == "ä" * 2**20
 
 
@@ -159,7 +159,7 @@ def look_at_settings(folder: Path, model: Path, rank: int) -> None:
     config = RunConfig.from_dict({"model": str(model), "device": "cpu"})
     context = StageContext(run=RunFolder(folder), config=config, stage="train")
     before = dict(os.environ)
-    ranks.on_main(lambda: check_train_args(context))
+    ranks.on_rank_0(lambda: check_train_args(context))
     assert not torch.distributed.is_initialized() and dict(os.environ) == before
 
 

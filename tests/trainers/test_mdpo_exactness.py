@@ -122,11 +122,11 @@ def packed_loss(policy: Tensor, reference: Tensor) -> Tensor:
 
 
 def logps_of(model: Any, batch: PreferenceBatch) -> Tensor:
-    return head.response_logps(model, model_parts.hidden_states(model, batch, model_parts.picture_features(model, batch)), batch)
+    return head.response_logps(model, model_parts.hidden_states(model, batch, model_parts.image_features(model, batch)), batch)
 
 
 def train_only_language(model: Any, also_pictures: bool) -> None:
-    for parameter in model_parts.picture_parameters(model):
+    for parameter in model_parts.image_parameters(model):
         parameter.requires_grad_(also_pictures)
 
 

@@ -79,7 +79,7 @@ def test_pictures_are_told_apart_only_where_records_are_grouped(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = questions(5, 4)
-    monkeypatch.setattr(PreferenceCollator, "picture_key", lambda self, record: pytest.fail("a picture was decoded"))
+    monkeypatch.setattr(PreferenceCollator, "image_key", lambda self, record: pytest.fail("a picture was decoded"))
     packed = trainer(model, tmp_path, records, max_tokens_per_batch=260)
     names = sorted(name for batch in packed.get_train_dataloader() for name in batch["batch"].ids)
     assert names == sorted(record["id"] for record in records)

@@ -19,8 +19,8 @@ from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data import pair_records as preference_records
 from mmdpo_trainers.data import pictures
 from mmdpo_trainers.data.corruption import Corruption, corrupt
+from mmdpo_trainers.data.images import MAX_PIXELS, ImageError, image_digest, image_size, open_image
 from mmdpo_trainers.data.pairs import read_pairs
-from mmdpo_trainers.data.pictures import MAX_PIXELS, PictureError, open_picture, picture_digest, picture_size
 from mmdpo_trainers.errors import ConfigError, DataError
 from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.families import family_of
@@ -115,7 +115,7 @@ def pair(image: Any, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", FILES)
 def test_one_file_is_one_picture_in_every_form(name: str, tmp_path: Path, loaded: LoadedModel) -> None:
     sources = forms(FILES[name](), tmp_path)
-    expected = open_picture(sources["path"])
+    expected = open_image(sources["path"])
     assert expected.mode == "RGB" and not expected.info
     make = collator(loaded)
     key, tokens = make.key(pair(sources["path"])), make.batch([pair(sources["path"])])
@@ -123,9 +123,9 @@ def test_one_file_is_one_picture_in_every_form(name: str, tmp_path: Path, loaded
     shown = encode_prompts(loaded, [{**prompt, "images": [sources["path"]]}], padding_side="left").inputs["pixel_values"]
     for form, source in sources.items():
         # Sizes first: they are to be right before anything is decoded.
-        assert picture_size(source) == expected.size, form
-        assert open_picture(source).tobytes() == expected.tobytes(), form
-        assert picture_digest(source) == picture_digest(expected), form
+        assert image_size(source) == expected.size, form
+        assert open_image(source).tobytes() == expected.tobytes(), form
+        assert image_digest(source) == image_digest(expected), form
         assert make.key(pair(source)) == key, form
         assert torch.equal(make.batch([pair(source)]).pictures.pixel_values, tokens.pictures.pixel_values), form
         found = encode_prompts(loaded, [{**prompt, "images": [source]}], padding_side="left").inputs["pixel_values"]
@@ -137,13 +137,13 @@ def test_one_file_is_one_picture_in_every_form(name: str, tmp_path: Path, loaded
 def test_the_rules_of_what_is_seen(tmp_path: Path) -> None:
     """Alpha and clear values over white, orientation before size, profiles not applied, whatever the form."""
     for source in forms(encoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG"), tmp_path).values():
-        assert open_picture(source).getpixel((1, 1)) == (255, 255, 255)
-    clear = open_picture(FILES["16 bit with a clear value"]())
+        assert open_image(source).getpixel((1, 1)) == (255, 255, 255)
+    clear = open_image(FILES["16 bit with a clear value"]())
     assert clear.getpixel((1, 1)) == (255, 255, 255) != clear.getpixel((2, 1))
-    assert picture_size(FILES["turned jpeg"]()) == picture_size(FILES["turned tiff"]()) == (8, 12)
-    assert picture_digest(FILES["profile"]()) == picture_digest(FILES["rgb"]())
+    assert image_size(FILES["turned jpeg"]()) == image_size(FILES["turned tiff"]()) == (8, 12)
+    assert image_digest(FILES["profile"]()) == image_digest(FILES["rgb"]())
     image = Image.open(io.BytesIO(FILES["turned png"]()))
-    open_picture(image)
+    open_image(image)
     assert image.size == (12, 8) and image.getexif()[0x0112] == 8  # nobody's picture is changed
 
 
@@ -151,19 +151,19 @@ def test_one_limit_and_one_set_of_errors(tmp_path: Path, monkeypatch: pytest.Mon
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     whole = encoded(noise, "JPEG")
     for source in forms(whole[: len(whole) // 2], tmp_path).values():
-        for read in (open_picture, picture_digest):
-            with pytest.raises(PictureError, match="truncated"):
+        for read in (open_image, image_digest):
+            with pytest.raises(ImageError, match="truncated"):
                 read(source)
     for form, source in forms(whole, tmp_path).items():
-        with pytest.raises(PictureError, match=r"enormous: .*64 x 64 pixels, above the limit of 4095"):
-            open_picture(source, max_pixels=4095)
+        with pytest.raises(ImageError, match=r"enormous: .*64 x 64 pixels, above the limit of 4095"):
+            open_image(source, max_pixels=4095)
         with monkeypatch.context() as patch:
             patch.setattr(pictures, "MAX_PIXELS", 4095)
             patch.setattr(pictures, "_digests", {})
-            for read in (picture_size, picture_digest):
-                with pytest.raises(PictureError, match="enormous"):
+            for read in (image_size, image_digest):
+                with pytest.raises(ImageError, match="enormous"):
                     read(source)
-        assert open_picture(source).size == (64, 64), form
+        assert open_image(source).size == (64, 64), form
     for source, reason in {
         b"hello": "not_a_picture",
         "data:image/png;base64,???": "not_a_picture",
@@ -172,19 +172,19 @@ def test_one_limit_and_one_set_of_errors(tmp_path: Path, monkeypatch: pytest.Mon
         "": "not_a_picture",
         str(tmp_path / "gone.png"): "missing",
     }.items():
-        for read in (open_picture, picture_digest, picture_size):
-            with pytest.raises(PictureError) as caught:
+        for read in (open_image, image_digest, image_size):
+            with pytest.raises(ImageError) as caught:
                 read(source)
             assert caught.value.reason == reason
     for value in (None, 3, np.zeros((4, 4, 3)), {"path": None, "bytes": None}, Image.new("RGB", (0, 4))):
-        with pytest.raises(PictureError, match="not_a_picture"):
-            open_picture(value)  # type: ignore[arg-type]
+        with pytest.raises(ImageError, match="not_a_picture"):
+            open_image(value)  # type: ignore[arg-type]
     # What augment takes, no later stage refuses.
     assert RunConfig().data.max_pixels == MAX_PIXELS
     with pytest.raises(ConfigError, match=r"data\.max_pixels"):
         RunConfig.from_dict({"data": {"max_pixels": MAX_PIXELS + 1}})
     with pytest.raises(DataError, match=r"record one: a picture: truncated.*remove the record"):
-        preference_records.record_picture(pair(whole), whole[: len(whole) // 2])
+        preference_records.record_image(pair(whole), whole[: len(whole) // 2])
 
 
 def test_pictures_are_decoded_once_for_their_digest_and_once_for_a_batch(
@@ -223,7 +223,7 @@ def test_a_cache_by_other_digests_is_not_read(tmp_path: Path, loaded: LoadedMode
     """Keys by the hash of a file's bytes, or of pixels read otherwise, name other records: those are computed anew."""
     make, files = collator(loaded), {name: FILES[name]() for name in ("rgb", "alpha", "turned jpeg")}
     keys = {name: make.key(pair(data)) for name, data in files.items()}
-    monkeypatch.setattr(pictures, "picture_digest", lambda source, opened=None: hashlib.sha256(source).hexdigest())
+    monkeypatch.setattr(pictures, "image_digest", lambda source, opened=None: hashlib.sha256(source).hexdigest())
     assert not set(keys.values()) & {make.key(pair(data)) for data in files.values()}
     monkeypatch.undo()
     plain = Image.open(io.BytesIO(files["alpha"])).convert("RGB")

@@ -21,7 +21,7 @@ from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data.compose import box_to_region
 from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.models.chat_format import render_prompt
-from mmdpo_trainers.models.encode import encode_prompts, load_pictures
+from mmdpo_trainers.models.encode import encode_prompts, load_images
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.report.contents import RunContents
@@ -125,7 +125,7 @@ def test_prompts_are_those_of_the_processor(patched: LoadedModel, prompts: list[
     texts = [render_prompt(patched.processor, record["prompt"]) for record in prompts]
     assert texts[0].startswith("<|im_start|>system") and texts[0].endswith("<|im_start|>assistant\n")
     assert "Image2:<|vision_start|><|image_pad|><|vision_end|>\n" in texts[0]
-    pictures = [picture for record in prompts for picture in load_pictures(record)]
+    pictures = [picture for record in prompts for picture in load_images(record)]
     expected = patched.processor(text=texts, images=pictures, padding=True, padding_side=side, return_tensors="pt")
     assert encoded.inputs.keys() == expected.keys()
     for name, value in expected.items():

@@ -32,7 +32,7 @@ def test_a_seed_fixes_the_world_and_seeds_are_disjoint():
 
 def test_pictures_show_what_their_scene_says():
     for scene, picture, _ in world.sample_world(100, 5):
-        assert picture.size == (world.PICTURE_SIZE, world.PICTURE_SIZE)
+        assert picture.size == (world.IMAGE_SIZE, world.IMAGE_SIZE)
         colours = {colour for _, colour in picture.getcolors()}
         assert colours == {world.COLOURS[scene.colour], world.BACKGROUNDS[scene.background]}
         drawn = (np.asarray(picture) == world.COLOURS[scene.colour]).all(-1)

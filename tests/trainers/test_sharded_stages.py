@@ -195,10 +195,10 @@ def test_a_part_that_another_process_still_writes(tmp_path: Path, model: Path, p
 
 
 def done_once(folder: Path, rank: int) -> None:
-    say(folder / "log", ranks.on_main(lambda: say(folder / "calls", rank) or {"rank": rank}))  # type: ignore[func-returns-value]
+    say(folder / "log", ranks.on_rank_0(lambda: say(folder / "calls", rank) or {"rank": rank}))  # type: ignore[func-returns-value]
     assert ranks.world_size() == 2 and ranks.rank() == rank
     ranks.barrier()
-    ranks.on_main(lambda: 1 / 0)
+    ranks.on_rank_0(lambda: 1 / 0)
 
 
 def test_stages_of_one_process_are_done_once_and_errors_reach_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -210,10 +210,10 @@ def test_stages_of_one_process_are_done_once_and_errors_reach_all(tmp_path: Path
 def test_one_process_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert (ranks.rank(), ranks.world_size(), ranks.local_rank(), ranks.is_main(), ranks.device()) == (0, 1, 0, True, "auto")
+    assert (ranks.rank(), ranks.world_size(), ranks.local_rank(), ranks.is_rank_0(), ranks.device()) == (0, 1, 0, True, "auto")
     ranks.start()
     ranks.barrier()
-    assert not torch.distributed.is_initialized() and ranks.on_main(lambda: {1: 2}) == {1: 2}
+    assert not torch.distributed.is_initialized() and ranks.on_rank_0(lambda: {1: 2}) == {1: 2}
     monkeypatch.setenv("WORLD_SIZE", "4")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdpo_trainers.data.pictures import PictureError, open_picture, read_picture
+from mmdpo_trainers.data.images import ImageError, open_image, read_image
 from mmdpo_trainers.data.records import check_prompt, read_prompts, relative_images
 from mmdpo_trainers.data.sources import Problem, SourceRecord, read_source
 from mmdpo_trainers.errors import DataError
@@ -214,7 +214,7 @@ def test_datasets_with_trl_columns(tmp_path: Path, form: str) -> None:
             ("row1", "What colour?", "blue"),
         ]
         assert [(p.id, p.reason) for p in problems] == [("row2", "no_picture")]
-    assert open_picture(records[1].picture).getpixel((0, 0)) == (0, 0, 255)
+    assert open_image(records[1].picture).getpixel((0, 0)) == (0, 0, 255)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -272,37 +272,37 @@ def save(folder: Path, name: str, image: Image.Image, **options: Any) -> Path:
 def test_pictures_become_upright_rgb(tmp_path: Path) -> None:
     ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     expected = np.rint(ramp / 257).astype(np.uint8)
-    deep = read_picture(save(tmp_path, "deep.png", Image.fromarray(ramp)))
+    deep = read_image(save(tmp_path, "deep.png", Image.fromarray(ramp)))
     assert deep.converted == "16-bit"
     assert np.array_equal(np.asarray(deep.image)[..., 0], expected)
 
-    tiff = read_picture(save(tmp_path, "float.tiff", Image.fromarray((ramp / 65535).astype(np.float32))))
+    tiff = read_image(save(tmp_path, "float.tiff", Image.fromarray((ramp / 65535).astype(np.float32))))
     assert np.array_equal(np.asarray(tiff.image)[..., 1], expected)
 
-    cmyk = read_picture(save(tmp_path, "cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0))))
+    cmyk = read_image(save(tmp_path, "cmyk.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0))))
     assert cmyk.converted == "CMYK" and np.abs(np.asarray(cmyk.image)[4, 4].astype(int) - (255, 0, 0)).max() < 8
 
     frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "blue")]
-    gif = read_picture(save(tmp_path, "two.gif", frames[0], save_all=True, append_images=frames[1:]))
+    gif = read_image(save(tmp_path, "two.gif", frames[0], save_all=True, append_images=frames[1:]))
     assert gif.converted == "animated" and gif.image.getpixel((0, 0)) == (255, 0, 0)
 
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert open_picture(save(tmp_path, "clear.png", clear)).getpixel((1, 1)) == (255, 255, 255)
+    assert open_image(save(tmp_path, "clear.png", clear)).getpixel((1, 1)) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 0, 255, 0])
-    assert read_picture(save(tmp_path, "palette.png", palette)).converted is None
-    assert open_picture(save(tmp_path, "hole.png", palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(save(tmp_path, "palette.png", palette)).converted is None
+    assert open_image(save(tmp_path, "hole.png", palette, transparency=1)).getpixel((0, 0)) == (255, 255, 255)
 
     wide = Image.new("RGB", (8, 4), "white")
     wide.putpixel((0, 0), (0, 0, 0))
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = read_picture(save(tmp_path, "turned.png", wide, exif=exif))
+    turned = read_image(save(tmp_path, "turned.png", wide, exif=exif))
     assert turned.converted == "rotated" and turned.image.size == (4, 8) and turned.image.getpixel((3, 0)) == (0, 0, 0)
 
-    assert read_picture(save(tmp_path, "lab.tiff", Image.new("LAB", (4, 4)))).converted == "LAB"
+    assert read_image(save(tmp_path, "lab.tiff", Image.new("LAB", (4, 4)))).converted == "LAB"
     for mode in ("RGB", "L", "1"):
-        plain = read_picture(save(tmp_path, f"{mode}.png", Image.new(mode, (3, 2))))
+        plain = read_image(save(tmp_path, f"{mode}.png", Image.new(mode, (3, 2))))
         assert plain.converted is None and plain.image.mode == "RGB" and plain.image.size == (3, 2)
 
 
@@ -324,19 +324,19 @@ def test_unusable_pictures_have_a_reason(tmp_path: Path) -> None:
     }
     for reason, data in files.items():
         (tmp_path / reason).write_bytes(data)
-        with pytest.raises(PictureError) as caught:
-            read_picture(tmp_path / reason)
+        with pytest.raises(ImageError) as caught:
+            read_image(tmp_path / reason)
         assert caught.value.reason == reason and reason in caught.value.detail
     (tmp_path / "bomb").write_bytes(png_header(100_000, 100_000))
-    with pytest.raises(PictureError, match="enormous"):
-        read_picture(tmp_path / "bomb", max_pixels=10**12)
-    with pytest.raises(PictureError, match="enormous: .*8 x 6 pixels, above the limit of 47"):
-        read_picture(picture_file(tmp_path, "small.png"), max_pixels=47)
-    with pytest.raises(PictureError, match="missing"):
-        read_picture(tmp_path)
+    with pytest.raises(ImageError, match="enormous"):
+        read_image(tmp_path / "bomb", max_pixels=10**12)
+    with pytest.raises(ImageError, match="enormous: .*8 x 6 pixels, above the limit of 47"):
+        read_image(picture_file(tmp_path, "small.png"), max_pixels=47)
+    with pytest.raises(ImageError, match="missing"):
+        read_image(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(PictureError, match="missing"):
-        read_picture(tmp_path / "pipe")
+    with pytest.raises(ImageError, match="missing"):
+        read_image(tmp_path / "pipe")
 
 
 def prompt(**changes: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.errors import ConfigError, RunFolderError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
-from mmdpo_trainers.models.encode import encode_prompts, load_pictures
+from mmdpo_trainers.models.encode import encode_prompts, load_images
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.processes.parts import part_files
 from mmdpo_trainers.run.pipeline import run_pipeline, run_stage
@@ -113,10 +113,10 @@ def test_sampling_has_a_seed_a_record(tmp_path: Path, llava: Path, prompts: Path
 
 def test_image_tokens_are_never_taken(llava: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_double.install(monkeypatch)
-    engine = vllm_engine.VllmEngine(llava, dtype="auto", device="cpu", most_pictures=4, arguments={})
+    engine = vllm_engine.VllmEngine(llava, dtype="auto", device="cpu", most_images=4, arguments={})
     records = list(read_jsonl(prompts))
     options: Any = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "seeds": [0] * len(records)}
-    options["pictures"] = [load_pictures(record) for record in records]
+    options["pictures"] = [load_images(record) for record in records]
     [first, *_] = engine.generate_responses(records, max_new_tokens=1, **options)[0]["response_ids"]
     loaded = engine._llm.loaded
     favoured = loaded.model.lm_head.weight.detach().clone()
@@ -222,14 +222,14 @@ def test_settings_that_vllm_would_not_follow(tmp_path: Path, llava: Path, prompt
 def test_the_tokenizers_end_token_is_not_the_models(llava: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what ends an answer with transformers ends it with vLLM."""
     vllm_double.install(monkeypatch)
-    engine = vllm_engine.VllmEngine(llava, dtype="auto", device="auto", most_pictures=4, arguments={})
+    engine = vllm_engine.VllmEngine(llava, dtype="auto", device="auto", most_images=4, arguments={})
     records = list(read_jsonl(prompts))
     expected = generate_responses(engine._llm.loaded, records, max_new_tokens=6)
     engine._llm.eos = expected[0]["response_ids"][2]
-    assert engine._llm.eos not in engine.described.end_ids
+    assert engine._llm.eos not in engine.config_only.end_ids
     found = engine.generate_responses(
         records, max_new_tokens=6, do_sample=False, temperature=1.0, top_p=1.0, seeds=[0] * len(records),
-        pictures=[load_pictures(record) for record in records],
+        pictures=[load_images(record) for record in records],
     )  # fmt: skip
     assert [answer["response_ids"] for answer in found] == [answer["response_ids"] for answer in expected]
 
@@ -269,12 +269,12 @@ def test_auto_is_the_type_that_transformers_takes(tmp_path: Path, llava: Path, m
         without_dtype(folder / "config.json")
         assert len(list(folder.glob("*.safetensors"))) == 1 or name == "parts"
         assert load_model(folder).dtype == torch.bfloat16
-        vllm_engine.VllmEngine(folder, dtype="auto", device="auto", most_pictures=1, arguments={})
+        vllm_engine.VllmEngine(folder, dtype="auto", device="auto", most_images=1, arguments={})
     assert [made["dtype"] for made in llm.made] == ["bfloat16", "bfloat16"]
     for file in folder.glob("*.safetensors"):
         file.unlink()
     with pytest.raises(StageError, match="expected a number type in config.json, or safetensors weights in float64, .*set dtype"):
-        vllm_engine.VllmEngine(folder, dtype="auto", device="auto", most_pictures=1, arguments={})
+        vllm_engine.VllmEngine(folder, dtype="auto", device="auto", most_images=1, arguments={})
 
 
 def without_dtype(path: Path) -> None:

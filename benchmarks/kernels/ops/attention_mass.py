@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.case import BOTH, FORWARD, Case, Named, Run, Work, timed_run
-from benchmarks.kernels.ops.tree_attention import picture_of
+from benchmarks.kernels.ops.tree_attention import image_of
 from mmdpo_kernels import attention_mass
 from mmdpo_kernels.backends.calls import AttentionMassCall
 from mmdpo_kernels.backends.reference import attention_mass as reference
@@ -69,7 +69,7 @@ def make(
         return Problem(
             query_rows=query_rows.requires_grad_(),
             key=key.requires_grad_(),
-            segments=torch.tensor([picture_of(range(length), length, count)], dtype=torch.int32, device=device),
+            segments=torch.tensor([image_of(range(length), length, count)], dtype=torch.int32, device=device),
             row_positions=positions.to(torch.int32),
             num_segments=count,
             lse=lse,

@@ -114,7 +114,7 @@ def make(
         return Problem(
             **leaves,
             tree_end=torch.tensor([tree_end], dtype=torch.int32, device=device) if len(set(tree_end)) > 1 else None,
-            segments=torch.tensor([picture_of(depths, length, sizes["pictures"])], dtype=torch.int32, device=device),
+            segments=torch.tensor([image_of(depths, length, sizes["pictures"])], dtype=torch.int32, device=device),
             num_segments=sizes["pictures"] if mass or recorded else 0,
             paths=torch.tensor(paths, device=device),
             grad_output=random(heads),
@@ -150,7 +150,7 @@ def lay(forest: Sequence[Node]) -> tuple[list[int], list[int], list[list[int]]]:
     return tree_end, depths, paths
 
 
-def picture_of(depths: Sequence[int], length: int, pictures: int) -> list[int]:
+def image_of(depths: Sequence[int], length: int, pictures: int) -> list[int]:
     """The segment of tokens at these depths: `pictures` runs of equal length over the first four fifths, -1 after them."""
     run = max(1, length * 4 // 5 // pictures)
     return [depth // run if depth < run * pictures else -1 for depth in depths]

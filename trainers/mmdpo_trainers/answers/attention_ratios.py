@@ -43,7 +43,7 @@ def attention_ratios(
 
     Returns per record what `ratios_of` does.
     """
-    layer = check_layer(loaded.picture_layers, layer)
+    layer = check_layer(loaded.image_layers, layer)
 
     def work(indices: list[int]) -> list[dict[str, Any]]:
         chosen = [records[index] for index in indices]
@@ -63,7 +63,7 @@ def _of_one_forward(
 ) -> list[dict[str, Any]]:
     answers = [record["response"] if record.get("response_ids") is None else record["response_ids"] for record in records]
     encoded = encode_prompts(loaded, records, padding_side="right", answers=answers)
-    if not sees_pictures(loaded, encoded):
+    if not sees_images(loaded, encoded):
         return [ratios_of(record, None, (), statistic) for record in records]
     segments = target_segments(loaded, records, encoded, regions=regions)
     rows = response_rows(records, encoded, drop_first_row=drop_first_row)
@@ -86,7 +86,7 @@ def _of_one_forward(
     ]
 
 
-def sees_pictures(loaded: LoadedModel, encoded: EncodedPrompts) -> bool:
+def sees_images(loaded: LoadedModel, encoded: EncodedPrompts) -> bool:
     """Whether the layers that see pictures run: those of cross-attention are left out where a batch has none."""
     return encoded.cross_segments is not None or not loaded.family.cross_attention
 
@@ -145,7 +145,7 @@ def recorded_generation(
     drop_first_row: bool,
 ) -> Iterator[GenerationRecord]:
     """Record, while the block runs `generate` on `encoded`, what `attention_ratios` would find on its answers."""
-    settings = ratio_settings(loaded.picture_layers, layer=layer, regions=regions, drop_first_row=drop_first_row)
+    settings = ratio_settings(loaded.image_layers, layer=layer, regions=regions, drop_first_row=drop_first_row)
     segments = target_segments(loaded, records, encoded, regions=regions)
     with record_attention(
         loaded.model,
@@ -166,7 +166,7 @@ def ratio_settings(layers: Sequence[int], *, layer: int | None, regions: str, dr
 
 
 def check_layer(layers: Sequence[int], layer: int | None) -> int:
-    """As `resolve_layer`. Raises StageError where it is none of `layers`, see `picture_layers`."""
+    """As `resolve_layer`. Raises StageError where it is none of `layers`, see `image_layers`."""
     layer = resolve_layer(layers, layer)
     if layer not in layers:
         all_of_them = (

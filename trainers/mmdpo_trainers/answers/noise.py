@@ -10,7 +10,7 @@ from PIL import Image
 from mmdpo_trainers.data.compose import add_noise
 from mmdpo_trainers.data.seeds import batch_seed
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.models.encode import load_pictures
+from mmdpo_trainers.models.encode import load_images
 
 GRID_NOISE = 225.0
 
@@ -19,13 +19,13 @@ PIP_NOISE = 49.0
 """Standard deviations of MIA-DPO's code, in 0..255 levels."""
 
 
-def noisy_pictures(record: Mapping[str, Any], preset: str, seed: int) -> list[Image.Image]:
+def noisy_images(record: Mapping[str, Any], preset: str, seed: int) -> list[Image.Image]:
     """A record's pictures as the model sees them at generation; training always sees the clean ones.
 
     Sequence and single: clean. Grid: Gaussian noise of 225 levels on the target's cell. Pic-in-pic: 49 levels on the whole
     picture, added in float and clipped (`paper`), or wrapping modulo 256 as MIA-DPO's uint8 sum does (`official_code`).
     """
-    pictures = load_pictures(record)
+    pictures = load_images(record)
     if preset == "none" or record["format"] not in ("grid", "pip"):
         return pictures
     own_seed = batch_seed(seed, "noise", record["id"])

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from mmdpo_trainers.answers.attention_ratios import recorded_generation, sees_pictures
+from mmdpo_trainers.answers.attention_ratios import recorded_generation, sees_images
 from mmdpo_trainers.answers.response import response_of
-from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts, in_forwards, load_pictures
+from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts, in_forwards, load_images
 from mmdpo_trainers.models.loaded import LoadedModel
 
 
@@ -48,7 +48,7 @@ def generate_responses(
         output_logits=True,
         **sampling,
     )
-    shown = [load_pictures(each) for each in records] if pictures is None else pictures
+    shown = [load_images(each) for each in records] if pictures is None else pictures
 
     def work(indices: list[int]) -> list[dict[str, Any]]:
         chosen = [records[index] for index in indices]
@@ -70,7 +70,7 @@ def _of_one_forward(
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        recorded = record if sees_pictures(loaded, encoded) else None
+        recorded = record if sees_images(loaded, encoded) else None
         recording = contextlib.nullcontext() if recorded is None else recorded_generation(loaded, records, encoded, **recorded)
         with recording as generation:
             output = loaded.model.generate(**encoded.inputs, generation_config=config)

@@ -16,11 +16,11 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.answers.described import describe, own_dtype
+from mmdpo_trainers.answers.config_only import config_only, own_dtype
 from mmdpo_trainers.answers.response import response_of
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
-from mmdpo_trainers.models.encode import encode_prompts, prompt_ids, refuse_pictures
+from mmdpo_trainers.models.encode import encode_prompts, prompt_ids, refuse_images
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.processes import launcher
 
@@ -53,7 +53,7 @@ def check_vllm(config: RunConfig) -> None:
 class VllmEngine:
     """A vLLM `LLM` of a model folder.
 
-    device: `cuda:N`, or `auto` for vLLM's own choice. most_pictures: of one prompt. arguments: more of `vllm.LLM`.
+    device: `cuda:N`, or `auto` for vLLM's own choice. most_images: of one prompt. arguments: more of `vllm.LLM`.
     date: as in `load_model`.
     """
 
@@ -63,14 +63,14 @@ class VllmEngine:
         *,
         dtype: str,
         device: str,
-        most_pictures: int,
+        most_images: int,
         arguments: Mapping[str, Any],
         date: TemplateDate | None = None,
     ) -> None:
-        self.described = describe(folder, date)
+        self.config_only = config_only(folder, date)
         if dtype == "auto":
             # The checkpoint's own, as elsewhere; vLLM's `auto` would halve float32.
-            dtype = own_dtype(folder, self.described.model.config)
+            dtype = own_dtype(folder, self.config_only.model.config)
         self._arguments = dict(arguments)
         self._checked: set[int] = set()
         with _own_environment(device), self._said(f"model {folder}: vLLM cannot load it"):
@@ -79,7 +79,7 @@ class VllmEngine:
             self._llm: Any = LLM(
                 model=str(folder),
                 dtype=dtype,
-                limit_mm_per_prompt={"image": max(1, most_pictures)},
+                limit_mm_per_prompt={"image": max(1, most_images)},
                 # Of the logits as the model gives them, before the bias and the temperature: perplexity is of these.
                 logprobs_mode="raw_logprobs",
                 **arguments,
@@ -97,7 +97,7 @@ class VllmEngine:
         pictures: Sequence[Sequence[Image.Image]],
     ) -> list[dict[str, Any]]:
         """Answer a batch; returns per record what `response_of` does. seeds: one a record, where the answers are sampled."""
-        described = self.described
+        described = self.config_only
         common: dict[str, Any] = {
             "max_tokens": max_new_tokens,
             # Those of transformers alone: vLLM's own would have the tokenizer's among them.
@@ -123,7 +123,7 @@ class VllmEngine:
             try:
                 outputs = self._llm.generate(prompts, params, use_tqdm=False)
             except Exception:
-                refuse_pictures(described, records, pictures)
+                refuse_images(described, records, pictures)
                 raise
         for record, row, output in zip(records, pictures, outputs, strict=True):
             if len(row) not in self._checked:
@@ -152,7 +152,7 @@ class VllmEngine:
             ) from error
 
     def _check_prompt(self, record: Mapping[str, Any], row: Sequence[Image.Image], output: Any) -> None:
-        expected = encode_prompts(self.described, [record], padding_side="left", pictures=[row]).inputs["input_ids"][0].tolist()
+        expected = encode_prompts(self.config_only, [record], padding_side="left", pictures=[row]).inputs["input_ids"][0].tolist()
         found = list(output.prompt_token_ids)
         if found != expected:
             same = next((i for i, both in enumerate(zip(found, expected, strict=False)) if both[0] != both[1]), None)
@@ -171,7 +171,7 @@ class VllmEngine:
                 "than max_model_len; raise it in generate.engine_args, or lower generate.max_new_tokens"
             )
         whole = answer.finish_reason == "length" or (
-            answer.finish_reason == "stop" and ids[-1:] and ids[-1] in self.described.end_ids
+            answer.finish_reason == "stop" and ids[-1:] and ids[-1] in self.config_only.end_ids
         )
         if not whole or steps is None or len(steps) != len(ids):
             found = None if steps is None else len(steps)
@@ -181,7 +181,7 @@ class VllmEngine:
                 "generate.engine to transformers, or try another version of vLLM"
             )
         # The likeliest token's, and that of the token taken, where it is another.
-        return response_of(self.described, ids, [max(each.logprob for each in step.values()) for step in steps])
+        return response_of(self.config_only, ids, [max(each.logprob for each in step.values()) for step in steps])
 
 
 def _named(records: Sequence[Mapping[str, Any]]) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 
+from mmdpo_trainers.checks.copies import softcapped
 from mmdpo_trainers.checks.mass import check_mass
 from mmdpo_trainers.checks.parity import check_generate, check_parity, check_unpatch
 from mmdpo_trainers.checks.prompts import check_prompts
 from mmdpo_trainers.checks.result import CheckResult, timed
 from mmdpo_trainers.checks.segments import check_segments
 from mmdpo_trainers.checks.training import check_gradients, check_heads, check_shared_vision, check_tree
-from mmdpo_trainers.checks.twins import softcapped
 from mmdpo_trainers.models.loaded import LoadedModel
 
 __all__ = ["CHECKS", "CheckResult", "run_checks"]

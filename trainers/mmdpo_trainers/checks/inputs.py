@@ -13,7 +13,7 @@ SQUARE, WIDE, TALL, LARGE = (48, 48), (72, 36), (36, 72), (100, 150)
 _ANSWERS = [("red circle", "blue"), ("yes", "no it is not"), ("the green square on top", "star"), ("two", "three")]
 
 
-def drawn_picture(size: tuple[int, int], seed: int) -> Image.Image:
+def drawn_image(size: tuple[int, int], seed: int) -> Image.Image:
     """An RGB picture of `size` (width, height) that differs from one of another seed in every patch."""
     rng = random.Random(seed)
     blocks = size[0] // 4, size[1] // 4
@@ -26,7 +26,7 @@ def drawn_picture(size: tuple[int, int], seed: int) -> Image.Image:
 
 def prompt_records() -> list[dict[str, Any]]:
     """Rows of two pictures side by side, of two with text between them, of one large picture, and of none."""
-    one, two, three, four, five = (drawn_picture(size, seed) for seed, size in enumerate((SQUARE, WIDE, TALL, SQUARE, LARGE)))
+    one, two, three, four, five = (drawn_image(size, seed) for seed, size in enumerate((SQUARE, WIDE, TALL, SQUARE, LARGE)))
     return [
         {"id": "adjacent", "prompt": "look at <image><image> which is red ?", "images": [one, two]},
         {

@@ -10,10 +10,10 @@ from torch import Tensor
 from mmdpo_kernels import record_attention
 from mmdpo_kernels.patched import language_tower
 from mmdpo_trainers.answers.attention_ratios import resolve_layer
+from mmdpo_trainers.checks.copies import copy_of, patched
 from mmdpo_trainers.checks.inputs import answers, prompt_records
 from mmdpo_trainers.checks.result import CheckFailure, CheckResult, Differences, rounding
-from mmdpo_trainers.checks.segments import picture_segments
-from mmdpo_trainers.checks.twins import patched, twin
+from mmdpo_trainers.checks.segments import segments_of_images
 from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
 
@@ -24,9 +24,9 @@ _STEPS = 8
 @torch.no_grad()
 def check_mass(loaded: LoadedModel) -> CheckResult:
     """Mass of teacher-forced answers on each picture, at the middle one of the layers that see pictures."""
-    records, layer = prompt_records(), resolve_layer(loaded.picture_layers)
+    records, layer = prompt_records(), resolve_layer(loaded.image_layers)
     batch = encode_prompts(loaded, records, padding_side="right", answers=answers())
-    segments = picture_segments(loaded, batch)
+    segments = segments_of_images(loaded, batch)
     number = int(segments.max()) + 1
     if batch.cross_segments is None:
         # Row by row: a padding token that sees nothing makes eager attention in float64 NaN.
@@ -61,7 +61,7 @@ def _answer_rows(encoded: EncodedPrompts) -> Tensor:
 
 def _eager_mass(loaded: LoadedModel, encoded: EncodedPrompts, layer: int, number: int) -> Tensor:
     """(B, N) float64, from eager attention maps."""
-    maps, rows, segments = _eager_maps(loaded, encoded, layer), _answer_rows(encoded), picture_segments(loaded, encoded)
+    maps, rows, segments = _eager_maps(loaded, encoded, layer), _answer_rows(encoded), segments_of_images(loaded, encoded)
     if maps.shape[-1] != segments.shape[1]:
         raise CheckFailure(f"layer {layer}: eager attention has {maps.shape[-1]} keys, segments cover {segments.shape[1]}")
     mean = (maps.mean(1) * rows[..., None]).sum(1) / rows.sum(1, keepdim=True)  # (B, K)
@@ -78,7 +78,7 @@ def _eager_maps(loaded: LoadedModel, encoded: EncodedPrompts, layer: int) -> Ten
         if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
             found.append(output[1])
 
-    with twin(loaded.model) as other:
+    with copy_of(loaded.model) as other:
         tower = language_tower(other)
         tower.set_attn_implementation("eager")
         for module in tower.modules():

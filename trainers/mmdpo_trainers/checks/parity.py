@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from mmdpo_trainers.checks.copies import patched
 from mmdpo_trainers.checks.inputs import answers, prompt_records
 from mmdpo_trainers.checks.result import CheckFailure, CheckResult, Differences
-from mmdpo_trainers.checks.twins import patched
 from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mmdpo_kernels import image_segments
 from mmdpo_kernels.patched import language_tower
-from mmdpo_trainers.checks.alone import processor_inputs
-from mmdpo_trainers.checks.inputs import drawn_picture, prompt_records
+from mmdpo_trainers.checks.baseline import processor_inputs
+from mmdpo_trainers.checks.inputs import drawn_image, prompt_records
 from mmdpo_trainers.checks.result import CheckFailure, CheckResult, rounding
 from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts
 from mmdpo_trainers.models.families import View
@@ -30,7 +30,7 @@ def check_segments(loaded: LoadedModel) -> CheckResult:
     for row, record in enumerate(records):
         _check_ids(loaded, record, encoded, row)
     _check_counts(loaded, records, encoded)
-    segments = picture_segments(loaded, encoded)
+    segments = segments_of_images(loaded, encoded)
     before, pictures = _seen_by_decoder(loaded, encoded), 0
     for row, record in enumerate(records):
         for place, picture in enumerate(record["images"]):
@@ -42,7 +42,7 @@ def check_segments(loaded: LoadedModel) -> CheckResult:
     return CheckResult(name="segments", figure=0.0, limit=0.0, verdict="exact", detail=f"{pictures} pictures changed one by one")
 
 
-def picture_segments(loaded: LoadedModel, encoded: EncodedPrompts) -> Tensor:
+def segments_of_images(loaded: LoadedModel, encoded: EncodedPrompts) -> Tensor:
     """(B, S), or (B, K) for keys of cross-attention: the index of the picture within its row, -1 = none."""
     if encoded.cross_segments is not None:
         return encoded.cross_segments
@@ -69,7 +69,7 @@ def _check_counts(loaded: LoadedModel, records: list[dict[str, Any]], encoded: E
         images = record["images"]
         if not images:
             continue
-        pictures = family.encode_pictures(loaded.processor, images, [len(images) == 1] * len(images))
+        pictures = family.encode_images(loaded.processor, images, [len(images) == 1] * len(images))
         inputs = {
             name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else value.dtype)
             for name, value in pictures.inputs.items()
@@ -107,7 +107,7 @@ def _seen_by_decoder(loaded: LoadedModel, encoded: EncodedPrompts) -> Tensor:
 def _changed(loaded: LoadedModel, records: list[dict[str, Any]], row: int, place: int, before: Tensor) -> Tensor:
     """(B, S) bool: what the decoder reads otherwise when one picture is another of its size."""
     pictures = [list(record["images"]) for record in records]
-    pictures[row][place] = drawn_picture(pictures[row][place].size, 100 + place)
+    pictures[row][place] = drawn_image(pictures[row][place].size, 100 + place)
     after = _seen_by_decoder(loaded, encode_prompts(loaded, records, padding_side="right", pictures=pictures))
     if after.shape != before.shape:
         raise CheckFailure(

@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from mmdpo_kernels import SharedRows, TokenTree, patch_model, tree_refusal
-from mmdpo_trainers.checks.alone import BLUR, branch_logp
+from mmdpo_trainers.checks.baseline import BLUR, branch_logp
+from mmdpo_trainers.checks.copies import copy_of, patched
 from mmdpo_trainers.checks.inputs import preference_records
 from mmdpo_trainers.checks.result import CheckFailure, CheckResult, Differences
-from mmdpo_trainers.checks.twins import patched, twin
 from mmdpo_trainers.data.pair_records import BRANCHES
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.training import head, model_parts
@@ -83,10 +83,10 @@ def check_gradients(loaded: LoadedModel) -> CheckResult:
     packing = tree_refusal(loaded.model) is None
     batch = preference_batch(loaded, packing=packing)
     found = Differences(loaded.dtype)
-    with twin(loaded.model) as base:
+    with copy_of(loaded.model) as base:
         adapted = _with_lora(base)
         with torch.no_grad():
-            features = model_parts.picture_features(adapted, batch)
+            features = model_parts.image_features(adapted, batch)
         expected = _gradients(adapted, batch, features)
         if len(expected) < 3 or not any(bool(gradient.abs().max() > 0) for gradient in expected.values()):
             raise CheckFailure("LoRA and the embedding get no gradient")

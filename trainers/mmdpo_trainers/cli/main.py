@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error(error)
         return 2
     except KeyboardInterrupt:
-        if ranks.is_main():
+        if ranks.is_rank_0():
             print("mmdpo: interrupted; the same command continues the run", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _print_error(error: Exception, remedy: str = "") -> None:
     """In one line. Of a launch, the process that failed first says it, and the first process, whose output people read."""
     first = ranks.fail(error)
-    if first.rank == ranks.rank() or ranks.is_main():
+    if first.rank == ranks.rank() or ranks.is_rank_0():
         print(f"mmdpo: error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
 
 
@@ -251,12 +251,12 @@ def _stage(options: argparse.Namespace) -> None:
     )
     with held(run), ranks.failing():
         if options.restart and context.own:
-            ranks.on_main(lambda: run.remove(context.name))
+            ranks.on_rank_0(lambda: run.remove(context.name))
         elif options.restart:
-            ranks.on_main(lambda: restart_from(run, context.name, tuple(config.arms)))
+            ranks.on_rank_0(lambda: restart_from(run, context.name, tuple(config.arms)))
         # Settings of an evaluation beside the run's are not the run's.
         summary = run_stage(context, config=None if context.own else config)
-    if not ranks.is_main():
+    if not ranks.is_rank_0():
         return
     shown = {key: value for key, value in summary.items() if key != "fingerprint"}
     print(yaml.safe_dump({context.name: shown}, sort_keys=False, allow_unicode=True), end="")
@@ -297,7 +297,7 @@ def _reference(options: argparse.Namespace) -> None:
 
     with held(run), ranks.failing():
         summary = reference.run(context, refresh=options.refresh)
-    if ranks.is_main():
+    if ranks.is_rank_0():
         print(yaml.safe_dump({"reference": summary}, sort_keys=False, allow_unicode=True), end="")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmdpo_trainers.data.pictures import PictureError, base64_bytes, embedded_bytes, local_path
+from mmdpo_trainers.data.images import ImageError, base64_bytes, embedded_bytes, local_path
 
 _WITHOUT_IT = "remove it where the texts and pictures stand without it, or leave the record out"
 
@@ -42,7 +42,7 @@ _FIELDS: tuple[tuple[str, str], ...] = (
 
 _PART_FIELDS = frozenset({"type", "index", "id", "cache_control", "detail"})
 """Of content parts, beside what the part is; all others are refused."""
-_PICTURE_FIELDS = ("image", "image_url", "url", "path", "base64", "bytes")
+_IMAGE_FIELDS = ("image", "image_url", "url", "path", "base64", "bytes")
 """Where an image part may hold its own picture."""
 
 
@@ -51,11 +51,11 @@ class UnreadContent(Exception):
 
 
 @dataclass(frozen=True)
-class PicturePart:
+class ImagePart:
     """A picture's place among the texts of a message."""
 
     picture: Any = None
-    """Its own picture, see `PictureSource`; None: the next one of the record's list."""
+    """Its own picture, see `ImageSource`; None: the next one of the record's list."""
 
 
 def check_columns(record: Mapping[str, Any], *, read: Collection[str] = ()) -> None:
@@ -78,7 +78,7 @@ def _check(holder: Mapping[str, Any], refused: Sequence[tuple[str, str]], place:
                 raise UnreadContent(f"{where} is not read, and holds {_shown(value)}; {remedy}")
 
 
-def read_parts(content: Any, place: str) -> list[str | PicturePart]:
+def read_parts(content: Any, place: str) -> list[str | ImagePart]:
     """A message's content, a text or a list of parts, as texts and places of pictures in their order.
 
     place: such as `prompt[0]['content']`. Raises UnreadContent for a part that is neither text nor a picture that can be read.
@@ -92,7 +92,7 @@ def read_parts(content: Any, place: str) -> list[str | PicturePart]:
     return [part if isinstance(part, str) else _part(part, f"{place}[{index}]") for index, part in enumerate(content)]
 
 
-def _part(part: Any, place: str) -> str | PicturePart:
+def _part(part: Any, place: str) -> str | ImagePart:
     if not isinstance(part, Mapping):
         raise UnreadContent(f"{place} must be a part such as {{'type': 'text', 'text': …}}, got {str(part)[:120]!r}")
     held = [name for name, value in part.items() if name not in _PART_FIELDS and not is_empty(value)]
@@ -100,20 +100,20 @@ def _part(part: Any, place: str) -> str | PicturePart:
     kind = part.get("type") or ("text" if "text" in part and held in (["text"], []) else next(iter(held), None))
     if kind not in ("text", "image", "image_url"):
         raise UnreadContent(f"{place} is of type {str(kind)[:60]!r}, which is not read: expected text or image; {_WITHOUT_IT}")
-    read = ("text",) if kind == "text" else _PICTURE_FIELDS
+    read = ("text",) if kind == "text" else _IMAGE_FIELDS
     other = next((name for name in held if name not in read), None)
     if other is not None:
         raise UnreadContent(
             f"{place}[{other!r}] is not read in a part of type {kind}, and holds {_shown(part[other])}; {_WITHOUT_IT}"
         )
     if kind != "text":
-        return _picture_part(part, kind, held, place)
+        return _image_part(part, kind, held, place)
     if not isinstance(part.get("text"), str):
         raise UnreadContent(f"{place}['text'] must be text, got {part.get('text')!r}")
     return str(part["text"])
 
 
-def _picture_part(part: Mapping[str, Any], kind: str, held: Sequence[str], place: str) -> PicturePart:
+def _image_part(part: Mapping[str, Any], kind: str, held: Sequence[str], place: str) -> ImagePart:
     if "bytes" in held:
         # An undecoded `datasets.Image` says beside its bytes where they came from.
         held = [name for name in held if name != "path"]
@@ -122,7 +122,7 @@ def _picture_part(part: Mapping[str, Any], kind: str, held: Sequence[str], place
     if not held:
         if kind == "image_url":
             raise UnreadContent(f"{place}['image_url'] must be a data: URL or a file's path, got {part.get('image_url')!r}")
-        return PicturePart()
+        return ImagePart()
     value = part[held[0]]
     if isinstance(value, Mapping) and not is_empty(value.get("url")):
         value = value["url"]
@@ -131,9 +131,9 @@ def _picture_part(part: Mapping[str, Any], kind: str, held: Sequence[str], place
             value = base64_bytes(value)
         if embedded_bytes(value) is None:
             local_path(value)
-    except PictureError as error:
+    except ImageError as error:
         raise UnreadContent(f"{place}[{held[0]!r}]: {error}") from error
-    return PicturePart(value)
+    return ImagePart(value)
 
 
 def is_empty(value: Any) -> bool:

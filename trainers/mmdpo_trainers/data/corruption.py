@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageFilter
 
-from mmdpo_trainers.data.pictures import open_picture
+from mmdpo_trainers.data.images import open_image
 
 Kind = Literal["crop", "blank", "other", "blur", "noise", "mask"]
 Draw = Literal["shared", "separate"]
@@ -79,7 +79,7 @@ def corrupt(
     """
     if not picture.width or not picture.height:
         raise ValueError(f"corrupt: expected a picture with pixels, got one of {picture.width} x {picture.height} (key {key!r})")
-    picture, other = open_picture(picture), None if other is None else open_picture(other)
+    picture, other = open_image(picture), None if other is None else open_image(other)
     random = _random(corruption, key, model)
     strength = corruption.strength
     match corruption.kind:

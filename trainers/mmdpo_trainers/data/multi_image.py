@@ -19,7 +19,7 @@ from PIL import Image
 
 from mmdpo_trainers.config.run_config import AugmentConfig
 from mmdpo_trainers.data.compose import GRID_SHAPES, box_to_region, collage_size, grid_collage, pic_in_pic
-from mmdpo_trainers.data.pictures import Picture, PictureError, content_key, png_bytes, read_picture
+from mmdpo_trainers.data.images import ImageError, Picture, content_key, png_bytes, read_image
 from mmdpo_trainers.data.records import FORMATS, IMAGE_TOKEN, prompt_record, relative_images
 from mmdpo_trainers.data.sources import Problem, SourceRecord
 from mmdpo_trainers.errors import ConfigError
@@ -179,7 +179,7 @@ class PromptMaker:
         build = {"single": self._single, "sequence": self._sequence, "grid": self._grid, "pip": self._pip}[format]
         try:
             fields = build(record, paths, place, rng)
-        except PictureError as error:
+        except ImageError as error:
             return None, [*self._problems, Problem(record.id, error.reason, error.detail)]
         fields["images"] = relative_images(fields["images"], self.folder, self.root)
         made = prompt_record(
@@ -210,7 +210,7 @@ class PromptMaker:
         host, target = self.read(paths[1 - place]).image, self.read(record.picture).image
         if self.options.square and max(host.size) ** 2 > self.max_pixels:
             size = f"{host.width} x {host.height}"
-            raise PictureError("enormous", f"a host of {size} padded to a square has more than {self.max_pixels} pixels")
+            raise ImageError("enormous", f"a host of {size} padded to a square has more than {self.max_pixels} pixels")
         picture, box = pic_in_pic(host, target, max_fraction=self.options.max_fraction, square=self.options.square)
         opening = rng.choice(self.options.pip_openings or PIP_OPENINGS)
         prompt = f"{IMAGE_TOKEN}\n{opening} {_lowered(record.question)}"
@@ -243,12 +243,12 @@ class PromptMaker:
         return chosen if len(chosen) == count else None
 
     def _read(self, path: Path) -> Picture:
-        return read_picture(path, max_pixels=self.max_pixels)
+        return read_image(path, max_pixels=self.max_pixels)
 
     def _open(self, path: Path, record_id: str) -> Picture | None:
         try:
             picture = self.read(path)
-        except PictureError as error:
+        except ImageError as error:
             self._problems.append(Problem(record_id, error.reason, error.detail))
             return None
         if picture.converted:

@@ -11,13 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.data import pictures
-from mmdpo_trainers.data.content import PicturePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
-from mmdpo_trainers.data.pictures import PictureError
+from mmdpo_trainers.data.content import ImagePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
+from mmdpo_trainers.data.images import ImageError, embedded_bytes, image_digest, image_size, local_path, open_image
 from mmdpo_trainers.data.records import IMAGE_TOKEN, check_placeholders
 from mmdpo_trainers.errors import DataError
 
-_OTHER_PICTURES = (
+_OTHER_IMAGES = (
     "image",
     "image_path",
     "image_paths",
@@ -81,22 +80,22 @@ def record_name(record: Mapping[str, Any]) -> str:
     return str(record["id"]) if record.get("id") is not None else f"without id ({str(record.get('prompt'))[:60]}…)"
 
 
-def record_picture(record: Mapping[str, Any], image: Any) -> Image.Image:
-    """A picture of the record (see `PictureSource`) as the model sees it; DataError names the record."""
+def record_image(record: Mapping[str, Any], image: Any) -> Image.Image:
+    """A picture of the record (see `ImageSource`) as the model sees it; DataError names the record."""
     with _named(record, image):
-        return pictures.open_picture(image)
+        return open_image(image)
 
 
-def picture_digest(record: Mapping[str, Any], image: Any, *, opened: dict[str, Image.Image] | None = None) -> str:
-    """Content key of what the model sees of a picture, and `opened` for what had to be decoded: see `pictures.picture_digest`."""
+def record_image_digest(record: Mapping[str, Any], image: Any, *, opened: dict[str, Image.Image] | None = None) -> str:
+    """Content key of what the model sees of a picture, and `opened` for what had to be decoded: see `image_digest`."""
     with _named(record, image):
-        return pictures.picture_digest(image, opened=opened)
+        return image_digest(image, opened=opened)
 
 
-def picture_size(record: Mapping[str, Any], image: Any) -> tuple[int, int]:
+def record_image_size(record: Mapping[str, Any], image: Any) -> tuple[int, int]:
     """Width and height of a picture as the model sees it; of a file only the header is read."""
     with _named(record, image):
-        return pictures.picture_size(image)
+        return image_size(image)
 
 
 @contextlib.contextmanager
@@ -104,7 +103,7 @@ def _named(record: Mapping[str, Any], image: Any) -> Iterator[None]:
     """A picture that cannot be used as a DataError that names the record."""
     try:
         yield
-    except (PictureError, OSError) as error:
+    except (ImageError, OSError) as error:
         name = image.get("path") if isinstance(image, Mapping) else image
         named = isinstance(name, str | os.PathLike) and not str(name).startswith("data:")
         what = f"picture {name}" if named else "a picture"
@@ -116,7 +115,7 @@ def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any
     images = record.get(column)
     within: list[Any] = []
     if column == "images":
-        within = _pictures_within(record)
+        within = _images_within(record)
         _check_other_columns(record, within or images)
     if images is None:
         return within
@@ -135,7 +134,7 @@ def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any
 
 def _check_other_columns(record: Mapping[str, Any], images: Any) -> None:
     """DataError for pictures in a column that is not read."""
-    other = next((name for name in _OTHER_PICTURES if not is_empty(record.get(name))), None)
+    other = next((name for name in _OTHER_IMAGES if not is_empty(record.get(name))), None)
     if other is None or (other != "image" and not is_empty(images)):
         return
     beside = "" if is_empty(images) else " beside images"
@@ -144,9 +143,9 @@ def _check_other_columns(record: Mapping[str, Any], images: Any) -> None:
     )
 
 
-def _pictures_within(record: Mapping[str, Any]) -> list[Any]:
+def _images_within(record: Mapping[str, Any]) -> list[Any]:
     """Pictures that parts of the prompt hold themselves. DataError where some parts do, and others leave it to `images`."""
-    places = [part for part in _parts(record, "prompt", "user") if isinstance(part, PicturePart)]
+    places = [part for part in _parts(record, "prompt", "user") if isinstance(part, ImagePart)]
     within = [part.picture for part in places if part.picture is not None]
     if within and len(within) != len(places):
         raise DataError(
@@ -212,13 +211,13 @@ def check_content(record: Mapping[str, Any]) -> None:
         response_text(record, column)
 
 
-def with_pictures_from(record: Mapping[str, Any], folder: str | os.PathLike[str], *, views: Sequence[str] = ()) -> dict[str, Any]:
+def with_images_from(record: Mapping[str, Any], folder: str | os.PathLike[str], *, views: Sequence[str] = ()) -> dict[str, Any]:
     """The record with all its pictures in their columns, none in parts of the prompt, and paths that are relative to `folder` absolute.
 
     views: columns of pictures beside `images` and `rejected_images`.
     """
     found = {**record, "images": record_images(record)}
-    if _pictures_within(record):
+    if _images_within(record):
         found["prompt"] = [{"role": "user", "content": single_turn(record, "prompt", "user")}]
     for column in ("images", "rejected_images", *views):
         if not is_empty(found.get(column)):
@@ -228,12 +227,12 @@ def with_pictures_from(record: Mapping[str, Any], folder: str | os.PathLike[str]
 
 def _placed(record: Mapping[str, Any], image: Any, folder: str | os.PathLike[str]) -> Any:
     with _named(record, image):
-        if isinstance(image, Image.Image) or pictures.embedded_bytes(image) is not None:
+        if isinstance(image, Image.Image) or embedded_bytes(image) is not None:
             return image
         path = image.get("path") if isinstance(image, Mapping) else image
         if not isinstance(path, str) or not path:
             return image
-        return os.path.normpath(os.path.join(folder, pictures.local_path(path)))
+        return os.path.normpath(os.path.join(folder, local_path(path)))
 
 
 def prompt_text(record: Mapping[str, Any]) -> str:
@@ -257,10 +256,10 @@ def response_text(record: Mapping[str, Any], column: str) -> str:
 
 def single_turn(record: Mapping[str, Any], column: str, role: str) -> str:
     """Text of a conversational column of one turn, `<image>` in a picture's place; a plain string is taken as that turn."""
-    return "".join(IMAGE_TOKEN if isinstance(part, PicturePart) else part for part in _parts(record, column, role))
+    return "".join(IMAGE_TOKEN if isinstance(part, ImagePart) else part for part in _parts(record, column, role))
 
 
-def _parts(record: Mapping[str, Any], column: str, role: str) -> list[str | PicturePart]:
+def _parts(record: Mapping[str, Any], column: str, role: str) -> list[str | ImagePart]:
     """Texts and pictures of a column's one turn. DataError naming record and place of what is not read."""
     messages: Any = record.get(column)
     if isinstance(messages, str):
@@ -275,7 +274,7 @@ def _parts(record: Mapping[str, Any], column: str, role: str) -> list[str | Pict
         parts = read_parts(messages[0].get("content"), f"{column}[0]['content']")
     except UnreadContent as error:
         raise DataError(f"record {record_name(record)}: {error}") from error
-    picture = next((index for index, part in enumerate(parts) if isinstance(part, PicturePart)), None)
+    picture = next((index for index, part in enumerate(parts) if isinstance(part, ImagePart)), None)
     if role == "assistant" and picture is not None:
         raise DataError(
             f"record {record_name(record)}: {column}[0]['content'][{picture}] is a picture; only prompts have pictures, remove the record"

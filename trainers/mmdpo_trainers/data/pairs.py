@@ -17,7 +17,7 @@ from mmdpo_trainers.data.pair_records import (
     check_record,
     record_images,
     record_rejected_images,
-    with_pictures_from,
+    with_images_from,
 )
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.data.sources import undecoded
@@ -53,8 +53,8 @@ def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[
         record.setdefault("id", f"line {number}")
         _check_columns(path, record, record["id"])
         check_record(record)
-        record = with_pictures_from(record, folder, views=views)
-        for column, images in _picture_columns(record, views):
+        record = with_images_from(record, folder, views=views)
+        for column, images in _image_columns(record, views):
             if not all(isinstance(image, str) for image in images):
                 raise DataError(f"{path}, record {record['id']}: {column} must be paths or data: URLs, got {str(images)[:120]}")
             first = next((image for image in images if not (image.startswith("data:") or os.path.exists(image))), None)
@@ -81,7 +81,7 @@ def refuse_missing(path: Path, gone: Mapping[str, str], total: int) -> None:
     )
 
 
-def _picture_columns(record: Mapping[str, Any], views: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+def _image_columns(record: Mapping[str, Any], views: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
     yield "images", record_images(record)
     own = record_rejected_images(record)
     if own is not None:
@@ -129,15 +129,15 @@ def _read_dataset(path: Path, views: Sequence[str]) -> Any:
         dataset = (dataset.remove_columns("id") if named else dataset).add_column("id", ids)
     check_contents(dataset)
     folder = path.resolve() if path.is_dir() else path.resolve().parent
-    return dataset.with_transform(functools.partial(_rows_with_pictures_from, folder=str(folder), views=tuple(views)))
+    return dataset.with_transform(functools.partial(_rows_with_images_from, folder=str(folder), views=tuple(views)))
 
 
-def _rows_with_pictures_from(columns: dict[str, list[Any]], folder: str, views: Sequence[str]) -> dict[str, list[Any]]:
-    """Rows of a dataset, one list a column, through `with_pictures_from`; a row of which only some columns are asked for, as it is."""
+def _rows_with_images_from(columns: dict[str, list[Any]], folder: str, views: Sequence[str]) -> dict[str, list[Any]]:
+    """Rows of a dataset, one list a column, through `with_images_from`; a row of which only some columns are asked for, as it is."""
     if "prompt" not in columns:
         return columns
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    placed = [with_pictures_from(row, folder, views=views) for row in rows]
+    placed = [with_images_from(row, folder, views=views) for row in rows]
     return {name: [row.get(name) for row in placed] for name in dict.fromkeys(name for row in placed for name in row)}
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.data.content import PicturePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
-from mmdpo_trainers.data.pictures import PictureError, content_key, embedded_bytes, locate_picture
+from mmdpo_trainers.data.content import ImagePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
+from mmdpo_trainers.data.images import ImageError, content_key, embedded_bytes, locate_image
 from mmdpo_trainers.data.records import IMAGE_TOKEN, not_utf8
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.atomic import write_atomic
@@ -217,8 +217,8 @@ def _read_record(record_id: str, raw: Mapping[str, Any], root: Path, cache: Path
     except _BadRecord as bad:
         yield Problem(record_id, bad.reason, bad.detail)
         return
-    except PictureError as bad_picture:
-        yield Problem(record_id, bad_picture.reason, bad_picture.detail)
+    except ImageError as bad_image:
+        yield Problem(record_id, bad_image.reason, bad_image.detail)
         return
     except UnreadContent as unread:
         yield Problem(record_id, "unread_content", str(unread))
@@ -291,10 +291,8 @@ def _messages(value: Any, name: str, role_key: str, text_key: str, pictures: lis
             raise _BadRecord("not_text", f"{name}[{index}][{text_key!r}] must be text, got {type(content).__name__}")
         check_fields(turn, f"{name}[{index}]", read=(role_key, text_key))
         parts = read_parts(content, f"{name}[{index}][{text_key!r}]")
-        pictures += [part.picture for part in parts if isinstance(part, PicturePart) and part.picture is not None]
-        turns.append(
-            (str(turn.get(role_key)), "\n".join(IMAGE_TOKEN if isinstance(part, PicturePart) else part for part in parts))
-        )
+        pictures += [part.picture for part in parts if isinstance(part, ImagePart) and part.picture is not None]
+        turns.append((str(turn.get(role_key)), "\n".join(IMAGE_TOKEN if isinstance(part, ImagePart) else part for part in parts)))
     return turns
 
 
@@ -328,7 +326,7 @@ def _picture(raw: Mapping[str, Any], turns: list[_Turn], within: list[Any], root
         picture = picture.get("path")
     if not isinstance(picture, str) or not picture:
         raise _BadRecord("no_picture", f"the picture must be a path, got {picture!r}")
-    return locate_picture(picture, root)
+    return locate_image(picture, root)
 
 
 def _cached(data: bytes, cache: Path) -> Path:

@@ -163,8 +163,8 @@ def _line_breaks(chat: Chat, kinds: tuple[str, ...]) -> tuple[bool, ...] | None:
         place = rendered.find(written, start)
         if place < 0 or (part["type"] == "text" and rendered.count(written) != 1):
             return None
-        behind_picture = bool(found) and kinds[len(found) - 1] == "image"
-        found.append(behind_picture and part["type"] == "text" and rendered[start:place].startswith("\n"))
+        behind_image = bool(found) and kinds[len(found) - 1] == "image"
+        found.append(behind_image and part["type"] == "text" and rendered[start:place].startswith("\n"))
         start = place + len(written)
     return tuple(found)
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from PIL import Image
 
-from mmdpo_trainers.data.pictures import PictureError, is_made, open_picture
+from mmdpo_trainers.data.images import ImageError, is_made, open_image
 from mmdpo_trainers.data.records import check_placeholders
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.models.families import EncodedPictures, View, expand_ids, plain_grid
+from mmdpo_trainers.models.families import EncodedImages, View, expand_ids, plain_grid
 
 if TYPE_CHECKING:
     from mmdpo_trainers.models.loaded import LoadedModel
@@ -64,10 +64,10 @@ def encode_prompts(
     if padding_side not in ("left", "right"):
         raise ValueError(f"padding_side: expected 'left' or 'right', got {padding_side!r}")
     if pictures is None:
-        pictures = [load_pictures(record) for record in records]
-    for record, its_pictures in zip(records, pictures, strict=True):
-        check_placeholders(record["id"], record["prompt"], len(its_pictures))
-    encoded = _encode_pictures(loaded, records, pictures)
+        pictures = [load_images(record) for record in records]
+    for record, its_images in zip(records, pictures, strict=True):
+        check_placeholders(record["id"], record["prompt"], len(its_images))
+    encoded = _encode_images(loaded, records, pictures)
     prompts = prompt_ids(loaded, records, _by_row(pictures, () if encoded is None else encoded.blocks))
     answer_ids = [_answer_ids(loaded, *both) for both in zip(records, answers or [()] * len(records), strict=True)]
     rows = [prompt + answer for prompt, answer in zip(prompts, answer_ids, strict=True)]
@@ -109,36 +109,36 @@ def in_forwards(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], work:
     return [found[index] for index in range(len(records))]
 
 
-def load_pictures(record: Mapping[str, Any]) -> list[Image.Image]:
+def load_images(record: Mapping[str, Any]) -> list[Image.Image]:
     """A record's pictures, upright and in RGB. Raises DataError naming the record where one cannot be read."""
     found = []
     for image in record["images"]:
         try:
-            found.append(open_picture(image))
-        except PictureError as error:
+            found.append(open_image(image))
+        except ImageError as error:
             remedy = "run augment again" if is_made(image) else "restore the file"
             raise DataError(f"record {record['id']}: {error}; {remedy}, or mend the path in the prompts") from error
     return found
 
 
-def _encode_pictures(
+def _encode_images(
     loaded: LoadedModel, records: Sequence[Mapping[str, Any]], pictures: Sequence[Sequence[Image.Image]]
-) -> EncodedPictures | None:
+) -> EncodedImages | None:
     flat = [picture for row in pictures for picture in row]
     alone = [len(row) == 1 for row in pictures for _ in row]
     try:
-        return loaded.family.encode_pictures(loaded.processor, flat, alone) if flat else None
+        return loaded.family.encode_images(loaded.processor, flat, alone) if flat else None
     except ValueError:
-        refuse_pictures(loaded, records, pictures)
+        refuse_images(loaded, records, pictures)
         raise
 
 
-def refuse_pictures(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], pictures: Sequence[Sequence[Image.Image]]) -> None:
+def refuse_images(loaded: LoadedModel, records: Sequence[Mapping[str, Any]], pictures: Sequence[Sequence[Image.Image]]) -> None:
     """Raise DataError for the first record with a picture that the image processor refuses; there may be none."""
     for record, row in zip(records, pictures, strict=True):
         try:
             for picture in row:
-                loaded.family.encode_pictures(loaded.processor, [picture], [len(row) == 1])
+                loaded.family.encode_images(loaded.processor, [picture], [len(row) == 1])
         except ValueError as error:
             raise DataError(
                 f"record {record['id']}: the image processor refuses a picture: {error}; take the record out of the prompts, or the picture out "

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmdpo_trainers.models.families import Family, family_of, picture_layers
+from mmdpo_trainers.models.families import Family, family_of, image_layers
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.models.token_rules import TextEncoder, end_tokens
 
@@ -53,9 +53,9 @@ class LoadedModel:
         return int(self.model.config.get_text_config().num_hidden_layers)
 
     @property
-    def picture_layers(self) -> Sequence[int]:
-        """Decoder layers that see pictures, see `families.picture_layers`."""
-        return picture_layers(self.model.config)
+    def image_layers(self) -> Sequence[int]:
+        """Decoder layers that see pictures, see `families.image_layers`."""
+        return image_layers(self.model.config)
 
     @property
     def family(self) -> Family:

@@ -183,7 +183,7 @@ def _check_processor(model: PreTrainedModel, processor: Any, folder: Path) -> No
         raise StageError(f"{mismatch}: id of {token}: the processor gives {found}, the model takes {expected}; {remedy}")
     parameter, inputs = next(model.parameters()), {}
     try:
-        pictures = family.encode_pictures(processor, [Image.new("RGB", (64, 64), (200, 40, 40))], [True])
+        pictures = family.encode_images(processor, [Image.new("RGB", (64, 64), (200, 40, 40))], [True])
         for name, value in pictures.inputs.items():
             inputs[name] = value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
         family.features(model.base_model, dataclasses.replace(pictures, inputs=inputs))

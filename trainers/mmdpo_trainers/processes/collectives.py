@@ -11,34 +11,34 @@ from torch import distributed
 T = TypeVar("T")
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this process trains together with others."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Every process's value, in the order of their ranks."""
-    if not several():
+    if not is_distributed():
         return [value]
     values: list[T | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
-def summed(values: Iterable[int], device: torch.device) -> list[int]:
+def all_reduce(values: Iterable[int], device: torch.device) -> list[int]:
     """The sum over all processes of each number."""
     numbers = torch.tensor(list(values), device=device)
-    if several():
+    if is_distributed():
         distributed.all_reduce(numbers)
     return numbers.tolist()  # type: ignore[no-any-return]
 
 
 def barrier() -> None:
     """Wait for all processes."""
-    if several():
+    if is_distributed():
         distributed.barrier()
 
 
-def anywhere(flag: bool, device: torch.device) -> bool:
+def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether it holds in any process."""
-    return summed([int(flag)], device)[0] > 0 if several() else flag
+    return all_reduce([int(flag)], device)[0] > 0 if is_distributed() else flag

@@ -48,7 +48,7 @@ def part_file(path: Path, rank: int) -> Path:
 def write_shards(path: Path, batches: Batches, write: Write, progress: Progress, description: str) -> None:
     """Have every batch that is missing written by one of the processes, then put all lines into `path`, in the order of the batches."""
     total = sum(map(len, batches))
-    missing = ranks.on_main(lambda: _missing(path, batches))
+    missing = ranks.on_rank_0(lambda: _missing(path, batches))
     # Not by its path, which another machine may have under another name.
     counter = ranks.meeting("written")
     own = missing[ranks.rank() :: ranks.world_size()]
@@ -74,7 +74,7 @@ def write_shards(path: Path, batches: Batches, write: Write, progress: Progress,
             return ranks.count(counter, 0) >= total - completed
 
         ranks.wait_for(all_written)
-        ranks.on_main(lambda: merge_parts(path, batches))
+        ranks.on_rank_0(lambda: merge_parts(path, batches))
 
 
 def _missing(path: Path, batches: Batches) -> list[tuple[int, list[int]]]:
@@ -153,7 +153,7 @@ def _alone(part: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _task(progress: Progress, description: str, total: int, completed: int, folder: Path) -> Iterator[Any]:
     """The first process shows the work of all."""
-    if not ranks.is_main():
+    if not ranks.is_rank_0():
         yield None
         return
     with progress.task(description, total, completed, folder) as task:

@@ -88,7 +88,7 @@ class Progress:
     """Shows the work of a run, of several processes in the first one. `every`: seconds between lines where the output is not a terminal."""
 
     def __init__(self, console: Console | None = None, every: float = 15.0) -> None:
-        self.console = console or Console(stderr=True, quiet=not ranks.is_main())
+        self.console = console or Console(stderr=True, quiet=not ranks.is_rank_0())
         self._every = every
         self._bars: RichProgress | None = None
         self._bar_of: dict[int, int] = {}

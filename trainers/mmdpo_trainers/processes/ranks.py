@@ -66,19 +66,19 @@ def local_rank() -> int:
     return _place().local_rank or 0
 
 
-def is_main() -> bool:
+def is_rank_0() -> bool:
     """Whether this is the process that does what one process has to do."""
     return rank() == 0
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether there is more than one process."""
     return world_size() > 1
 
 
 def device() -> str:
     """The device of this process where none is asked for: `cuda:<local rank>`, or `auto` where it is alone or has no GPU."""
-    if not several():
+    if not is_distributed():
         return "auto"
     import torch
 
@@ -87,7 +87,7 @@ def device() -> str:
 
 def start() -> None:
     """Connect the processes of the launch, once; called before anything that needs them."""
-    if several() and _State.store is None:
+    if is_distributed() and _State.store is None:
         _State.store = launcher.connect()
         _State.place = launcher.place()
         atexit.register(finish)
@@ -95,18 +95,18 @@ def start() -> None:
 
 def barrier() -> None:
     """Wait until every process is here, however long that takes. Raises StageError where another one failed meanwhile."""
-    if several():
+    if is_distributed():
         key = meeting("barrier")
         count(key, 1)
         wait_for(lambda: count(key, 0) >= world_size())
 
 
-def on_main(work: Callable[[], T]) -> T:
+def on_rank_0(work: Callable[[], T]) -> T:
     """Let the first process do `work` while the others wait, however long; all return what it returned, sent as JSON."""
-    if not several():
+    if not is_distributed():
         return work()
     key = meeting("result")
-    if is_main():
+    if is_rank_0():
         with failing():
             result = work()
         text = json.dumps(result).encode()
@@ -122,7 +122,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 def count(name: str, add: int) -> int:
     """Add to a number that all processes share, and return it."""
-    if several():
+    if is_distributed():
         return int(_asked(lambda store: store.add(f"count/{name}", add)))
     _State.counts[name] += add
     return _State.counts[name]
@@ -146,7 +146,7 @@ def check() -> None:
 
 def first_failure() -> Failure | None:
     """What `fail` was told first, by any process; None where none has failed."""
-    if not several() or not _asked(lambda store: store.check(["failure"])):
+    if not is_distributed() or not _asked(lambda store: store.check(["failure"])):
         return None
     number, message = json.loads(_asked(lambda store: store.get("failure")))
     return Failure(number, message)
@@ -156,7 +156,7 @@ def fail(error: BaseException | str) -> Failure:
     """Tell the other processes that this one ends, and why; returns the first failure, which may be another's."""
     text = error if isinstance(error, str) else str(error) or type(error).__name__
     own = Failure(rank(), " ".join(text.split()))
-    if not several() or _State.store is None:
+    if not is_distributed() or _State.store is None:
         return own
     try:
         first = Failure(*json.loads(_State.store.compare_set("failure", "", json.dumps(own))))
@@ -220,5 +220,5 @@ def finish() -> None:
         return
     with contextlib.suppress(RuntimeError):
         _State.store.add("finished", 1)
-        if is_main() and not _State.store.check(["failure"]):
+        if is_rank_0() and not _State.store.check(["failure"]):
             _linger("finished", world_size())

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.data.pictures import PictureError, open_picture
+from mmdpo_trainers.data.images import ImageError, open_image
 
-from .pictures import SIDE, data_uri, outlined, sized
+from .images import SIDE, data_uri, outlined, sized
 
 _LABEL_LINE = re.compile(r"(?m)^\s*(?:Image\s*\d+\s*:)?\s*<image>\s*\n?")
 
@@ -45,11 +45,11 @@ def question_of(prompt: Any) -> str:
     return _LABEL_LINE.sub("", text_of(prompt)).replace("<image>", "").strip()
 
 
-def picture_of(record: Mapping[str, Any], index: int, folder: Path) -> Image.Image | None:
+def image_of(record: Mapping[str, Any], index: int, folder: Path) -> Image.Image | None:
     """A picture of a record whose paths are relative to `folder`; None where it cannot be read, which a report must survive."""
     try:
-        return open_picture(folder / record["images"][index])
-    except PictureError:
+        return open_image(folder / record["images"][index])
+    except ImageError:
         return None
 
 
@@ -58,7 +58,7 @@ def is_collage(record: Mapping[str, Any]) -> bool:
     return record.get("box") is not None
 
 
-def picture_side(record: Mapping[str, Any]) -> int:
+def image_side(record: Mapping[str, Any]) -> int:
     """Pixels of the longer side that a record's pictures get."""
     return 2 * SIDE if is_collage(record) else SIDE
 
@@ -68,24 +68,24 @@ def strip_layout(record: Mapping[str, Any]) -> tuple[int, str]:
     return len(record["images"]), "18rem" if is_collage(record) else "7rem"
 
 
-def picture_name(record: Mapping[str, Any], index: int) -> str:
+def image_name(record: Mapping[str, Any], index: int) -> str:
     """How a picture of a record is called in words."""
     if len(record["images"]) > 1:
         return f"Image {index + 1}"
     return {"grid": "the collage", "pip": "the picture with another pasted into it"}.get(record["format"], "the picture")
 
 
-def picture_cells(record: Mapping[str, Any], folder: Path) -> tuple[list[Cell], int, str]:
+def image_cells(record: Mapping[str, Any], folder: Path) -> tuple[list[Cell], int, str]:
     """A record's pictures with the target framed or outlined; then columns and width of the strip."""
     several = len(record["images"]) > 1
     cells = []
     for index in range(len(record["images"])):
-        picture = picture_of(record, index, folder)
+        picture = image_of(record, index, folder)
         target = several and index == record.get("target")
         marked = ", the asked-about one" if target else ", the asked-about part outlined" if is_collage(record) else ""
-        alt = f"{picture_name(record, index)}{marked}".capitalize()
+        alt = f"{image_name(record, index)}{marked}".capitalize()
         if picture is None:
             picture, alt = Image.new("RGB", (SIDE, SIDE), (128, 128, 128)), f"{alt} (the file is missing)"
-        shown = outlined(sized(picture, picture_side(record)), record.get("box"))
+        shown = outlined(sized(picture, image_side(record)), record.get("box"))
         cells.append(Cell(uri=data_uri(shown), alt=alt, caption=f"Image {index + 1}" if several else "", target=target))
     return cells, *strip_layout(record)

@@ -118,14 +118,14 @@ def _read(cache: Path, chosen: Sequence[tuple[Record, Record]]) -> HeatMaps:
 def _layer(loaded: LoadedModel, score: ScoreConfig) -> int:
     from mmdpo_trainers.answers.attention_ratios import resolve_layer
 
-    return resolve_layer(loaded.picture_layers, score.layer)
+    return resolve_layer(loaded.image_layers, score.layer)
 
 
 def _shows_parts(loaded: LoadedModel) -> bool:
     """Whether it is known of the model's image tokens which parts of a picture they show."""
     from PIL import Image
 
-    return bool(loaded.family.encode_pictures(loaded.processor, [Image.new("RGB", (64, 64))]).views[0])
+    return bool(loaded.family.encode_images(loaded.processor, [Image.new("RGB", (64, 64))]).views[0])
 
 
 def _crops(loaded: LoadedModel) -> bool:
@@ -139,7 +139,7 @@ def _map(loaded: LoadedModel, records: Sequence[Record], folder: Path, score: Sc
     from mmdpo_kernels import record_attention
     from mmdpo_trainers.answers.attention_ratios import REGION_FORMATS, response_rows, target_segments
     from mmdpo_trainers.models.encode import encode_prompts
-    from mmdpo_trainers.models.families.pictures import heat_map
+    from mmdpo_trainers.models.families.images import heat_map
 
     located = [{**record, "images": [str(folder / image) for image in record["images"]]} for record in records]
     answers = [record["response"] if record.get("response_ids") is None else record["response_ids"] for record in records]

@@ -16,7 +16,7 @@ from mmdpo_kernels.ops.preference_loss import NEEDS_CORRUPTED
 from mmdpo_trainers.answers.attention_ratios import check_layer, check_regions
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.models.chat_format import render_prompt
-from mmdpo_trainers.models.families import Family, family_of, picture_layers
+from mmdpo_trainers.models.families import Family, family_of, image_layers
 from mmdpo_trainers.models.loading import check_folder
 from mmdpo_trainers.models.processors import load_processor
 from mmdpo_trainers.processes import launcher, ranks
@@ -40,7 +40,7 @@ def check_model(contexts: Sequence[StageContext]) -> None:
     render_prompt(load_processor(folder, config.model_type), "Image1:<image>\nWhat is it?")
     measured = [context for context in wanted if _measures(context)]
     if measured:
-        check_layer(picture_layers(config), measured[0].config.score.layer)
+        check_layer(image_layers(config), measured[0].config.score.layer)
         check_regions(family, measured[0].config.score.regions, _formats(contexts))
     model = _without_weights(family, config)
     if model is None:
@@ -51,14 +51,14 @@ def check_model(contexts: Sequence[StageContext]) -> None:
         raise StageError(f"model {folder}: {error}") from error
     for context in wanted:
         if context.stage == "train":
-            _check_training(context, family, copy.deepcopy(model), picture_layers(config))
+            _check_training(context, family, copy.deepcopy(model), image_layers(config))
 
 
 def training_settings(context: StageContext, layers: Sequence[int]) -> PreferenceConfig:
     """The train stage's settings, of this process alone: transformers makes the process group with them, and the others are not here."""
     from mmdpo_trainers.stages.train import preference_config
 
-    alone = launcher.hidden() if ranks.several() else contextlib.nullcontext()
+    alone = launcher.hidden() if ranks.is_distributed() else contextlib.nullcontext()
     with alone, tempfile.TemporaryDirectory() as folder:
         somewhere = dataclasses.replace(context, run=RunFolder(folder))
         return preference_config(somewhere, layers, evaluate=context.options.held_out > 0)

@@ -55,16 +55,16 @@ def run_pipeline(
     steps = [step for step in _steps(config) if until is None or STAGES.index(step[0]) <= STAGES.index(until)]
     contexts = [_context(config, run, progress, step) for step in steps]
     ranks.start()
-    ranks.on_main(lambda: check_run(contexts))
+    ranks.on_rank_0(lambda: check_run(contexts))
     with held(run), ranks.failing():
         if restart:
-            ranks.on_main(lambda: restart_from(run, restart, tuple(config.arms)))
+            ranks.on_rank_0(lambda: restart_from(run, restart, tuple(config.arms)))
         for number, context in enumerate(contexts, start=1):
             if context.stage == "report":
-                ranks.on_main(lambda: write_summary(run, config))
+                ranks.on_rank_0(lambda: write_summary(run, config))
             run_stage(context, f"{number}/{len(contexts)} ", config=config)
-        summary = ranks.on_main(lambda: write_summary(run, config))
-    if not ranks.is_main():
+        summary = ranks.on_rank_0(lambda: write_summary(run, config))
+    if not ranks.is_rank_0():
         return summary
     console = console or Console()
     for table in run_tables(summary):
@@ -80,7 +80,7 @@ def held(run: RunFolder) -> Iterator[None]:
     """Hold the run: the first of this launch's processes does it for all."""
     ranks.start()
     with contextlib.ExitStack() as stack:
-        if ranks.is_main():
+        if ranks.is_rank_0():
             with ranks.failing():
                 stack.enter_context(run.lock())
                 run.date()
@@ -95,16 +95,16 @@ def run_stage(context: StageContext, label: str = "", config: RunConfig | None =
     With several processes all call this; the first one looks after the stage's folder, and does the stages that are not shared.
     """
     if context.stage not in SHARED_STAGES:
-        return ranks.on_main(lambda: _run_stage(context, label, config))
-    if ranks.is_main():
+        return ranks.on_rank_0(lambda: _run_stage(context, label, config))
+    if ranks.is_rank_0():
         # The others wait in front of their work, or for the summary where there is nothing to do.
         with ranks.failing():
             summary = _run_stage(context, label, config)
-        ranks.on_main(lambda: "done")
-        return ranks.on_main(lambda: summary)
-    while ranks.on_main(lambda: "") == "work":
+        ranks.on_rank_0(lambda: "done")
+        return ranks.on_rank_0(lambda: summary)
+    while ranks.on_rank_0(lambda: "") == "work":
         stage_module(context.stage).run(context)
-    return ranks.on_main(dict)
+    return ranks.on_rank_0(dict)
 
 
 def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> d
     run.begin_stage(context.name, fingerprint)
     with _saved_config(context, config), run.clock(context.name):
         if context.stage in SHARED_STAGES:
-            ranks.on_main(lambda: "work")
+            ranks.on_rank_0(lambda: "work")
         summary = module.run(context)
     if line := left_out_line(summary):
         context.progress.print(f"{label}{context.name}: {line}")

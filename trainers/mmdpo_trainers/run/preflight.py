@@ -117,10 +117,10 @@ def _check_data(context: StageContext) -> None:
         check_evaluation_source(context)
     path = getattr(context.options, "input", None)
     if path and context.stage in ("generate", "score", "evaluate") and not context.config.allow_missing:
-        from mmdpo_trainers.stages.batches import missing_pictures, read_records
+        from mmdpo_trainers.stages.batches import missing_images, read_records
 
         records = read_records(Path(path), "records")
-        if gone := missing_pictures(records):
+        if gone := missing_images(records):
             name, picture = next(iter(gone.items()))
             raise DataError(
                 f"{context.stage}.input: {len(gone):,} of {len(records):,} records of {path} lack a picture, such as record {name}: "

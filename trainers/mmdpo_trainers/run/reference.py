@@ -35,7 +35,7 @@ def run(context: StageContext, *, refresh: bool = False) -> dict[str, Any]:
         raise StageError(f"no loss of {', '.join(trainer.args.loss_type)} compares with a reference; there is nothing to compute")
     path = Path(str(trainer.args.reference_cache))
     if refresh:
-        ranks.on_main(lambda: remove_cache(path))
+        ranks.on_rank_0(lambda: remove_cache(path))
     done = trainer.precompute_reference()
     return {
         "file": str(path),

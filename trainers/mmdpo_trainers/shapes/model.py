@@ -19,8 +19,8 @@ from transformers import (
 from mmdpo_trainers.shapes import world
 
 PATCH_SIZE = 12
-PATCH_GRID = (world.PICTURE_SIZE // PATCH_SIZE, world.PICTURE_SIZE // PATCH_SIZE)
-MAX_PICTURES = 9
+PATCH_GRID = (world.IMAGE_SIZE // PATCH_SIZE, world.IMAGE_SIZE // PATCH_SIZE)
+MAX_IMAGES = 9
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -61,7 +61,7 @@ class ShapesModelConfig:
 def build_processor() -> LlavaProcessor:
     """A `LlavaProcessor` with a word-level, lower-casing tokenizer (left padding) and CLIP's Pillow image processor."""
     specials = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    words = ["user", "assistant", ":", ",", "?", ".", "'"] + [f"image{k}" for k in range(1, MAX_PICTURES + 1)]
+    words = ["user", "assistant", ":", ",", "?", ".", "'"] + [f"image{k}" for k in range(1, MAX_IMAGES + 1)]
     words += [*world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *PROMPT_WORDS.split()]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(specials + words))}
     core = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -78,7 +78,7 @@ def build_processor() -> LlavaProcessor:
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
     )
-    side = world.PICTURE_SIZE
+    side = world.IMAGE_SIZE
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
@@ -103,7 +103,7 @@ def build_model(processor: LlavaProcessor, config: ShapesModelConfig | None = No
         intermediate_size=2 * config.vision_hidden,
         num_hidden_layers=config.vision_layers,
         num_attention_heads=config.vision_heads,
-        image_size=world.PICTURE_SIZE,
+        image_size=world.IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         projection_dim=config.vision_hidden,
         initializer_range=config.initializer_range,

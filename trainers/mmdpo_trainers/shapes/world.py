@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-PICTURE_SIZE = 48
+IMAGE_SIZE = 48
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -53,7 +53,7 @@ class Question:
 def sample_scene(rng: random.Random) -> Scene:
     """Draw a scene: colour, shape and background uniformly, then a size and a place that keep the shape inside the picture."""
     diameter = rng.randint(*DIAMETERS)
-    low, high = diameter // 2, PICTURE_SIZE - diameter // 2
+    low, high = diameter // 2, IMAGE_SIZE - diameter // 2
     return Scene(
         colour=rng.choice(list(COLOURS)),
         shape=rng.choice(SHAPES),
@@ -66,7 +66,7 @@ def sample_scene(rng: random.Random) -> Scene:
 
 def draw(scene: Scene) -> Image.Image:
     """The scene as a 48x48 RGB picture."""
-    picture = Image.new("RGB", (PICTURE_SIZE, PICTURE_SIZE), BACKGROUNDS[scene.background])
+    picture = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), BACKGROUNDS[scene.background])
     pen, fill, r = ImageDraw.Draw(picture), COLOURS[scene.colour], scene.diameter / 2
     left, top, right, bottom = scene.x - r, scene.y - r, scene.x + r - 1, scene.y + r - 1
     if scene.shape == "circle":

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdpo_trainers.data.images import content_key, is_made
 from mmdpo_trainers.data.left_out import lost
-from mmdpo_trainers.data.pictures import content_key, is_made
 from mmdpo_trainers.data.records import read_prompts, relative_images
 from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.files.json_lines import JsonLines, is_stage_file
@@ -37,7 +37,7 @@ def read_records(path: Path, what: str) -> list[Record]:
 def own_records(context: StageContext, path: Path, what: str) -> tuple[list[Record], dict[str, Any]]:
     """`read_records`, and what of them is left out (`lost`), where that is allowed: those with pictures that do not exist."""
     records = read_records(path, what)
-    gone = missing_pictures(records) if context.config.allow_missing else {}
+    gone = missing_images(records) if context.config.allow_missing else {}
     kept = [record for record in records if record["id"] not in gone]
     if not kept:
         raise DataError(
@@ -46,7 +46,7 @@ def own_records(context: StageContext, path: Path, what: str) -> tuple[list[Reco
     return kept, lost(len(records), {"missing": len(gone)})
 
 
-def missing_pictures(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def missing_images(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Record's id -> its first picture that does not exist."""
     exists = functools.lru_cache(maxsize=None)(os.path.isfile)
     gone = ((record["id"], next((image for image in record["images"] if not exists(image)), None)) for record in records)
@@ -85,12 +85,12 @@ def run_batches(
 
     def write(number: int, missing: Collection[str]) -> list[Record]:
         batch = batches[number]
-        check_pictures(batch, context)
+        check_images(batch, context)
         results = zip(batch, work(number, batch), strict=True)
         return [{**_stored(record, context), **added} for record, added in results if record["id"] in missing]
 
     ids = [[record["id"] for record in batch] for batch in batches]
-    if ranks.several() or part_files(path):
+    if ranks.is_distributed() or part_files(path):
         write_shards(path, ids, write, context.progress, description)
         return path
     with JsonLines(path) as out, context.progress.task(description, len(ordered), len(out), context.folder) as task:
@@ -106,7 +106,7 @@ def run_batches(
     return path
 
 
-def check_pictures(batch: Sequence[Mapping[str, Any]], context: StageContext) -> None:
+def check_images(batch: Sequence[Mapping[str, Any]], context: StageContext) -> None:
     """Raise DataError, naming the record, for a picture that the run made and that is not what it was: its name is its content."""
     for record in batch:
         for image in record["images"]:

@@ -74,11 +74,11 @@ class StageContext:
     def device(self) -> str:
         """Where this process puts a model: the configured device, or with several processes each its own GPU."""
         chosen = self.config.device
-        if ranks.several() and chosen not in (None, "auto", "cpu", "cuda"):
+        if ranks.is_distributed() and chosen not in (None, "auto", "cpu", "cuda"):
             raise ConfigError(
                 f"device: {chosen} would be shared by {ranks.world_size()} processes; leave it out, and each takes the GPU of its number"
             )
-        return ranks.device() if chosen in (None, "auto") or (chosen == "cuda" and ranks.several()) else str(chosen)
+        return ranks.device() if chosen in (None, "auto") or (chosen == "cuda" and ranks.is_distributed()) else str(chosen)
 
     @property
     def method(self) -> Method:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmdpo_kernels import patch_model
 from mmdpo_trainers.answers.attention_ratios import mean_ratios, ratios_of
-from mmdpo_trainers.answers.described import check_prompts
+from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.data.left_out import lost
 from mmdpo_trainers.data.match import answers_match
@@ -50,7 +50,7 @@ def run(context: StageContext) -> dict[str, Any]:
     model = _Evaluated(context)
     summary: dict[str, Any] = {}
     if context.method.evaluation_prompts == "augmented":
-        prompts = Path(ranks.on_main(lambda: str(build_evaluation_prompts(context))))
+        prompts = Path(ranks.on_rank_0(lambda: str(build_evaluation_prompts(context))))
         summary |= _answers(context, prompts, model)
     elif _has_prompts(context):
         summary |= _answers(context, context.evaluation_prompts, model)
@@ -83,7 +83,7 @@ def _answers(context: StageContext, prompts: Path, model: _Evaluated) -> dict[st
         return answer_batch(model(), batch, options=options, score=context.config.score)
 
     path = run_batches(context, "answers.jsonl", records, options.batch_size, work, f"evaluate {context.moment or ''}".strip())
-    if not ranks.is_main():
+    if not ranks.is_rank_0():
         return {}
     # With the formats that were asked for and have no prompt.
     asked = (
@@ -104,7 +104,7 @@ def _held_out(context: StageContext, model: _Evaluated) -> dict[str, Any]:
     records = read_pairs(context.held_out_pairs, missing)
     left_out = lost(len(records) + len(missing or ()), {"missing": len(missing or ())})
     path = run_batches(context, HELD_OUT, records, context.options.batch_size, work, f"held-out pairs {context.moment}")
-    if not ranks.is_main():
+    if not ranks.is_rank_0():
         return {}
     beta = float(preset_args(context.config).get("beta", 0.1))
     base = list(read_jsonl(_base_figures(context))) if context.moment == "after" else None

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_kernels import patch_model
-from mmdpo_trainers.answers.described import check_prompts
-from mmdpo_trainers.answers.noise import noisy_pictures
+from mmdpo_trainers.answers.config_only import check_prompts
+from mmdpo_trainers.answers.noise import noisy_images
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.answers.vllm_engine import VllmEngine, check_vllm
 from mmdpo_trainers.data.seeds import batch_seed
@@ -33,7 +33,7 @@ def run(context: StageContext) -> dict[str, Any]:
     answerer = _Vllm(context, records) if options.engine == "vllm" else _Transformers(context)
     with contextlib.closing(answerer):
         path = run_batches(context, "responses.jsonl", records, options.batch_size, answerer.answer, "generate")
-    if not ranks.is_main():
+    if not ranks.is_rank_0():
         return {}
     written = list(read_jsonl(path))
     return {
@@ -65,7 +65,7 @@ class _Transformers:
             temperature=options.temperature,
             top_p=options.top_p,
             seed=batch_seed(context.seed, "generate", number),
-            pictures=[noisy_pictures(record, options.noise, context.seed) for record in batch],
+            pictures=[noisy_images(record, options.noise, context.seed) for record in batch],
             # With a noise preset that is the attention on the noisy pictures, as in MIA-DPO's code.
             record=context.config.score.recording if options.record_attention else None,
         )
@@ -90,7 +90,7 @@ class _Vllm:
                 context.model,
                 dtype=context.config.dtype,
                 device=context.device,
-                most_pictures=self._most,
+                most_images=self._most,
                 arguments=options.engine_args,
                 date=context.date,
             )
@@ -101,7 +101,7 @@ class _Vllm:
             temperature=options.temperature,
             top_p=options.top_p,
             seeds=[batch_seed(context.seed, "generate", record["id"]) for record in batch],
-            pictures=[noisy_pictures(record, options.noise, context.seed) for record in batch],
+            pictures=[noisy_images(record, options.noise, context.seed) for record in batch],
         )
 
     def close(self) -> None:

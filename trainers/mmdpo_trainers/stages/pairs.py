@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from mmdpo_trainers.data.images import content_key, embedded_bytes
 from mmdpo_trainers.data.left_out import lost
-from mmdpo_trainers.data.pair_records import picture_digest, record_name
+from mmdpo_trainers.data.pair_records import record_image_digest, record_name
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
-from mmdpo_trainers.data.pictures import content_key, embedded_bytes
 from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.files.atomic import write_atomic
@@ -125,7 +125,7 @@ def _missing(record: Mapping[str, Any], folder: Path) -> str | None:
 
 def _pictures(record: Mapping[str, Any], folder: Path) -> list[str]:
     """Content keys of the record's pictures; a record without pictures has itself."""
-    return [picture_digest(record, str(folder / image)) for image in record["images"]] or [str(record["id"])]
+    return [record_image_digest(record, str(folder / image)) for image in record["images"]] or [str(record["id"])]
 
 
 def _connected(pictures: Sequence[Sequence[str]]) -> list[str]:

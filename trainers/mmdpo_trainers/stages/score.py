@@ -10,9 +10,9 @@ from transformers import AutoConfig
 
 from mmdpo_kernels import patch_model
 from mmdpo_trainers.answers.attention_ratios import attention_ratios, mean_ratios, ratio_settings, ratios_of
-from mmdpo_trainers.answers.described import check_prompts
+from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.files.json_lines import read_jsonl
-from mmdpo_trainers.models.families import picture_layers
+from mmdpo_trainers.models.families import image_layers
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.processes import ranks
@@ -30,7 +30,7 @@ def run(context: StageContext) -> dict[str, Any]:
     records, left_out = own_records(context, context.responses, "responses")
     require(records, {"response": str}, context.responses)
     check_prompts(context.model, records)
-    settings = ratio_settings(_picture_layers(context.model), **options.recording)
+    settings = ratio_settings(_image_layers(context.model), **options.recording)
     loaded: LoadedModel | None = None
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def run(context: StageContext) -> dict[str, Any]:
         return attention_ratios(loaded, batch, statistic=options.statistic, **settings)
 
     path = run_batches(context, "scores.jsonl", records, options.batch_size, work, "score")
-    if not ranks.is_main():
+    if not ranks.is_rank_0():
         return {}
     written = list(read_jsonl(path))
     return {
@@ -67,5 +67,5 @@ def _ratios_of_recorded(record: Mapping[str, Any], statistic: str) -> dict[str, 
     return ratios_of(record, recorded["attention"], recorded["tokens"], statistic)
 
 
-def _picture_layers(model: Path) -> Sequence[int]:
-    return picture_layers(AutoConfig.from_pretrained(model, local_files_only=True))
+def _image_layers(model: Path) -> Sequence[int]:
+    return image_layers(AutoConfig.from_pretrained(model, local_files_only=True))

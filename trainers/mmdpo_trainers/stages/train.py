@@ -63,7 +63,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Train; writes `checkpoint-*`, `log.jsonl` and `final/` (an adapter, or the whole model, with the processor)."""
     log = context.folder / "log.jsonl"
     with TrainingProgress(context.progress) as bar:
-        trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_main() else []), bar, _LogLastStep()])
+        trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_rank_0() else []), bar, _LogLastStep()])
         _check_disk(context, trainer)
         trainer.train(resume_from_checkpoint="auto")
     _save(trainer, context.folder)
@@ -76,7 +76,7 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
     """This stage's trainer, and how many records of each kind it trains on and holds out."""
     train_data, eval_data, counts = _data(context)
     loaded = _load(context)
-    settings = preference_config(context, loaded.picture_layers, evaluate=eval_data is not None)
+    settings = preference_config(context, loaded.image_layers, evaluate=eval_data is not None)
     second = context.options.reference == "model" and settings.needs_reference
     try:
         trainer = PreferenceTrainer(
@@ -174,7 +174,7 @@ def _device(context: StageContext) -> str:
     device = context.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda", "cuda:0") and not ranks.several():
+    if device not in ("cpu", "cuda", "cuda:0") and not ranks.is_distributed():
         raise StageError(f"device: training runs on cpu or cuda, got {device}; choose a GPU with CUDA_VISIBLE_DEVICES")
     return device
 
@@ -221,13 +221,13 @@ def _check_disk(context: StageContext, trainer: PreferenceTrainer) -> None:
 
 def _save(trainer: PreferenceTrainer, folder: Path) -> None:
     temporary = folder / ".final.tmp"
-    if ranks.is_main():
+    if ranks.is_rank_0():
         shutil.rmtree(temporary, ignore_errors=True)
     ranks.barrier()
     with writing(temporary):
         trainer.save_model(str(temporary))
     ranks.barrier()
-    if ranks.is_main():
+    if ranks.is_rank_0():
         replace_folder(temporary, folder / "final")
     ranks.barrier()
 

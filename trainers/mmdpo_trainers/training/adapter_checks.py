@@ -139,7 +139,7 @@ class AdapterOff:
             difference = float((after - self._before).norm() / self._before.norm())
             if difference > max(2 * torch.finfo(_dtype(model)).eps, 1e-5):
                 reason = f"differ by {difference:.2g} of their size"
-        reason = next((each for each in collectives.gathered(reason) if each is not None), None)
+        reason = next((each for each in collectives.all_gather(reason) if each is not None), None)
         if reason is not None:
             kinds = ", ".join(f"{name} ({_setting(config)})" for name, config in model.peft_config.items())
             raise ValueError(
@@ -171,7 +171,7 @@ def probe(collator: PreferenceCollator) -> PreferenceBatch:
 
 def probe_logps(model: nn.Module, batch: PreferenceBatch) -> Tensor:
     """(U, V) log-probabilities at the distinct rows that predict response tokens, float32, without what is not finite."""
-    hidden = model_parts.hidden_states(model, batch, model_parts.picture_features(model, batch))
+    hidden = model_parts.hidden_states(model, batch, model_parts.image_features(model, batch))
     output: Any = model_parts.base_of(model).get_output_embeddings()
     logits = output(head.scored_rows(hidden, batch).to(output.weight.dtype))
     return logits.float().log_softmax(-1).nan_to_num(0.0, 0.0, 0.0)

@@ -182,7 +182,7 @@ class SavingTrainer(LoggingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        averages, loss = self._averages["train"].state(), collectives.gathered(self._tr_loss.item())
+        averages, loss = self._averages["train"].state(), collectives.all_gather(self._tr_loss.item())
         self.sharding.complete_optimizer(self.optimizer)
         with writing(folder):
             if self.args.process_index == 0:
@@ -240,10 +240,10 @@ class SavingTrainer(LoggingTrainer):
         """The last whole checkpoint. Looked for by one process, as what is half is removed."""
         folder = str(self.args.output_dir)
         found = latest_complete(folder, report=logger.warning) if self.args.process_index == 0 else None
-        return collectives.gathered(None if found is None else str(found))[0]
+        return collectives.all_gather(None if found is None else str(found))[0]
 
     def _kept(self) -> str:
         """What a message says of the checkpoints so far."""
         folder = str(self.args.output_dir)
-        found = collectives.gathered(newest(folder) if self.args.process_index == 0 else None)[0]
+        found = collectives.all_gather(newest(folder) if self.args.process_index == 0 else None)[0]
         return "there is no checkpoint yet" if found is None else f"{found} is whole, and training continues from it"

@@ -228,7 +228,7 @@ class PreferenceConfig(TrainingArguments):
 
     def _check_corruption(self) -> None:
         self.corruption_keep = tuple(self.corruption_keep)  # type: ignore[assignment]
-        self.picture_corruption  # noqa: B018 - raises ValueError where its parts do not fit
+        self.image_corruption  # noqa: B018 - raises ValueError where its parts do not fit
         if self.no_image and shows_corrupted(self.branches):
             raise ValueError("no_image: without pictures there is none to corrupt; leave copo out of loss_type")
 
@@ -273,7 +273,7 @@ class PreferenceConfig(TrainingArguments):
         return Path(self.reference_cache or Path(str(self.output_dir)) / "reference.jsonl")
 
     @property
-    def picture_corruption(self) -> Corruption:
+    def image_corruption(self) -> Corruption:
         """How pictures are corrupted."""
         return Corruption(
             kind=self.corruption,  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from mmdpo_kernels import patch_model
 from mmdpo_trainers.data.pair_records import PAIR
 from mmdpo_trainers.errors import StageError
-from mmdpo_trainers.models.families import family_of, picture_layers
+from mmdpo_trainers.models.families import family_of, image_layers
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.models.processors import load_processor
@@ -133,7 +133,7 @@ def policy_and_reference(
     model = model_of("model", model, args)
     adapter_checks.check_plain(model)
     base = model_parts.base_of(model)
-    _check_layer(args.attention_layer, picture_layers(base.config))
+    _check_layer(args.attention_layer, image_layers(base.config))
     processor = processor_of(processor, base)
     plain = collator_of(base, processor, args, None, tree_packing=False, branches=PAIR)
     note_full_training(model, args, copied=given is None)

@@ -69,7 +69,7 @@ def summed(logps: Tensor, batch: PreferenceBatch) -> Tensor:
 @torch.no_grad()
 def batch_logps(model: nn.Module, batch: PreferenceBatch) -> Tensor:
     """(n, b) log-probabilities of a whole batch as `response_logps` gives them, without a gradient."""
-    hidden = model_parts.hidden_states(model, batch, model_parts.picture_features(model, batch))
+    hidden = model_parts.hidden_states(model, batch, model_parts.image_features(model, batch))
     return response_logps(model, hidden, batch)
 
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from transformers import set_seed
 
 from mmdpo_kernels import tree_refusal
-from mmdpo_trainers.models.families import EncodedPictures, Family, family_of
+from mmdpo_trainers.models.families import EncodedImages, Family, family_of
 from mmdpo_trainers.training.batches.collator import PreferenceBatch
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.sharded.sharding import through_root
@@ -47,7 +47,7 @@ def projector_parameters(model: nn.Module) -> list[nn.Parameter]:
     return _part_parameters(model, family_of(model).projector)
 
 
-def picture_parameters(model: nn.Module) -> list[nn.Parameter]:
+def image_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that a picture's features depend on."""
     family = family_of(model)
     return _part_parameters(model, (*family.vision, *family.projector))
@@ -59,12 +59,12 @@ def sees_as_reference(model: nn.Module) -> bool:
     modules = dict(body.named_modules())
     parts = [modules[name] for name in (*family.vision, *family.projector) if name in modules]
     adapted = any(isinstance(module, BaseTunerLayer) for part in parts for module in part.modules())
-    return not adapted and not any(parameter.requires_grad for parameter in picture_parameters(model))
+    return not adapted and not any(parameter.requires_grad for parameter in image_parameters(model))
 
 
-def skips_pictures(model: nn.Module) -> bool:
+def skips_images(model: nn.Module) -> bool:
     """Whether a step without pictures leaves weights that are trained without a gradient."""
-    return family_of(base_of(model)).cross_attention or any(parameter.requires_grad for parameter in picture_parameters(model))
+    return family_of(base_of(model)).cross_attention or any(parameter.requires_grad for parameter in image_parameters(model))
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -189,12 +189,12 @@ def compile_decoder(model: nn.Module, args: PreferenceConfig) -> None:
     base_of(model).get_decoder().compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
 
-def picture_features(model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
+def image_features(model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
     """Per distinct picture what its image tokens stand for, see `Family.features`. With a gradient where vision or projector is trained."""
     if batch.pictures is None:
         return []
     body = base_of(model).base_model
-    trained = any(parameter.requires_grad for parameter in picture_parameters(model))
+    trained = any(parameter.requires_grad for parameter in image_parameters(model))
     dtype = next(body.parameters()).dtype
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.pictures.inputs.items()}
     pictures, family = dataclasses.replace(batch.pictures, inputs=inputs), family_of(model)
@@ -207,12 +207,12 @@ def picture_features(model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
         return list(joined.split(pictures.tokens))
 
 
-def blank_picture(family: Family, processor: Any) -> EncodedPictures:
+def blank_image(family: Family, processor: Any) -> EncodedImages:
     """A small black picture as the model takes it, for a process whose micro-batch has none where another's has."""
-    return family.encode_pictures(processor, [Image.new("RGB", (_SIDE, _SIDE))])
+    return family.encode_images(processor, [Image.new("RGB", (_SIDE, _SIDE))])
 
 
-def features_of_blank(model: nn.Module, batch: PreferenceBatch, blank: EncodedPictures) -> tuple[list[Tensor], Tensor | None]:
+def features_of_blank(model: nn.Module, batch: PreferenceBatch, blank: EncodedImages) -> tuple[list[Tensor], Tensor | None]:
     """Run a blank picture through the vision tower in place of a batch's own, of which it has none.
 
     Returns its features for `hidden_states`, where no token stands for them, and a zero to add to what backward goes through,
@@ -221,13 +221,13 @@ def features_of_blank(model: nn.Module, batch: PreferenceBatch, blank: EncodedPi
     With features in hand a model runs the same modules in the same order as on a batch with pictures, cross-attention layers included, which
     ZeRO-3 expects of all processes.
     """
-    found = picture_features(model, dataclasses.replace(batch, pictures=blank).to(batch.input_ids.device))
+    found = image_features(model, dataclasses.replace(batch, pictures=blank).to(batch.input_ids.device))
     parts = [each.float().sum() for each in pytree.tree_leaves(found) if isinstance(each, Tensor) and each.requires_grad]
     return found, torch.stack(parts).sum() * 0 if parts else None
 
 
 def hidden_states(model: nn.Module, batch: PreferenceBatch, features: list[Tensor]) -> Tensor:
-    """(B, S, H) last hidden states, before the head. features: as `picture_features` gives them."""
+    """(B, S, H) last hidden states, before the head. features: as `image_features` gives them."""
     inputs: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids

@@ -38,9 +38,9 @@ class LossCheck:
 
     def stop(self, step: int, device: torch.device, kept: Callable[[], str]) -> None:
         """NonFiniteLossError in every process if one of them noted a loss. kept: what the message says of checkpoints."""
-        if not collectives.anywhere(bool(self._found), device):
+        if not collectives.any_rank(bool(self._found), device):
             return
-        found = [text for texts in collectives.gathered(self._found) for text in texts]
+        found = [text for texts in collectives.all_gather(self._found) for text in texts]
         self._found = []
         raise NonFiniteLossError(
             f"step {step}: the loss is not finite; {'; '.join(found)}. The step was not taken; {kept()}. Look at these records, lower "
@@ -78,7 +78,7 @@ class GradientCheck(TrainerCallback):
             found = self.trainer.model_wrapped.get_global_grad_norm() != 0
         else:
             found = any(_not_zero(parameter) for parameter in trained.values())
-        if collectives.anywhere(bool(found), args.device):
+        if collectives.any_rank(bool(found), args.device):
             return
         raise NoGradientError(
             f"step 1: all gradients are zero, so nothing would be trained; {len(trained)} parameters are to be, such as "

@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 
 from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, record_attention
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.models.families import EncodedPictures, family_of
+from mmdpo_trainers.models.families import EncodedImages, family_of
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.training import arguments, given_models, head, model_parts
@@ -117,7 +117,7 @@ class PreferenceTrainer(SavingTrainer):
         self.progress = progress or Progress()
         self.left_out: list[str] = []
         """Names of records longer than `max_length`."""
-        self._uneven = model_parts.skips_pictures(policy)
+        self._uneven = model_parts.skips_images(policy)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = self._uneven or model_parts.has_experts(policy)
         super().__init__(
@@ -152,7 +152,7 @@ class PreferenceTrainer(SavingTrainer):
         )
         self._loss_check = LossCheck()
         # What other processes' batches make a process run, although its own has no picture.
-        self._blank = model_parts.blank_picture(family_of(base), processing_class) if args.world_size > 1 else None
+        self._blank = model_parts.blank_image(family_of(base), processing_class) if args.world_size > 1 else None
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
@@ -205,7 +205,7 @@ class PreferenceTrainer(SavingTrainer):
             loss = connected(loss, self._policy)
         if not counts:
             loss = loss * 0
-        if model.training and collectives.several():
+        if model.training and collectives.is_distributed():
             # The mean over processes that gradients and logs are is to be a sum.
             loss = loss * self.args.world_size
         return (loss, {}) if return_outputs else loss
@@ -246,12 +246,12 @@ class PreferenceTrainer(SavingTrainer):
         mine, *others = through_root(wrapped, self.sharding.inside(wrapped), forward)  # type: ignore[arg-type]
         return batch.token_logps(mine), batch.token_logps(others[0]) if runs else cached
 
-    def _blank_for(self, batch: PreferenceBatch) -> EncodedPictures | None:
+    def _blank_for(self, batch: PreferenceBatch) -> EncodedImages | None:
         """The blank picture, where this process has to run one beside others that have pictures."""
         matters = self.sharding.in_shards or (self._uneven and torch.is_grad_enabled())
-        if not (matters and collectives.several()):
+        if not (matters and collectives.is_distributed()):
             return None
-        somewhere = collectives.anywhere(batch.pictures is not None, self.args.device)
+        somewhere = collectives.any_rank(batch.pictures is not None, self.args.device)
         return self._blank if somewhere and batch.pictures is None else None
 
     def _loss(
@@ -305,7 +305,7 @@ class PreferenceTrainer(SavingTrainer):
 
     def _features(self, batch: PreferenceBatch) -> list[Tensor]:
         with self.accelerator.autocast():
-            return model_parts.picture_features(self._policy, batch)
+            return model_parts.image_features(self._policy, batch)
 
     def precompute_reference(self, *datasets: Any) -> list[Precomputed]:
         """Run the reference over the records that its cache does not hold yet; nothing unless `precompute_ref_log_probs` is set.
@@ -372,7 +372,7 @@ class PreferenceTrainer(SavingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, PreferenceBatch]], device: torch.device) -> Tensor | None:
         batches = [sample["batch"] for sample in batch_samples if sample.get(COUNTS, True)]
         mine = sum(len(batch.ids) for batch in batches), sum(batch.chosen_tokens for batch in batches)
-        return torch.tensor(collectives.summed(mine, device))
+        return torch.tensor(collectives.all_reduce(mine, device))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -57,7 +57,7 @@ class Averages:
     def state(self) -> dict[str, list[float]]:
         """JSON-able state of all processes for a checkpoint; all of them call this together."""
         merged: dict[str, list[float]] = {}
-        for sums in collectives.gathered(self._sums):
+        for sums in collectives.all_gather(self._sums):
             for name, (total, weight) in sums.items():
                 known = merged.setdefault(name, [0.0, 0.0])
                 known[0] += total
@@ -171,7 +171,7 @@ class LoggingTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # The loss since the last log line is the mean over processes, as it is in the log.
-        losses = collectives.gathered(self._tr_loss.item())
+        losses = collectives.all_gather(self._tr_loss.item())
         self._tr_loss.fill_(sum(losses) / len(losses))
         return super()._finalize_training(*args, **kwargs)
 

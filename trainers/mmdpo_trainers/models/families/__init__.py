@@ -10,26 +10,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmdpo_trainers.models.families.conventional import Conventional
-from mmdpo_trainers.models.families.family import Family, expand_ids, picture_layers
+from mmdpo_trainers.models.families.family import Family, expand_ids, image_layers
 from mmdpo_trainers.models.families.gemma import Gemma3
+from mmdpo_trainers.models.families.images import EncodedImages, View, inside, plain_grid
 from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
 from mmdpo_trainers.models.families.mistral import Mistral3
 from mmdpo_trainers.models.families.mllama import Mllama
-from mmdpo_trainers.models.families.pictures import EncodedPictures, View, inside, plain_grid
 from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen25VL
 from mmdpo_trainers.models.families.tiled import Idefics3, InternVL, SmolVLM
 
 __all__ = [
     "FAMILIES",
     "Conventional",
-    "EncodedPictures",
+    "EncodedImages",
     "Family",
     "View",
     "expand_ids",
     "family_of",
     "fixed_grid",
     "inside",
-    "picture_layers",
+    "image_layers",
     "plain_grid",
 ]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from mmdpo_kernels.patch import pictures_see_themselves
+from mmdpo_kernels.patch import images_see_themselves
 from mmdpo_trainers.models.families.family import Family
-from mmdpo_trainers.models.families.pictures import EncodedPictures
+from mmdpo_trainers.models.families.images import EncodedImages
 
 _PROJECTOR = re.compile(r"proj|merger|connector|adapter|resampler|newline")
 """Names of what lies between a vision tower and a language model."""
@@ -76,19 +76,19 @@ class Conventional(Family):
             found.append("its base model has no get_image_features")
         elif hasattr(body, "get_rope_index"):
             found.append("its positions follow pictures (get_rope_index), which needs a declaration such as Qwen2VL's")
-        elif pictures_see_themselves(body):
+        elif images_see_themselves(body):
             found.append("its mask tells pictures from text (token types), which needs a declaration such as Gemma3's")
         if not getattr(self.model_class, "_supports_attention_backend", False):
             found.append("its attention does not go through transformers' attention interface (_supports_attention_backend)")
         return found
 
-    def features(self, body: Any, pictures: EncodedPictures) -> list[Tensor]:
+    def features(self, body: Any, pictures: EncodedImages) -> list[Tensor]:
         # What else a processor returns, it returns for itself.
         named = inspect.signature(inspect.unwrap(body.get_image_features)).parameters
         inputs = {name: value for name, value in pictures.inputs.items() if name in named}
         return super().features(body, dataclasses.replace(pictures, inputs=inputs))
 
-    def split(self, output: Any, pictures: EncodedPictures) -> list[Tensor]:
+    def split(self, output: Any, pictures: EncodedImages) -> list[Tensor]:
         if getattr(output, "deepstack_features", None) is not None:
             raise ValueError(f"family {self.name!r} has features for several layers, which needs a declaration such as Qwen3VL's")
         return super().split(output, pictures)

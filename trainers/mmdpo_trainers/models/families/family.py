@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mmdpo_trainers.data.records import IMAGE_TOKEN
-from mmdpo_trainers.models.families.pictures import EncodedPictures, View
+from mmdpo_trainers.models.families.images import EncodedImages, View
 
 _OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"})
 """What a processor returns for the text."""
@@ -83,9 +83,9 @@ class Family:
         """What the processor itself takes for one picture in a text."""
         return self.placeholder(processor)
 
-    def encode_pictures(
+    def encode_images(
         self, processor: Any, pictures: Sequence[Image.Image], alone: Sequence[bool] | None = None
-    ) -> EncodedPictures:
+    ) -> EncodedImages:
         """One or more RGB pictures through the processor, each as if it were the only one of a prompt.
 
         alone: per picture whether it is; only where `several_differ`. Raises ValueError for a picture that the processor refuses, or a
@@ -101,7 +101,7 @@ class Family:
         sizes = [picture.size for picture in pictures]
         views = [self.views(processor, inputs, index, size, blocks[index]) for index, size in enumerate(sizes)]
         known = [found if sum(view.tokens for view in found) == count else () for found, count in zip(views, tokens, strict=True)]
-        return EncodedPictures(inputs=inputs, tokens=tokens, blocks=blocks, views=known, grids=inputs.get("image_grid_thw"))
+        return EncodedImages(inputs=inputs, tokens=tokens, blocks=blocks, views=known, grids=inputs.get("image_grid_thw"))
 
     def views(
         self, processor: Any, inputs: dict[str, Tensor], index: int, size: tuple[int, int], block: list[int]
@@ -126,13 +126,13 @@ class Family:
         """Whether of an oblong picture only the centred square is seen."""
         return False
 
-    def picture_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
+    def image_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
         """Tokens that stand in the place of the one image token of a picture of `size` (width, height)."""
         if self.processor_counts:
             return int(processor._get_num_multimodal_tokens(image_sizes=[size[::-1]])["num_image_tokens"][0])
-        return len(self.encode_pictures(processor, [Image.new("RGB", size, (255, 255, 255))], [alone]).blocks[0])
+        return len(self.encode_images(processor, [Image.new("RGB", size, (255, 255, 255))], [alone]).blocks[0])
 
-    def model_inputs(self, pictures: EncodedPictures, rows: Sequence[Sequence[int]], input_ids: Tensor) -> dict[str, Tensor]:
+    def model_inputs(self, pictures: EncodedImages, rows: Sequence[Sequence[int]], input_ids: Tensor) -> dict[str, Tensor]:
         """The model's keyword arguments for a batch of token ids (B, S), besides these.
 
         rows: per row the indices of its pictures, which are `pictures` in this very order.
@@ -140,20 +140,20 @@ class Family:
         types = {} if self.token_types is None else {self.token_types: (input_ids == self.known_config.image_token_id).int()}
         return {**pictures.inputs, **types}
 
-    def keys(self, pictures: EncodedPictures) -> list[int]:
+    def keys(self, pictures: EncodedImages) -> list[int]:
         """(P) keys that each picture is to a query: its image tokens, or what cross-attention layers make of it."""
         return pictures.tokens
 
-    def cross_segments(self, pictures: EncodedPictures, rows: Sequence[Sequence[int]]) -> Tensor | None:
+    def cross_segments(self, pictures: EncodedImages, rows: Sequence[Sequence[int]]) -> Tensor | None:
         """(B, K) int32, where pictures are cross-attended: which of its row's pictures a key of `model_inputs` is of, -1 = none."""
         return None
 
-    def features(self, body: nn.Module, pictures: EncodedPictures) -> list[Tensor]:
+    def features(self, body: nn.Module, pictures: EncodedImages) -> list[Tensor]:
         """Per picture (tokens, F): what its image tokens stand for. body: the base model."""
         output = body.get_image_features(**pictures.inputs, return_dict=True)  # type: ignore[operator]
         return self.split(output, pictures)
 
-    def split(self, output: Any, pictures: EncodedPictures) -> list[Tensor]:
+    def split(self, output: Any, pictures: EncodedImages) -> list[Tensor]:
         """A vision tower's output picture by picture. ValueError where it is not one feature an image token."""
         found = output.pooler_output
         if found is None:
@@ -193,7 +193,7 @@ class Family:
         return None
 
 
-def picture_layers(config: Any) -> Sequence[int]:
+def image_layers(config: Any) -> Sequence[int]:
     """Decoder layers that see pictures, 0-based: all, or those of cross-attention where pictures come in by these."""
     text = config.get_text_config()
     return list(getattr(text, "cross_attention_layers", None) or ()) or range(int(text.num_hidden_layers))

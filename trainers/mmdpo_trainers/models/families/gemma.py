@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mmdpo_trainers.models.families.family import Family
-from mmdpo_trainers.models.families.pictures import View
+from mmdpo_trainers.models.families.images import View
 
 
 class Gemma3(Family):
@@ -34,5 +34,5 @@ class Gemma3(Family):
         side = int(processor.image_seq_length**0.5)
         return (View(side, side),)
 
-    def picture_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
+    def image_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
         return int(processor.image_seq_length)

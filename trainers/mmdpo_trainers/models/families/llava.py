@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from transformers.image_processing_utils import select_best_resolution
 
 from mmdpo_trainers.models.families.family import Family
-from mmdpo_trainers.models.families.pictures import Box, EncodedPictures, View
+from mmdpo_trainers.models.families.images import Box, EncodedImages, View
 
 
 class Llava(Family):
@@ -44,10 +44,10 @@ class Llava(Family):
     def crops_centre(self, processor: Any) -> bool:
         return bool(getattr(processor.image_processor, "do_center_crop", False))
 
-    def picture_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
+    def image_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
         images = processor.image_processor
         if not getattr(images, "do_center_crop", False) or not hasattr(processor, "vision_feature_select_strategy"):
-            return super().picture_tokens(processor, size)
+            return super().image_tokens(processor, size)
         crop, patch = images.crop_size, processor.patch_size
         # The class token counts where the model keeps it.
         kept = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
@@ -87,13 +87,13 @@ class LlavaOnevision(LlavaNext):
     processor_name = "LlavaOnevisionProcessor"
     several_differ = True
 
-    def encode_pictures(
+    def encode_images(
         self, processor: Any, pictures: Sequence[Image.Image], alone: Sequence[bool] | None = None
-    ) -> EncodedPictures:
+    ) -> EncodedImages:
         alone = [True] * len(pictures) if alone is None else list(alone)
         single = [index for index, is_alone in enumerate(alone) if is_alone]
         beside = [index for index, is_alone in enumerate(alone) if not is_alone]
-        encoded = [super().encode_pictures(processor, [pictures[index] for index in single])] if single else []
+        encoded = [super().encode_images(processor, [pictures[index] for index in single])] if single else []
         if beside:
             encoded.append(self._several(processor, [pictures[index] for index in beside]))
         order = torch.tensor([*single, *beside]).argsort().tolist()
@@ -108,9 +108,9 @@ class LlavaOnevision(LlavaNext):
             # transformers takes the number of pictures of each prompt.
             "batch_num_images": torch.tensor([1 if is_alone else 2 for is_alone in alone]),
         }
-        return EncodedPictures(inputs=inputs, tokens=tokens, blocks=blocks, views=views)
+        return EncodedImages(inputs=inputs, tokens=tokens, blocks=blocks, views=views)
 
-    def _several(self, processor: Any, pictures: list[Image.Image]) -> EncodedPictures:
+    def _several(self, processor: Any, pictures: list[Image.Image]) -> EncodedImages:
         """Pictures that have others beside them, which the processor makes square and does not tile."""
         encoded = processor.image_processor(images=[pictures if len(pictures) > 1 else pictures * 2], return_tensors="pt")
         inputs = {name: encoded[name][: len(pictures)] for name in ("pixel_values", "image_sizes")}
@@ -118,18 +118,18 @@ class LlavaOnevision(LlavaNext):
         count = self._tokens_beside_others(processor)
         views: list[tuple[View, ...]] = [(View(side, side, _square(*picture.size), marks=1),) for picture in pictures]
         blocks = [[self.image_token_id(processor)] * count] * len(pictures)
-        return EncodedPictures(inputs=inputs, tokens=[count] * len(pictures), blocks=blocks, views=views)
+        return EncodedImages(inputs=inputs, tokens=[count] * len(pictures), blocks=blocks, views=views)
 
-    def picture_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
-        return super().picture_tokens(processor, size) if alone else self._tokens_beside_others(processor)
+    def image_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
+        return super().image_tokens(processor, size) if alone else self._tokens_beside_others(processor)
 
     def _tokens_beside_others(self, processor: Any) -> int:
         return int(processor.num_image_tokens + 1 - (processor.vision_feature_select_strategy == "default"))
 
-    def model_inputs(self, pictures: EncodedPictures, rows: Sequence[Sequence[int]], input_ids: Tensor) -> dict[str, Tensor]:
+    def model_inputs(self, pictures: EncodedImages, rows: Sequence[Sequence[int]], input_ids: Tensor) -> dict[str, Tensor]:
         return {**pictures.inputs, "batch_num_images": torch.tensor([len(row) for row in rows if row])}
 
-    def features(self, body: nn.Module, pictures: EncodedPictures) -> list[Tensor]:
+    def features(self, body: nn.Module, pictures: EncodedImages) -> list[Tensor]:
         numbers = pictures.inputs["batch_num_images"]
         found: dict[int, Tensor] = {}
         for number in numbers.unique().tolist():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmdpo_trainers.models.families.family import Family
-from mmdpo_trainers.models.families.pictures import EncodedPictures
+from mmdpo_trainers.models.families.images import EncodedImages
 
 
 class Mllama(Family):
@@ -23,7 +23,7 @@ class Mllama(Family):
     projector = ("multi_modal_projector",)
     cross_attention = True
 
-    def model_inputs(self, pictures: EncodedPictures, rows: Sequence[Sequence[int]], input_ids: Tensor) -> dict[str, Tensor]:
+    def model_inputs(self, pictures: EncodedImages, rows: Sequence[Sequence[int]], input_ids: Tensor) -> dict[str, Tensor]:
         widest = max(map(len, rows))
         found = {}
         for name, value in pictures.inputs.items():
@@ -36,17 +36,17 @@ class Mllama(Family):
         # The processor moves the opening token behind pictures at the beginning of a text without one.
         return [self.image_token_id(processor)]
 
-    def picture_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
+    def image_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
         return 1
 
-    def keys(self, pictures: EncodedPictures) -> list[int]:
+    def keys(self, pictures: EncodedImages) -> list[int]:
         return [int(tiles) * self._patches for tiles in pictures.inputs["aspect_ratio_mask"].sum((1, 2))]
 
-    def cross_segments(self, pictures: EncodedPictures, rows: Sequence[Sequence[int]]) -> Tensor:
+    def cross_segments(self, pictures: EncodedImages, rows: Sequence[Sequence[int]]) -> Tensor:
         tiles = pictures.inputs["aspect_ratio_mask"].bool()[:, 0]
         found = torch.full((len(rows), max(map(len, rows)), tiles.shape[1]), -1, dtype=torch.int32)
-        for row, its_pictures in enumerate(rows):
-            for place, picture in enumerate(its_pictures):
+        for row, its_images in enumerate(rows):
+            for place, picture in enumerate(its_images):
                 found[row, place, tiles[picture]] = place
         return found.flatten(1).repeat_interleave(self._patches, dim=1)
 
@@ -56,7 +56,7 @@ class Mllama(Family):
         vision = self.known_config.vision_config
         return int((vision.image_size // vision.patch_size) ** 2 + 1)
 
-    def features(self, body: Any, pictures: EncodedPictures) -> list[Tensor]:
+    def features(self, body: Any, pictures: EncodedImages) -> list[Tensor]:
         """Per picture (tiles, patches, H + 1): what the cross-attention layers make keys and values of, and whether there is such a tile."""
         hidden = body.vision_model(**pictures.inputs, return_dict=True).last_hidden_state  # (P, 1, tiles, patches, F)
         found = body.multi_modal_projector(hidden)[:, 0]

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from mmdpo_trainers.models.families.family import Family
-from mmdpo_trainers.models.families.pictures import EncodedPictures, View
+from mmdpo_trainers.models.families.images import EncodedImages, View
 
 
 class Qwen2VL(Family):
@@ -32,7 +32,7 @@ class Qwen2VL(Family):
         merge = processor.image_processor.merge_size
         return (View(rows // merge, columns // merge),)
 
-    def picture_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
+    def image_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
         images = processor.image_processor
         return int(images.get_number_of_image_patches(size[1], size[0])) // images.merge_size**2
 
@@ -73,7 +73,7 @@ class Qwen3VL(Qwen2VL):
     body_name = "Qwen3VLModel"
     projector = ("visual.merger", "visual.deepstack_merger_list")
 
-    def split(self, output: Any, pictures: EncodedPictures) -> list[Tensor]:
+    def split(self, output: Any, pictures: EncodedImages) -> list[Tensor]:
         deep = [torch.cat(list(each)) if isinstance(each, list | tuple) else each for each in output.deepstack_features]
         by_layer = [super().split(output, pictures), *(each.split(pictures.tokens) for each in deep)]
         return [torch.cat(features, dim=-1) for features in zip(*by_layer, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mmdpo_trainers.models.families.family import Family
-from mmdpo_trainers.models.families.pictures import Box, View
+from mmdpo_trainers.models.families.images import Box, View
 
 
 class InternVL(Family):

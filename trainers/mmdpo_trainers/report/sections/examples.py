@@ -14,8 +14,8 @@ from mmdpo_trainers.methods.held_out import BASE, CORRUPTIONS
 
 from ..comparison import PageInputs, group_of
 from ..contents import Record, spread
-from ..examples import Cell, picture_of, question_of, text_of
-from ..pictures import data_uri, sized
+from ..examples import Cell, image_of, question_of, text_of
+from ..images import data_uri, sized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def _example(page: PageInputs, record: Record, folder: Path, seed: int) -> Examp
 
 def _cells(record: Record, folder: Path, seed: int) -> list[Cell]:
     """The asked-about picture and a draw of each corruption of it."""
-    picture = picture_of(record, int(record.get("target") or 0), folder)
+    picture = image_of(record, int(record.get("target") or 0), folder)
     if picture is None:
         return []
     shown: dict[str, Image.Image] = {"picture": picture}
@@ -77,7 +77,7 @@ def _cells(record: Record, folder: Path, seed: int) -> list[Cell]:
 def _pair_examples(folder: Path, records: Sequence[Record], count: int) -> list[dict[str, Any]]:
     shown = []
     for record in spread(records, count):
-        picture = picture_of(record, 0, folder) if record.get("images") else None
+        picture = image_of(record, 0, folder) if record.get("images") else None
         cells = [] if picture is None else [Cell(uri=data_uri(sized(picture)), alt="The picture")]
         texts = {side: text_of(record[side]) for side in ("chosen", "rejected")}
         shown.append({"question": question_of(record["prompt"]), "cells": cells, **texts})

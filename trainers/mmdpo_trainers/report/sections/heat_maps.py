@@ -6,9 +6,9 @@ from typing import Any
 
 from ..comparison import PageInputs
 from ..contents import RunContents, label_of
-from ..examples import Cell, picture_name, picture_of, picture_side, question_of
+from ..examples import Cell, image_name, image_of, image_side, question_of
 from ..heatmaps import MOMENTS, HeatExample
-from ..pictures import data_uri, heat_gradient, outlined, overlaid, sized
+from ..images import data_uri, heat_gradient, outlined, overlaid, sized
 from ..tables import Group
 
 
@@ -61,10 +61,10 @@ def _heat_strip(contents: RunContents, example: HeatExample, centre_crop: bool) 
 def _heat_cell(contents: RunContents, example: HeatExample, index: int, kind: str, centre_crop: bool) -> Cell | None:
     """A picture, plain (`picture`) or under the attention of a moment; None where its file cannot be read."""
     record, several = example.record, len(example.record["images"]) > 1
-    picture = picture_of(record, index, contents.folder / "evaluate" / "before")
+    picture = image_of(record, index, contents.folder / "evaluate" / "before")
     if picture is None:
         return None
-    shown, name = sized(picture, picture_side(record)), picture_name(record, index)
+    shown, name = sized(picture, image_side(record)), image_name(record, index)
     target = several and index == record.get("target")
     if kind == "picture":
         alt = f"{name}{', the asked-about one' if target else ''}".capitalize()

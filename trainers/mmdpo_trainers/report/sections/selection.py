@@ -13,7 +13,7 @@ from mmdpo_trainers.methods.selection import RULES
 from .. import plots
 from ..comparison import PageInputs
 from ..contents import Record, RunContents, by_format, label_of, spread, verdict
-from ..examples import Cell, picture_cells, question_of, text_of
+from ..examples import Cell, image_cells, question_of, text_of
 from ..heatmaps import HeatMaps
 from ..tables import Group, Table
 
@@ -119,7 +119,7 @@ def _pair_groups(contents: RunContents, count: int) -> list[Group]:
 
 
 def _pair(record: Record, folder: Path) -> PairExample:
-    cells, columns, width = picture_cells(record, folder)
+    cells, columns, width = image_cells(record, folder)
     return PairExample(
         question=question_of(record["prompt"]),
         chosen=text_of(record["chosen"]),

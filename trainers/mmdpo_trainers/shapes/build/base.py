@@ -23,7 +23,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from mmdpo_trainers.shapes.build import formats, lessons
 from mmdpo_trainers.shapes import world
 from mmdpo_trainers.shapes.build.formats import Composed, Sample, Turn
-from mmdpo_trainers.shapes.model import MAX_PICTURES, ShapesModelConfig, build_model, build_processor
+from mmdpo_trainers.shapes.model import MAX_IMAGES, ShapesModelConfig, build_model, build_processor
 
 Pools = dict[str, list[Composed]]
 
@@ -131,7 +131,7 @@ class Lecture:
         self.rng = random.Random(f"answers-{room.config.seed}")
         self.features = {kind: lessons.encode(model, pool) for kind, pool in room.pools.items()}
         self.probes = make_probes(model, room.config)
-        self.labels = room.processor.tokenizer.convert_tokens_to_ids([f"image{k + 1}" for k in range(MAX_PICTURES)])
+        self.labels = room.processor.tokenizer.convert_tokens_to_ids([f"image{k + 1}" for k in range(MAX_IMAGES)])
         modules = (model.model.multi_modal_projector, model.model.language_model, model.lm_head)
         self.parameters = [parameter for module in modules for parameter in module.parameters()]
 

@@ -18,13 +18,13 @@ from mmdpo_trainers.data.corruption import Corruption, Model
 from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, branch_table, shows_corrupted
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.models.chat_format import prints_date
-from mmdpo_trainers.models.families import EncodedPictures, Family, family_of
+from mmdpo_trainers.models.families import EncodedImages, Family, family_of
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.models.token_rules import response_end
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.training.batches.examples import Example, ExampleMaker, TokenSequence
 from mmdpo_trainers.training.batches.ratio_spans import RatioSpan, RatioSpans
-from mmdpo_trainers.training.batches.views import PicturePool
+from mmdpo_trainers.training.batches.views import ImagePool
 from mmdpo_trainers.training.config import PreferenceConfig
 
 TEMPLATE_DATE = "template_date.json"
@@ -48,7 +48,7 @@ class PreferenceBatch:
     """(1, 1, 1, S) int32, the tree; or (n b, L) int64."""
     position_ids: Tensor | None
     """(1, S), or for M-RoPE (3, 1, S) or (3, n b, L); int64. None: the model's own."""
-    pictures: EncodedPictures | None
+    pictures: EncodedImages | None
     """Each distinct picture once; None: there are none."""
     feature_rows: Tensor
     """(K,) int64: for each image token of `input_ids`, in reading order, its row among the features of all pictures."""
@@ -195,7 +195,7 @@ class PreferenceCollator:
         return self._maker.tree_tokens(record)
 
     def shared_tokens(self, records: Sequence[Mapping[str, Any]]) -> int:
-        """Leading tokens that records of one `picture_key` have in common, which a tree of them holds once."""
+        """Leading tokens that records of one `image_key` have in common, which a tree of them holds once."""
         return self._maker.shared_tokens(records)
 
     def key(self, record: Mapping[str, Any]) -> str:
@@ -203,11 +203,11 @@ class PreferenceCollator:
         pictures, image processor, branches, corruption and its draw, `no_image`, token weights. Files are read, not decoded."""
         return self._maker.key(record)
 
-    def picture_key(self, record: Mapping[str, Any]) -> str:
+    def image_key(self, record: Mapping[str, Any]) -> str:
         """Content key of the record's list of pictures, equal where a tree would share them; without pictures its `key`."""
-        return self._maker.picture_key(record)
+        return self._maker.image_key(record)
 
-    def _tree(self, examples: list[Example], pictures: EncodedPictures | None) -> PreferenceBatch:
+    def _tree(self, examples: list[Example], pictures: EncodedImages | None) -> PreferenceBatch:
         sequences = [sequence for example in examples for sequence in example.sequences]
         feature_rows = [_padded(sequence.feature_rows, sequence, -1) for sequence in sequences]
         positions = [sequence.positions for sequence in sequences if sequence.positions is not None]
@@ -238,7 +238,7 @@ class PreferenceCollator:
             ratios=ratios,
         )
 
-    def _separate(self, examples: list[Example], pictures: EncodedPictures | None) -> PreferenceBatch:
+    def _separate(self, examples: list[Example], pictures: EncodedImages | None) -> PreferenceBatch:
         sequences = [sequence for example in examples for sequence in example.sequences]
         ids = [torch.from_numpy(np.concatenate([sequence.prompt, sequence.response])) for sequence in sequences]
         input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
@@ -266,7 +266,7 @@ class PreferenceCollator:
         )
 
     def _batch(
-        self, examples: list[Example], pictures: EncodedPictures | None, *, rows: Tensor, ratios: RatioSpans, **inputs: Any
+        self, examples: list[Example], pictures: EncodedImages | None, *, rows: Tensor, ratios: RatioSpans, **inputs: Any
     ) -> PreferenceBatch:
         sequences = [sequence for example in examples for sequence in example.sequences]
         targets = torch.from_numpy(np.concatenate([sequence.response for sequence in sequences]))
@@ -331,10 +331,10 @@ def collator_of(
         date=template_date(processor, args),
         tree_packing=tree_packing,
         branches=branches,
-        corruption=args.picture_corruption if corrupts else None,
+        corruption=args.image_corruption if corrupts else None,
         no_image=args.no_image,
         changed_token_weight=args.changed_token_weight,
-        picture_pool=PicturePool(pool) if pool is not None and args.corruption == "other" and corrupts else (),
+        picture_pool=ImagePool(pool) if pool is not None and args.corruption == "other" and corrupts else (),
     )
 
 
@@ -353,7 +353,7 @@ def template_date(processor: Any, args: PreferenceConfig) -> TemplateDate | None
         if not path.exists():
             write_atomic(path, {"template_date": str(TemplateDate.now())})
         found = str(read_json(path)["template_date"])
-    return TemplateDate.read(str(collectives.gathered(found)[0]))
+    return TemplateDate.read(str(collectives.all_gather(found)[0]))
 
 
 def _kind(record: Mapping[str, Any]) -> str | None:
@@ -377,7 +377,7 @@ def _with_tensors(instance: Any, change: Callable[[Tensor], Tensor]) -> Any:
         value = getattr(instance, field.name)
         if isinstance(value, Tensor):
             changed[field.name] = change(value)
-        elif isinstance(value, EncodedPictures | SharedRows):
+        elif isinstance(value, EncodedImages | SharedRows):
             changed[field.name] = _with_tensors(value, change)
         elif isinstance(value, dict):
             changed[field.name] = {name: change(tensor) for name, tensor in value.items()}

@@ -21,15 +21,15 @@ from mmdpo_trainers.data.pair_records import (
     PAIR,
     Branch,
     check_content,
-    picture_digest,
     prompt_text,
+    record_image_digest,
     record_name,
     response_text,
     shows_corrupted,
 )
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.models.families import EncodedPictures, Family, expand_ids
+from mmdpo_trainers.models.families import EncodedImages, Family, expand_ids
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.models.token_rules import TextEncoder
 from mmdpo_trainers.training.batches.views import BatchImages, ViewPlan, Views, sha256
@@ -117,7 +117,7 @@ class ExampleMaker:
         self._columns = list(dict.fromkeys(branch.response for branch in branches.values()))
         self._settings = self._settings_digest()
 
-    def examples(self, records: Sequence[Mapping[str, Any]], model: Model) -> tuple[list[Example], EncodedPictures | None]:
+    def examples(self, records: Sequence[Mapping[str, Any]], model: Model) -> tuple[list[Example], EncodedImages | None]:
         """The records as `model` (policy or reference) is to see them, and their distinct pictures."""
         images = BatchImages()
         drafts = []
@@ -174,18 +174,18 @@ class ExampleMaker:
         texts = self._texts(record)
         return self._key(texts, self._plan(texts))
 
-    def picture_key(self, record: Mapping[str, Any]) -> str:
-        """See `PreferenceCollator.picture_key`."""
+    def image_key(self, record: Mapping[str, Any]) -> str:
+        """See `PreferenceCollator.image_key`."""
         images = self._views.images(record)
         if not images:
             return self.key(record)
-        return sha256([picture_digest(record, image) for image in images])
+        return sha256([record_image_digest(record, image) for image in images])
 
     def _texts(self, record: Mapping[str, Any]) -> _Texts:
         check_content(record)
         text, images = prompt_text(record), self._views.images(record)
         if self.no_image:
-            text = _without_pictures(text)
+            text = _without_images(text)
         prompt = self._encoder.prompt(record_name(record), text, len(images))
         return _Texts(record, text, prompt, {column: self._response(record, column) for column in self._columns}, images)
 
@@ -229,7 +229,7 @@ class ExampleMaker:
         return {name: plain[name] for name in sorted(plain) if name != "chat_template"}
 
     def _example(
-        self, texts: _Texts, plan: ViewPlan, shown: dict[str, list[int]], encoded: EncodedPictures | None, model: Model
+        self, texts: _Texts, plan: ViewPlan, shown: dict[str, list[int]], encoded: EncodedImages | None, model: Model
     ) -> Example:
         positions: dict[tuple[bytes, bytes | None], Tensor | None] = {}
         prompts = {view: self._prompt(texts.prompt, images, encoded, positions) for view, images in shown.items()}
@@ -259,7 +259,7 @@ class ExampleMaker:
         self,
         prompt: list[int],
         pictures: list[int],
-        encoded: EncodedPictures | None,
+        encoded: EncodedImages | None,
         positions: dict[tuple[bytes, bytes | None], Tensor | None],
     ) -> tuple[np.ndarray, np.ndarray, Tensor | None]:
         """The prompt with each picture's tokens in its place, the feature rows of its tokens, and its positions.
@@ -313,7 +313,7 @@ def _sequence(
     )
 
 
-def _without_pictures(text: str) -> str:
+def _without_images(text: str) -> str:
     """The prompt without its placeholders, and without the lines that held nothing else."""
     places = f"(?:{re.escape(IMAGE_TOKEN)})+"
     return re.sub(rf"^{places}\n|\n{places}\Z|{places}", "", text, flags=re.MULTILINE)

@@ -152,7 +152,7 @@ def measure(
         for index in indices:
             record = dataset[index]
             lengths.append(collator.tree_tokens(record))
-            groups.append(collator.picture_key(record) if grouped else str(index))
+            groups.append(collator.image_key(record) if grouped else str(index))
             members[groups[-1]].append(index)
             task.advance()
     # Read again, group by group: records may hold their pictures.

@@ -13,7 +13,7 @@ from mmdpo_kernels import image_segments
 from mmdpo_trainers.answers.attention_ratios import REGION_FORMATS, region_on
 from mmdpo_trainers.data.pair_records import record_target
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.models.families import EncodedPictures, View, plain_grid
+from mmdpo_trainers.models.families import EncodedImages, View, plain_grid
 from mmdpo_trainers.training.batches.examples import Example
 
 
@@ -46,7 +46,7 @@ class RatioSpans:
         self.recorded_rows = torch.zeros(shape, dtype=torch.bool)
         self.spans: list[RatioSpan] = []
 
-    def add(self, example: Example, encoded: EncodedPictures | None, row: int, columns: Tensor, response_rows: Tensor) -> None:
+    def add(self, example: Example, encoded: EncodedImages | None, row: int, columns: Tensor, response_rows: Tensor) -> None:
         """Give a record's pictures segments of their own, where it has an attention ratio, and mark its response's rows.
 
         columns: (P,) of the record's prompt in batch row `row`; response_rows: those that predict its chosen response.
@@ -55,27 +55,27 @@ class RatioSpans:
         if found is None:
             return
         its_segments, count, target = found
-        is_picture = its_segments >= 0
-        if bool((self.segments[row, columns[is_picture]] >= 0).any()):
+        is_image_part = its_segments >= 0
+        if bool((self.segments[row, columns[is_image_part]] >= 0).any()):
             # The tree shares these pictures with an earlier record, whose rows they are recorded for.
             return
         first = int(self.segments[row].max()) + 1
-        self.segments[row, columns[is_picture]] = its_segments[is_picture] + first
+        self.segments[row, columns[is_image_part]] = its_segments[is_image_part] + first
         self.recorded_rows[row, response_rows] = True
         self.spans.append(RatioSpan(str(example.record.get("format") or "sequence"), row, first, count, target))
 
 
-def _segments(example: Example, encoded: EncodedPictures | None) -> tuple[Tensor, int, int] | None:
+def _segments(example: Example, encoded: EncodedImages | None) -> tuple[Tensor, int, int] | None:
     """Segment of each prompt token, number of segments, and which one is asked about; None: nothing to tell apart."""
     record = example.record
     if encoded is None or not example.pictures:
         return None
     boxed = record.get("box") is not None and record.get("format") in REGION_FORMATS
-    in_picture = boxed or record.get("region") is not None
-    target = None if in_picture else record_target(record)
-    if not in_picture and target is None:
+    in_image = boxed or record.get("region") is not None
+    target = None if in_image else record_target(record)
+    if not in_image and target is None:
         return None
-    if in_picture and not encoded.views[example.pictures[0]]:
+    if in_image and not encoded.views[example.pictures[0]]:
         # Nothing is known of where its tokens lie.
         return None
     counts = [encoded.tokens[picture] for picture in example.pictures]
@@ -83,11 +83,11 @@ def _segments(example: Example, encoded: EncodedPictures | None) -> tuple[Tensor
     kinds = torch.from_numpy(np.where(example.sequences[0].feature_rows >= 0, 1, 0))[None]
     try:
         views = encoded.views[example.pictures[0]]
-        region = _region(example, views) if in_picture else None
+        region = _region(example, views) if in_image else None
         found = image_segments(kinds, 1, [counts], regions=[region], patch_grids=[plain_grid(views)])[0]
     except (TypeError, ValueError) as error:
         raise DataError(f"record {example.name}: {error}") from error
-    return (found, 2, 0) if in_picture else (found, len(counts), target or 0)
+    return (found, 2, 0) if in_image else (found, len(counts), target or 0)
 
 
 def _region(example: Example, views: Sequence[View]) -> list[int] | Tensor:

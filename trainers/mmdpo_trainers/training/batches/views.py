@@ -15,17 +15,17 @@ from mmdpo_trainers.data.corruption import Corruption, Model, corrupt, masked_to
 from mmdpo_trainers.data.pair_records import (
     CORRUPTED,
     IMAGES,
-    picture_digest,
-    picture_size,
+    record_image,
+    record_image_digest,
+    record_image_size,
     record_images,
     record_name,
-    record_picture,
     record_rejected_images,
     record_target,
     view_images,
 )
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.models.families import EncodedPictures, Family
+from mmdpo_trainers.models.families import EncodedImages, Family
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class Views:
     def counts(self, record: Mapping[str, Any], images: Sequence[Any]) -> list[int]:
         """Tokens that stand for each of some images of one prompt, by their sizes."""
         alone = self._alone(images)
-        sizes = [picture_size(record, image) for image in images]
+        sizes = [record_image_size(record, image) for image in images]
         for size in sizes:
             if (size, alone) not in self._tokens_of_size:
                 try:
-                    self._tokens_of_size[size, alone] = self.family.picture_tokens(self.processor, size, alone)
+                    self._tokens_of_size[size, alone] = self.family.image_tokens(self.processor, size, alone)
                 except ValueError as error:
                     raise _unfit(record, error) from error
         return [self._tokens_of_size[size, alone] for size in sizes]
@@ -131,13 +131,13 @@ class Views:
     ) -> ViewPlan:
         """text: of the prompt. images: the record's own. opened: gets those that had to be decoded, by digest."""
         shown = {IMAGES: images} | {column: self._column(record, column, images) for column in self.columns}
-        digests = {view: [picture_digest(record, image, opened=opened) for image in each] for view, each in shown.items()}
+        digests = {view: [record_image_digest(record, image, opened=opened) for image in each] for view, each in shown.items()}
         own = record_rejected_images(record) if self.corrupted else None
         substitutes = {}
         for place in self._corrupted_places(record, images):
             key = sha256([digests[IMAGES], text, place])
             if own is not None:
-                substitute = Substitute(key, own[place], picture_digest(record, own[place], opened=opened), own=True)
+                substitute = Substitute(key, own[place], record_image_digest(record, own[place], opened=opened), own=True)
             elif self.corruption is None:
                 raise DataError(
                     f"record {record_name(record)}: expected rejected_images, as no corruption is set; add them, or set one"
@@ -155,7 +155,7 @@ class Views:
         first, count = int(sha256([seed, key]), 16), len(self.picture_pool)
         for step in range(count):
             image = self.picture_pool[(first + step) % count]
-            its_digest = picture_digest(record, image)
+            its_digest = record_image_digest(record, image)
             if its_digest != digest:
                 return image, its_digest
         raise DataError(f"record {record_name(record)}: picture_pool holds no picture other than the record's own; add one")
@@ -174,10 +174,10 @@ class Views:
                 if substitute.own:
                     corrupted[place] = batch.add(record, substitute.image, substitute.digest, alone)
                 elif self.corruption is not None and self.corruption.kind != "mask":
-                    other = None if substitute.image is None else record_picture(record, substitute.image)
+                    other = None if substitute.image is None else record_image(record, substitute.image)
                     image = batch.images[found[IMAGES][place]]
                     made = corrupt(image, self.corruption, substitute.key, other=other, model=model)
-                    corrupted[place] = batch.add(record, made, picture_digest(record, made), alone)
+                    corrupted[place] = batch.add(record, made, record_image_digest(record, made), alone)
         return found | {column: added(column) for column in self.columns}
 
     def unseen(
@@ -186,7 +186,7 @@ class Views:
         view: str,
         feature_rows: np.ndarray,
         images: list[int],
-        encoded: EncodedPictures | None,
+        encoded: EncodedImages | None,
         model: Model,
     ) -> np.ndarray | None:
         """(P,) bool: image tokens of a view's prompt that no token sees; None: all are seen. images: as `place` has those of IMAGES."""
@@ -219,28 +219,28 @@ class BatchImages:
         """Index of an image, which is opened if it is new. DataError naming the record where it cannot be."""
         if (digest, alone) not in self._index_of:
             known = self.opened.get(digest)
-            self.images.append(record_picture(record, image) if known is None else known)
+            self.images.append(record_image(record, image) if known is None else known)
             self._alone.append(alone)
             self._records.append(record)
             self._index_of[digest, alone] = len(self._index_of)
         return self._index_of[digest, alone]
 
-    def encode(self, family: Family, processor: Any) -> EncodedPictures | None:
+    def encode(self, family: Family, processor: Any) -> EncodedImages | None:
         """All of them as the model takes them; None: there are none. DataError naming the record of one that is refused."""
         if not self.images:
             return None
         try:
-            return family.encode_pictures(processor, self.images, self._alone)
+            return family.encode_images(processor, self.images, self._alone)
         except ValueError:
             for record, image, alone in zip(self._records, self.images, self._alone, strict=True):
                 try:
-                    family.encode_pictures(processor, [image], [alone])
+                    family.encode_images(processor, [image], [alone])
                 except ValueError as error:
                     raise _unfit(record, error) from error
             raise
 
 
-class PicturePool(Sequence[Any]):
+class ImagePool(Sequence[Any]):
     """The images of a dataset's records, read from their records when they are asked for."""
 
     def __init__(self, dataset: Any) -> None:

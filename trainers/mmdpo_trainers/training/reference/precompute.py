@@ -156,7 +156,7 @@ def precompute(
             keys.append(collator.key(dataset[index]))
             task.advance()
     # One list for all: another launch may append to the cache between two readings of it.
-    wanted = set(collectives.gathered(cache.missing(keys))[0])
+    wanted = set(collectives.all_gather(cache.missing(keys))[0])
     if not wanted:
         return Precomputed(records=len(keys), computed=0, cached=len(keys), tokens=0, seconds=time.monotonic() - started)
     # The first record of each content.
@@ -170,7 +170,7 @@ def precompute(
     as_seen = functools.partial(collator.batch, model="reference")
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=as_seen, num_workers=num_workers)  # type: ignore[arg-type]
     device = next(model.parameters()).device
-    target = cache.part(ranks.rank()) if collectives.several() else cache
+    target = cache.part(ranks.rank()) if collectives.is_distributed() else cache
     left = sum(costs)
     with progress.task("reference", total=sum(map(len, batches))) as task:
         begun = time.monotonic()
@@ -197,24 +197,24 @@ def precompute(
 
 def _logps(model: nn.Module, batch: PreferenceBatch, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> Tensor:
     with autocast():
-        hidden = model_parts.hidden_states(model, batch, model_parts.picture_features(model, batch))
+        hidden = model_parts.hidden_states(model, batch, model_parts.image_features(model, batch))
     return head.response_logps(model, hidden, batch)
 
 
 def _merge(cache: ReferenceCache) -> None:
     """Bring the parts of all processes, of this pass or of a killed one, into the cache, and read it in every process."""
-    if collectives.several():
+    if collectives.is_distributed():
         ranks.barrier()
-    if not collectives.several() or ranks.is_main():
+    if not collectives.is_distributed() or ranks.is_rank_0():
         cache.merge()
-    if collectives.several():
+    if collectives.is_distributed():
         ranks.barrier()
         cache.follow()
 
 
 def _share(numbers: list[int], *, in_step: bool) -> list[int]:
     """Those of a list that this process does; in_step: with the last again where others have one more."""
-    if not collectives.several():
+    if not collectives.is_distributed():
         return numbers
     world = ranks.world_size()
     share = numbers[ranks.rank() :: world]

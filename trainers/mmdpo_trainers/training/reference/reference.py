@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmdpo_kernels import SequenceLogps, TokenLogps
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.models.families import EncodedPictures
+from mmdpo_trainers.models.families import EncodedImages
 from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.batches.collator import PreferenceBatch
 from mmdpo_trainers.training.reference.cache import ReferenceCache
@@ -76,7 +76,7 @@ class Reference:
         return self.cache is None and self.shares_head
 
     @torch.no_grad()
-    def token_logps(self, batch: PreferenceBatch, features: list[Tensor] | None, blank: EncodedPictures | None = None) -> Tensor:
+    def token_logps(self, batch: PreferenceBatch, features: list[Tensor] | None, blank: EncodedImages | None = None) -> Tensor:
         """(R,) log-probabilities of a batch's response tokens.
 
         features: the policy's of this batch, used where they are the reference's too. blank: see `model_parts.features_of_blank`; the
@@ -85,16 +85,16 @@ class Reference:
         return self._called(lambda: head.token_logps(self.model, self._rows(batch, features, blank), batch))
 
     @torch.no_grad()
-    def rows(self, batch: PreferenceBatch, features: list[Tensor] | None, blank: EncodedPictures | None = None) -> Tensor:
+    def rows(self, batch: PreferenceBatch, features: list[Tensor] | None, blank: EncodedImages | None = None) -> Tensor:
         """(U, H) hidden states that predict response tokens, see `head.scored_rows`. Arguments as of `token_logps`."""
         return self._called(lambda: self._rows(batch, features, blank))
 
     @torch.no_grad()
-    def response_logps(self, batch: PreferenceBatch, blank: EncodedPictures | None = None) -> Tensor:
+    def response_logps(self, batch: PreferenceBatch, blank: EncodedImages | None = None) -> Tensor:
         """(n, b) log-probabilities of each record's responses, see `head.response_logps`."""
         return self._called(lambda: head.summed(self._scored(batch, blank), batch))
 
-    def _scored(self, batch: PreferenceBatch, blank: EncodedPictures | None) -> Tensor:
+    def _scored(self, batch: PreferenceBatch, blank: EncodedImages | None) -> Tensor:
         return head.token_logps(self.model, self._rows(batch, None, blank), batch)
 
     def _called(self, compute: Callable[[], Tensor]) -> Tensor:
@@ -103,11 +103,11 @@ class Reference:
                 return compute()
             return through_root(self.wrapped, self.second, compute)
 
-    def _rows(self, batch: PreferenceBatch, features: list[Tensor] | None, blank: EncodedPictures | None) -> Tensor:
+    def _rows(self, batch: PreferenceBatch, features: list[Tensor] | None, blank: EncodedImages | None) -> Tensor:
         with self.autocast():
             if features is None or not self.shares_features:
                 if blank is None:
-                    features = model_parts.picture_features(self.model, batch)
+                    features = model_parts.image_features(self.model, batch)
                 else:
                     features, _ = model_parts.features_of_blank(self.model, batch, blank)
             return head.scored_rows(model_parts.hidden_states(self.model, batch, features), batch)

@@ -45,7 +45,7 @@ class View:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedPictures:
+class EncodedImages:
     """P pictures as a model takes them."""
 
     inputs: dict[str, Tensor]

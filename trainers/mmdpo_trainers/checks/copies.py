@@ -21,7 +21,7 @@ def patched(model: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def twin(model: Any) -> Iterator[Any]:
+def copy_of(model: Any) -> Iterator[Any]:
     """A second model whose parameters are the model's own, so it takes no memory; modules and configurations are its own.
 
     What requires a gradient is put back afterwards, and gradients are dropped.

@@ -38,7 +38,7 @@ MAX_PIXELS = 64_000_000
 
 PathLike = str | os.PathLike[str]
 
-PictureSource = PathLike | bytes | Mapping[str, Any] | Image.Image
+ImageSource = PathLike | bytes | Mapping[str, Any] | Image.Image
 """A file's path, a `data:` URL, a file's bytes, an undecoded `datasets.Image` (`bytes`, or else `path`), or a Pillow picture."""
 
 _PLAIN_MODES = ("RGB", "L", "1", "P")
@@ -47,7 +47,7 @@ _ON_ITS_SIDE = (5, 6, 7, 8)
 _KEPT_DIGESTS = 200_000
 
 
-class PictureError(MmdpoError):
+class ImageError(MmdpoError):
     """A picture that cannot be used. `reason`: missing, remote, outside_image_folder, not_a_picture, truncated or enormous."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -65,10 +65,10 @@ class Picture:
     """What was done to it (`CMYK`, `16-bit`, `animated`, `rotated`, `alpha`), or None: the file itself serves any reader."""
 
 
-def locate_picture(path: PathLike, root: PathLike | None) -> Path:
+def locate_image(path: PathLike, root: PathLike | None) -> Path:
     """The file of a picture path (or `file:` URL) that may be relative to `root`; with a root, nothing outside it is reached.
 
-    Raises PictureError: outside_image_folder (absolute, `..`, or a symbolic link that leads out), missing, or remote.
+    Raises ImageError: outside_image_folder (absolute, `..`, or a symbolic link that leads out), missing, or remote.
     """
     path = local_path(path)
     try:
@@ -78,32 +78,30 @@ def locate_picture(path: PathLike, root: PathLike | None) -> Path:
             folder = Path(root).resolve()
             file = (folder / path).resolve()
             if not file.is_relative_to(folder):
-                raise PictureError("outside_image_folder", f"{os.fspath(path)!r} leads to {file}, outside {folder}")
+                raise ImageError("outside_image_folder", f"{os.fspath(path)!r} leads to {file}, outside {folder}")
         exists = file.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, PictureError):
+        if isinstance(error, ImageError):
             raise
-        raise PictureError("missing", f"{os.fspath(path)!r} is not a usable path ({error})") from error
+        raise ImageError("missing", f"{os.fspath(path)!r} is not a usable path ({error})") from error
     if not exists:
-        raise PictureError("missing", f"{file} is not a file")
+        raise ImageError("missing", f"{file} is not a file")
     return file
 
 
 def local_path(path: PathLike) -> PathLike:
-    """A path, or the path of a `file:` URL. Raises PictureError (remote) for other addresses: nothing is fetched."""
+    """A path, or the path of a `file:` URL. Raises ImageError (remote) for other addresses: nothing is fetched."""
     if not isinstance(path, str) or not re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
         return path
     if not path.startswith("file:///"):
-        raise PictureError(
-            "remote", f"{path[:200]} is an address, and pictures are not fetched; save it, and give the file's path"
-        )
+        raise ImageError("remote", f"{path[:200]} is an address, and pictures are not fetched; save it, and give the file's path")
     return unquote(urlsplit(path).path)
 
 
 def embedded_bytes(source: Any) -> bytes | None:
     """The bytes of a picture file that come with the record; None: they are in a file, or it is a Pillow picture.
 
-    Raises PictureError (not_a_picture) for a `data:` URL that holds no base64.
+    Raises ImageError (not_a_picture) for a `data:` URL that holds no base64.
     """
     if isinstance(source, Mapping):
         source = source.get("bytes")
@@ -113,20 +111,20 @@ def embedded_bytes(source: Any) -> bytes | None:
         return None
     kind, _, data = source.partition(",")
     if not kind.endswith(";base64"):
-        raise PictureError("not_a_picture", f"{source[:60]!r} is not a data: URL in base64; write data:image/png;base64,…")
+        raise ImageError("not_a_picture", f"{source[:60]!r} is not a data: URL in base64; write data:image/png;base64,…")
     return base64_bytes(data)
 
 
 def base64_bytes(text: str) -> bytes:
-    """The bytes that base64 stands for. Raises PictureError (not_a_picture) where it is something else."""
+    """The bytes that base64 stands for. Raises ImageError (not_a_picture) where it is something else."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise PictureError("not_a_picture", f"{text[:60]!r} is not base64 ({error})") from error
+        raise ImageError("not_a_picture", f"{text[:60]!r} is not base64 ({error})") from error
 
 
-def read_picture(source: PictureSource, *, root: PathLike | None = None, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Open a picture; the size is checked before a pixel is decoded. Raises PictureError with a reason.
+def read_image(source: ImageSource, *, root: PathLike | None = None, max_pixels: int = MAX_PIXELS) -> Picture:
+    """Open a picture; the size is checked before a pixel is decoded. Raises ImageError with a reason.
 
     `root`: the folder that a path is relative to and may not leave. Pillow refuses pictures above twice
     `PIL.Image.MAX_IMAGE_PIXELS`, whatever `max_pixels` says.
@@ -135,21 +133,21 @@ def read_picture(source: PictureSource, *, root: PathLike | None = None, max_pix
         return _upright_rgb(image)
 
 
-def open_picture(source: PictureSource, *, root: PathLike | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """`read_picture(...).image`: the upright 8-bit RGB picture."""
-    return read_picture(source, root=root, max_pixels=max_pixels).image
+def open_image(source: ImageSource, *, root: PathLike | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`read_image(...).image`: the upright 8-bit RGB picture."""
+    return read_image(source, root=root, max_pixels=max_pixels).image
 
 
-def picture_size(source: PictureSource) -> tuple[int, int]:
-    """Width and height of the picture that `open_picture` gives; what files say of themselves is read, not their pixels."""
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """Width and height of the picture that `open_image` gives; what files say of themselves is read, not their pixels."""
     with _opened(_origin(source, None), MAX_PIXELS) as image:
         # Pillow's TIFF pictures have the size of the upright picture by themselves.
         turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
         return (image.height, image.width) if turned else image.size
 
 
-def picture_digest(source: PictureSource, *, opened: dict[str, Image.Image] | None = None) -> str:
-    """SHA-256 of what a model sees: size and pixels of the picture that `open_picture` gives, in whatever form it comes.
+def image_digest(source: ImageSource, *, opened: dict[str, Image.Image] | None = None) -> str:
+    """SHA-256 of what a model sees: size and pixels of the picture that `open_image` gives, in whatever form it comes.
 
     Files are decoded once as long as they are not written to, and bytes once. `opened`: gets the picture under its digest where
     it had to be decoded, so that a caller who needs its pixels too has them.
@@ -200,7 +198,7 @@ def content_key(data: bytes) -> str:
 
 
 def _origin(source: Any, root: PathLike | None) -> Path | bytes | Image.Image:
-    """Where the picture is. Raises PictureError for what is no form of a picture, or a file that is not there."""
+    """Where the picture is. Raises ImageError for what is no form of a picture, or a file that is not there."""
     if isinstance(source, Image.Image):
         return source
     data = embedded_bytes(source)
@@ -208,16 +206,16 @@ def _origin(source: Any, root: PathLike | None) -> Path | bytes | Image.Image:
         return data
     path = source.get("path") if isinstance(source, Mapping) else source
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-        raise PictureError(
+        raise ImageError(
             "not_a_picture",
             f"expected a path, a file's bytes or a Pillow picture, got {type(source).__name__} {str(source)[:60]!r}",
         )
-    return locate_picture(path, root)
+    return locate_image(path, root)
 
 
 @contextlib.contextmanager
 def _opened(origin: Path | bytes | Image.Image, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture before a pixel of it is decoded; what Pillow raises then and while it is worked with becomes a PictureError."""
+    """The picture before a pixel of it is decoded; what Pillow raises then and while it is worked with becomes a ImageError."""
     name = _name(origin)
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:
@@ -228,19 +226,19 @@ def _opened(origin: Path | bytes | Image.Image, max_pixels: int) -> Iterator[Ima
                 image = stack.enter_context(Image.open(io.BytesIO(origin) if isinstance(origin, bytes) else origin))
             size = f"{image.width} x {image.height}"
             if not image.width or not image.height:
-                raise PictureError("not_a_picture", f"{name} has {size} pixels")
+                raise ImageError("not_a_picture", f"{name} has {size} pixels")
             if image.width * image.height > max_pixels:
-                raise PictureError("enormous", f"{name} has {size} pixels, above the limit of {max_pixels}")
+                raise ImageError("enormous", f"{name} has {size} pixels, above the limit of {max_pixels}")
             yield image
-    except (PictureError, MemoryError):
+    except (ImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError("enormous", f"{name}: {error}") from error
+        raise ImageError("enormous", f"{name}: {error}") from error
     except UnidentifiedImageError as error:
-        raise PictureError("not_a_picture", f"{name} is not a picture file that Pillow reads") from error
+        raise ImageError("not_a_picture", f"{name} is not a picture file that Pillow reads") from error
     except Exception as error:
         # Pillow's decoders raise many kinds for damaged files; each is a damaged file here.
-        raise PictureError("truncated", f"{name} is damaged or incomplete ({error})") from error
+        raise ImageError("truncated", f"{name} is damaged or incomplete ({error})") from error
 
 
 def _name(origin: Path | bytes | Image.Image) -> str:

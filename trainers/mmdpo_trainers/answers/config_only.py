@@ -20,7 +20,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 """Number types of a safetensors file in which a model can be loaded."""
 
 
-class _Described(torch.nn.Module):
+class _ConfigOnly(torch.nn.Module):
     """What is asked of a model besides its weights."""
 
     def __init__(self, config: Any, generation_config: Any) -> None:
@@ -29,13 +29,13 @@ class _Described(torch.nn.Module):
         self.place = torch.nn.Parameter(torch.empty(0))
 
 
-def describe(folder: Path, date: TemplateDate | None = None) -> LoadedModel:
+def config_only(folder: Path, date: TemplateDate | None = None) -> LoadedModel:
     """The model of a folder, of which everything can be asked that needs no weight. date: as in `load_model`."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     own = (folder / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(folder) if own else GenerationConfig.from_model_config(config)
     return LoadedModel(
-        model=_Described(config, generation),
+        model=_ConfigOnly(config, generation),
         processor=load_processor(folder, config.model_type),
         path=folder,
         date=date or TemplateDate.now(),
@@ -44,7 +44,7 @@ def describe(folder: Path, date: TemplateDate | None = None) -> LoadedModel:
 
 def check_prompts(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Raise DataError, naming the record, for a prompt that does not go into the model's chat format: before the first is answered."""
-    texts = describe(folder).texts
+    texts = config_only(folder).texts
     for record in records:
         texts.check_prompt(record["id"], record["prompt"])
 

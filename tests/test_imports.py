@@ -1,4 +1,4 @@
-"""The rooms of both packages in their order, read from the syntax trees: no upward import, no circle; and what the kernels may need."""
+"""The rooms of both packages in their order, read from the syntax trees: no upward import, no circle; and what is loaded when."""
 
 from __future__ import annotations
 
@@ -110,3 +110,11 @@ def test_importing_the_kernels_loads_no_model_library() -> None:
     loaded = set(done.stdout.split())
     assert "torch" in loaded
     assert not loaded & {"mmdpo_trainers", "transformers", "peft", "datasets", "accelerate", "PIL", "matplotlib"}
+
+
+def test_the_command_line_loads_no_model_library() -> None:
+    """A mistake on the command line is answered at once."""
+    program = "import sys, mmdpo_trainers.cli.main; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "mmdpo_trainers" in loaded and not loaded & {"torch", "triton", "transformers", "peft", "datasets", "accelerate"}

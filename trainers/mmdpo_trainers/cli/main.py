@@ -201,8 +201,18 @@ def _add_fields(parser: argparse.ArgumentParser, cls: Any, section: str = "", na
     for name in names or fields:
         each, key = fields[name], f"{section}.{name}".lstrip(".")
         default = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
-        text = f"{each.metadata['description']} [{type_name(hints[name])}; default: {default}]".replace("%", "%%")
+        about = f"{each.metadata['description']}{_of_methods(key)}"
+        text = f"{about} [{type_name(hints[name])}; default: {default}]".replace("%", "%%")
         parser.add_argument(_flag(key), dest=key, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def _of_methods(key: str) -> str:
+    """What the methods say to a flag."""
+    if key == "method":
+        return ": " + "; ".join(f"{method.name}, {method.about}" for method in METHODS.values())
+    if key == "train.preset":
+        return "; of " + ", ".join(name for method in METHODS.values() for name in method.presets)
+    return ""
 
 
 def _flag(key: str) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmdpo_trainers.data.corruption import Kind
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
+
+if TYPE_CHECKING:
+    # The command line knows methods before anything is opened.
+    from mmdpo_trainers.data.corruption import Kind
 
 CORRUPTIONS: tuple[Kind, ...] = ("crop", "blank")
 """Corrupted pictures of the evaluation, the same for every arm: a part of 1-20 % of the area, enlarged; mid-grey."""

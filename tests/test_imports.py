@@ -17,7 +17,7 @@ FOLDERS = sorted(PACKAGES["mmdpo_trainers"].glob("*/__init__.py"))
 CORE = {"mmdpo_kernels", "torch", "triton", "numpy"}
 # Patching and recording work on transformers models; they import it where they need it.
 LAZY = {"patch.py": {"transformers"}, "record.py": {"transformers"}}
-MOST_ROOMS, MOST_ARROWS = 18, 80
+MOST_ROOMS, MOST_ARROWS, LONGEST = 18, 80, 80
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -67,6 +67,21 @@ def test_the_reading_of_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert room_circles("made_up") == [["alone", "high", "low"]]
     assert file_circles("made_up") == [["made_up.alone", "made_up.high.b", "made_up.low.a"]]
     assert rooms.circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_function_is_long() -> None:
+    """But kernels, which are one piece each."""
+    long = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in (*KERNELS, *PACKAGES["mmdpo_trainers"].rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and not path.stem.endswith("_kernels") and _lines(node) > LONGEST
+    ]
+    assert not long
+
+
+def _lines(node: ast.FunctionDef) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def third_party(tree: ast.AST) -> set[str]:

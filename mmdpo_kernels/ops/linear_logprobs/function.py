@@ -112,9 +112,8 @@ def linear_logprobs(
     if reference_hidden is None:
         return LogProbs(logps=logps, **found)
     rows = hidden.shape[0]
-    return LogProbs(
-        logps=logps[:rows], reference_logps=logps.detach()[rows:], **{name: values[:rows] for name, values in found.items()}
-    )
+    found = {name: values[:rows] for name, values in found.items()}
+    return LogProbs(logps=logps[:rows], reference_logps=logps.detach()[rows:], **found)
 
 
 def _cast(

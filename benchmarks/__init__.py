@@ -1,5 +1,5 @@
-"""Benchmarks and the long experiments; nothing of them is installed. What each file is for: docs/architecture.md.
+"""Benchmarks and the long experiments; nothing of them is installed.
 
-`python -m benchmarks` holds every op against its peers: cases in `ops/`, contestants in `ours.py` and `peers/`, docs/kernels.md by `page.py`.
-Every other module with a `main` is a command of its own, `python -m benchmarks.<name>`. Figures go to `results/`, tables into docs/.
+`python -m benchmarks` holds every op against its peers (`kernels/`). Every other module with a `main` is a command of its own: of kernels,
+of whole models and runs (`runs/`), and of all that wants a GPU (`gpu/`). Figures go to `results/`, tables into docs/.
 """

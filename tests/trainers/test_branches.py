@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,21 @@ from training_cases import config, preference_records, tiny, warm_adapter
 from transformers import HfArgumentParser
 
 from mmdpo_kernels import patch_model
-from mmdpo_kernels.backends.loss_options import Term
+from mmdpo_kernels.loss_terms import Term
 from mmdpo_kernels.losses import LOSSES, LossParameters, difference
 from mmdpo_trainers.checks.baseline import BLUR, branch_logp
+from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data.corruption import Corruption
 from mmdpo_trainers.data.pair_records import BRANCHES, Branch
 from mmdpo_trainers.data.pairs import read_pairs
-from mmdpo_trainers.errors import DataError
+from mmdpo_trainers.errors import DataError, RunFolderError
+from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.models.families import family_of
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.run.pipeline import run_stage
+from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.folder import RunFolder
 from mmdpo_trainers.training import head
 from mmdpo_trainers.training.batches.collator import PreferenceCollator
 from mmdpo_trainers.training.config import PreferenceConfig
@@ -48,9 +54,14 @@ def mirrored(x: LossParameters) -> tuple[Term, ...]:
     return tuple(Term("minus_log_sigmoid", difference("chosen", name), scale=x.beta) for name in ("mirrored", "third"))
 
 
+def mirrored_alone(x: LossParameters) -> tuple[Term, ...]:
+    """The same against the first of them."""
+    return (Term("minus_log_sigmoid", difference("chosen", "mirrored"), scale=x.beta),)
+
+
 @pytest.fixture(autouse=True)
-def two_more_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    for loss in (crossed, mirrored):
+def more_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for loss in (crossed, mirrored, mirrored_alone):
         monkeypatch.setitem(LOSSES, loss.__name__, loss)
 
 
@@ -170,6 +181,36 @@ def test_paths_of_further_columns_are_relative_to_the_data(tmp_path: Path) -> No
     (tmp_path / "pairs.jsonl").write_text(line)
     [record] = read_pairs(tmp_path / "pairs.jsonl", views=["mirrored_images"])
     assert record["mirrored_images"] == [str(tmp_path / "two.png")]
+
+
+def test_a_run_carries_further_columns(tmp_path: Path, folder: Path) -> None:
+    """From the user's data to the loss, whose paths are relative to it; a column that an arm asks for later is noticed."""
+    lines = []
+    for index in range(4):
+        for name in ("one", "two"):
+            ImageOps.invert(sample_pictures(1)[0]).rotate(index + (name == "two")).save(tmp_path / f"{name}{index}.png")
+        record = {"prompt": "<image>what ?", "chosen": "a", "rejected": "b", "images": [f"one{index}.png"]}
+        lines.append(json.dumps({**record, "mirrored_images": [f"two{index}.png"]}) + "\n")
+    (tmp_path / "mine.jsonl").write_text("".join(lines))
+    args = {"loss_type": ["sigmoid", "mirrored_alone"], "max_steps": 1, "logging_steps": 1, "lora_r": 4, "report_to": "none"}
+    args["further_branches"] = {"mirrored": FURTHER["mirrored"]}
+    values = {
+        "method": "mdpo",
+        "model": str(folder),
+        "device": "cpu",
+        "pairs": {"source": str(tmp_path / "mine.jsonl"), "held_out": 0.5},
+        "train": {"args": args},
+    }
+    run = RunFolder(tmp_path / "run")
+    for stage in ("pairs", "train"):
+        run_stage(StageContext(run=run, config=RunConfig.from_dict(values), stage=stage))
+    [record] = list(read_jsonl(run.path / "pairs" / "pairs.jsonl"))[:1]
+    assert (run.path / "pairs" / record["mirrored_images"][0]).resolve().parent == tmp_path.resolve()
+    log = list(read_jsonl(run.path / "train" / "log.jsonl"))
+    assert "logps/mirrored" in log[0] and log[0]["logps/mirrored"] != log[0]["logps/chosen"]
+    args["further_branches"]["third"] = ["other_images", "chosen"]
+    with pytest.raises(RunFolderError, match="further_views: was .*mirrored_images"):
+        run_stage(StageContext(run=run, config=RunConfig.from_dict(values), stage="pairs"))
 
 
 def test_declarations_that_do_not_fit_are_refused(tmp_path: Path, folder: Path) -> None:

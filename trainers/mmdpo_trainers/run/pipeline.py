@@ -144,6 +144,8 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
         parts["select.match"] = match_of(context.config.select)
     if context.stage == "report":
         parts["name"] = context.config.name
+    if context.stage == "pairs" and context.further_views:
+        parts["further_views"] = list(context.further_views)
     if context.method.file is not None:
         parts["method"] = content_hash(context.method.file)
     if context.stage in MODEL_STAGES:

@@ -9,9 +9,10 @@ from typing import Any, Protocol, cast
 
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.shipped import SHIPPED
+from mmdpo_trainers.data.pair_records import CORRUPTED, IMAGES
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.errors import ConfigError, StageError
-from mmdpo_trainers.methods import Method, method_named
+from mmdpo_trainers.methods import Method, method_named, preset_args
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
@@ -138,6 +139,15 @@ class StageContext:
     def pairs(self) -> Path:
         """What train reads."""
         return self._input(self.config.train.input, self.folder_of(self.method.pairs_stage) / "pairs.jsonl")
+
+    @property
+    def further_views(self) -> tuple[str, ...]:
+        """Columns of the pairs that hold images beside `images` and `rejected_images`, for branches that this run's arms declare."""
+        configs = [self.config, *map(self.config.for_arm, self.config.arms)]
+        branches = [branch for each in configs for branch in (preset_args(each).get("further_branches") or {}).values()]
+        # What is no branch is refused when the trainer's settings are made.
+        views = [branch[0] for branch in branches if isinstance(branch, list | tuple) and len(branch) == 2]
+        return tuple(dict.fromkeys(view for view in views if view not in (IMAGES, CORRUPTED)))
 
     @property
     def held_out_pairs(self) -> Path:

@@ -23,8 +23,6 @@ from mmdpo_trainers.stages.context import StageContext
 
 SHAPES_PRIOR = "shapes_prior"
 
-_PICTURES = ("images", "rejected_images")
-
 
 def inputs(context: StageContext) -> list[Path]:
     """The user's preference data, if there is any."""
@@ -86,10 +84,11 @@ def _own(context: StageContext, missing: list[str]) -> dict[str, list[dict[str, 
     source = Path(context.options.source)
     root = source.resolve() if source.is_dir() else source.resolve().parent
     allowed = context.config.allow_missing
-    found = read_pairs(source, missing if allowed else None)
-    records = [_stored(record, root, context) for record in found]
+    columns = ("images", "rejected_images", *context.further_views)
+    found = read_pairs(source, missing if allowed else None, views=context.further_views)
+    records = [_stored(record, columns, root, context) for record in found]
     # Those of a dataset; read_pairs has looked at those of a file.
-    gone = {str(record["id"]): path for record in records if (path := _missing(record, context.folder)) is not None}
+    gone = {str(record["id"]): path for record in records if (path := _missing(record, columns, context.folder)) is not None}
     if gone and (not allowed or len(gone) == len(records)):
         refuse_missing(source, gone, len(records))
     missing += gone
@@ -117,9 +116,9 @@ def _held(ranked: Sequence[str], sizes: Mapping[str, int], *, share: float, most
     return held
 
 
-def _missing(record: Mapping[str, Any], folder: Path) -> str | None:
+def _missing(record: Mapping[str, Any], columns: Sequence[str], folder: Path) -> str | None:
     """The first of the record's pictures that does not exist."""
-    paths = (str(folder / image) for name in _PICTURES for image in record.get(name) or ())
+    paths = (str(folder / image) for name in columns for image in record.get(name) or ())
     return next((path for path in paths if not Path(path).exists()), None)
 
 
@@ -144,10 +143,10 @@ def _connected(pictures: Sequence[Sequence[str]]) -> list[str]:
     return [root(keys[0]) for keys in pictures]
 
 
-def _stored(record: Mapping[str, Any], root: Path, context: StageContext) -> dict[str, Any]:
-    """The record as a line of the run's file: pictures as paths, those inside a dataset as files of the run."""
-    stored = {name: value for name, value in record.items() if name not in _PICTURES}
-    for name in _PICTURES:
+def _stored(record: Mapping[str, Any], columns: Sequence[str], root: Path, context: StageContext) -> dict[str, Any]:
+    """The record as a line of the run's file: pictures, which are in `columns`, as paths, those inside a dataset as files of the run."""
+    stored = {name: value for name, value in record.items() if name not in columns}
+    for name in columns:
         paths = [_path(record, image, root, context.folder) for image in record.get(name) or ()]
         if paths or name == "images":
             stored[name] = relative_images(paths, context.folder, context.run.path)

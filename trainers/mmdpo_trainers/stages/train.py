@@ -193,7 +193,7 @@ def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
     if options.replay < 0:
         raise ConfigError(f"train.replay: expected a share of 0 or more, got {options.replay}")
     missing: list[str] | None = [] if context.config.allow_missing else None
-    pairs = read_pairs(context.pairs, missing)
+    pairs = read_pairs(context.pairs, missing, views=context.further_views)
     if len(pairs) == 0:
         raise StageError(f"{context.pairs} holds no pairs; loosen the rules of select, or give your own with --input")
     kept, held_out = split(len(pairs), options.held_out, context.seed)

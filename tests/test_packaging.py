@@ -65,6 +65,13 @@ def test_the_transformers_in_front_of_the_path_is_the_one_that_runs() -> None:
 
 
 @pytest.mark.parametrize("package", [mmdpo_kernels, mmdpo_trainers])
+def test_every_folder_of_modules_is_a_package(package: object) -> None:
+    """A folder without `__init__.py` is not in the wheel, though it can be imported from a checkout."""
+    files = Path(package.__file__).parent.rglob("*.py")  # type: ignore[attr-defined]
+    assert not [folder for folder in {file.parent for file in files} if not (folder / "__init__.py").is_file()]
+
+
+@pytest.mark.parametrize("package", [mmdpo_kernels, mmdpo_trainers])
 def test_typing_markers(package: object) -> None:
     assert (Path(package.__file__).parent / "py.typed").is_file()  # type: ignore[attr-defined]
 

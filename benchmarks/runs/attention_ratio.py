@@ -34,7 +34,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from benchmarks import readme
 from benchmarks.measure import add_place, alternate, machine, markdown, peak_memory, place_of, ratios
 from mmdpo_kernels import patch_model, unpatch_model
-from mmdpo_trainers.answers.attention_ratios import attention_ratios, resolve_layer, ratios_of
+from mmdpo_trainers.answers.attention_ratios import attention_ratios, ratios_of, resolve_layer
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
@@ -117,9 +117,7 @@ def eager_ratio(maps: torch.Tensor, rows: slice, input_ids: torch.Tensor, image_
 def eager_pass(loaded: LoadedModel, record: dict[str, Any]) -> float:
     unpatch_model(loaded.model).set_attn_implementation({"text_config": "eager"})
     encoded = encode_prompts(loaded, [record], padding_side="right", answers=[record["response_ids"]])
-    maps = loaded.model(**encoded.inputs, output_attentions=True, use_cache=False).attentions[
-        resolve_layer(loaded.image_layers)
-    ]
+    maps = loaded.model(**encoded.inputs, output_attentions=True, use_cache=False).attentions[resolve_layer(loaded.image_layers)]
     start, stop = encoded.response_spans[0]
     return eager_ratio(maps, slice(start - 1, stop - 1), encoded.inputs["input_ids"], loaded.image_token_id, record["target"])
 

@@ -74,7 +74,9 @@ def table(summaries: dict[Any, dict[str, Any]]) -> str:
         pairs = ", ".join(f"{count} {name}" for name, count in summary["pairs"].items())
         changes = f"multi-image {100 * gain:+.1f} points, single-image {100 * change:+.1f}"
         verdicts.append(f"- seed {seed}: {changes}: goal {met}; {pairs} pairs")
-    means = [["mean", arm, *(f"{statistics.fmean(each):.3f}" for each in zip(*cells, strict=True))] for arm, cells in arms.items()]
+    means = [
+        ["mean", arm, *(f"{statistics.fmean(each):.3f}" for each in zip(*cells, strict=True))] for arm, cells in arms.items()
+    ]
     goal = f"Goal: multi-image at least +{100 * GAIN:.0f} points, single-image within {100 * LOSS:.0f}, in every seed."
     columns = ["seed", "arm", *MULTI, "multi-image mean", "single"]
     return "\n".join([markdown(columns, [*means, *rows]), "", goal, "", *verdicts])

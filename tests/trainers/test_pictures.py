@@ -16,8 +16,8 @@ from PIL import Image, ImageFile
 from tiny_models import make_tiny_llava
 
 from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.data import images, pair_records
 from mmdpo_trainers.data import pair_records as preference_records
-from mmdpo_trainers.data import pictures
 from mmdpo_trainers.data.corruption import Corruption, corrupt
 from mmdpo_trainers.data.images import MAX_PIXELS, ImageError, image_digest, image_size, open_image
 from mmdpo_trainers.data.pairs import read_pairs
@@ -158,8 +158,8 @@ def test_one_limit_and_one_set_of_errors(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(ImageError, match=r"enormous: .*64 x 64 pixels, above the limit of 4095"):
             open_image(source, max_pixels=4095)
         with monkeypatch.context() as patch:
-            patch.setattr(pictures, "MAX_PIXELS", 4095)
-            patch.setattr(pictures, "_digests", {})
+            patch.setattr(images, "MAX_PIXELS", 4095)
+            patch.setattr(images, "_digests", {})
             for read in (image_size, image_digest):
                 with pytest.raises(ImageError, match="enormous"):
                     read(source)
@@ -195,7 +195,7 @@ def test_pictures_are_decoded_once_for_their_digest_and_once_for_a_batch(
     Path(path).write_bytes(data)
     decoded: list[str] = []
     monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", _counting(ImageFile.ImageFile.load_prepare, decoded))
-    monkeypatch.setattr(pictures, "_digests", {})
+    monkeypatch.setattr(images, "_digests", {})
     make = collator(loaded)
     make.batch([pair(path), pair(path, id="two"), pair(data, id="three")])
     # The path and the bytes are told apart before they are known to be one picture.
@@ -219,11 +219,11 @@ def _counting(method: Any, calls: list[str]) -> Any:
     return counted
 
 
-def test_a_cache_by_other_digests_is_not_read(tmp_path: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_by_other_digests_is_not_read(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys by the hash of a file's bytes, or of pixels read otherwise, name other records: those are computed anew."""
     make, files = collator(loaded), {name: FILES[name]() for name in ("rgb", "alpha", "turned jpeg")}
     keys = {name: make.key(pair(data)) for name, data in files.items()}
-    monkeypatch.setattr(pictures, "image_digest", lambda source, opened=None: hashlib.sha256(source).hexdigest())
+    monkeypatch.setattr(pair_records, "image_digest", lambda source, opened=None: hashlib.sha256(source).hexdigest())
     assert not set(keys.values()) & {make.key(pair(data)) for data in files.values()}
     monkeypatch.undo()
     plain = Image.open(io.BytesIO(files["alpha"])).convert("RGB")

@@ -22,9 +22,9 @@ from mmdpo_trainers.report.comparison import PageInputs
 from mmdpo_trainers.report.contents import RunContents
 from mmdpo_trainers.report.examples import question_of
 from mmdpo_trainers.report.examples import text_of as text_of_content
+from mmdpo_trainers.report.images import outlined, overlaid, sized
 from mmdpo_trainers.report.intervals import Proportion, paired_change
 from mmdpo_trainers.report.page import render
-from mmdpo_trainers.report.pictures import outlined, overlaid, sized
 from mmdpo_trainers.stages import report
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder

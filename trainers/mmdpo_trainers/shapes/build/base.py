@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mmdpo_trainers.shapes.build import formats, lessons
 from mmdpo_trainers.shapes import world
+from mmdpo_trainers.shapes.build import formats, lessons
 from mmdpo_trainers.shapes.build.formats import Composed, Sample, Turn
 from mmdpo_trainers.shapes.model import MAX_IMAGES, ShapesModelConfig, build_model, build_processor
 

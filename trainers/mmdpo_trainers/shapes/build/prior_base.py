@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from mmdpo_trainers.data.corruption import Corruption, Kind, corrupt
 from mmdpo_trainers.models.loading import load_model
-from mmdpo_trainers.shapes.build import formats, lessons
 from mmdpo_trainers.shapes import prior_world, world
+from mmdpo_trainers.shapes.build import formats, lessons
 from mmdpo_trainers.shapes.build.formats import Composed, Sample, Turn
 from mmdpo_trainers.shapes.world import Scene
 

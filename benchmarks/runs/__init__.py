@@ -1,0 +1,1 @@
+"""Commands over whole models and runs: training steps, attention ratios, seeds, kills, families."""

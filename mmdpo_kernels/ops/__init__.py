@@ -1,4 +1,4 @@
 """The public ops: argument checks and one autograd function each, over interchangeable backends.
 
-Imports `mmdpo_kernels.backends`; is imported by patching, recording and the trainers.
+Imports `mmdpo_kernels.backends` and the losses; is imported by patching, recording and the trainers.
 """

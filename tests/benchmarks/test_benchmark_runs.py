@@ -133,7 +133,7 @@ def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {record["op"] for record in records} == {"tree_attention", "attention_mass", "linear_logprobs"}
 
 
-@pytest.mark.nightly  # compiles FlexAttention for each setting; `gpu.py --small`, in test_benchmarks.py, begins it too
+@pytest.mark.nightly  # compiles FlexAttention for each setting; `benchmarks/gpu --small`, in test_benchmarks.py, begins it too
 def test_choices(tmp_path: Path) -> None:
     choose_backends.main(["--small", "--device", "cpu", "--repeats", "1", "--output", str(tmp_path)])
     rows = result(tmp_path, "choice_cpu")["settings"]

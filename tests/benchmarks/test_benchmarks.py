@@ -169,7 +169,7 @@ def small_run(tmp_path: Path, *arguments: str, device: str = "cpu") -> tuple[int
     return status, json.loads((tmp_path / f"ops_{device}.json").read_text())
 
 
-def test_every_op_runs_through_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_op_runs_through_the_command_line(tmp_path: Path) -> None:
     """Also that runs of single ops add up in one file, and that a page comes out of it."""
     small_run(tmp_path, "preference_loss", "--no-memory")
     options = ("--no-memory", "--case", "pair", "--case", "recorded", "--case", "rows", "--case", "frozen_32k_200")
@@ -385,9 +385,7 @@ def test_the_page_comes_from_the_json_alone(tmp_path: Path, monkeypatch: pytest.
     assert (path.read_text(), drawing.read_bytes()) == before
 
 
-def test_gpu_phases_go_on_after_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_gpu_phases_go_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def python(*lines: str) -> Any:
         return lambda plan, seconds: [[sys.executable, "-c", "\n".join(lines)]]
 

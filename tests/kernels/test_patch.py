@@ -228,7 +228,7 @@ def test_recorded_mass_in_generate_equals_teacher_forcing(folder: Path, model: A
         torch.testing.assert_close(recorder.mass[1], forced.mass[1], rtol=1e-6, atol=1e-8)
 
 
-def test_recorder_errors(folder: Path, model: Any) -> None:
+def test_recorder_errors(model: Any) -> None:
     segments = torch.zeros(2, 5, dtype=torch.int32)
     with pytest.raises(ValueError, match="is not patched"), record_attention(model, segments, None, layers=[0]):
         pass
@@ -283,7 +283,7 @@ def test_a_copy_of_a_patched_model_can_be_patched_and_unpatched(model: Any) -> N
     assert language_tower(model).config._attn_implementation == "mmdpo_tree"
 
 
-def test_patching_again_after_another_implementation_was_set(folder: Path, model: Any) -> None:
+def test_patching_again_after_another_implementation_was_set(model: Any) -> None:
     patch_model(model).set_attn_implementation({"text_config": "eager"})
     segments = torch.zeros(2, 5, dtype=torch.int32)
     with pytest.raises(ValueError, match="is not patched"), record_attention(model, segments, None, layers=[0]):
@@ -316,7 +316,7 @@ def test_all_layers_share_one_plan(folder: Path, model: Any, monkeypatch: pytest
         assert len(plans) == 1
 
 
-def test_integer_masks_that_are_no_trees_are_refused(folder: Path, model: Any) -> None:
+def test_integer_masks_that_are_no_trees_are_refused(model: Any) -> None:
     ids = torch.ones(2, 5, dtype=torch.long)
     for mask in (torch.ones(2, 1, 5, 5, dtype=torch.int32), torch.ones(2, 1, 1, 5, dtype=torch.long)):
         with pytest.raises(ValueError, match="an integer mask is a token tree, int32 of shape"):
@@ -360,7 +360,7 @@ def test_prefill_of_a_static_cache_leaves_empty_slots_out(folder: Path, model: A
     torch.testing.assert_close(masses[0], masses[1])
 
 
-def test_sliding_windows_are_recorded_as_they_are_attended(tmp_path: Path) -> None:
+def test_sliding_windows_are_recorded_as_they_are_attended() -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(

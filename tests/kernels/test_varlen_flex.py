@@ -184,7 +184,7 @@ def test_every_library_says_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch)
     assert libraries.choose("cuda", torch.bfloat16, 128, False).name == "PyTorch"  # type: ignore[union-attr]
 
 
-def test_pytorchs_operators_take_these_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorchs_operators_take_these_arguments() -> None:
     """The call reaches a kernel of PyTorch's: the arguments fit its schema, and meta tensors get results of the right shapes."""
     options = libraries.Options(scale=0.5, softcap=None, window=4)
     (call,) = plan(pair(5, 2), 1, 9, 4, torch.device("cpu"))

@@ -231,7 +231,7 @@ def test_changed_tokens_weigh_more(make: Make) -> None:
     assert changed_token_weights([1, 2, 3], [1, 2, 3], 5.0)[0].tolist() == [1, 1, 1]
 
 
-def test_lengths_need_no_pixels(make: Make, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_need_no_pixels(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = []
     for index, picture in enumerate(pictures()):
         exif = Image.Exif()

@@ -101,9 +101,7 @@ def test_held_out_pairs_are_a_share_with_a_cap(tmp_path: Path, share: float, mos
 
 
 @pytest.mark.parametrize(("name", "make"), OWN_PAIRS.items())
-def test_own_pairs_run_to_the_page(
-    name: str, make: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_own_pairs_run_to_the_page(name: str, make: Callable[[Path], Path], tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     run = tmp_path / "run"
     smaller = {

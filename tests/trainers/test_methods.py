@@ -83,7 +83,7 @@ def test_a_third_method_in_one_file(third: Path, capsys: pytest.CaptureFixture[s
     assert "method: was" in capsys.readouterr().err
 
 
-def test_a_stage_command_of_the_third_method(third: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_command_of_the_third_method(third: Path) -> None:
     assert cli.main(["pairs", "--run", "run", "--config", "third.yaml"]) == 0
     assert (third / "run" / "pairs" / "held_out.jsonl").is_file()
     # What is saved holds from anywhere.

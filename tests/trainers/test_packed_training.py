@@ -120,7 +120,7 @@ def test_a_text_becomes_tokens_once(model: Path, tmp_path: Path, monkeypatch: py
     assert set(calls.values()) == {1}, calls.most_common(3)
 
 
-def test_what_an_encoder_keeps_is_bounded_and_travels(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_encoder_keeps_is_bounded_and_travels(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = tiny(model).texts
     ids = {text: encoder.answer("one", "chosen", text) for text in ("red circle", "two", "the star")}
     copy = pickle.loads(pickle.dumps(encoder))

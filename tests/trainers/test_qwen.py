@@ -205,7 +205,7 @@ def test_what_has_no_place_on_a_picture_is_refused(patched: LoadedModel, answere
         attention_ratios(patched, [two], **SETTINGS)
 
 
-def test_heat_maps_have_the_grid_of_their_picture(folder: Path, patched: LoadedModel, tmp_path: Path) -> None:
+def test_heat_maps_have_the_grid_of_their_picture(patched: LoadedModel, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", arms=False)
     for name, size in (("red", (72, 36)), ("blue-grid", (96, 48))):
         file = run / "augment" / "images" / f"{name}.png"

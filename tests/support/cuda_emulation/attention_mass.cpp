@@ -1,4 +1,4 @@
-// csrc/attention_mass_cuda.cu on the CPU, its arrays copied to guarded memory for the call.
+// csrc/attention_mass/attention_mass_cuda.cu on the CPU, its arrays copied to guarded memory for the call.
 #include "attention_mass/attention_mass_cuda.cu"
 
 #include "guarded.h"

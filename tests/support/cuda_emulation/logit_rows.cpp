@@ -1,4 +1,4 @@
-// csrc/logit_rows_cuda.cu on the CPU, its arrays copied to guarded memory for the call.
+// csrc/logit_rows/logit_rows_cuda.cu on the CPU, its arrays copied to guarded memory for the call.
 #include "logit_rows/logit_rows_cuda.cu"
 
 #include "guarded.h"

@@ -215,7 +215,7 @@ def _origin(source: Any, root: PathLike | None) -> Path | bytes | Image.Image:
 
 @contextlib.contextmanager
 def _opened(origin: Path | bytes | Image.Image, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture before a pixel of it is decoded; what Pillow raises then and while it is worked with becomes a ImageError."""
+    """The picture before a pixel of it is decoded; what Pillow raises then and while it is worked with becomes an ImageError."""
     name = _name(origin)
     try:
         with warnings.catch_warnings(), contextlib.ExitStack() as stack:

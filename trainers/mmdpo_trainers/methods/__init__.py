@@ -1,7 +1,7 @@
 """The methods, one declaration a file: which stages a run has, what it trains with, how it is evaluated and what its page shows.
 
-Imported by report, stages, run and cli, which name no method; imports data and what is below it. Declarations are found, not listed: a file
-here that holds a `METHOD` is one, and so is a file of the user's own, which `method:` gives the path of.
+Imported by training, report, stages, run and cli, which name no method; imports data and what is below it. Declarations are found, not
+listed: a file here that holds a `METHOD` is one, and so is a file of the user's own, which `method:` gives the path of.
 """
 
 from __future__ import annotations

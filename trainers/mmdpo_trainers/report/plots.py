@@ -195,7 +195,7 @@ def dot_plot(
     return canvas.svg
 
 
-def curve_plot(series: Series, *, name: str, title: str, ylabel: str = "", zero: bool = False) -> str:
+def curve_plot(series: Series, *, name: str, title: str, zero: bool = False) -> str:
     """Training curves: one line a series, against the optimizer step. zero: with a line at 0."""
     ends = ", ".join(f"{label} from {values[0]:.3g} to {values[-1]:.3g}" for label, (_, values) in series.items())
     with _canvas(name, title, f"{title} against the training step: {ends}.") as canvas:
@@ -209,7 +209,6 @@ def curve_plot(series: Series, *, name: str, title: str, ylabel: str = "", zero:
         if zero:
             axes.axhline(0, color=COLOURS["ink"], linewidth=0.8)
         axes.set_xlabel("step")
-        axes.set_ylabel(ylabel)
         axes.grid(alpha=0.5)
         if len(series) > 1:
             axes.legend(fontsize=8)

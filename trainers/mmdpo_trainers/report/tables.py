@@ -1,4 +1,4 @@
-"""The page's sections made from records: tables, plots and example pairs."""
+"""Tables of the page that several sections or the layout show, and how numbers are written in them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Preference training on `transformers.Trainer`: configuration, token-tree batches, the trainer, checkpoints.
 
-Imported by the train stage, by run and checks, and by users who write their own script; imports answers, models, methods and data.
+Imported by stages, run and checks, and by users who write their own script; imports answers, models, methods and data.
 """
 
 from mmdpo_trainers.training.config import PreferenceConfig

@@ -98,7 +98,7 @@ class PreferenceTrainer(SavingTrainer):
             args._n_gpu = 1
         if args.world_size > 1 and args.train_sampling_strategy == "batch_rebalance":
             raise ValueError("train_sampling_strategy: batch_rebalance deals records out by itself; use max_tokens_per_batch")
-        if any(map(is_streaming, (train_dataset, *_several(eval_dataset)))):
+        if any(map(is_streaming, (train_dataset, *_as_list(eval_dataset)))):
             # accelerate would put records of several batches together.
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         self.args = args
@@ -112,7 +112,7 @@ class PreferenceTrainer(SavingTrainer):
         shares_features = ref_model is None and model_parts.sees_as_reference(policy)
         shares_head = ref_model is None and head.heads_alike(policy)
         base = model_parts.base_of(policy)
-        pool = train_dataset if train_dataset is not None else next(iter(_several(eval_dataset)))
+        pool = train_dataset if train_dataset is not None else next(iter(_as_list(eval_dataset)))
         collator = collator_of(base, processing_class, args, pool, tree_packing=packs)
         self.progress = progress or Progress()
         self.left_out: list[str] = []
@@ -314,7 +314,7 @@ class PreferenceTrainer(SavingTrainer):
         continues where it stopped. Returns what was done for each dataset not seen before. Raises StaleCacheError where the cache was
         made by another reference.
         """
-        chosen = datasets or (self.train_dataset, *_several(self.eval_dataset))
+        chosen = datasets or (self.train_dataset, *_as_list(self.eval_dataset))
         return self._reference_pass.over(self.reference, self.data_collator, chosen)
 
     def _reference_logps(self, batch: PreferenceBatch) -> Tensor:
@@ -382,7 +382,7 @@ class PreferenceTrainer(SavingTrainer):
         if isinstance(given, str):  # transformers evaluates a dictionary of datasets name by name
             given = self.eval_dataset[given]  # type: ignore[index, call-overload]
         check_datasets(None, given, self.args)
-        self.precompute_reference(*_several(given))
+        self.precompute_reference(*_as_list(given))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 
@@ -398,6 +398,6 @@ class _RestoreLog(TrainerCallback):
             offload_checkpoints(self.trainer._policy)
 
 
-def _several(dataset: Any) -> list[Any]:
+def _as_list(dataset: Any) -> list[Any]:
     """A dataset, or a dictionary of them, as a list."""
     return list(dataset.values()) if isinstance(dataset, dict) else [dataset]

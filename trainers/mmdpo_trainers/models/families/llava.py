@@ -95,7 +95,7 @@ class LlavaOnevision(LlavaNext):
         beside = [index for index, is_alone in enumerate(alone) if not is_alone]
         encoded = [super().encode_images(processor, [pictures[index] for index in single])] if single else []
         if beside:
-            encoded.append(self._several(processor, [pictures[index] for index in beside]))
+            encoded.append(self._encode_beside_others(processor, [pictures[index] for index in beside]))
         order = torch.tensor([*single, *beside]).argsort().tolist()
         tiles = max(each.inputs["pixel_values"].shape[1] for each in encoded)
         values = [pad(x, (0, 0) * 3 + (0, tiles - x.shape[1])) for x in (each.inputs["pixel_values"] for each in encoded)]
@@ -110,7 +110,7 @@ class LlavaOnevision(LlavaNext):
         }
         return EncodedImages(inputs=inputs, tokens=tokens, blocks=blocks, views=views)
 
-    def _several(self, processor: Any, pictures: list[Image.Image]) -> EncodedImages:
+    def _encode_beside_others(self, processor: Any, pictures: list[Image.Image]) -> EncodedImages:
         """Pictures that have others beside them, which the processor makes square and does not tile."""
         encoded = processor.image_processor(images=[pictures if len(pictures) > 1 else pictures * 2], return_tensors="pt")
         inputs = {name: encoded[name][: len(pictures)] for name in ("pixel_values", "image_sizes")}

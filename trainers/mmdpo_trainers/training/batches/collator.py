@@ -102,7 +102,7 @@ class PreferenceCollator:
     """Turns preference records into `{"batch": PreferenceBatch}`.
 
     A record has TRL's columns: `prompt` (one user turn, text or a list of parts, `<image>` standing for a picture), `chosen` and
-    `rejected` (one assistant turn), `images` (paths, Pillow pictures and other forms, see `data.pictures`; or the prompt's image
+    `rejected` (one assistant turn), `images` (paths, Pillow pictures and other forms, see `data.images`; or the prompt's image
     parts hold them). Columns, fields and parts with content that is not read are refused (`data.content`).
     Optional: `id`, `format`, `target` (which of several pictures is asked about), `region` with `patch_grid` (where the model's
     patches are others: `box`) for the attention ratio, and `rejected_images`, its own corrupted pictures, and `kind`, a name under

@@ -44,6 +44,7 @@ def result(folder: Path, name: str) -> dict[str, Any]:
     return dict(json.loads((folder / f"{name}.json").read_text()))
 
 
+@pytest.mark.nightly
 def test_every_part_of_the_training_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("trl", reason="TRL is a peer, installed with the [peers] extra")
     training_step_cli.main(["--small", "--output", str(tmp_path)])

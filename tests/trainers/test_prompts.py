@@ -28,7 +28,7 @@ from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.models.processors import load_processor
 from mmdpo_trainers.models.template_date import TemplateDate
-from mmdpo_trainers.stages import evaluate, evaluated, generate, score, train
+from mmdpo_trainers.stages import evaluate, generate, models, score, train
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
 from mmdpo_trainers.training.batches.collator import PreferenceCollator
@@ -322,8 +322,7 @@ def test_every_stage_renders_on_the_runs_date(folders: dict[str, Path], tmp_path
     def load(*args: Any, date: TemplateDate, **options: Any) -> None:
         raise Loaded(str(date))
 
-    for module in (generate, score, evaluated):
-        monkeypatch.setattr(module, "load_model", load)
+    monkeypatch.setattr(models, "load_model", load)
     monkeypatch.setattr(generate, "VllmEngine", load)
     monkeypatch.setattr(generate, "check_vllm", lambda config: None)
     for stage, module, options in (

@@ -21,7 +21,7 @@ from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.processes.progress import Progress
-from mmdpo_trainers.stages import score
+from mmdpo_trainers.stages import models, score
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
 
@@ -254,7 +254,7 @@ def test_stage_runs_no_model_where_attention_was_recorded(
     config = {"model": str(model_path), "score": {"input": str(path)}}
     forced = score.run(context_of(tmp_path / "other", "score", {**config, "score": {**config["score"], "layer": 2}}))  # type: ignore[dict-item]
     assert forced["recorded"] == 0
-    monkeypatch.setattr(score, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     context = context_of(tmp_path, "score", config)
     assert score.run(context)["recorded"] == len(records)
     assert all(record["ratio"] is not None for record in read_jsonl(context.folder / "scores.jsonl"))

@@ -76,8 +76,10 @@ def write_atomic(
     return path
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read one JSON file; the error of a broken one names it."""
+def read_json(path: str | os.PathLike[str], *, missing: Any = ...) -> Any:
+    """Read one JSON file; the error of a broken one names it. missing: what there is in place of a file that does not exist."""
+    if missing is not ... and not Path(path).exists():
+        return missing
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -13,23 +13,20 @@ from mmdpo_trainers.methods.method import Method
 def _summary(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
     """`accuracy` before and after, `pairs` by format, `dropped` by rule, what augment made and could not use; the same by arm."""
     summary = _outcome(folder)
-    before, augment = _done(folder / "evaluate" / "before"), _done(folder / "augment")
+    before, augment, select = (
+        read_json(folder / stage / "summary.json", missing={}) for stage in ("evaluate/before", "augment", "select")
+    )
     summary["accuracy"] = {"before": before.get("accuracy"), **summary["accuracy"]}
     summary["counts"] = {"evaluate": before.get("counts")}
-    summary["match"] = {"select": _done(folder / "select").get("match"), "evaluate": before.get("match")}
+    summary["match"] = {"select": select.get("match"), "evaluate": before.get("match")}
     summary["prompts"], summary["problems"] = augment.get("prompts"), augment.get("problems")
     summary["arms"] = {arm: _outcome(folder / "arms" / arm) for arm in arms}
     return summary
 
 
 def _outcome(folder: Path) -> dict[str, Any]:
-    select, after = _done(folder / "select"), _done(folder / "evaluate" / "after")
+    select, after = (read_json(folder / stage / "summary.json", missing={}) for stage in ("select", "evaluate/after"))
     return {"accuracy": {"after": after.get("accuracy")}, "pairs": select.get("pairs"), "dropped": select.get("dropped")}
-
-
-def _done(stage: Path) -> dict[str, Any]:
-    path = stage / "summary.json"
-    return dict(read_json(path)) if path.exists() else {}
 
 
 METHOD = Method(

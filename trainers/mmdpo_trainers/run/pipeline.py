@@ -273,14 +273,9 @@ def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         *(f"arms/{arm}/{stage}" for arm in config.arms for stage in ("select", "train", "evaluate/after")),
     ]  # fmt: skip
     # Of evaluation prompts, which are made beside their answers.
-    losses = {name: _done(run, name).get("lost") for name in ("evaluate", *names)}
+    losses = {name: read_json(run.path / name / "summary.json", missing={}).get("lost") for name in ("evaluate", *names)}
     summary["lost"] = {name: found for name, found in losses.items() if found}
     seconds = {name: round(run.seconds(name), 2) for name in names if (run.path / name / "state.json").exists()}
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
     write_atomic(run.path / "summary.json", summary)
     return summary
-
-
-def _done(run: RunFolder, name: str) -> dict[str, Any]:
-    path = run.path / name / "summary.json"
-    return dict(read_json(path)) if path.exists() else {}

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdpo_kernels import patch_model
 from mmdpo_trainers.answers.attention_ratios import mean_ratios, ratios_of
 from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.answers.transformers_engine import generate_responses
@@ -23,7 +22,7 @@ from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.report.intervals import Proportion
 from mmdpo_trainers.stages.batches import Record, own_records, require, run_batches
 from mmdpo_trainers.stages.context import StageContext
-from mmdpo_trainers.stages.evaluated import load_evaluated
+from mmdpo_trainers.stages.models import LazyModel, load_evaluated
 from mmdpo_trainers.stages.prompts import build_evaluation_prompts, evaluation_inputs
 from mmdpo_trainers.training.pair_logps import pair_logps
 
@@ -47,7 +46,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
     Of a method that measures held-out pairs also `held_out.jsonl`, their log-probabilities. Of what stage pairs made, either may be missing.
     """
-    model = _Evaluated(context)
+    model = LazyModel(lambda: load_evaluated(context))
     summary: dict[str, Any] = {}
     if context.method.evaluation_prompts == "augmented":
         prompts = Path(ranks.on_rank_0(lambda: str(build_evaluation_prompts(context))))
@@ -59,21 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
     return {**summary, **_held_out(context, model)} if _has_held_out(context) else summary
 
 
-class _Evaluated:
-    """The model, loaded when it is first asked for: a continued evaluation may not need it."""
-
-    def __init__(self, context: StageContext) -> None:
-        self.context = context
-        self._loaded: LoadedModel | None = None
-
-    def __call__(self) -> LoadedModel:
-        if self._loaded is None:
-            self._loaded = load_evaluated(self.context)
-            patch_model(self._loaded.model)
-        return self._loaded
-
-
-def _answers(context: StageContext, prompts: Path, model: _Evaluated) -> dict[str, Any]:
+def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str, Any]:
     options = context.options
     records, left_out = own_records(context, prompts, "evaluation prompts")
     require(records, {"answer": str}, prompts)
@@ -94,7 +79,7 @@ def _answers(context: StageContext, prompts: Path, model: _Evaluated) -> dict[st
     return {**accuracy_summary(list(read_jsonl(path)), asked), "match": options.match, **left_out}
 
 
-def _held_out(context: StageContext, model: _Evaluated) -> dict[str, Any]:
+def _held_out(context: StageContext, model: LazyModel) -> dict[str, Any]:
     """Log-probabilities of the held-out pairs, and their figures against the base's."""
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:

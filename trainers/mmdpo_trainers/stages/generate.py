@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdpo_kernels import patch_model
 from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.answers.noise import noisy_images
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.answers.vllm_engine import VllmEngine, check_vllm
 from mmdpo_trainers.data.seeds import batch_seed
 from mmdpo_trainers.files.json_lines import read_jsonl
-from mmdpo_trainers.models.loaded import LoadedModel
-from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.stages.batches import Record, count_formats, own_records, run_batches
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.models import LazyModel, load_base
 
 
 def inputs(context: StageContext) -> list[Path]:
@@ -46,19 +44,16 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 class _Transformers:
-    """Answers of the model in this process, loaded when a batch is first asked for: a continued stage may have none left."""
+    """Answers of the model in this process."""
 
     def __init__(self, context: StageContext) -> None:
         self.context = context
-        self._loaded: LoadedModel | None = None
+        self._model = LazyModel(lambda: load_base(context))
 
     def answer(self, number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
         context, options = self.context, self.context.options
-        if self._loaded is None:
-            self._loaded = load_model(context.model, dtype=context.config.dtype, device=context.device, date=context.date)
-            patch_model(self._loaded.model)
         return generate_responses(
-            self._loaded,
+            self._model(),
             batch,
             max_new_tokens=options.max_new_tokens,
             do_sample=options.do_sample,
@@ -71,11 +66,11 @@ class _Transformers:
         )
 
     def close(self) -> None:
-        self._loaded = None
+        pass
 
 
 class _Vllm:
-    """Answers of vLLM, likewise; seeds are of records, because vLLM makes up batches of its own."""
+    """Answers of vLLM, which is started with the first batch; seeds are of records, because vLLM makes up batches of its own."""
 
     def __init__(self, context: StageContext, records: Sequence[Record]) -> None:
         check_vllm(context.config)

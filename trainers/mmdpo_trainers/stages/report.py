@@ -66,7 +66,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 def _load(context: StageContext, moment: Moment) -> LoadedModel:
     from mmdpo_kernels import patch_model
-    from mmdpo_trainers.stages.evaluated import load_evaluated
+    from mmdpo_trainers.stages.models import load_evaluated
 
     loaded = load_evaluated(dataclasses.replace(context, stage="evaluate", moment=moment))
     patch_model(loaded.model)

@@ -8,16 +8,14 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mmdpo_kernels import patch_model
 from mmdpo_trainers.answers.attention_ratios import attention_ratios, mean_ratios, ratio_settings, ratios_of
 from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.models.families import image_layers
-from mmdpo_trainers.models.loaded import LoadedModel
-from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.stages.batches import Record, count_formats, own_records, require, run_batches
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.models import LazyModel, load_base
 
 
 def inputs(context: StageContext) -> list[Path]:
@@ -31,16 +29,12 @@ def run(context: StageContext) -> dict[str, Any]:
     require(records, {"response": str}, context.responses)
     check_prompts(context.model, records)
     settings = ratio_settings(_image_layers(context.model), **options.recording)
-    loaded: LoadedModel | None = None
+    model = LazyModel(lambda: load_base(context))
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
-        nonlocal loaded
         if all(_is_recorded(record, settings) for record in batch):
             return [_ratios_of_recorded(record, options.statistic) for record in batch]
-        if loaded is None:
-            loaded = load_model(context.model, dtype=context.config.dtype, device=context.device, date=context.date)
-            patch_model(loaded.model)
-        return attention_ratios(loaded, batch, statistic=options.statistic, **settings)
+        return attention_ratios(model(), batch, statistic=options.statistic, **settings)
 
     path = run_batches(context, "scores.jsonl", records, options.batch_size, work, "score")
     if not ranks.is_rank_0():

@@ -1,13 +1,34 @@
-"""The model that an evaluation is about."""
+"""Models of stages: loaded when they are first asked for, and the one that an evaluation is about."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from mmdpo_kernels import patch_model
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.stages.context import StageContext
+
+
+class LazyModel:
+    """A patched model, loaded when it is first asked for: a continued stage may have nothing left to do with it."""
+
+    def __init__(self, load: Callable[[], LoadedModel]) -> None:
+        self._load = load
+        self._loaded: LoadedModel | None = None
+
+    def __call__(self) -> LoadedModel:
+        if self._loaded is None:
+            self._loaded = self._load()
+            patch_model(self._loaded.model)
+        return self._loaded
+
+
+def load_base(context: StageContext) -> LoadedModel:
+    """The run's base model."""
+    return load_model(context.model, dtype=context.config.dtype, device=context.device, date=context.date)
 
 
 def load_evaluated(context: StageContext) -> LoadedModel:

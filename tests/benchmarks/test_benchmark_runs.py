@@ -103,6 +103,7 @@ def test_seeds_of_mia_dpo(tmp_path: Path) -> None:
     assert "| 1 | attention-selected (MIA-DPO) |" in (tmp_path / "results_mia_dpo_seeds.md").read_text()
 
 
+@pytest.mark.nightly
 def test_seeds_of_mdpo(tmp_path: Path) -> None:
     mdpo_seeds.main(["--small", "--seeds", "0", "--output", str(tmp_path)])
     [summary] = result(tmp_path, "mdpo_seeds")["summaries"].values()

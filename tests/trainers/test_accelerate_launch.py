@@ -26,7 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+# The one that differs most in every run, the others nightly: `test_distributed_training.py` has them all.
+_OFTEN = ("zero3",)
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(each, marks=[] if each in _OFTEN else pytest.mark.nightly) for each in STRATEGIES]
+)
 def test_the_command_trains_as_one_process(folder: Path, strategy: str) -> None:
     needs(strategy)
     output = folder / strategy

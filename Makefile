@@ -7,8 +7,9 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 # Other transformers, each a folder that goes in front of the path: the oldest that is supported, and whatever is newest today.
 OLDEST := $(CURDIR)/build/transformers-oldest
 NEWEST := $(CURDIR)/build/transformers-newest
-# A worker a core, so a thread a worker.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4
+# A worker more than there are cores, as many tests wait for processes of their own, and at most four; a thread a worker.
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 # What rests on names inside transformers.
 VERSIONED := $(addprefix tests/kernels/test_,patch.py qwen_patch.py patched_copies.py compiled.py record_caches.py) \
 	$(addprefix tests/trainers/test_,generate.py score.py every_family.py family_traps.py families.py unknown_families.py family_runs.py prompts.py \

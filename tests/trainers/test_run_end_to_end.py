@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from tiny_models import make_tiny_llava
 
@@ -67,6 +68,7 @@ def outcome(run: Path) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.longest
 def test_killed_in_every_stage_a_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     assert start(config, tmp_path / "whole").wait() == 0, (tmp_path / "whole.log").read_text()

@@ -213,6 +213,12 @@ def test_a_run_carries_further_columns(tmp_path: Path, folder: Path) -> None:
         run_stage(StageContext(run=run, config=RunConfig.from_dict(values), stage="pairs"))
 
 
+def test_what_declares_no_branch_is_left_to_the_trainers_settings(tmp_path: Path) -> None:
+    for wrong in (["crossed"], {"crossed": "corrupted"}, {"crossed": ["corrupted"]}):
+        config = RunConfig.from_dict({"train": {"args": {"further_branches": wrong}}})
+        assert StageContext(run=RunFolder(tmp_path), config=config, stage="pairs").further_views == ()
+
+
 def test_declarations_that_do_not_fit_are_refused(tmp_path: Path, folder: Path) -> None:
     for wrong, message in {
         "chosen": "expected names of letters and digits other than chosen",

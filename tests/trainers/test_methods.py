@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,7 @@ from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods import METHODS, check_method, method_named, preset_args
-from mmdpo_trainers.report.sections import SECTIONS
-from mmdpo_trainers.run.tables import TABLES
+from mmdpo_trainers.run.preflight import check_declaration
 from mmdpo_trainers.stages.context import ARM_STAGES, STAGES
 
 THIRD = '''
@@ -125,15 +125,31 @@ def test_methods_that_there_cannot_be(
         check_method(RunConfig.from_dict(values, where="my.yaml"), "my.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "other", "message"),
+    [
+        ('measures=("held_out",)', 'measures=("gaps",)', "measures: expected some of answers, held_out, got gaps"),
+        ('tables=("held_out",)', 'tables=("gaps",)', "tables: expected some of accuracy, .* got gaps"),
+        ('"comparison", "pairs")', '"comparisons", "pairs")', "page: expected some of accuracy, .* got comparisons"),
+        ('("pairs", "train"', '("pears", "train"', "stages: expected some of augment, .* got pears"),
+        ('("pairs", "train"', '("train"', "stages: expected one that makes pairs, then train"),
+        ('"evaluate", "report")', '"report", "evaluate")', "stages: expected one that makes pairs, .* in the order of augment"),
+    ],
+)
+def test_a_declaration_of_what_there_is_not(
+    third: Path, capsys: pytest.CaptureFixture[str], text: str, other: str, message: str
+) -> None:
+    methods._of_file.cache_clear()
+    assert text in THIRD
+    (third / "ipo_run.py").write_text(THIRD.replace(text, other))
+    assert cli.main(["run", "third.yaml", "--run-dir", "run"]) == 2
+    assert re.search(f"method ipo_run: {message}", capsys.readouterr().err) and not (third / "run").exists()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_declarations_name_what_there_is(name: str) -> None:
     method = method_named(name)
-    assert set(method.stages) <= set(STAGES) and list(method.stages) == sorted(method.stages, key=STAGES.index)
-    assert (
-        set(method.page) <= set(SECTIONS)
-        and set(method.tables) <= set(TABLES)
-        and set(method.measures) <= {"answers", "held_out"}
-    )
+    check_declaration(method)
     assert set(method.arm_sections) <= set(ARM_STAGES) and method.pairs_stage in method.stages
     assert preset_args(RunConfig(method=name))["loss_type"] == method.presets[method.default_preset]["loss_type"]
 

@@ -21,7 +21,7 @@ from mmdpo_trainers.methods import check_method, method_named
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
-from mmdpo_trainers.run.preflight import check_run
+from mmdpo_trainers.run.preflight import check_declaration, check_run
 from mmdpo_trainers.run.tables import run_tables
 from mmdpo_trainers.stages.context import ARM_STAGES, MODEL_STAGES, SHARED_STAGES, STAGES, StageContext, stage_module
 from mmdpo_trainers.stages.folder import RunFolder
@@ -44,6 +44,7 @@ def run_pipeline(
     Raises MmdpoError where the run folder was made with other settings, naming what changed.
     """
     method = method_named(check_method(config).method)
+    check_declaration(method)
     for name, value in (("until", until), ("restart", restart and restart.rsplit("/", 1)[-1])):
         if value is not None and value not in method.stages and value not in ("before", "after"):
             known = ", ".join(method.stages)

@@ -13,7 +13,8 @@ from mmdpo_trainers.config.values import validated
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.errors import ConfigError, DataError
 from mmdpo_trainers.files.atomic import read_json
-from mmdpo_trainers.stages.context import MODEL_STAGES, StageContext, stage_module
+from mmdpo_trainers.methods import Method
+from mmdpo_trainers.stages.context import MODEL_STAGES, STAGES, StageContext, stage_module
 
 
 def check_run(contexts: Sequence[StageContext]) -> None:
@@ -45,6 +46,28 @@ def check_run(contexts: Sequence[StageContext]) -> None:
         check_model(contexts)
     for context in contexts:
         _check_data(context)
+
+
+def check_declaration(method: Method) -> None:
+    """Raise ConfigError where a method names a stage, a table or a section of the page that there is not, or lacks a stage of every run."""
+    from mmdpo_trainers.report.sections import SECTIONS
+    from mmdpo_trainers.run.tables import TABLES
+
+    for what, named, known in (
+        ("stages", method.stages, STAGES),
+        ("tables", method.tables, TABLES),
+        ("page", method.page, SECTIONS),
+        ("measures", method.measures, ("answers", "held_out")),
+    ):
+        unknown = [name for name in named if name not in known]
+        if unknown:
+            raise ConfigError(f"method {method.name}: {what}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    missing = [stage for stage in ("train", "evaluate", "report") if stage not in method.stages[1:]]
+    if missing or list(method.stages) != sorted(method.stages, key=STAGES.index):
+        raise ConfigError(
+            f"method {method.name}: stages: expected one that makes pairs, then train, evaluate and report, in the order of "
+            f"{', '.join(STAGES)}; got {', '.join(method.stages)}"
+        )
 
 
 def check_train_args(context: StageContext) -> None:

@@ -144,8 +144,9 @@ class StageContext:
     def further_views(self) -> tuple[str, ...]:
         """Columns of the pairs that hold images beside `images` and `rejected_images`, for branches that this run's arms declare."""
         configs = [self.config, *map(self.config.for_arm, self.config.arms)]
-        branches = [branch for each in configs for branch in (preset_args(each).get("further_branches") or {}).values()]
-        # What is no branch is refused when the trainer's settings are made.
+        declared = [preset_args(each).get("further_branches") for each in configs]
+        # What declares no branch is refused when the trainer's settings are made.
+        branches = [branch for each in declared if isinstance(each, dict) for branch in each.values()]
         views = [branch[0] for branch in branches if isinstance(branch, list | tuple) and len(branch) == 2]
         return tuple(dict.fromkeys(view for view in views if view not in (IMAGES, CORRUPTED)))
 

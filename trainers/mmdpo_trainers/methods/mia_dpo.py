@@ -29,6 +29,18 @@ def _outcome(folder: Path) -> dict[str, Any]:
     return {"accuracy": {"after": after.get("accuracy")}, "pairs": select.get("pairs"), "dropped": select.get("dropped")}
 
 
+# The paper's effective batch of 64 pairs is left to `per_device_train_batch_size` and `gradient_accumulation_steps`.
+_PAPER: dict[str, Any] = {
+    "loss_type": ["sigmoid", "nll"],
+    "loss_weights": [1.0, 0.1],
+    "beta": 0.1,
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+    "lora_r": 128,
+    "lora_alpha": 256,
+}
+
 METHOD = Method(
     name="mia_dpo",
     title="MIA-DPO",
@@ -36,17 +48,9 @@ METHOD = Method(
     stages=("augment", "generate", "score", "select", "train", "evaluate", "report"),
     arm_sections=("select", "train"),
     presets={
-        # The paper's effective batch of 64 pairs is left to `per_device_train_batch_size` and `gradient_accumulation_steps`.
-        "mia_dpo_paper": {
-            "loss_type": ["sigmoid", "nll"],
-            "loss_weights": [1.0, 0.1],
-            "beta": 0.1,
-            "learning_rate": 5e-5,
-            "lr_scheduler_type": "linear",
-            "warmup_steps": 0.1,
-            "lora_r": 128,
-            "lora_alpha": 256,
-        }
+        "mia_dpo_paper": _PAPER,
+        # The released code has the paper's gamma term, and its training script (train_dpo_multi.sh) sets gamma to 0.
+        "mia_dpo_official_code": {**_PAPER, "loss_type": ["sigmoid"], "loss_weights": None},
     },
     evaluation_prompts="augmented",
     summary=_summary,

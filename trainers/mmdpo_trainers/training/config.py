@@ -15,6 +15,7 @@ from mmdpo_trainers.data.corruption import KINDS, Corruption
 from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, USUAL_BRANCHES, Branch, shows_corrupted
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.training.arguments import TRL_LOSSES, check_inherited, takes_foreign_names
+from mmdpo_trainers.training.running_shift import SHIFTS
 
 LOSS_TYPES = tuple(LOSSES)
 """Losses by name; their equations and sources are in `mmdpo_kernels.losses`."""
@@ -73,6 +74,11 @@ class PreferenceConfig(TrainingArguments):
     )
     extra_negative_weight: float = _option(
         0.5, "extra_negative: its share of the loss; rejected has the rest, which is the paper's gamma"
+    )
+    bco_shift: str = _option(
+        "none",
+        "bco_pair: its reward shift. none: 0; previous: the mean reward of all steps before (MPO, arXiv 2411.10442); present: as MPO's released "
+        "code, each micro-batch taken in before its own loss",
     )
     similar_beta: float | None = _option(
         None, "similar_anchor (SymMPO): beta of the anchor on the similar picture's answer; None: beta"
@@ -216,6 +222,8 @@ class PreferenceConfig(TrainingArguments):
         if self.label_smoothing and SMOOTHED.isdisjoint(self.loss_type):
             raise ValueError(f"label_smoothing: it acts on {', '.join(sorted(SMOOTHED))} only, got loss_type {self.loss_type}")
         self._check_second_rejected()
+        if self.bco_shift not in SHIFTS:
+            raise ValueError(f"bco_shift: expected one of {', '.join(SHIFTS)}, got {self.bco_shift!r}")
         if not _is_number(self.anchor):
             raise ValueError(f"anchor: expected a finite number, got {self.anchor!r}")
         if not _is_number(self.simpo_gamma) or self.simpo_gamma < 0:

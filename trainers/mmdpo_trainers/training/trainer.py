@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, record_attention
+from mmdpo_kernels import SequenceLogps, TokenLogps, record_attention
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.models.families import EncodedImages, family_of
 from mmdpo_trainers.processes import collectives
@@ -24,12 +24,13 @@ from mmdpo_trainers.training.batches.collator import PreferenceBatch, Preference
 from mmdpo_trainers.training.batches.packing import batch_sampler, check_datasets, is_streaming, short_enough
 from mmdpo_trainers.training.checkpoints import SavingTrainer
 from mmdpo_trainers.training.config import PreferenceConfig
+from mmdpo_trainers.training.objective import Objective
 from mmdpo_trainers.training.reference.precompute import Precomputed, ReferencePass
 from mmdpo_trainers.training.reference.reference import Reference
 from mmdpo_trainers.training.sharded.batches import COUNTS, batches_of, sharded_loader, train_loader
 from mmdpo_trainers.training.sharded.sharding import Sharding, through_root
 from mmdpo_trainers.training.stopping import GradientCheck, LossCheck, connected
-from mmdpo_trainers.training.training_log import PAIRWISE, Averages, mean_of, rewards_of
+from mmdpo_trainers.training.training_log import Averages
 from mmdpo_trainers.training.training_mode import offload_checkpoints, quiet
 
 
@@ -64,8 +65,8 @@ class PreferenceTrainer(SavingTrainer):
     reference they are beta times log-probabilities),
     `rewards/<branch>`, `rewards/<branch>_accuracies` and `rewards/<branch>_margins` (of chosen over it) for other branches,
     `rewards/chosen_<kind>` and so on for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where
-    that loss is used), and `attn/ratio_<format>`: the share of the attention on a record's pictures that its chosen response gives
-    the asked-about one. With tree packing, pictures that several
+    that loss is used), `bco_shift` where it runs, and `attn/ratio_<format>`: the share of the attention on a record's pictures that its
+    chosen response gives the asked-about one. With tree packing, pictures that several
     records of a micro-batch share count once, for the first of these records; a record whose pictures get no attention is left out.
     `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size (but `kto_pair`, which looks at batch means).
 
@@ -102,6 +103,7 @@ class PreferenceTrainer(SavingTrainer):
             # accelerate would put records of several batches together.
             args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
         self.args = args
+        self.objective = Objective(args)
         policy, self.ref_model, processing_class = given_models.policy_and_reference(
             model, args, peft_config, ref_model, processing_class
         )
@@ -196,7 +198,19 @@ class PreferenceTrainer(SavingTrainer):
         averages = self._averages["train" if model.training else "eval"] if counts else Averages()
         policy, reference = self._logps(batch, inputs.get("reference_batch"), training=model.training, averages=averages)
         records, tokens = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
-        loss, parts = self._loss(batch, policy, reference, records, tokens, averages)
+        if model.training:
+            self.objective.take_rewards(policy, reference, counts=counts)
+        loss, parts = self.objective.loss(
+            batch,
+            policy,
+            reference,
+            records=records,
+            tokens=tokens,
+            averages=averages,
+            evaluating=averages is self._averages["eval"],
+        )
+        if model.training and self.accelerator.sync_gradients:
+            self.objective.shift.step(self.args.device)
         if model.training and self.args.stop_on_nonfinite_loss:
             self._loss_check.look(loss, batch.ids, parts)
             if self.accelerator.sync_gradients:
@@ -254,50 +268,11 @@ class PreferenceTrainer(SavingTrainer):
         somewhere = collectives.any_rank(batch.pictures is not None, self.args.device)
         return self._blank if somewhere and batch.pictures is None else None
 
-    def _loss(
-        self,
-        batch: PreferenceBatch,
-        policy: TokenLogps,
-        reference: SequenceLogps | TokenLogps | None,
-        records: int,
-        tokens: int,
-        averages: Averages,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what it is made of by name."""
-        args, weights, count = self.args, self.args.weight_of, len(batch.ids)
-        parts: dict[str, Tensor] = {}
-        outcomes: list[PreferenceLoss] = []
-        loss = policy.logps.new_zeros(())
-        pairwise = [name for name in weights if name != "nll"]
-        if pairwise:
-            outcome = preference_loss(
-                policy,
-                reference,
-                loss_type=pairwise,
-                loss_weights=[weights[name] for name in pairwise],
-                **args.loss_parameters._asdict(),
-                length_normalised=args.length_normalised,
-            )
-            outcomes.append(outcome)
-            loss = loss + outcome.loss * (count / records)
-            if averages is self._averages["eval"]:
-                averages.add({PAIRWISE: outcome.loss.detach()}, count)
-            parts |= {name: outcome.losses[name].detach() for name in pairwise}
-            averages.add({f"rewards/{name}": mean_of(value) for name, value in rewards_of(outcome).items()}, count)
-            for kind in sorted({kind for kind in batch.kinds if kind}):
-                mine = [index for index, each in enumerate(batch.kinds) if each == kind]
-                averages.add(
-                    {f"rewards/{name}_{kind}": mean_of(value[mine]) for name, value in outcome.rewards.items()}, len(mine)
-                )
-        if "nll" in weights:
-            # A loss of its own, as it is averaged over tokens and not over records.
-            nll = preference_loss(policy, loss_type=("nll",))
-            outcomes.append(nll)
-            loss = loss + weights["nll"] * nll.loss * (batch.chosen_tokens / tokens)
-            parts["nll"] = nll.loss.detach()
-            averages.add({"nll_loss": parts["nll"]}, batch.chosen_tokens)
-        averages.add({f"logps/{name}": mean_of(value) for name, value in outcomes[0].logps.items()}, count)
-        return loss, parts | {f"logps/{name}": value.detach() for name, value in outcomes[0].logps.items()}
+    def _further_state(self) -> dict[str, Any]:
+        return {"bco_shift": self.objective.shift.state()}
+
+    def _load_further_state(self, state: Mapping[str, Any]) -> None:
+        self.objective.shift.load(state.get("bco_shift"))
 
     def _features(self, batch: PreferenceBatch) -> list[Tensor]:
         with self.accelerator.autocast():

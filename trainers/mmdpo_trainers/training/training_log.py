@@ -26,7 +26,7 @@ from mmdpo_trainers.training.config import PreferenceConfig
 _CLOCK = ("_runtime", "_per_second", "_time")
 _TOTALS = ("train_loss", "total_flos")
 LOG_STATE = "log_state.json"
-"""File of a checkpoint: what was averaged but not yet logged."""
+"""File of a checkpoint: what was averaged but not yet logged, and what runs beside the weights."""
 PAIRWISE = "pairwise_loss"
 """Average of the losses that are means over records, as "nll" is over tokens."""
 
@@ -194,3 +194,11 @@ class LoggingTrainer(Trainer):
         self._globalstep_last_logged = state["last_logged"]
         # All processes' values are in it: one of them goes on with them.
         self._averages["train"].load(state["averages"] if self.args.process_index == 0 else {})
+        self._load_further_state(state)
+
+    def _further_state(self) -> dict[str, Any]:
+        """What else a checkpoint keeps beside the log's state; JSON-able, the same in all processes."""
+        return {}
+
+    def _load_further_state(self, state: Mapping[str, Any]) -> None:
+        """Put `_further_state()` back."""

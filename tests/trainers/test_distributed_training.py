@@ -32,6 +32,8 @@ CACHED = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "activation_offloading": True,
+    "attention_target": "log_share",
+    "attention_target_weight": 0.3,
 }
 CASES = {
     "full": FULL,

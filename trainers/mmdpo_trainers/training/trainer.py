@@ -20,11 +20,12 @@ from mmdpo_trainers.models.families import EncodedImages, family_of
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.training import arguments, given_models, head, model_parts
+from mmdpo_trainers.training.attention_target import recorded_maps
 from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator, collator_of
 from mmdpo_trainers.training.batches.packing import batch_sampler, check_datasets, is_streaming, short_enough
 from mmdpo_trainers.training.checkpoints import SavingTrainer
 from mmdpo_trainers.training.config import PreferenceConfig
-from mmdpo_trainers.training.objective import Objective
+from mmdpo_trainers.training.objective import Objective, Totals
 from mmdpo_trainers.training.reference.precompute import Precomputed, ReferencePass
 from mmdpo_trainers.training.reference.reference import Reference
 from mmdpo_trainers.training.sharded.batches import COUNTS, batches_of, sharded_loader, train_loader
@@ -66,7 +67,8 @@ class PreferenceTrainer(SavingTrainer):
     `rewards/<branch>`, `rewards/<branch>_accuracies` and `rewards/<branch>_margins` (of chosen over it) for other branches,
     `rewards/chosen_<kind>` and so on for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where
     that loss is used), `bco_shift` where it runs, and `attn/ratio_<format>`: the share of the attention on a record's pictures that its
-    chosen response gives the asked-about one. With tree packing, pictures that several
+    chosen response gives the asked-about one; with `attention_target` `attn/target_loss`, `attn/target_share` (of the pictures' attention) and
+    `attn/targeted`, the share of the records that have a target. With tree packing, pictures that several
     records of a micro-batch share count once, for the first of these records; a record whose pictures get no attention is left out.
     `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size (but `kto_pair`, which looks at batch means).
 
@@ -189,23 +191,23 @@ class PreferenceTrainer(SavingTrainer):
     ) -> Any:
         """Loss of one micro-batch, scaled so that the micro-batches of an optimizer step add up to the loss of them all at once.
 
-        num_items_in_batch: (2,) int64, records and chosen tokens of the whole step; None: the micro-batch is all there is.
+        num_items_in_batch: (3,) int64, records, chosen tokens and attention targets of the whole step; None: the micro-batch is all there is.
         """
         if model.training:
             quiet(self._policy)
         batch: PreferenceBatch = inputs["batch"].to(self.args.device)
         counts = inputs.get(COUNTS, True)
         averages = self._averages["train" if model.training else "eval"] if counts else Averages()
-        policy, reference = self._logps(batch, inputs.get("reference_batch"), training=model.training, averages=averages)
-        records, tokens = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
+        policy, reference, maps = self._logps(batch, inputs.get("reference_batch"), training=model.training, averages=averages)
+        totals = Totals.of([batch]) if num_items_in_batch is None else Totals(*num_items_in_batch.tolist())
         if model.training:
             self.objective.take_rewards(policy, reference, counts=counts)
         loss, parts = self.objective.loss(
             batch,
             policy,
             reference,
-            records=records,
-            tokens=tokens,
+            maps,
+            totals=totals,
             averages=averages,
             evaluating=averages is self._averages["eval"],
         )
@@ -226,8 +228,10 @@ class PreferenceTrainer(SavingTrainer):
 
     def _logps(
         self, batch: PreferenceBatch, reference_batch: PreferenceBatch | None, *, training: bool, averages: Averages
-    ) -> tuple[TokenLogps, SequenceLogps | TokenLogps | None]:
-        """The policy's and, where a loss looks at it, the reference's log-probabilities, in one call of the outermost module.
+    ) -> tuple[TokenLogps, SequenceLogps | TokenLogps | None, Tensor | None]:
+        """The policy's and, where a loss looks at it, the reference's log-probabilities, and the attention maps of `attention_target`.
+
+        All in one call of the outermost module.
 
         reference_batch: with separate draws of the corruption the reference's own, with pictures of its own.
         """
@@ -246,7 +250,8 @@ class PreferenceTrainer(SavingTrainer):
             beside = runs and reference.scored_beside_policy
             rows = reference.rows(theirs, shared, blank) if beside else None
             others = (reference.token_logps(theirs, shared, blank),) if runs and not beside else ()
-            with self._recorded(batch, training=training, averages=averages), self.accelerator.autocast():
+            targets = recorded_maps(self._policy, batch.attention_targets, args.target_layer)
+            with self._recorded(batch, training=training, averages=averages), targets as maps, self.accelerator.autocast():
                 hidden = model_parts.hidden_states(self._policy, batch, features)
             # The head stays out of autocast: its log-probabilities are made in float32.
             scored = head.scored_rows(hidden, batch)
@@ -254,11 +259,13 @@ class PreferenceTrainer(SavingTrainer):
                 mine = head.token_logps(self._policy, scored, batch)
             else:
                 mine, *others = head.token_logps_beside(self._policy, scored, batch, rows, theirs)  # type: ignore[assignment]
-            return mine if nothing is None else mine + nothing.to(mine), *others
+            looked = () if maps is None else (maps.maps,)
+            return mine if nothing is None else mine + nothing.to(mine), *looked, *others
 
         wrapped = self.model_wrapped if torch.is_grad_enabled() or self.sharding.in_shards else self.model
         mine, *others = through_root(wrapped, self.sharding.inside(wrapped), forward)  # type: ignore[arg-type]
-        return batch.token_logps(mine), batch.token_logps(others[0]) if runs else cached
+        found = None if batch.attention_targets is None else others.pop(0)
+        return batch.token_logps(mine), batch.token_logps(others[0]) if runs else cached, found
 
     def _blank_for(self, batch: PreferenceBatch) -> EncodedImages | None:
         """The blank picture, where this process has to run one beside others that have pictures."""
@@ -342,8 +349,7 @@ class PreferenceTrainer(SavingTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, PreferenceBatch]], device: torch.device) -> Tensor | None:
         batches = [sample["batch"] for sample in batch_samples if sample.get(COUNTS, True)]
-        mine = sum(len(batch.ids) for batch in batches), sum(batch.chosen_tokens for batch in batches)
-        return torch.tensor(collectives.all_reduce(mine, device))
+        return torch.tensor(collectives.all_reduce(Totals.of(batches), device))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

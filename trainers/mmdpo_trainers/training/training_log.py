@@ -164,8 +164,9 @@ class LoggingTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means, args = self._averages["eval"].take(), cast(PreferenceConfig, self.args)
         if means:
-            # Records and chosen tokens differ from batch to batch: the two parts have averages of their own.
+            # Records, chosen tokens and attention targets differ from batch to batch: the parts have averages of their own.
             means["loss"] = means.pop(PAIRWISE, 0.0) + args.weight_of.get("nll", 0.0) * means.get("nll_loss", 0.0)
+            means["loss"] += args.attention_target_weight * means.get("attn/target_loss", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # type: ignore[union-attr]
         return output
 

@@ -10,14 +10,17 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from mmdpo_kernels.losses import LOSSES, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters, values_of
+from mmdpo_kernels.losses import EXTENDED, LOSSES, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters, values_of
 from mmdpo_trainers.data.corruption import KINDS, Corruption
-from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, shows_corrupted
+from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, USUAL_BRANCHES, Branch, shows_corrupted
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.training.arguments import TRL_LOSSES, check_inherited, takes_foreign_names
+from mmdpo_trainers.training.running_shift import SHIFTS
 
 LOSS_TYPES = tuple(LOSSES)
 """Losses by name; their equations and sources are in `mmdpo_kernels.losses`."""
+ATTENTION_TARGETS = ("log_share", "sayo", "kl")
+"""Forms of `attention_target`; their equations and sources are in `training.attention_target`."""
 _METRICS = ("accuracies", "margins")
 """What the log has beside the rewards of branches."""
 
@@ -65,6 +68,22 @@ class PreferenceConfig(TrainingArguments):
     anchor: float = _option(0.0, "ancpo: delta, the reward that anchored responses are to stay above (chosen) or below (others)")
     anchors: list[str] = field(
         default_factory=lambda: ["chosen"], metadata={"help": f"ancpo: rewards that are anchored, of {', '.join(BRANCHES)}"}
+    )
+    extra_negative: str | None = _option(
+        None,
+        f"{', '.join(sorted(EXTENDED))}: a branch of further_branches, such as {{hallucinated: [images, hallucinated]}}, that is a second "
+        "rejected response (arXiv 2407.02477); None: there is none",
+    )
+    extra_negative_weight: float = _option(
+        0.5, "extra_negative: its share of the loss; rejected has the rest, which is the paper's gamma"
+    )
+    bco_shift: str = _option(
+        "none",
+        "bco_pair: its reward shift. none: 0; previous: the mean reward of all steps before (MPO, arXiv 2411.10442); present: as MPO's released "
+        "code, each micro-batch taken in before its own loss",
+    )
+    similar_beta: float | None = _option(
+        None, "similar_anchor (SymMPO): beta of the anchor on the similar picture's answer; None: beta"
     )
     further_branches: dict[str, list[str]] | None = _option(
         None,
@@ -128,6 +147,15 @@ class PreferenceConfig(TrainingArguments):
     attention_layer: int | None = _option(
         None, "decoder layer (0-based) whose attention ratio on the asked-about picture is logged (attn/ratio_*); None: none"
     )
+    attention_target: str | None = _option(
+        None,
+        f"objective on where the chosen response looks, added to the losses: {', '.join(ATTENTION_TARGETS)} (docs/training.md). Records "
+        "without an asked-about picture among several, or part of one, are left out of it; None: none",
+    )
+    attention_target_weight: float = _option(1.0, "attention_target: its factor")
+    attention_target_layer: int | None = _option(
+        None, "attention_target: decoder layer (0-based) whose attention it is; None: attention_layer"
+    )
     log_attention_every: int = _option(1, "steps between recordings of the attention ratio; 0: during evaluation only")
 
     def __post_init__(self) -> None:
@@ -151,8 +179,30 @@ class PreferenceConfig(TrainingArguments):
             )
         if self.lora_r < 1 or self.lora_alpha <= 0:
             raise ValueError(f"lora_r, lora_alpha: expected values above 0, got {self.lora_r}, {self.lora_alpha}")
+        self._check_attention_target()
         if self.log_attention_every < 0:
             raise ValueError(f"log_attention_every: expected 0 or more, got {self.log_attention_every}")
+
+    def _check_attention_target(self) -> None:
+        if self.attention_target is None:
+            return
+        if self.attention_target not in ATTENTION_TARGETS:
+            raise ValueError(f"attention_target: expected one of {', '.join(ATTENTION_TARGETS)}, got {self.attention_target!r}")
+        if not _is_number(self.attention_target_weight):
+            raise ValueError(f"attention_target_weight: expected a finite number, got {self.attention_target_weight!r}")
+        if self.target_layer is None:
+            raise ValueError("attention_target: it needs a layer; set attention_target_layer, or attention_layer")
+        if self.no_image:
+            raise ValueError("attention_target: without pictures (no_image) there is nothing to look at; leave it out")
+        if self.torch_compile:
+            raise ValueError(
+                "attention_target: a compiled model's attention is recorded without a gradient; leave torch_compile out"
+            )
+        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "attention_target: re-entrant checkpointing runs layers without a gradient; set use_reentrant: false in "
+                "gradient_checkpointing_kwargs"
+            )
 
     def _check_numbers(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -197,18 +247,16 @@ class PreferenceConfig(TrainingArguments):
         if self.loss_weights is not None and not all(map(_is_number, self.loss_weights)):
             raise ValueError(f"loss_weights: expected finite numbers, got {self.loss_weights}")
         for name in self.loss_type:
-            others = {value.branch for value in values_of(name)}.difference(self._known_branches)
-            if others:
-                raise ValueError(
-                    f"loss_type: {name!r} looks at the branches {', '.join(sorted(others))}; training records have "
-                    f"{', '.join(self._known_branches)}"
-                )
+            self._check_branches_of(name)
         if not _is_number(self.beta) or not self.beta > 0:
             raise ValueError(f"beta: expected a value above 0, got {self.beta}")
         if not _is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing: expected a share in [0, 0.5), got {self.label_smoothing!r}")
         if self.label_smoothing and SMOOTHED.isdisjoint(self.loss_type):
             raise ValueError(f"label_smoothing: it acts on {', '.join(sorted(SMOOTHED))} only, got loss_type {self.loss_type}")
+        self._check_second_rejected()
+        if self.bco_shift not in SHIFTS:
+            raise ValueError(f"bco_shift: expected one of {', '.join(SHIFTS)}, got {self.bco_shift!r}")
         if not _is_number(self.anchor):
             raise ValueError(f"anchor: expected a finite number, got {self.anchor!r}")
         if not _is_number(self.simpo_gamma) or self.simpo_gamma < 0:
@@ -225,6 +273,26 @@ class PreferenceConfig(TrainingArguments):
                 "changed_token_weight: weighted log-probabilities have a length of their own; leave it at 1 with length_normalised "
                 f"and with {', '.join(sorted(NEEDS_LENGTHS & set(self.loss_type))) or 'losses of token means'}"
             )
+
+    def _check_branches_of(self, name: str) -> None:
+        others = {value.branch for value in values_of(name, self.loss_parameters)}.difference(self._known_branches)
+        if others:
+            missing = sorted(others)
+            declared = ", ".join(f"{each}: {USUAL_BRANCHES.get(each, '[images, ' + each + ']')}" for each in missing)
+            raise ValueError(
+                f"loss_type: {name!r} looks at the branches {', '.join(missing)}; training records have "
+                f"{', '.join(self._known_branches)}; add the columns with further_branches: {{{declared}}}"
+            )
+
+    def _check_second_rejected(self) -> None:
+        if self.extra_negative is not None and EXTENDED.isdisjoint(self.loss_type):
+            raise ValueError(f"extra_negative: it acts on {', '.join(sorted(EXTENDED))} only, got loss_type {self.loss_type}")
+        if self.extra_negative in PAIR:
+            raise ValueError(f"extra_negative: expected a branch other than {' and '.join(PAIR)}, got {self.extra_negative!r}")
+        if not _is_number(self.extra_negative_weight) or not 0 <= self.extra_negative_weight <= 1:
+            raise ValueError(f"extra_negative_weight: expected a share in [0, 1], got {self.extra_negative_weight!r}")
+        if self.similar_beta is not None and (not _is_number(self.similar_beta) or self.similar_beta <= 0):
+            raise ValueError(f"similar_beta: expected a value above 0, or None for beta, got {self.similar_beta!r}")
 
     def _check_corruption(self) -> None:
         self.corruption_keep = tuple(self.corruption_keep)  # type: ignore[assignment]
@@ -252,9 +320,28 @@ class PreferenceConfig(TrainingArguments):
         return dict(zip(self.loss_type, map(float, weights), strict=True))
 
     @property
+    def target_layer(self) -> int | None:
+        """The layer of `attention_target`."""
+        return self.attention_layer if self.attention_target_layer is None else self.attention_target_layer
+
+    @property
     def needs_reference(self) -> bool:
         """Whether some loss compares with the reference model."""
         return any(name not in REFERENCE_FREE for name in self.loss_type)
+
+    @property
+    def loss_parameters(self) -> LossParameters:
+        """What losses are made with, but for the running `bco_shift`."""
+        return LossParameters(
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            anchor=self.anchor,
+            anchors=tuple(self.anchors),
+            simpo_gamma=self.simpo_gamma,
+            extra_negative=self.extra_negative,
+            extra_negative_weight=self.extra_negative_weight,
+            similar_beta=self.similar_beta,
+        )
 
     @property
     def _known_branches(self) -> dict[str, Branch]:
@@ -263,8 +350,7 @@ class PreferenceConfig(TrainingArguments):
     @property
     def branches(self) -> dict[str, Branch]:
         """The branches that some loss looks at, "chosen" and "rejected" first."""
-        parameters = LossParameters(anchors=tuple(self.anchors))
-        looked_at = {value.branch for name in self.loss_type for value in values_of(name, parameters)}
+        looked_at = {value.branch for name in self.loss_type for value in values_of(name, self.loss_parameters)}
         return {name: branch for name, branch in self._known_branches.items() if name in PAIR or name in looked_at}
 
     @property

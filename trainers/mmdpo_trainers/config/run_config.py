@@ -14,6 +14,7 @@ from mmdpo_trainers.config.options import option
 from mmdpo_trainers.config.sections.answers import GenerateConfig, ScoreConfig
 from mmdpo_trainers.config.sections.data import AugmentConfig, DataConfig, PairsConfig
 from mmdpo_trainers.config.sections.evaluation import EvaluateConfig, ReportConfig
+from mmdpo_trainers.config.sections.rating import RateConfig
 from mmdpo_trainers.config.sections.selection import SelectConfig
 from mmdpo_trainers.config.sections.training import TrainConfig
 from mmdpo_trainers.config.shipped import SHIPPED
@@ -44,6 +45,7 @@ class RunConfig(Settings):
     augment: AugmentConfig = option(help="multi-image prompts", factory=AugmentConfig)
     generate: GenerateConfig = option(help="the model's answers", factory=GenerateConfig)
     score: ScoreConfig = option(help="attention ratios", factory=ScoreConfig)
+    rate: RateConfig = option(help="ratings of answers", factory=RateConfig)
     select: SelectConfig = option(help="preference pairs", factory=SelectConfig)
     pairs: PairsConfig = option(help="preference pairs that exist already", factory=PairsConfig)
     train: TrainConfig = option(help="training", factory=TrainConfig)
@@ -88,6 +90,11 @@ class RunConfig(Settings):
     def run_path(self) -> Path:
         """The run folder."""
         return Path(self.run_dir or Path("runs") / self.name)
+
+    @property
+    def every_arm(self) -> list[RunConfig]:
+        """This configuration, which is the main arm's, and those of the others."""
+        return [self, *map(self.for_arm, self.arms)]
 
     def for_arm(self, arm: str | None) -> RunConfig:
         """The configuration of an arm: this one with the arm's overrides, merged key by key. None: the main arm, itself."""

@@ -51,5 +51,5 @@ METHOD = Method(
     evaluation_prompts="augmented",
     summary=_summary,
     tables=("accuracy", "selection"),
-    page=("accuracy", "control_arms", "heat_maps", "selection", "ratios", "training", "selected_pairs", "time"),
+    page=("accuracy", "control_arms", "heat_maps", "layers", "selection", "ratios", "training", "selected_pairs", "time"),
 )

@@ -1,6 +1,7 @@
 """Attention ratios: how much of an answer's attention on pictures goes to the asked-about one.
 
-Measured by a teacher-forced pass that ends after one layer, or recorded while the answer is generated; the two agree within rounding.
+Measured by a teacher-forced pass that ends after the last layer asked for, or recorded while the answer is generated; the two agree within
+rounding. Either records one layer, or all that see pictures in the same pass.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmdpo_kernels import AttentionRecorder, image_segments, record_attention
+from mmdpo_trainers.answers.packed import packed
 from mmdpo_trainers.data.compose import box_to_region, official_grid_region, official_pip_region
 from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts, in_forwards
 from mmdpo_trainers.models.families import Family, View, inside, plain_grid
 from mmdpo_trainers.models.loaded import LoadedModel
+
+Layer = int | Literal["all", "best"] | None
+"""What `score.layer` may say."""
 
 REGION_FORMATS = ("grid", "pip")
 """Formats whose target is a rectangle of the one picture, not a picture of its own."""
@@ -43,47 +48,99 @@ def attention_ratios(
 
     Returns per record what `ratios_of` does.
     """
-    layer = check_layer(loaded.image_layers, layer)
+    recorded = recorded_answers(loaded, records, layer=layer, regions=regions, drop_first_row=drop_first_row)
+    return [
+        ratios_of(record, each["attention"], each["tokens"], statistic) for record, each in zip(records, recorded, strict=True)
+    ]
+
+
+@torch.no_grad()
+def recorded_answers(
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], *, layer: Layer, regions: str, drop_first_row: bool
+) -> list[dict[str, Any]]:
+    """What `recorded_generation` would have recorded of a batch of answers, by a teacher-forced pass on a patched model."""
+    settings = ratio_settings(loaded.image_layers, layer=layer, regions=regions, drop_first_row=drop_first_row)
 
     def work(indices: list[int]) -> list[dict[str, Any]]:
-        chosen = [records[index] for index in indices]
-        return _of_one_forward(loaded, chosen, layer=layer, statistic=statistic, regions=regions, drop_first_row=drop_first_row)
+        return _of_one_forward(loaded, [records[index] for index in indices], settings)
 
     return in_forwards(loaded, records, work)
 
 
 def _of_one_forward(
-    loaded: LoadedModel,
-    records: Sequence[Mapping[str, Any]],
-    *,
-    layer: int,
-    statistic: str,
-    regions: str,
-    drop_first_row: bool,
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     answers = [record["response"] if record.get("response_ids") is None else record["response_ids"] for record in records]
     encoded = encode_prompts(loaded, records, padding_side="right", answers=answers)
     if not sees_images(loaded, encoded):
-        return [ratios_of(record, None, (), statistic) for record in records]
-    segments = target_segments(loaded, records, encoded, regions=regions)
-    rows = response_rows(records, encoded, drop_first_row=drop_first_row)
+        return [nothing_recorded(settings) for _ in records]
+    segments = target_segments(loaded, records, encoded, regions=settings["regions"])
+    rows = response_rows(records, encoded, drop_first_row=settings["drop_first_row"])
+    layers = layers_of(settings)
     with record_attention(
         loaded.model,
         segments,
         rows,
-        layers=[layer],
+        layers=layers,
         num_segments=_num_segments(encoded),
-        reduce="mean",
+        # Heads apart where they are asked for; a mean is less to write.
+        reduce="mean" if "layer" in settings else None,
         stop_early=True,
         cross_segments=encoded.cross_segments,
     ) as recorder:
         loaded.model(**encoded.inputs, use_cache=False)
-    counted = rows.any(dim=1).tolist()
-    attention = _trimmed(records, encoded, recorder.mass[layer], counted)
-    return [
-        ratios_of(record, values, tokens, statistic)
-        for record, values, tokens in zip(records, attention, encoded.tokens_per_image, strict=True)
-    ]
+    mass, counted = recorder.mass, rows.sum(dim=1)
+    if "layer" in settings:
+        by_head = mass[layers[0]][None, :, None]
+    else:
+        by_head = torch.stack([mass[layer].sum(2).to(counted.device) for layer in layers]) / counted.clamp(min=1)[:, None, None]
+    return _recorded(loaded, records, encoded, settings, by_head, counted.tolist())
+
+
+def _recorded(
+    loaded: LoadedModel,
+    records: Sequence[Mapping[str, Any]],
+    encoded: EncodedPrompts,
+    settings: Mapping[str, Any],
+    mass: Tensor,
+    counted: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Per record the settings, its attention and its pictures' tokens. mass: (L, B, H, N), averaged over each record's `counted` rows."""
+    tokens = encoded.tokens_per_image
+    kept = [2 if r["format"] in REGION_FORMATS else len(t) for r, t in zip(records, tokens, strict=True)]
+    mass = mass.double().cpu()
+    mean = mass.mean(2).transpose(0, 1)  # (B, L, N)
+    if "layer" in settings:
+        return [
+            {**settings, "attention": mean[index, 0, :n].tolist() if counted[index] > 0 else None, "tokens": tokens[index]}
+            for index, n in enumerate(kept)
+        ]
+    groups = mass.unflatten(2, (head_groups(loaded.model.config, mass.shape[2]), -1)).mean(3)  # (L, B, G, N)
+    found = []
+    for index, (record, n) in enumerate(zip(records, kept, strict=True)):
+        if counted[index] <= 0:
+            found.append(nothing_recorded(settings, tokens[index]))
+            continue
+        shares = groups[:, index, :, 0 if record["format"] in REGION_FORMATS else record["target"]] / groups[:, index].sum(-1)
+        attention = [[_short(value) for value in row] for row in mean[index, :, :n].tolist()]
+        found.append({**settings, "attention": attention, "heads": packed(shares.numpy()), "tokens": tokens[index]})
+    return found
+
+
+def nothing_recorded(settings: Mapping[str, Any], tokens: Sequence[int] = ()) -> dict[str, Any]:
+    """The recording of an answer without a row to count, or of a prompt without pictures."""
+    return {**settings, "attention": None, **({} if "layer" in settings else {"heads": None}), "tokens": list(tokens)}
+
+
+def head_groups(config: Any, heads: int) -> int:
+    """Into how many groups a layer's heads fall: query heads that share keys and values are one; in multi-head attention each its own."""
+    groups = getattr(config.get_text_config(), "num_key_value_heads", None) or heads
+    return groups if heads % groups == 0 else heads
+
+
+def _short(value: float) -> float:
+    """To six digits, which float32 attention has."""
+    return float(f"{value:.6g}")
 
 
 def sees_images(loaded: LoadedModel, encoded: EncodedPrompts) -> bool:
@@ -112,26 +169,43 @@ def ratios_of(
     return {"ratio": mass if statistic == "mass" else mean, "ratio_mass": mass, "ratio_mean": mean, "attention": list(attention)}
 
 
+def ratios_at(record: Mapping[str, Any], recorded: Mapping[str, Any], statistic: str, layer: int) -> dict[str, Any]:
+    """`ratios_of` one of the layers that were recorded of a record's answer."""
+    attention = recorded["attention"]
+    if attention is not None and "layers" in recorded:
+        attention = attention[recorded["layers"].index(layer)]
+    return ratios_of(record, attention, recorded["tokens"], statistic)
+
+
+def records_what(recorded: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> bool:
+    """Whether a recording was made with these settings, of all the layers in them."""
+    if recorded is None or any(recorded.get(name) != settings[name] for name in ("regions", "drop_first_row")):
+        return False
+    made = layers_of(recorded)
+    return "heads" in recorded and made == layers_of(settings) if "layers" in settings else settings["layer"] in made
+
+
 @dataclass
 class GenerationRecord:
     """Attention of the rows that emitted tokens in one `generate` call."""
 
+    loaded: LoadedModel
     recorder: AttentionRecorder
     records: Sequence[Mapping[str, Any]]
     encoded: EncodedPrompts
     settings: dict[str, Any]
 
     def take(self, generated: Sequence[int]) -> list[dict[str, Any]]:
-        """Per record the `settings`, `attention` as in `ratios_of`, and `tokens` per picture. generated: tokens of each answer."""
-        mass = self.recorder.mass[self.settings["layer"]]
-        steps = mass[:, :, self.settings["drop_first_row"] :]
-        counts = [count - self.settings["drop_first_row"] for count in generated]
-        weight = torch.tensor(counts, device=mass.device).clamp(min=1)[:, None] * mass.shape[1]
-        attention = _trimmed(self.records, self.encoded, steps.sum((1, 2)) / weight, [count > 0 for count in counts])
-        return [
-            {**self.settings, "attention": values, "tokens": tokens}
-            for values, tokens in zip(attention, self.encoded.tokens_per_image, strict=True)
-        ]
+        """Per record the `settings`, `attention` as in `ratios_of` (a list of these, one a layer, where several were recorded, and then
+        `heads`, the target's share by layer and group of heads, see `packed`), and `tokens` per picture.
+
+        generated: tokens of each answer.
+        """
+        first, recorded = int(self.settings["drop_first_row"]), self.recorder.mass
+        counts = [count - first for count in generated]
+        sums = torch.stack([recorded[layer][:, :, first:].sum(2).cpu() for layer in layers_of(self.settings)])  # (L, B, H, N)
+        mass = sums / torch.tensor(counts).clamp(min=1)[:, None, None]
+        return _recorded(self.loaded, self.records, self.encoded, self.settings, mass, counts)
 
 
 @contextmanager
@@ -140,32 +214,38 @@ def recorded_generation(
     records: Sequence[Mapping[str, Any]],
     encoded: EncodedPrompts,
     *,
-    layer: int | None,
+    layer: Layer,
     regions: str,
     drop_first_row: bool,
 ) -> Iterator[GenerationRecord]:
-    """Record, while the block runs `generate` on `encoded`, what `attention_ratios` would find on its answers."""
+    """Record, while the block runs `generate` on `encoded`, what `recorded_answers` would find on its answers."""
     settings = ratio_settings(loaded.image_layers, layer=layer, regions=regions, drop_first_row=drop_first_row)
     segments = target_segments(loaded, records, encoded, regions=regions)
     with record_attention(
         loaded.model,
         segments,
         None,
-        layers=[settings["layer"]],
+        layers=layers_of(settings),
         num_segments=_num_segments(encoded),
         reduce=None,
         eos_token_ids=loaded.end_ids,
         cross_segments=encoded.cross_segments,
     ) as recorder:
-        yield GenerationRecord(recorder, records, encoded, settings)
+        yield GenerationRecord(loaded, recorder, records, encoded, settings)
 
 
-def ratio_settings(layers: Sequence[int], *, layer: int | None, regions: str, drop_first_row: bool) -> dict[str, Any]:
-    """What recorded attention depends on, the layer resolved: equal settings, equal attention."""
-    return {"layer": check_layer(layers, layer), "regions": regions, "drop_first_row": drop_first_row}
+def ratio_settings(layers: Sequence[int], *, layer: Layer, regions: str, drop_first_row: bool) -> dict[str, Any]:
+    """What recorded attention depends on, the layer resolved (`layer`, or for `all` and `best` `layers`): equal settings, equal attention."""
+    which = {"layers": list(layers)} if layer in ("all", "best") else {"layer": check_layer(layers, layer)}
+    return {**which, "regions": regions, "drop_first_row": drop_first_row}
 
 
-def check_layer(layers: Sequence[int], layer: int | None) -> int:
+def layers_of(settings: Mapping[str, Any]) -> list[int]:
+    """The layers of a recording, or of settings for one."""
+    return [settings["layer"]] if "layer" in settings else list(settings["layers"])
+
+
+def check_layer(layers: Sequence[int], layer: Layer) -> int:
     """As `resolve_layer`. Raises StageError where it is none of `layers`, see `image_layers`."""
     layer = resolve_layer(layers, layer)
     if layer not in layers:
@@ -176,9 +256,17 @@ def check_layer(layers: Sequence[int], layer: int | None) -> int:
     return layer
 
 
-def resolve_layer(layers: Sequence[int], layer: int | None = None) -> int:
-    """The decoder layer that an option means, 0-based; None is the middle one of those that see pictures: 16 of 32, MIA-DPO's choice."""
-    return layers[len(layers) // 2] if layer is None else layer
+def resolve_layer(
+    layers: Sequence[int], layer: Layer = None, chosen: Mapping[str, int] = MappingProxyType({}), format: str = "all"
+) -> int:
+    """The decoder layer that an option means, 0-based.
+
+    None: the middle one of those that see pictures, 16 of 32, MIA-DPO's choice. `best`: what was `chosen` for the format, or for all
+    formats; where nothing was chosen yet, and for `all`, the middle one too.
+    """
+    if layer == "best" and chosen:
+        return chosen.get(format, chosen["all"])
+    return layers[len(layers) // 2] if layer in (None, "all", "best") else layer
 
 
 def check_regions(family: Family, regions: str, formats: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -239,15 +327,6 @@ def mean_ratios(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _num_segments(encoded: EncodedPrompts) -> int:
     return max(2, *map(len, encoded.tokens_per_image))
-
-
-def _trimmed(
-    records: Sequence[Mapping[str, Any]], encoded: EncodedPrompts, mass: Tensor, counted: Sequence[bool]
-) -> list[list[float] | None]:
-    """(B, N) mass without the segments a record does not have; None where it has no counted row."""
-    kept = [2 if r["format"] in REGION_FORMATS else len(t) for r, t in zip(records, encoded.tokens_per_image, strict=True)]
-    rows = mass.double().tolist()
-    return [row[:n] if any_row else None for row, n, any_row in zip(rows, kept, counted, strict=True)]
 
 
 def _region(record: Mapping[str, Any], pictures: Sequence[Sequence[View]], regions: str) -> list[int] | Tensor | None:

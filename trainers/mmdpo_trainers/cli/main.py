@@ -35,6 +35,15 @@ _COMMANDS = {
             "reference --run runs/mine --refresh            # throw away what another model left, and compute anew",
         ),
     ),
+    "calibrate": StageKind(
+        about="Find out whether a model's attention tells its right answers from its wrong ones, and at which layer.",
+        examples=(
+            "calibrate --model llava-1.5-7b-hf --data llava_665k.json --image-folder images --num-prompts 2000",
+            "calibrate --model llava-1.5-7b-hf --input my_prompts.jsonl       # prompts of your own, with answers",
+            "calibrate --model llava-1.5-7b-hf --responses my_responses.jsonl # with answers of the model's that you have",
+            "calibrate --config configs/shapes_mia_dpo.yaml                   # the prompts that a run would make",
+        ),
+    ),
     "check": StageKind(
         about="Check a model folder: logits, picture tokens, attention, trees and gradients against transformers itself.",
         examples=("check --model llava-1.5-7b-hf", "check --model my-model --dtype float32 --only parity,tree --json"),
@@ -46,6 +55,22 @@ _REFERENCE = (
     "Training computes by itself what is not there. A killed command continues where it stopped; records that changed are computed "
     "again; a file from another reference model is refused."
 )
+_CALIBRATE = (
+    "Makes prompts with several pictures from single-image data with answers, lets the model answer them, and records in the same pass how "
+    "much each layer looks at the asked-about picture. Printed are, for each layer and format, the area under the ROC curve of that share "
+    "against right and wrong answers (.5: it says nothing; 1: it tells them apart); the layer that does it best, chosen on one half of the "
+    "prompts and measured on the other; and layer and thresholds as lines for a configuration file. report.html in the folder draws it. "
+    "Some hundred right and wrong answers of each format are enough. A killed command continues where it stopped."
+)
+_CALIBRATED = {
+    "data": ("source", "image_folder", "limit"),
+    "augment": ("num_prompts", "formats", "num_images"),
+    "generate": ("input", "batch_size", "max_new_tokens", "do_sample"),
+    "score": ("best_by", "statistic", "regions"),
+    "select": ("match",),
+}
+_PROMPTS = 1000
+"""Prompts that `mmdpo calibrate` makes where nobody says how many."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     for stage in STAGES:
         _add_stage(commands, stage)
     _add_reference(commands)
+    _add_calibrate(commands)
     _add_check(commands)
     about = "print versions, devices and kernel backends"
     env = commands.add_parser("env", help=about, description=f"{about[0].upper()}{about[1:]}.")
@@ -144,6 +170,23 @@ def _add_reference(commands: Any) -> None:
     parser.add_argument("--arm", metavar="NAME", help="a control experiment of the configuration, in place of the main run")
     _add_section(parser, "train")
     parser.set_defaults(stage="reference", action=_reference)
+
+
+def _add_calibrate(commands: Any) -> None:
+    about = f"{_COMMANDS['calibrate'].about}\n\n{textwrap.fill(_CALIBRATE, 100)}"
+    parser = _parser_of(commands, "calibrate", f"{about}\n\nSettings not given come from --config, or are the defaults.")
+    parser.add_argument("--run", metavar="FOLDER", help="the folder it works in (default: runs/calibrate-<model>)")
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="settings to start from, such as those of a run to come")
+    parser.add_argument(
+        "--restart", metavar="STAGE", help="remove the files of this stage (augment, generate, score) and later ones first"
+    )
+    about_responses = "your own responses .jsonl in place of generate/responses.jsonl: prompts, each with `response` and `answer`"
+    parser.add_argument("--responses", dest="score.input", metavar="VALUE", default=argparse.SUPPRESS, help=about_responses)
+    for section, names in _CALIBRATED.items():
+        _add_fields(parser, get_type_hints(RunConfig)[section], section, names)
+    _add_fields(parser, RunConfig, names=_SHARED)
+    _add_allow_missing(parser)
+    parser.set_defaults(action=_calibrate, stage="score")
 
 
 def _add_check(commands: Any) -> None:
@@ -295,6 +338,24 @@ def _reference(options: argparse.Namespace) -> None:
         summary = reference.run(context, refresh=options.refresh)
     if ranks.is_rank_0():
         print(yaml.safe_dump({"reference": summary}, sort_keys=False, allow_unicode=True), end="")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from mmdpo_trainers.run.calibrate import calibrate
+
+    given = read_yaml(options.config) if options.config else {}
+    model = getattr(options, "model", None) or given.get("model") or RunConfig().model
+    folder = Path(options.run or Path("runs") / f"calibrate-{Path(model).name}")
+    config = _configuration(options, folder / "config.yaml")
+    prompts = config.augment.num_prompts or _PROMPTS
+    # The middle layer of a run to come is no answer here.
+    config = dataclasses.replace(
+        config,
+        run_dir=str(folder),
+        score=dataclasses.replace(config.score, layer="best"),
+        augment=dataclasses.replace(config.augment, num_prompts=prompts),
+    )
+    calibrate(config, restart=options.restart)
 
 
 def _run_path(config: str) -> Path:

@@ -59,5 +59,8 @@ METHOD = Method(
     evaluation_prompts="augmented",
     summary=_summary,
     tables=("accuracy", "selection"),
-    page=("accuracy", "control_arms", "heat_maps", "selection", "judge", "ratios", "training", "selected_pairs", "time"),
+    page=(
+        *("accuracy", "control_arms", "heat_maps", "layers", "selection", "judge", "ratios"),
+        *("training", "selected_pairs", "time"),
+    ),
 )

@@ -9,12 +9,14 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from mmdpo_trainers.config.options import Match
 from mmdpo_trainers.data.match import is_right, normalize_answer, say_option
+from mmdpo_trainers.data.roc import youden
 from mmdpo_trainers.data.seeds import batch_seed
 
 Record = dict[str, Any]
@@ -83,9 +85,16 @@ class SelectionRules:
     min_edit_distance: float | None = 0.1
 
     @classmethod
-    def from_options(cls, options: Any, *, attention: bool = True, judged: bool = False) -> SelectionRules:
-        """From a `SelectConfig`; `attention=False` for the control arms, `judged` for that of a judge."""
-        table = THRESHOLDS[options.preset]
+    def from_options(
+        cls, options: Any, records: Sequence[Record] = (), *, attention: bool = True, judged: bool = False
+    ) -> SelectionRules:
+        """From a `SelectConfig`, and the score records, which thresholds may come from; `attention=False` for the control arms, `judged`
+        for that of a judge."""
+        table = (
+            THRESHOLDS[options.preset]
+            if options.quantile is None
+            else thresholds_of(records, options.quantile, match_of(options))
+        )
         length_ratio, edit_distance = POST_SELECTION[options.preset]
         return cls(
             thresholds={name: {**table.get(name, {}), **options.thresholds.get(name, {})} for name in table | options.thresholds},
@@ -148,6 +157,38 @@ class SelectionRules:
             return "no_ratio"
         kept = record["ratio"] <= threshold if record["format"] in self.inclusive else record["ratio"] < threshold
         return None if kept else "ratio"
+
+
+def thresholds_of(records: Sequence[Record], quantile: float | Literal["youden"], match: Match) -> Thresholds:
+    """Thresholds from the scores themselves, one a format and number of pictures.
+
+    quantile: the ratio that this share of the answers stays under (1: all of them), right or wrong; or `youden`, the one that parts the right
+    answers from the wrong ones best (`data.roc.youden`), where there are some of both. Answers about one picture are left out: its ratio is 1.
+    """
+    found: dict[tuple[str, int], list[Record]] = {}
+    for record in records:
+        if record.get("ratio") is not None and record["num_images"] > 1:
+            found.setdefault((record["format"], record["num_images"]), []).append(record)
+    thresholds: Thresholds = {}
+    for (name, count), group in sorted(found.items()):
+        if quantile == "youden":
+            threshold = _parting(group, match)
+        else:
+            ratios = np.array([record["ratio"] for record in group])
+            threshold = float(np.quantile(ratios, quantile)) if quantile < 1 else float(np.nextafter(ratios.max(), 2))
+        if threshold is not None:
+            thresholds.setdefault(name, {})[count] = threshold
+    return thresholds
+
+
+def _parting(records: Sequence[Record], match: Match) -> float | None:
+    sides: dict[bool, list[float]] = {True: [], False: []}
+    for record in records:
+        truth, response = (str(record.get(key) or "").strip() for key in ("answer", "response"))
+        right = is_right(response, truth, options=record.get("options"), match=match) if truth and response else None
+        if right is not None:
+            sides[right].append(record["ratio"])
+    return youden(np.array(sides[True]), np.array(sides[False])) if sides[True] and sides[False] else None
 
 
 def match_of(options: Any) -> Match:

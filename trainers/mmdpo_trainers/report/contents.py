@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mmdpo_trainers.answers.layer_choice import FILE
 from mmdpo_trainers.config.options import Match
 from mmdpo_trainers.config.stages import stage_folders
 from mmdpo_trainers.data.match import is_right
@@ -90,6 +91,8 @@ class RunContents:
     log: list[Record] = field(default_factory=list)
     summaries: dict[str, Record] = field(default_factory=dict)
     arms: dict[str, tuple[list[Record], int | None]] = field(default_factory=dict)
+    layers: Record = field(default_factory=dict)
+    """How each decoder layer's ratio tells right answers from wrong ones, where stage score recorded all."""
     evaluation_data: Record = field(default_factory=dict)
     """Summary of how the evaluation prompts were made."""
 
@@ -108,6 +111,7 @@ class RunContents:
             log=_records(folder / "train" / "log.jsonl"),
             summaries=_summaries(folder),
             arms=_arms(folder / "arms"),
+            layers=read_json(folder / "score" / FILE, missing={}),
             evaluation_data=read_json(made) if (made := folder / "evaluate" / "summary.json").is_file() else {},
         )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmdpo_trainers.answers.layer_choice import chosen_layers
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 
@@ -82,7 +83,7 @@ def heat_maps(
     if not chosen:
         return None
     questions = [[before["id"], before["prompt"], before["response"], after["response"]] for before, after in chosen]
-    settings = [score.layer, score.regions, score.drop_first_row]
+    settings = [score.layer, chosen_layers(contents.folder, score.layer), score.regions, score.drop_first_row]
     key = hashlib.sha256(json.dumps([questions, settings]).encode()).hexdigest()
     if not cache.is_file() or read_json(cache).get("key") != key:
         examples: dict[str, list[dict[str, Any]]] = {}
@@ -90,10 +91,9 @@ def heat_maps(
             loaded = load(moment)
             if not _shows_parts(loaded):
                 return None
-            folder = contents.folder / "evaluate" / moment
             batches = (records[start : start + batch_size] for start in range(0, len(records), batch_size))
-            examples[moment] = [entry for batch in batches for entry in _map(loaded, batch, folder, score)]
-            facts = {"layer": _layer(loaded, score), "centre_crop": _crops(loaded)}
+            examples[moment] = [entry for batch in batches for entry in _map(loaded, batch, contents.folder, moment, score)]
+            facts = {"layer": _layer(loaded, score, contents.folder), "centre_crop": _crops(loaded)}
             # Two large models need not fit beside each other.
             del loaded
         write_atomic(cache, json.dumps({"key": key, **facts, "examples": examples}))
@@ -115,10 +115,10 @@ def _read(cache: Path, chosen: Sequence[tuple[Record, Record]]) -> HeatMaps:
     return HeatMaps(layer=kept["layer"], centre_crop=kept["centre_crop"], examples=examples)
 
 
-def _layer(loaded: LoadedModel, score: ScoreConfig) -> int:
+def _layer(loaded: LoadedModel, score: ScoreConfig, run: Path) -> int:
     from mmdpo_trainers.answers.attention_ratios import resolve_layer
 
-    return resolve_layer(loaded.image_layers, score.layer)
+    return resolve_layer(loaded.image_layers, score.layer, chosen_layers(run, score.layer))
 
 
 def _shows_parts(loaded: LoadedModel) -> bool:
@@ -132,7 +132,7 @@ def _crops(loaded: LoadedModel) -> bool:
     return loaded.family.crops_centre(loaded.processor)
 
 
-def _map(loaded: LoadedModel, records: Sequence[Record], folder: Path, score: ScoreConfig) -> list[dict[str, Any]]:
+def _map(loaded: LoadedModel, records: Sequence[Record], run: Path, moment: Moment, score: ScoreConfig) -> list[dict[str, Any]]:
     """Per record `maps` (pictures, rows, columns) as nested lists, and `ratio`; the rows counted are those of the score stage."""
     import torch
 
@@ -141,12 +141,13 @@ def _map(loaded: LoadedModel, records: Sequence[Record], folder: Path, score: Sc
     from mmdpo_trainers.models.encode import encode_prompts
     from mmdpo_trainers.models.families.images import heat_map
 
+    folder = run / "evaluate" / moment
     located = [{**record, "images": [str(folder / image) for image in record["images"]]} for record in records]
     answers = [record["response"] if record.get("response_ids") is None else record["response_ids"] for record in records]
     batch = encode_prompts(loaded, located, padding_side="right", answers=answers)
     segments = target_segments(loaded, located, batch, regions=score.regions)
     rows = response_rows(located, batch, drop_first_row=score.drop_first_row)
-    layer = _layer(loaded, score)
+    layer = _layer(loaded, score, run)
     recording = record_attention(loaded.model, segments, rows, layers=[layer], reduce="tokens", stop_early=True)
     with torch.no_grad(), recording as recorder:
         loaded.model(**batch.inputs, use_cache=False)

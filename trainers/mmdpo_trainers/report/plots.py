@@ -48,8 +48,9 @@ def require_matplotlib() -> Any:
 class _Canvas:
     """Axes being drawn on, and the SVG text once the drawing is finished."""
 
-    def __init__(self, axes: Axes) -> None:
+    def __init__(self, axes: Axes, description: str) -> None:
         self.axes = axes
+        self.description = description
         self.svg = ""
 
 
@@ -72,13 +73,13 @@ def _canvas(name: str, title: str, description: str, *, width: float = 3.9, heig
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
         FigureCanvasSVG(figure)
-        canvas = _Canvas(figure.add_subplot())
+        canvas = _Canvas(figure.add_subplot(), description)
         if title:
             canvas.axes.set_title(title)
         yield canvas
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
-    canvas.svg = _inline(buffer.getvalue(), name, description)
+    canvas.svg = _inline(buffer.getvalue(), name, canvas.description)
 
 
 def _inline(svg: str, name: str, description: str) -> str:
@@ -192,6 +193,75 @@ def dot_plot(
         axes.grid(axis="x", alpha=0.6)
         if len(series) > 1:
             axes.legend(fontsize=8, loc="best")
+    return canvas.svg
+
+
+def layer_plot(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], marked: Mapping[str, int], *, name: str) -> str:
+    """Area under the ROC curve by decoder layer: a line a label with its interval as a band, a dashed line at .5, a ring where marked.
+
+    curves: label -> (layer, value, low, high). marked: label -> layer.
+    """
+    words = []
+    with _canvas(name, "", "", width=6.4, height=3.2) as canvas:
+        axes = canvas.axes
+        for index, (label, points) in enumerate(curves.items()):
+            if not points:
+                continue
+            places, values, lows, highs = zip(*points, strict=True)
+            colour = COLOURS[SERIES[index % len(SERIES)]]
+            axes.plot(places, values, label=label, color=colour, marker="o" if len(places) < 12 else None, markersize=3)
+            axes.fill_between(places, lows, highs, color=colour, alpha=0.12, linewidth=0)
+            axes.scatter(
+                [place for place in places if place == marked.get(label)],
+                [value for place, value in zip(places, values, strict=True) if place == marked.get(label)],
+                s=70, facecolors="none", edgecolors=colour, linewidths=1.5,
+            )  # fmt: skip
+            best = max(points, key=lambda point: point[1])
+            words.append(f"{label}: largest {best[1]:.2f} at layer {best[0]}")
+        axes.axhline(0.5, color=COLOURS["ink"], linewidth=0.8, linestyle="--")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("decoder layer")
+        axes.set_ylabel("AUC, right against wrong")
+        axes.grid(alpha=0.5)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+        canvas.description = f"AUC of the attention ratio by decoder layer. {'; '.join(words)}."
+    return canvas.svg
+
+
+def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, name: str) -> str:
+    """Area under the ROC curve by layer (across) and head group (up): blue above .5, orange below, the stronger the further."""
+    require_matplotlib()
+    from matplotlib.patches import PathPatch, Rectangle
+    from matplotlib.path import Path as Outline
+
+    cells: dict[tuple[str, float], list[Any]] = {}
+    known = []
+    for place, row in enumerate(areas):
+        for head, value in enumerate(row):
+            if value is not None:
+                known.append((value, place, head))
+                strength = round(min(1.0, 2 * abs(value - 0.5)), 1)
+                box = Rectangle((place - 0.5, head - 0.5), 1, 1)
+                cells.setdefault(("right" if value > 0.5 else "wrong", strength), []).append(
+                    box.get_path().transformed(box.get_patch_transform())
+                )
+    value, place, head = max(known, default=(0.5, 0, 0))
+    description = f"AUC of the attention ratio by layer and head: largest {value:.2f} at layer {layers[place]}, head {head}."
+    heads = max(map(len, areas), default=0)
+    with _canvas(name, "", description, width=6.4, height=min(6.0, 1.2 + 0.14 * heads)) as canvas:
+        axes = canvas.axes
+        # One path a shade: a thousand heads are a thousand rectangles.
+        for (side, strength), outlines in sorted(cells.items()):
+            if strength > 0:
+                outline = Outline.make_compound_path(*outlines)
+                axes.add_patch(PathPatch(outline, facecolor=COLOURS[side], alpha=strength, linewidth=0))
+        axes.set_xlim(-0.5, len(areas) - 0.5)
+        axes.set_ylim(-0.5, heads - 0.5)
+        step = max(1, -(-len(layers) // 16))
+        axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("decoder layer")
+        axes.set_ylabel("head")
     return canvas.svg
 
 

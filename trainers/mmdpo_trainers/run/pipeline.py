@@ -141,8 +141,10 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     if context.stage == "augment" and context.config.data.source != "shapes":
         # Without the held-out pictures in training, an evaluation that held some out would be of pictures trained on.
         parts["holds_out"] = context.config.holds_out
-    if context.stage == "train" and context.options.replay:
-        # By which wrong answers of replayed records are drawn.
+    if (context.stage == "train" and context.options.replay) or (
+        context.stage == "score" and context.options.layer in ("all", "best")
+    ):
+        # By which wrong answers of replayed records are drawn, and layers compared.
         parts["select.match"] = match_of(context.config.select)
     if context.stage == "report":
         parts["name"] = context.config.name

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from mmdpo_trainers.answers.attention_ratios import mean_ratios, ratios_of
+from mmdpo_trainers.answers.attention_ratios import mean_ratios, ratios_at, resolve_layer
 from mmdpo_trainers.answers.config_only import check_prompts
+from mmdpo_trainers.answers.layer_choice import FILE, chosen_layers
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.data.left_out import lost
 from mmdpo_trainers.data.match import answers_match
@@ -36,6 +38,8 @@ def inputs(context: StageContext) -> list[Path]:
         files = evaluation_inputs(context)
     else:
         files = [context.evaluation_prompts] if _has_prompts(context) else []
+    if context.config.score.layer == "best" and (layers := context.folder_of("score") / FILE).is_file():
+        files = [*files, layers]
     if _has_held_out(context):
         files += [context.held_out_pairs, *([_base_figures(context)] if trained else [])]
     return [*files, *trained]
@@ -64,8 +68,10 @@ def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str
     require(records, {"answer": str}, prompts)
     check_prompts(context.model, records)
 
+    chosen = chosen_layers(context.run.path, context.config.score.layer)
+
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
-        return answer_batch(model(), batch, options=options, score=context.config.score)
+        return answer_batch(model(), batch, options=options, score=context.config.score, chosen=chosen)
 
     path = run_batches(context, "answers.jsonl", records, options.batch_size, work, f"evaluate {context.moment or ''}".strip())
     if not ranks.is_rank_0():
@@ -111,21 +117,33 @@ def _base_figures(context: StageContext) -> Path:
     return context.folder_of("evaluate", "before") / HELD_OUT
 
 
-def answer_batch(loaded: LoadedModel, batch: Sequence[Mapping[str, Any]], *, options: Any, score: Any) -> list[dict[str, Any]]:
+def answer_batch(
+    loaded: LoadedModel,
+    batch: Sequence[Mapping[str, Any]],
+    *,
+    options: Any,
+    score: Any,
+    chosen: Mapping[str, int] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
     """Greedy answers with `correct`, and where there is more than one picture the attention ratio on the target.
 
-    options: an `EvaluateConfig`. score: a `ScoreConfig`, so that the ratios are those that selection looks at.
+    options: an `EvaluateConfig`. score: a `ScoreConfig`, so that the ratios are those that selection looks at. chosen: the layers that stage
+    score chose, see `resolve_layer`.
     """
     results = []
-    wanted = score.recording if any(record["num_images"] > 1 for record in batch) else None
+    several = [record for record in batch if record["num_images"] > 1]
+    layers = {name: resolve_layer(loaded.image_layers, score.layer, chosen, name) for name in {r["format"] for r in several}}
+    # One layer, or where the formats go by different ones all of them, in the same pass.
+    layer = next(iter(layers.values())) if len(set(layers.values())) == 1 else "all"
+    wanted = {**score.recording, "layer": layer} if several else None
     for record, answer in zip(
         batch, generate_responses(loaded, batch, max_new_tokens=options.max_new_tokens, record=wanted), strict=True
     ):
         recorded = answer.pop("recorded", None)
         correct = answers_match(answer["response"], record["answer"], options=record.get("options"), match=options.match)
         # The only picture of a single-image prompt has all the attention on pictures: nothing to measure.
-        several = record["num_images"] > 1
-        ratios = ratios_of(record, recorded["attention"], recorded["tokens"], score.statistic) if several else {"ratio": None}
+        counts = record["num_images"] > 1
+        ratios = ratios_at(record, recorded, score.statistic, layers[record["format"]]) if counts else {"ratio": None}
         results.append({**answer, "correct": correct, **ratios})
     return results
 

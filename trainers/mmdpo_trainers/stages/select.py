@@ -29,7 +29,7 @@ from mmdpo_trainers.stages.context import StageContext
 _REMEDIES = {
     "no_truth": "the prompts need an `answer`",
     "empty_response": "the model answers nothing: look at generate/responses.jsonl",
-    "no_threshold": "give select.thresholds for these formats and numbers of pictures",
+    "no_threshold": "give select.thresholds for these formats and numbers of pictures, or select.quantile",
     "no_ratio": "score.drop_first_row leaves one-token answers without a row: switch it off",
     "ratio": "raise select.thresholds",
     "no_rating": "see rate/problems.jsonl for what became of the ratings",
@@ -77,11 +77,16 @@ def selection_table(summary: Mapping[str, Any]) -> Table:
     for rule, count in summary["dropped_any"].items():
         table.add_row(f"dropped by {rule}", str(summary["dropped"].get(rule, 0)), str(count))
     table.add_row("pairs", str(sum(summary["pairs"].values())), "")
+    shown = [
+        f"{name} {', '.join(f'{n}: {t:.2f}' for n, t in each.items())}" for name, each in summary["thresholds"].items() if each
+    ]
+    if shown:
+        table.caption, table.caption_justify = f"ratios to stay under, by number of pictures: {'; '.join(shown)}", "left"
     return table
 
 
 def _select(records: Sequence[Record], options: Any, seed: int) -> Selection:
-    attention = select_pairs(records, SelectionRules.from_options(options), max_pairs=options.max_pairs, seed=seed)
+    attention = select_pairs(records, SelectionRules.from_options(options, records), max_pairs=options.max_pairs, seed=seed)
     if options.rule == "attention":
         return attention
     control = SelectionRules.from_options(options, attention=False, judged=options.rule == "judge")
@@ -90,7 +95,7 @@ def _select(records: Sequence[Record], options: Any, seed: int) -> Selection:
 
 
 def _summary(records: Sequence[Record], selection: Selection, options: Any) -> dict[str, Any]:
-    rules = SelectionRules.from_options(options)
+    rules = SelectionRules.from_options(options, records)
     # A format of which nothing is left is counted too.
     pairs, seen = count_formats(selection.pairs), count_formats(records)
     return {

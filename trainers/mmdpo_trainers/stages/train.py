@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, Subset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mmdpo_trainers.answers.attention_ratios import resolve_layer
+from mmdpo_trainers.answers.layer_choice import chosen_layers
 from mmdpo_trainers.data.left_out import check_left_out, lost
 from mmdpo_trainers.data.pairs import read_pairs, replay_pairs, split
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
@@ -117,6 +118,7 @@ def preference_config(context: StageContext, layers: Sequence[int], *, evaluate:
     args = preset_args(context.config)
     on_cpu = torch.device(_device(context)).type == "cpu"
     size = _batch_size(args) * ranks.world_size()
+    layer = context.config.score.layer
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 1,
         # A token budget holds records by the dozen.
@@ -126,7 +128,7 @@ def preference_config(context: StageContext, layers: Sequence[int], *, evaluate:
         "save_steps": 0.1,
         "eval_strategy": "steps" if evaluate else "no",
         "eval_steps": 0.1,
-        "attention_layer": resolve_layer(layers, context.config.score.layer),
+        "attention_layer": resolve_layer(layers, layer, chosen_layers(context.run.path, layer)),
         "seed": context.seed,
         "disable_tqdm": True,
         "log_level": "error",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr
 
-from mmdpo_trainers.config.options import option
+from mmdpo_trainers.config.options import Count, option
 from mmdpo_trainers.config.values import Finite, Settings
 
 _HOW_VLLM_RUNS = frozenset(
@@ -75,7 +75,14 @@ class ScoreConfig(Settings):
 
     input: StrictStr | None = option(None, "your own responses .jsonl in place of generate/responses.jsonl", path=True)
     batch_size: StrictInt = option(16, "prompts scored together", ge=1)
-    layer: StrictInt | None = option(None, "decoder layer, 0-based; None: the middle one (16 of 32)", ge=0)
+    layer: Count | Literal["all", "best"] | None = option(
+        None,
+        "decoder layer, 0-based; None: the middle one (16 of 32); all: record every layer in the same pass, say at which the ratio tells right "
+        "answers from wrong ones, and go by the middle one; best: the same, and go by the layer that does it best",
+    )
+    best_by: Literal["all", "format"] = option(
+        "all", "`layer: best` only: one layer for all formats, or each format its own where it has answers enough to choose by"
+    )
     statistic: Literal["mass", "mean"] = option("mass", "attention summed over a picture's tokens, or averaged (official code)")
     regions: Literal["box", "official_code"] = option("box", "grid and pip: the exact box, or the official code's rectangle")
     drop_first_row: StrictBool = option(
@@ -84,5 +91,5 @@ class ScoreConfig(Settings):
 
     @property
     def recording(self) -> dict[str, Any]:
-        """What recorded attention depends on; `statistic` is applied afterwards."""
+        """What recorded attention depends on; `statistic` is applied afterwards, and a layer chosen."""
         return {"layer": self.layer, "regions": self.regions, "drop_first_row": self.drop_first_row}

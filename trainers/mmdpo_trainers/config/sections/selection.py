@@ -9,6 +9,7 @@ from pydantic import StrictFloat, StrictInt, StrictStr
 
 from mmdpo_trainers.config.options import MATCH_WORDS, Match, option
 from mmdpo_trainers.config.values import Settings
+from mmdpo_trainers.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -34,6 +35,11 @@ class SelectConfig(Settings):
     thresholds: dict[StrictStr, dict[StrictInt, StrictFloat]] = option(
         help="format -> number of pictures -> attention ratio to stay under; entries replace the preset's", factory=dict
     )
+    quantile: StrictFloat | Literal["youden"] | None = option(
+        None,
+        "thresholds from the scores, in place of `preset` and `thresholds`: the ratio that this share (0 to 1) of the answers of a format and "
+        "number of pictures stays under; youden: the one that parts right answers from wrong ones best",
+    )
     min_perplexity: StrictFloat | None = option(1.1, "answers with a perplexity at or below this are dropped; None: no rule")
     max_truth_chars: StrictInt | None = option(
         512, "records with a true answer this long or longer are dropped; None: no rule", ge=1
@@ -45,3 +51,11 @@ class SelectConfig(Settings):
         "preset", "smallest edit distance as a share of the longer text; preset: 0.1 (paper, custom), no rule (official_code)"
     )
     max_pairs: StrictInt | None = option(None, "keep at most this many pairs, drawn with the run's seed; None: all", ge=1)
+
+    def __post_init__(self) -> None:
+        if self.quantile is not None and self.thresholds:
+            raise ConfigError(
+                "select.quantile takes thresholds from the scores, select.thresholds gives them; leave one of the two out"
+            )
+        if isinstance(self.quantile, float) and not 0 < self.quantile <= 1:
+            raise ConfigError(f"select.quantile: expected a share above 0 and at most 1, or youden, got {self.quantile}")

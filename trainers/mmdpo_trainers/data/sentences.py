@@ -11,11 +11,34 @@ _CLOSING = "\"'\u2019\u201d\u00bb)\\]\u300d\u300f\uff09"
 _OWN_STOPS = "\u3002\uff01\uff1f\uff61\u0964\u0965\u061f\u06d4\u0589\u1362"
 _END = re.compile(rf"[{_OWN_STOPS}]+[{_CLOSING}]*|[.!?\u2026]+[{_CLOSING}]*(?=\s|$)|(?=\s*\n)")
 _TITLES = frozenset(
-    "mr mrs ms dr prof st mt messrs rev gen col sgt capt lt fig figs eq vs cf e.g i.e approx ca al dept est vol pp nos".split()
+    (
+        *(
+            "mr",
+            "mrs",
+            "ms",
+            "dr",
+            "prof",
+            "st",
+            "mt",
+            "messrs",
+            "rev",
+            "gen",
+            "col",
+            "sgt",
+            "capt",
+            "lt",
+            "fig",
+            "figs",
+            "eq",
+            "vs",
+            "cf",
+        ),
+        *("e.g", "i.e", "approx", "ca", "al", "dept", "est", "vol", "pp", "nos"),
+    )
 )
 """Abbreviations that something always follows."""
 _BEFORE_NUMBERS = frozenset({"no", "p", "ch", "sec", "art", "nr"})
-_MAY_END = frozenset("etc inc co corp ltd jr sr u.s u.k a.m p.m ph.d".split())
+_MAY_END = frozenset(("etc", "inc", "co", "corp", "ltd", "jr", "sr", "u.s", "u.k", "a.m", "p.m", "ph.d"))
 """Abbreviations that may end a sentence; one goes on where a small letter follows."""
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CJK}]|[^\s{_CJK}]+")

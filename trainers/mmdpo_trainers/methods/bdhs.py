@@ -60,6 +60,7 @@ METHOD = Method(
     arm_names={
         "given": "DPO on the given rejected answers",
         "nothing_hidden": "nothing hidden",
+        "nearly_all_hidden": "99 % hidden",
         "both": "both rejected answers",
         "ipo": "IPO",
         "slic": "SLiC",

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from mmdpo_trainers.answers.attention_ratios import recorded_generation, sees_images
+from mmdpo_trainers.answers.hidden_images import Hidden, hide_images
 from mmdpo_trainers.answers.response import response_of
+from mmdpo_trainers.answers.stopping import Finished, TextEnd
 from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts, in_forwards, load_images
 from mmdpo_trainers.models.loaded import LoadedModel
 
@@ -28,11 +30,16 @@ def generate_responses(
     seed: int = 0,
     pictures: Sequence[Sequence[Image.Image]] | None = None,
     record: Mapping[str, Any] | None = None,
+    openings: Sequence[str] | None = None,
+    hidden: Hidden | None = None,
+    finished: Finished | None = None,
 ) -> list[dict[str, Any]]:
     """Answer one batch, greedily or by sampling with `seed`.
 
     Returns per record what `response_of` does.
     record: settings of `recorded_generation`; each answer then has `recorded`, the attention that its rows gave the pictures.
+    openings: beginnings of the answers, which are continued; what is returned is what follows them.
+    hidden: image tokens that are not seen, see `hide_images`. finished: ends an answer before an end token or `max_new_tokens`.
     """
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
     config = GenerationConfig(
@@ -52,8 +59,18 @@ def generate_responses(
 
     def work(indices: list[int]) -> list[dict[str, Any]]:
         chosen = [records[index] for index in indices]
-        encoded = encode_prompts(loaded, chosen, padding_side="left", pictures=[shown[index] for index in indices])
-        return _of_one_forward(loaded, chosen, encoded, config, seed, record)
+        encoded = encode_prompts(
+            loaded,
+            chosen,
+            padding_side="left",
+            answers=None if openings is None else [openings[index] for index in indices],
+            pictures=[shown[index] for index in indices],
+        )
+        if hidden is not None:
+            hide_images(loaded, encoded, lambda row, count: hidden(indices[row], count))
+        width = encoded.inputs["input_ids"].shape[1]
+        end = None if finished is None else TextEnd(finished, indices, width)
+        return _of_one_forward(loaded, chosen, encoded, config, seed, record, end)
 
     return in_forwards(loaded, records, work)
 
@@ -65,6 +82,7 @@ def _of_one_forward(
     config: GenerationConfig,
     seed: int,
     record: Mapping[str, Any] | None,
+    end: TextEnd | None,
 ) -> list[dict[str, Any]]:
     width = encoded.inputs["input_ids"].shape[1]
     devices = [loaded.device] if loaded.device.type == "cuda" else []
@@ -73,10 +91,13 @@ def _of_one_forward(
         recorded = record if sees_images(loaded, encoded) else None
         recording = contextlib.nullcontext() if recorded is None else recorded_generation(loaded, records, encoded, **recorded)
         with recording as generation:
-            output = loaded.model.generate(**encoded.inputs, generation_config=config)
+            criteria = None if end is None else StoppingCriteriaList([end])
+            output = loaded.model.generate(**encoded.inputs, generation_config=config, stopping_criteria=criteria)
     max_logps = torch.stack([_max_logp(logits) for logits in output.logits], dim=1).tolist()
+    lengths = [None] * len(records) if end is None else end.lengths
     answers = [
-        response_of(loaded, ids, logps) for ids, logps in zip(output.sequences[:, width:].tolist(), max_logps, strict=True)
+        response_of(loaded, ids[:length], logps)
+        for ids, logps, length in zip(output.sequences[:, width:].tolist(), max_logps, lengths, strict=True)
     ]
     if generation is None:
         return answers

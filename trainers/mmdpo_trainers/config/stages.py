@@ -74,6 +74,16 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
                 "pairs --run runs/shapes --source shapes_prior --pictures 400",
             ),
         ),
+        "hallucinate": StageKind(
+            about="Let the model make wrong answers of true ones, with part of the pictures hidden, as rejected answers.",
+            examples=(
+                "hallucinate --run runs/mine --model llava-v1.6-vicuna-7b-hf --embedding all-mpnet-base-v2",
+                "hallucinate --run runs/mine --model llava-v1.6-vicuna-7b-hf --input my_prompts_with_answers.jsonl",
+            ),
+            model=True,
+            shared=True,
+            arm=True,
+        ),
         "train": StageKind(
             about="Train on the preference pairs.",
             examples=(

@@ -157,6 +157,24 @@ def ratio_histogram(groups: Mapping[str, Sequence[float]], thresholds: Mapping[i
     return canvas.svg
 
 
+def similarity_histogram(groups: Mapping[str, Sequence[float]], threshold: float) -> str:
+    """Stacked histogram of similarities of answers to their truths, at most 1, by how they were made; the threshold dashed."""
+    lowest = min(0.0, *(value for values in groups.values() for value in values))
+    counts = ", ".join(f"{len(values)} {group}" for group, values in groups.items())
+    with _canvas("similarity", "", f"Histogram of similarity to the truth: {counts}. Threshold {threshold:g}.") as canvas:
+        axes = canvas.axes
+        axes.hist(
+            list(groups.values()), bins=BINS, range=(lowest, 1), stacked=True, label=list(groups),
+            color=[COLOURS[SERIES[place]] for place in range(len(groups))], alpha=0.85,
+        )  # fmt: skip
+        axes.axvline(threshold, color=COLOURS["ink"], linewidth=1, linestyle="--")
+        axes.set_xlabel("similarity to the truth")
+        axes.set_ylabel("answers")
+        if len(groups) > 1:
+            axes.legend(fontsize=8)
+    return canvas.svg
+
+
 def dot_plot(
     rows: Sequence[str], series: Mapping[str, Sequence[Proportion | float | None]], *, name: str, title: str, xlabel: str
 ) -> str:

@@ -14,6 +14,7 @@ import torch
 from mmdpo_kernels import patch_model
 from mmdpo_kernels.ops.preference_loss import NEEDS_CORRUPTED
 from mmdpo_trainers.answers.attention_ratios import check_layer, check_regions
+from mmdpo_trainers.answers.hidden_images import check_hiding
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.models.chat_format import render_prompt
 from mmdpo_trainers.models.families import Family, family_of, image_layers
@@ -26,7 +27,7 @@ from mmdpo_trainers.stages.folder import RunFolder
 if TYPE_CHECKING:
     from mmdpo_trainers.training.config import PreferenceConfig
 
-READS_MODEL = ("generate", "score", "train", "evaluate")
+READS_MODEL = ("generate", "score", "hallucinate", "train", "evaluate")
 
 
 def check_model(contexts: Sequence[StageContext]) -> None:
@@ -42,6 +43,8 @@ def check_model(contexts: Sequence[StageContext]) -> None:
     if measured:
         check_layer(image_layers(config), measured[0].config.score.layer)
         check_regions(family, measured[0].config.score.regions, _formats(contexts))
+    if any(context.stage == "hallucinate" and context.options.hide for context in wanted):
+        check_hiding(family, config)
     model = _without_weights(family, config)
     if model is None:
         return

@@ -41,6 +41,8 @@ def check_run(contexts: Sequence[StageContext]) -> None:
             check_rater(context.options)
         if context.stage == "train":
             check_train_args(context)
+        if context.stage == "hallucinate":
+            _check_hallucinate(context)
         if context.stage == "evaluate":
             _check_evaluation(context)
         if context.stage == "report":
@@ -109,6 +111,16 @@ def _check_files(context: StageContext) -> None:
             raise ConfigError(f"{context.stage}.{name}: {path} does not exist; give one of your own files, or leave it out")
 
 
+def _check_hallucinate(context: StageContext) -> None:
+    options = context.options
+    if options.embedding and not Path(options.embedding).is_dir():
+        raise ConfigError(
+            f"hallucinate.embedding: {options.embedding} is not a folder; give a local model folder, or leave it out"
+        )
+    if options.rejected == "given" and context.arm is None:
+        raise ConfigError("hallucinate.rejected: given is for an arm beside the main one; for the main arm use hallucinated")
+
+
 def _check_evaluation(context: StageContext) -> None:
     from mmdpo_trainers.data.multi_image import check_options
     from mmdpo_trainers.stages.prompts import evaluation_inputs
@@ -125,10 +137,11 @@ def _check_evaluation(context: StageContext) -> None:
 
 def _check_preferences(context: StageContext) -> None:
     config = context.config
-    if config.train.input:
-        raise ConfigError(
-            "train.input: pairs given to train leave none for evaluation; give them as pairs.source, or prompts as evaluate.input"
-        )
+    for stage in context.method.stages[1 : context.method.stages.index("evaluate")]:
+        if getattr(getattr(config, stage), "input", None):
+            raise ConfigError(
+                f"{stage}.input: pairs given to {stage} leave none for evaluation; give them as pairs.source, or prompts as evaluate.input"
+            )
     if config.pairs.held_out == 0 and config.pairs.source not in SHIPPED:
         raise ConfigError("pairs.held_out: nothing is left to evaluate on; raise it, or give prompts as evaluate.input")
 

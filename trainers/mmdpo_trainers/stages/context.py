@@ -136,6 +136,11 @@ class StageContext:
         return self._input(self.config.select.input, self.folder_of("score") / "scores.jsonl")
 
     @property
+    def true_answers(self) -> Path:
+        """What hallucinate reads."""
+        return self._input(self.config.hallucinate.input, self.run.path / "pairs" / "pairs.jsonl")
+
+    @property
     def pairs(self) -> Path:
         """What train reads."""
         return self._input(self.config.train.input, self.folder_of(self.method.pairs_stage) / "pairs.jsonl")

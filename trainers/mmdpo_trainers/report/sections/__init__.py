@@ -13,6 +13,7 @@ from ..tables import seconds_table
 from .accuracy import accuracy, control_arms
 from .comparison import comparison, seeds
 from .examples import examples, pairs
+from .hallucinated import hallucinated
 from .heat_maps import heat_maps
 from .judge import judge
 from .layers import layers
@@ -30,8 +31,23 @@ Section = Callable[[PageInputs], dict[str, Any] | None]
 SECTIONS: dict[str, Section] = {
     each.__name__: each
     for each in (
-        *(accuracy, control_arms, heat_maps, layers, selection, judge, ratios, training, selected_pairs),
-        *(comparison, seeds, rewards, examples, main_training, pairs, time),
+        accuracy,
+        control_arms,
+        heat_maps,
+        layers,
+        selection,
+        judge,
+        ratios,
+        training,
+        selected_pairs,
+        comparison,
+        seeds,
+        rewards,
+        hallucinated,
+        examples,
+        main_training,
+        pairs,
+        time,
     )
 }
 """By name, which is its template's too."""

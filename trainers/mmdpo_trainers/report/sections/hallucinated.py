@@ -1,0 +1,99 @@
+"""Hallucinated answers beside the truth they were made of, and how many tries they took."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from mmdpo_trainers.data.sentences import plain_words, words_of
+from mmdpo_trainers.files.json_lines import read_jsonl
+
+from .. import plots
+from ..comparison import PageInputs
+from ..contents import Record, spread
+from ..examples import Cell, image_of, question_of, text_of
+from ..images import data_uri, sized
+from ..tables import Table
+
+STAGE = "hallucinate"
+
+
+def hallucinated(page: PageInputs) -> dict[str, Any]:
+    """Truth and hallucination with the differing words marked, a histogram of similarities, a table of tries."""
+    folder = page.run.folder / STAGE
+    answers = list(read_jsonl(folder / "answers.jsonl")) if (folder / "answers.jsonl").is_file() else []
+    summary = page.run.summaries.get(STAGE)
+    return {
+        "summary": summary,
+        "table": _tries(page) if summary else None,
+        "plot": _plot(page, answers) if answers else None,
+        "examples": [_example(record, folder) for record in spread(answers, page.pairs)],
+    }
+
+
+def marked(truth: str, answer: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """The words of both texts, each with whether the other has it in the same place of what they have in common."""
+    both = [[word for _, word in words_of(text)] for text in (truth, answer)]
+    plain = [[" ".join(plain_words(word)) or word for word in words] for words in both]
+    common: tuple[set[int], set[int]] = (set(), set())
+    for block in difflib.SequenceMatcher(None, *plain, autojunk=False).get_matching_blocks():
+        common[0].update(range(block.a, block.a + block.size))
+        common[1].update(range(block.b, block.b + block.size))
+    first, second = (
+        [(word, place not in shared) for place, word in enumerate(words)] for words, shared in zip(both, common, strict=True)
+    )
+    return first, second
+
+
+def _tries(page: PageInputs) -> Table:
+    """By arm the answers that took each number of tries, those without the truth to follow, still similar, and dropped."""
+    names = {page.method.name: STAGE} | {
+        name.split("/")[1]: name for name in page.run.summaries if name.startswith("arms/") and name.endswith(f"/{STAGE}")
+    }
+    found = {arm: summary for arm, name in names.items() if "tries" in (summary := page.run.summaries[name])}
+    numbers = sorted({int(number) for summary in found.values() for number in summary["tries"]})
+    rows = []
+    for arm, summary in found.items():
+        tries = [f"{summary['tries'].get(str(number), 0):,}" for number in numbers]
+        lost = summary.get("lost", {}).get("reasons", {})
+        rest = [summary["unguided"], summary["similar"], lost.get("same_words", 0), summary["pairs"]]
+        rows.append(
+            [
+                page.method.name_of(arm),
+                f"{summary['hide']:g}",
+                *tries,
+                *(f"{n:,}" for n in rest),
+                f"{summary['mean_similarity']:.2f}",
+            ]
+        )
+    return Table(
+        caption="Answers by the tries they took; the last try has no truth to follow. Answers in the truth's own words make no pair.",
+        head=[
+            *("Arm", "Hidden", *(f"{number}. try" for number in numbers)),
+            *("Not guided", "Similar at last", "The truth's words", "Pairs", "Mean similarity"),
+        ],
+        rows=rows,
+    )
+
+
+def _plot(page: PageInputs, answers: list[Record]) -> str:
+    values: dict[str, list[float]] = {"following the truth": [], "last try": []}
+    for record in answers:
+        values["following the truth" if record["sampled"]["guided"] else "last try"].append(
+            float(record["sampled"]["similarity"])
+        )
+    threshold = float(page.config[STAGE]["max_similarity"])
+    return plots.similarity_histogram({name: each for name, each in values.items() if each}, threshold)
+
+
+def _example(record: Record, folder: Path) -> dict[str, Any]:
+    picture = image_of(record, 0, folder)
+    truth, answer = marked(text_of(record["chosen"]), record["sampled"]["response"])
+    return {
+        "question": question_of(record["prompt"]),
+        "cells": [] if picture is None else [Cell(uri=data_uri(sized(picture)), alt="The picture")],
+        "truth": truth,
+        "answer": answer,
+        "sampled": record["sampled"],
+    }

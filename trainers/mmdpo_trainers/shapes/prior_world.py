@@ -132,8 +132,15 @@ def preference_records(
             "prompt": [{"role": "user", "content": f"<image>\n{pair.question}"}],
             "chosen": [{"role": "assistant", "content": pair.chosen}],
             "rejected": [{"role": "assistant", "content": pair.rejected}],
+            **_facts(pair, random.Random(f"prior-facts-{name}-{seed}")),
         }
         yield record, world.draw(pair.scene)
+
+
+def _facts(pair: Pair, rng: random.Random) -> dict[str, Any]:
+    """What is known of a pair's picture: the colour, what there is to choose from, and a true caption in other words than chosen."""
+    caption = answer(pair.scene, "caption", sample_wording(rng))
+    return {"answer": pair.scene.colour, "options": list(world.COLOURS), "caption": caption}
 
 
 def evaluation_prompts(disagreeing: int, agreeing: int, *, seed: int) -> Iterator[tuple[dict[str, Any], Image.Image]]:

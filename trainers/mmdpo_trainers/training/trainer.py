@@ -74,6 +74,8 @@ class PreferenceTrainer(SavingTrainer):
     Raises ValueError for settings that do not fit the model; DataError, naming the record, for one that cannot be used.
     """
 
+    config_class: type[PreferenceConfig] = PreferenceConfig
+    """What `args` must be."""
     args: PreferenceConfig
     data_collator: PreferenceCollator  # type: ignore[assignment]
 
@@ -91,7 +93,7 @@ class PreferenceTrainer(SavingTrainer):
         progress: Progress | None = None,
         **others: Any,
     ) -> None:
-        arguments.check_trainer_arguments(args, others, PreferenceConfig)
+        arguments.check_trainer_arguments(args, others, self.config_class)
         check_datasets(train_dataset, eval_dataset, args)
         if args.n_gpu > 1:
             # DataParallel would split a batch that is one tree.
@@ -194,9 +196,8 @@ class PreferenceTrainer(SavingTrainer):
         batch: PreferenceBatch = inputs["batch"].to(self.args.device)
         counts = inputs.get(COUNTS, True)
         averages = self._averages["train" if model.training else "eval"] if counts else Averages()
-        policy, reference = self._logps(batch, inputs.get("reference_batch"), training=model.training, averages=averages)
-        records, tokens = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
-        loss, parts = self._loss(batch, policy, reference, records, tokens, averages)
+        totals = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
+        loss, parts = self._batch_loss(batch, inputs.get("reference_batch"), totals, training=model.training, averages=averages)
         if model.training and self.args.stop_on_nonfinite_loss:
             self._loss_check.look(loss, batch.ids, parts)
             if self.accelerator.sync_gradients:
@@ -209,6 +210,19 @@ class PreferenceTrainer(SavingTrainer):
             # The mean over processes that gradients and logs are is to be a sum.
             loss = loss * self.args.world_size
         return (loss, {}) if return_outputs else loss
+
+    def _batch_loss(
+        self,
+        batch: PreferenceBatch,
+        reference_batch: PreferenceBatch | None,
+        totals: tuple[int, int],
+        *,
+        training: bool,
+        averages: Averages,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's share of the loss of its step, and what it is made of by name. totals: records and chosen tokens of the step."""
+        policy, reference = self._logps(batch, reference_batch, training=training, averages=averages)
+        return self._loss(batch, policy, reference, *totals, averages)
 
     def _logps(
         self, batch: PreferenceBatch, reference_batch: PreferenceBatch | None, *, training: bool, averages: Averages

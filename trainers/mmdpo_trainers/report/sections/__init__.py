@@ -14,6 +14,7 @@ from .accuracy import accuracy, control_arms
 from .comparison import comparison, seeds
 from .examples import examples, pairs
 from .heat_maps import heat_maps
+from .reward_model import reward_accuracy, reward_margins
 from .selection import ratios, selected_pairs, selection
 from .training import main_training, rewards, training
 
@@ -30,6 +31,7 @@ SECTIONS: dict[str, Section] = {
     for each in (
         *(accuracy, control_arms, heat_maps, selection, ratios, training, selected_pairs),
         *(comparison, seeds, rewards, examples, main_training, pairs, time),
+        *(reward_accuracy, reward_margins),
     )
 }
 """By name, which is its template's too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import json
@@ -21,6 +22,8 @@ from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
 from mmdpo_trainers.models.whole_weights import whole_weights
+from mmdpo_trainers.training.reward.config import RewardConfig
+from mmdpo_trainers.training.reward.trainer import RewardTrainer
 from mmdpo_trainers.training.stopping import NoGradientError, NonFiniteLossError
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 
@@ -137,7 +140,8 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
     lora, kill, second, resume, tied = (case.pop(name, None) for name in ("lora", "kill", "second", "resume_after", "tied"))
     # Regions are on LLaVA's patches.
     plain = {} if case.pop("regions", True) else {"region": None, "patch_grid": None}
-    kind = Spoilt if case.pop("spoilt", False) else PreferenceTrainer
+    kind: Any = Spoilt if case.pop("spoilt", False) else PreferenceTrainer
+    reward = case.pop("reward", False)
     if resume is not None and rank == 0:
         # As if the processes had ended right after this checkpoint.
         for checkpoint in output.glob("checkpoint-*"):
@@ -153,8 +157,7 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
         "learning_rate": 1e-3,
         # Where gradients are rounding errors, AdamW makes whole steps of them.
         "adam_epsilon": 1e-3,
-        "loss_type": ["sigmoid", "nll"],
-        "loss_weights": [1.0, 0.3],
+        **({} if reward else {"loss_type": ["sigmoid", "nll"], "loss_weights": [1.0, 0.3]}),
         "attention_layer": 1,
         "logging_steps": 2,
         "max_grad_norm": 1.0,
@@ -169,9 +172,12 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
             part.tie_word_embeddings = True
         model.model.tie_weights()
         assert model.model.lm_head.weight is model.model.get_input_embeddings().weight
+    settings: Any = config
+    if reward:
+        kind, settings, plain = RewardTrainer, functools.partial(config, kind=RewardConfig), {**plain, "caption": "a red circle"}
     trainer = kind(
         model.model,
-        config(output, **options),
+        settings(output, **options),
         processing_class=model.processor,
         # One of these has no pictures, so that processes differ in having some.
         train_dataset=[{**record, **plain} for record in preference_records(9)],

@@ -49,7 +49,7 @@ def tiny(folder: Path, dtype: torch.dtype = torch.float64, **options: Any) -> Lo
     return load_model(folder, dtype=dtype, device="cpu")
 
 
-def config(output: Path, **options: Any) -> PreferenceConfig:
+def config(output: Path, *, kind: type[PreferenceConfig] = PreferenceConfig, **options: Any) -> Any:
     """Settings of a short run on the CPU."""
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 4,
@@ -65,7 +65,7 @@ def config(output: Path, **options: Any) -> PreferenceConfig:
         "max_grad_norm": 0.0,
         "logging_steps": 1,
     }
-    return PreferenceConfig(output_dir=str(output), **{**defaults, **options})
+    return kind(output_dir=str(output), **{**defaults, **options})
 
 
 class Gradients(TrainerCallback):

@@ -83,6 +83,19 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_one_reward_model(folder: Path, tmp_path: Path, strategy: str) -> None:
+    """A head in shards too; the second process goes on after the second checkpoint with the first one's files."""
+    needs(strategy)
+    case = {"reward": True, "facts": ["caption"], "center_rewards_coefficient": 0.01, **SAVED, **EVALUATED}
+    launch("alone", folder, tmp_path / "alone", {"reward": case})
+    launch(strategy, folder, tmp_path / "two", {"reward": case, "again": {**case, "output": "reward", "resume_after": 2}})
+    assert_same(tmp_path / "two" / "reward", tmp_path / "alone" / "reward")
+    assert any("reward_head" in name for name in weights(tmp_path / "two" / "reward"))
+    for path in (tmp_path / "two" / "reward" / "final", tmp_path / "two" / "reward" / "checkpoint-2"):
+        assert json.loads((path / "reward_model.json").read_text())["facts"] == ["caption"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_end_as_one(folder: Path, alone: Path, strategy: str) -> None:
     needs(strategy)
     output = folder / strategy

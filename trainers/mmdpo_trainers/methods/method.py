@@ -27,12 +27,16 @@ class Method:
     """Those of the stages that are not of every run -> whether a run with this configuration has it. None of them makes the pairs."""
     arm_sections: tuple[str, ...] = ("train",)
     """Sections of the configuration that an arm may override: `train`, and `select` where there is that stage."""
+    trainer: Literal["preference", "reward_model"] = "preference"
+    """What train trains with, of `training.trainers.TRAINERS`."""
     presets: Mapping[str, Mapping[str, Any]]
-    """Name -> fields of PreferenceConfig that a paper or its released code trains with. The first is taken where a run names none."""
+    """Name -> fields of the trainer's configuration (PreferenceConfig) that a paper or its released code trains with. The first is taken
+    where a run names none."""
     evaluation_prompts: Literal["augmented", "pairs"]
     """augmented: multi-image prompts, made as augment makes them, each answer with its attention ratio; pairs: what stage pairs wrote."""
     measures: tuple[str, ...] = ("answers",)
-    """What evaluate measures: `answers` to the evaluation prompts, `held_out` log-probabilities of pairs that were not trained on."""
+    """What evaluate measures: `answers` to the evaluation prompts; of pairs that were not trained on `held_out`, their log-probabilities, or
+    `rewards`, what a reward model gives them."""
     summary: Callable[[Path, Sequence[str]], dict[str, Any]]
     """(run folder, arms) -> what the run's summary.json says of the method's stages, from those that are done."""
     tables: tuple[str, ...]

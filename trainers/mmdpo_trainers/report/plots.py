@@ -301,3 +301,17 @@ def curve_plot(series: Series, *, name: str, title: str, zero: bool = False) -> 
         if len(series) > 1:
             axes.legend(fontsize=8)
     return canvas.svg
+
+
+def bar_plot(edges: Sequence[float], counts: Sequence[int], *, name: str, title: str, xlabel: str) -> str:
+    """A histogram that is counted already, with a line at 0. edges: one more than counts."""
+    known = [place for place, count in enumerate(counts) if count]
+    ends = f" between {edges[known[0]]:.3g} and {edges[known[-1] + 1]:.3g}" if known else ""
+    with _canvas(name, title, f"{title}: {sum(counts)}{ends}.") as canvas:
+        axes = canvas.axes
+        axes.stairs(counts, edges, fill=True, color=COLOURS["after"], alpha=0.85)
+        axes.axvline(0, color=COLOURS["ink"], linewidth=0.8)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel("pairs")
+        axes.grid(axis="y", alpha=0.5)
+    return canvas.svg

@@ -65,7 +65,7 @@ def check_declaration(method: Method) -> None:
         ("tables", method.tables, TABLES),
         ("page", method.page, SECTIONS),
         ("optional", tuple(method.optional), method.stages),
-        ("measures", method.measures, ("answers", "held_out")),
+        ("measures", method.measures, ("answers", "held_out", "rewards")),
     ):
         unknown = [name for name in named if name not in known]
         if unknown:
@@ -79,20 +79,23 @@ def check_declaration(method: Method) -> None:
 
 
 def check_train_args(context: StageContext) -> None:
-    """Raise ConfigError for `train.args` that PreferenceConfig does not have or does not take."""
+    """Raise ConfigError for `train.args` that the trainer's settings do not have or do not take."""
     from mmdpo_trainers.run.model_preflight import training_settings
     from mmdpo_trainers.training.arguments import ARGUMENTS
-    from mmdpo_trainers.training.config import PreferenceConfig
+    from mmdpo_trainers.training.trainers import TRAINERS
 
+    settings = TRAINERS[context.method.trainer].config_class
     where = f"arms.{context.arm}.train.args" if context.arm else "train.args"
-    known = [f.name for f in dataclasses.fields(PreferenceConfig) if f.init]
-    hints = get_type_hints(PreferenceConfig)
+    known = [f.name for f in dataclasses.fields(settings) if f.init]
+    hints = get_type_hints(settings)
     for name, value in context.options.args.items():
         if name in ARGUMENTS:
-            continue  # for PreferenceConfig to take, or to say what is in its place
+            continue  # for the trainer's settings to take, or to say what is in its place
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(f"{where}: PreferenceConfig has no field {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+            raise ConfigError(
+                f"{where}: {settings.__name__} has no field {name!r}{f'; did you mean {near[0]!r}?' if near else ''}"
+            )
         # transformers takes a learning rate that is a text, and fails with it in the first step.
         if _is_number(hints[name]):
             validated(hints[name], value, where=where, name=name)
@@ -126,6 +129,8 @@ def _check_evaluation(context: StageContext) -> None:
     from mmdpo_trainers.stages.prompts import evaluation_inputs
 
     if context.options.input:
+        if context.rewards:
+            stage_module("evaluate").inputs(context)
         return
     config = context.config
     if context.method.evaluation_prompts == "pairs":

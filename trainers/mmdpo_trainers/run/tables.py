@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mmdpo_trainers.data.records import FORMATS
 from mmdpo_trainers.methods import method_named
-from mmdpo_trainers.methods.held_out import flat_figures
+from mmdpo_trainers.methods.held_out import ALL, flat_figures
 
 
 def run_tables(summary: dict[str, Any]) -> list[Table]:
@@ -100,9 +100,28 @@ def _selection_table(summary: dict[str, Any]) -> Table | None:
     return table
 
 
+def _rewards_table(summary: dict[str, Any]) -> Table | None:
+    """Share of held-out pairs whose chosen response has the higher reward, by kind, of the untrained head and of every arm."""
+    found = {"untrained head": summary["before"].get("rewards")}
+    found |= {arm: figures.get("rewards") for arm, figures in summary["arms"].items()}
+    rows = {arm: figures for arm, figures in found.items() if figures}
+    if not rows:
+        return None
+    kinds = list(dict.fromkeys(kind for figures in rows.values() for kind in figures))
+    table = Table(title="held-out pairs whose chosen response has the higher reward", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for kind in [*kinds, "margin"]:
+        table.add_column(kind, justify="right")
+    for arm, figures in rows.items():
+        shares = (f"{figures[kind]['accuracy']:.3f}" if kind in figures else "-" for kind in kinds)
+        table.add_row(arm, *shares, f"{figures[ALL]['margin']:+.3f}")
+    return table
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], Table | None]] = {
     "accuracy": _accuracy_table,
     "selection": _selection_table,
     "held_out": _held_out_table,
+    "rewards": _rewards_table,
 }
 """What a method may name; each is made of the run's summary, or left out where that has nothing of it."""

@@ -129,6 +129,7 @@ def preference_records(
             "prompt": [{"role": "user", "content": f"<image>\n{pair.question}"}],
             "chosen": [{"role": "assistant", "content": pair.chosen}],
             "rejected": [{"role": "assistant", "content": pair.rejected}],
+            **_facts(pair, random.Random(f"prior-facts-{name}-{seed}")),
         }
         yield record, world.draw(pair.scene)
 
@@ -155,6 +156,12 @@ def _pairs(count: int, seed: int, split: str, counterfactual: float, captions: f
     for number in range(count):
         scene = sample_scene(rng, rng.random() >= counterfactual, split)
         yield f"{split}-{number:05d}", sample_pair(rng, scene, KINDS[rng.random() < captions])
+
+
+def _facts(pair: Pair, rng: random.Random) -> dict[str, Any]:
+    """What is known of a pair's picture: the colour, what there is to choose from, and a true caption in other words than chosen."""
+    caption = answer(pair.scene, "caption", sample_wording(rng))
+    return {"answer": pair.scene.colour, "options": list(world.COLOURS), "caption": caption}
 
 
 def evaluation_prompts(disagreeing: int, agreeing: int, *, seed: int) -> Iterator[tuple[dict[str, Any], Image.Image]]:

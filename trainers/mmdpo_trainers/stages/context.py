@@ -76,6 +76,11 @@ class StageContext:
         return method_named(self.config.method)
 
     @property
+    def rewards(self) -> bool:
+        """Whether what is trained is a reward model, which is evaluated on held-out pairs alone."""
+        return "rewards" in self.method.measures
+
+    @property
     def seed(self) -> int:
         return self.config.seed
 

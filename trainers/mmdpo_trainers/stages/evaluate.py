@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,26 +14,30 @@ from mmdpo_trainers.answers.layer_choice import FILE, chosen_layers
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.data.left_out import lost
 from mmdpo_trainers.data.match import answers_match
+from mmdpo_trainers.data.pair_records import PAIR, response_text
 from mmdpo_trainers.data.pairs import read_pairs
 from mmdpo_trainers.data.records import FORMATS
-from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods import preset_args
 from mmdpo_trainers.methods.held_out import held_out_figures
+from mmdpo_trainers.methods.reward_figures import reward_figures
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.report.intervals import Proportion
 from mmdpo_trainers.stages.batches import Record, own_records, require, run_batches
 from mmdpo_trainers.stages.context import StageContext
-from mmdpo_trainers.stages.models import LazyModel, load_evaluated
+from mmdpo_trainers.stages.models import LazyModel, load_evaluated, load_reward_model
 from mmdpo_trainers.stages.prompts import build_evaluation_prompts, evaluation_inputs
 from mmdpo_trainers.training.pair_logps import pair_logps
 
-HELD_OUT = "held_out.jsonl"
+HELD_OUT, REWARDS = "held_out.jsonl", "rewards.jsonl"
 
 
 def inputs(context: StageContext) -> list[Path]:
     """The evaluation prompts or what they are made of, the held-out pairs with the base's figures, and what was trained."""
+    if context.rewards and context.options.input:
+        raise ConfigError("evaluate.input: a reward model rates answers and gives none; leave it out")
     trained = [context.trained] if context.moment == "after" else []
     if context.method.evaluation_prompts == "augmented":
         files = evaluation_inputs(context)
@@ -42,6 +47,8 @@ def inputs(context: StageContext) -> list[Path]:
         files = [*files, layers]
     if _has_held_out(context):
         files += [context.held_out_pairs, *([_base_figures(context)] if trained else [])]
+    if context.rewards:
+        files.append(context.held_out_pairs)
     return [*files, *trained]
 
 
@@ -49,7 +56,10 @@ def run(context: StageContext) -> dict[str, Any]:
     """With the base (`before`) or the trained model (`after`): `answers.jsonl` to the evaluation prompts.
 
     Of a method that measures held-out pairs also `held_out.jsonl`, their log-probabilities. Of what stage pairs made, either may be missing.
+    Of a reward model only `rewards.jsonl`, its rewards of held-out pairs.
     """
+    if context.rewards:
+        return _rewards(context)
     model = LazyModel(lambda: load_evaluated(context))
     summary: dict[str, Any] = {}
     if context.method.evaluation_prompts == "augmented":
@@ -100,6 +110,28 @@ def _held_out(context: StageContext, model: LazyModel) -> dict[str, Any]:
     beta = float(preset_args(context.config).get("beta", 0.1))
     base = list(read_jsonl(_base_figures(context))) if context.moment == "after" else None
     return {"held_out": held_out_figures(list(read_jsonl(path)), base, beta=beta), "beta": beta, **left_out}
+
+
+def _rewards(context: StageContext) -> dict[str, Any]:
+    """Rewards of both responses of the held-out pairs, and how often the chosen one has the higher."""
+    if not context.held_out_pairs.is_file():
+        raise StageError(f"{context.held_out_pairs} does not exist: run pairs first, with pairs.held_out above 0")
+    model = functools.cache(lambda: load_reward_model(context))
+
+    def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
+        answers = [[response_text(record, name) for name in PAIR] for record in batch]
+        return [{"rewards": dict(zip(PAIR, row, strict=True))} for row in model().rewards(batch, answers)]
+
+    missing: list[str] | None = [] if context.config.allow_missing else None
+    records = read_pairs(context.held_out_pairs, missing)
+    left_out = lost(len(records) + len(missing or ()), {"missing": len(missing or ())})
+    path = run_batches(context, REWARDS, records, context.options.batch_size, work, f"held-out pairs {context.moment}")
+    if not ranks.is_rank_0():
+        return {}
+    figures = reward_figures(list(read_jsonl(path)))
+    for each in figures.values():
+        each["interval"] = _interval(Proportion(each["right"], each["pairs"]))
+    return {"rewards": figures, **left_out}
 
 
 def _has_prompts(context: StageContext) -> bool:

@@ -10,6 +10,8 @@ from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.training.reward.inputs import RewardInputs
+from mmdpo_trainers.training.reward.model import RewardModel
 
 
 class LazyModel:
@@ -43,3 +45,10 @@ def load_evaluated(context: StageContext) -> LoadedModel:
     if not trained.is_dir():
         raise StageError(f"{trained} does not exist: run train first")
     return load_model(trained, processor=context.model, **choice)
+
+
+def load_reward_model(context: StageContext) -> RewardModel:
+    """The reward model this evaluation is about: the base with an untrained head and no facts, or what training left."""
+    if context.moment != "after":
+        return RewardModel.untrained(load_base(context), RewardInputs(), seed=context.seed)
+    return RewardModel.load(context.trained, dtype=context.config.dtype, device=context.device, date=context.date)

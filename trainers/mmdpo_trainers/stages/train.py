@@ -28,6 +28,7 @@ from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.training.checkpoints import replace_folder, writing
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.trainer import PreferenceTrainer
+from mmdpo_trainers.training.trainers import TRAINERS
 from mmdpo_trainers.training.training_log import LogFile, TrainingProgress
 
 _REFUSED = {
@@ -80,7 +81,7 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
     settings = preference_config(context, loaded.image_layers, evaluate=eval_data is not None)
     second = context.options.reference == "model" and settings.needs_reference
     try:
-        trainer = PreferenceTrainer(
+        trainer = TRAINERS[context.method.trainer](
             loaded.model,
             settings,
             processing_class=loaded.processor,
@@ -148,7 +149,7 @@ def preference_config(context: StageContext, layers: Sequence[int], *, evaluate:
         if args.get(name):
             raise ConfigError(f"train.args.{name}: {reason}; leave it out")
     try:
-        return PreferenceConfig(**values)
+        return TRAINERS[context.method.trainer].config_class(**values)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"train.args: {_one_line(error)}") from error
 

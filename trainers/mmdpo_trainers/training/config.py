@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from mmdpo_kernels.losses import EXTENDED, LOSSES, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters, values_of
 from mmdpo_trainers.data.corruption import KINDS, Corruption
-from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, USUAL_BRANCHES, Branch, shows_corrupted
+from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, USUAL_BRANCHES, Branch, prompt_text, shows_corrupted
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.training.arguments import TRL_LOSSES, check_inherited, takes_foreign_names
 from mmdpo_trainers.training.running_shift import SHIFTS
@@ -352,6 +353,11 @@ class PreferenceConfig(TrainingArguments):
         """The branches that some loss looks at, "chosen" and "rejected" first."""
         looked_at = {value.branch for name in self.loss_type for value in values_of(name, self.loss_parameters)}
         return {name: branch for name, branch in self._known_branches.items() if name in PAIR or name in looked_at}
+
+    @property
+    def prompt_of(self) -> Callable[[Mapping[str, Any]], str]:
+        """What makes the text of a record's prompt, an `<image>` for each picture."""
+        return prompt_text
 
     @property
     def reference_path(self) -> Path:

@@ -77,6 +77,8 @@ class PreferenceTrainer(SavingTrainer):
     Raises ValueError for settings that do not fit the model; DataError, naming the record, for one that cannot be used.
     """
 
+    config_class: type[PreferenceConfig] = PreferenceConfig
+    """What `args` must be."""
     args: PreferenceConfig
     data_collator: PreferenceCollator  # type: ignore[assignment]
 
@@ -94,7 +96,7 @@ class PreferenceTrainer(SavingTrainer):
         progress: Progress | None = None,
         **others: Any,
     ) -> None:
-        arguments.check_trainer_arguments(args, others, PreferenceConfig)
+        arguments.check_trainer_arguments(args, others, self.config_class)
         check_datasets(train_dataset, eval_dataset, args)
         if args.n_gpu > 1:
             # DataParallel would split a batch that is one tree.
@@ -198,21 +200,10 @@ class PreferenceTrainer(SavingTrainer):
         batch: PreferenceBatch = inputs["batch"].to(self.args.device)
         counts = inputs.get(COUNTS, True)
         averages = self._averages["train" if model.training else "eval"] if counts else Averages()
-        policy, reference, maps = self._logps(batch, inputs.get("reference_batch"), training=model.training, averages=averages)
         totals = Totals.of([batch]) if num_items_in_batch is None else Totals(*num_items_in_batch.tolist())
-        if model.training:
-            self.objective.take_rewards(policy, reference, counts=counts)
-        loss, parts = self.objective.loss(
-            batch,
-            policy,
-            reference,
-            maps,
-            totals=totals,
-            averages=averages,
-            evaluating=averages is self._averages["eval"],
+        loss, parts = self._batch_loss(
+            batch, inputs.get("reference_batch"), totals, training=model.training, averages=averages, counts=counts
         )
-        if model.training and self.accelerator.sync_gradients:
-            self.objective.shift.step(self.args.device)
         if model.training and self.args.stop_on_nonfinite_loss:
             self._loss_check.look(loss, batch.ids, parts)
             if self.accelerator.sync_gradients:
@@ -225,6 +216,33 @@ class PreferenceTrainer(SavingTrainer):
             # The mean over processes that gradients and logs are is to be a sum.
             loss = loss * self.args.world_size
         return (loss, {}) if return_outputs else loss
+
+    def _batch_loss(
+        self,
+        batch: PreferenceBatch,
+        reference_batch: PreferenceBatch | None,
+        totals: Totals,
+        *,
+        training: bool,
+        averages: Averages,
+        counts: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's share of the loss of its step, and what it is made of by name. counts: whether its records count."""
+        policy, reference, maps = self._logps(batch, reference_batch, training=training, averages=averages)
+        if training:
+            self.objective.take_rewards(policy, reference, counts=counts)
+        found = self.objective.loss(
+            batch,
+            policy,
+            reference,
+            maps,
+            totals=totals,
+            averages=averages,
+            evaluating=averages is self._averages["eval"],
+        )
+        if training and self.accelerator.sync_gradients:
+            self.objective.shift.step(self.args.device)
+        return found
 
     def _logps(
         self, batch: PreferenceBatch, reference_batch: PreferenceBatch | None, *, training: bool, averages: Averages

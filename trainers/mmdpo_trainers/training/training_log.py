@@ -131,7 +131,7 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = state.log_history[-1]
         if "loss" in logs:
-            accuracy = logs.get("rewards/accuracies")
+            accuracy = logs.get("rewards/accuracies", logs.get("accuracy"))
             self._note = f"loss {logs['loss']:.3f}" + (f", chosen preferred {accuracy:.0%}" if accuracy is not None else "")
 
 

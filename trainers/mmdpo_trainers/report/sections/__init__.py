@@ -17,6 +17,7 @@ from .hallucinated import hallucinated
 from .heat_maps import heat_maps
 from .judge import judge
 from .layers import layers
+from .reward_model import reward_accuracy, reward_margins
 from .selection import ratios, selected_pairs, selection
 from .training import main_training, rewards, training
 
@@ -48,6 +49,8 @@ SECTIONS: dict[str, Section] = {
         main_training,
         pairs,
         time,
+        reward_accuracy,
+        reward_margins,
     )
 }
 """By name, which is its template's too."""

@@ -16,6 +16,8 @@ CURVES = (
     ("Reward margin", ("rewards/margins", "eval_rewards/margins")),
     ("Reward accuracy", ("rewards/accuracies", "eval_rewards/accuracies")),
     ("Log-probabilities", ("logps/chosen", "logps/rejected")),
+    ("Accuracy", ("accuracy", "eval_accuracy")),
+    ("Margin", ("margin", "eval_margin")),
 )
 
 

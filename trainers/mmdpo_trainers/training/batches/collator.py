@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmdpo_kernels import SequenceLogps, SharedRows, TokenLogps, TokenTree
 from mmdpo_trainers.data.corruption import Corruption, Model
-from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, branch_table, shows_corrupted
+from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, branch_table, prompt_text, shows_corrupted
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.models.chat_format import prints_date
 from mmdpo_trainers.models.families import EncodedImages, Family, family_of
@@ -59,12 +59,16 @@ class PreferenceBatch:
     """(R,) int64: the response tokens."""
     shared_rows: SharedRows
     """The same pairs with each row once."""
+    last_rows: Tensor
+    """(n b,) int64: row of each sequence's last token, the end token of its response."""
     token_weights: Tensor | None
     """(R,) float64 weights of the response tokens; None: all alike."""
     lengths: Tensor
     """(n, b) int64: response tokens of each sequence, the end token included."""
     chosen_tokens: int
     """Tokens of all chosen responses."""
+    margins: list[Any]
+    """Each record's `margin`, as it has it; None: it has none."""
     segments: Tensor
     """As `input_ids`, int32: attention segment of each token, -1 = none."""
     recorded_rows: Tensor
@@ -129,6 +133,7 @@ class PreferenceCollator:
         picture_pool: pictures as in `images`, for corruption kind "other".
         date: what a chat template that prints the date is told; None: this moment, each time.
         attention_targets: whether batches have theirs.
+        prompt_of: the text of a record's prompt, an `<image>` for each picture.
 
     Raises DataError naming the record: an unreadable picture, placeholders that do not match the pictures, a conversation of
     another shape, a target or region that does not fit, an empty chosen response, a response that holds the image token, a text
@@ -151,6 +156,7 @@ class PreferenceCollator:
         picture_pool: Sequence[Any] = (),
         date: TemplateDate | None = None,
         attention_targets: bool = False,
+        prompt_of: Callable[[Mapping[str, Any]], str] = prompt_text,
     ) -> None:
         table = branch_table(branches)
         corrupts = shows_corrupted(table)
@@ -174,6 +180,7 @@ class PreferenceCollator:
             changed_token_weight=changed_token_weight,
             picture_pool=picture_pool,
             date=date,
+            prompt_of=prompt_of,
         )
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, PreferenceBatch]:
@@ -240,6 +247,7 @@ class PreferenceCollator:
             position_ids=tree.position_ids[:, None] if positions else tree.position_ids[None],
             feature_rows=torch.from_numpy(packed[packed >= 0]),
             rows=torch.cat(tree.rows),
+            last_rows=torch.stack([path[-1] for path in tree.paths]),
             ratios=ratios,
             attention_targets=self._targets(examples, pictures, [tree.paths[step * index] for index in range(len(examples))]),
         )
@@ -268,6 +276,7 @@ class PreferenceCollator:
             position_ids=pad_sequence(positions, batch_first=True).permute(2, 0, 1) if positions else None,
             feature_rows=torch.from_numpy(feature_rows[feature_rows >= 0]),
             rows=torch.cat([rows + width * index for index, rows in enumerate(response_rows)]),
+            last_rows=torch.tensor([width * index + len(row) - 1 for index, row in enumerate(ids)]),
             ratios=ratios,
             attention_targets=self._targets(
                 examples,
@@ -299,6 +308,7 @@ class PreferenceCollator:
             kinds=[_kind(example.record) for example in examples],
             branches=tuple(self._maker.branches),
             pictures=pictures,
+            margins=[example.record.get("margin") for example in examples],
             rows=rows,
             targets=targets,
             shared_rows=SharedRows.from_pairs(rows, targets),
@@ -350,6 +360,7 @@ def collator_of(
         base,
         processor,
         date=template_date(processor, args),
+        prompt_of=args.prompt_of,
         tree_packing=tree_packing,
         branches=branches,
         corruption=args.image_corruption if corrupts else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from mmdpo_trainers.data.pair_records import (
     PAIR,
     Branch,
     check_content,
-    prompt_text,
     record_image_digest,
     record_name,
     response_text,
@@ -97,8 +96,9 @@ class ExampleMaker:
         changed_token_weight: float,
         picture_pool: Sequence[Any],
         date: TemplateDate | None,
+        prompt_of: Callable[[Mapping[str, Any]], str],
     ) -> None:
-        self.processor, self.family = processor, family
+        self.processor, self.family, self.prompt_of = processor, family, prompt_of
         self.image_token_id, self.end_id = image_token_id, end_id
         self.branches = dict(branches)
         self.corruption = corruption if shows_corrupted(branches) else None
@@ -183,7 +183,7 @@ class ExampleMaker:
 
     def _texts(self, record: Mapping[str, Any]) -> _Texts:
         check_content(record)
-        text, images = prompt_text(record), self._views.images(record)
+        text, images = self.prompt_of(record), self._views.images(record)
         if self.no_image:
             text = _without_images(text)
         prompt = self._encoder.prompt(record_name(record), text, len(images))

@@ -7,6 +7,10 @@ loss needs is read off its terms.
 In the equations w, l and c are `log p - log p_ref` of the chosen response, of the rejected one, and of the chosen one under the
 corrupted picture, summed over tokens (`length_normalised`: their means over tokens); logp are the policy's own log-probabilities.
 "At the reference" is where policy and reference are the same model, so that w = l = c = 0.
+
+"sigmoid", "hinge" and "ipo" may have two rejected responses (arXiv 2407.02477): with `extra_negative` the name of a branch, such
+a loss L is (1 - e) L(chosen, rejected) + e L(chosen, that branch), e = extra_negative_weight (the paper's gamma is 1 - e, 1/2). Its value at
+the reference is L's.
 """
 
 from __future__ import annotations
@@ -29,6 +33,13 @@ class LossParameters(NamedTuple):
     anchors: tuple[str, ...] = ("chosen",)
     simpo_gamma: float = 0.5
     bco_shift: float = 0.0
+    extra_negative: str | None = None
+    """Branch that is a second rejected response; None: there is none."""
+    extra_negative_weight: float = 0.5
+    corrupted: tuple[str, ...] = ("corrupted",)
+    """Branches that are the chosen response under corrupted pictures."""
+    similar_beta: float | None = None
+    """None: `beta`."""
 
 
 def difference(up: str, down: str, kind: str = "ratio") -> tuple[Value, ...]:
@@ -38,17 +49,17 @@ def difference(up: str, down: str, kind: str = "ratio") -> tuple[Value, ...]:
 
 def sigmoid(x: LossParameters) -> tuple[Term, ...]:
     """DPO (arXiv 2305.18290, eq. 7): -log sigmoid(beta (w - l)). log 2 at the reference."""
-    return (Term("minus_log_sigmoid", difference("chosen", "rejected"), scale=x.beta),)
+    return _against(x, lambda name: Term("minus_log_sigmoid", difference("chosen", name), scale=x.beta))
 
 
 def hinge(x: LossParameters) -> tuple[Term, ...]:
     """SLiC (arXiv 2305.10425; on log-ratios as in arXiv 2309.06657): max(0, 1 - beta (w - l)). 1 at the reference."""
-    return (Term("hinge", difference("chosen", "rejected"), scale=x.beta),)
+    return _against(x, lambda name: Term("hinge", difference("chosen", name), scale=x.beta))
 
 
 def ipo(x: LossParameters) -> tuple[Term, ...]:
     """IPO (arXiv 2310.12036, eq. 17) on per-token means of w and l: (w - l - 1 / (2 beta))^2. 1 / (4 beta^2) at the reference."""
-    return (Term("square", difference("chosen", "rejected", "mean_ratio"), offset=-1 / (2 * x.beta)),)
+    return _against(x, lambda name: Term("square", difference("chosen", name, "mean_ratio"), offset=-1 / (2 * x.beta)))
 
 
 def cdpo(x: LossParameters) -> tuple[Term, ...]:
@@ -85,6 +96,8 @@ def orpo(x: LossParameters) -> tuple[Term, ...]:
 def bco_pair(x: LossParameters) -> tuple[Term, ...]:
     """BCO (arXiv 2404.04656) on pairs: -log sigmoid(beta w - s) - log sigmoid(-(beta l - s)), s = bco_shift the reward
     shift, in the paper a running mean of (beta w + beta l) / 2. log(1 + exp(s)) + log(1 + exp(-s)) at the reference; 2 log 2 for s = 0.
+
+    MPO (arXiv 2411.10442) is 0.8 "sigmoid" + 0.2 "bco_pair" + 1 "mean_nll", its code has "nll" in place of the last.
     """
     return _above("chosen", x.beta, x.bco_shift), _below("rejected", x.beta, x.bco_shift)
 
@@ -108,17 +121,73 @@ def nll(x: LossParameters) -> tuple[Term, ...]:
     return (Term("identity", (Value("batch_logp", "chosen", -1.0),)),)
 
 
+def mean_nll(x: LossParameters) -> tuple[Term, ...]:
+    """Negative log-likelihood of the chosen response per token, mean over records (MPO's generation loss, arXiv 2411.10442), without a
+    reference: -logp_w / |w|. A short response counts as much as a long one, where in "nll" each token does.
+    """
+    return (Term("identity", (Value("mean_logp", "chosen", -1.0),)),)
+
+
 def copo(x: LossParameters) -> tuple[Term, ...]:
-    """mDPO's conditional term (arXiv 2406.11839, eq. 3): -log sigmoid(beta (w - c)). log 2 at the reference."""
-    return (Term("minus_log_sigmoid", difference("chosen", "corrupted"), scale=x.beta),)
+    """mDPO's conditional term (arXiv 2406.11839, eq. 3): -log sigmoid(beta (w - c)), mean over the branches in `corrupted` where there are
+    several. log 2 at the reference.
+    """
+    share = 1 / len(x.corrupted)
+    return tuple(Term("minus_log_sigmoid", difference("chosen", name), scale=x.beta, weight=share) for name in x.corrupted)
 
 
 def ancpo(x: LossParameters) -> tuple[Term, ...]:
     """mDPO's anchor (arXiv 2406.11839, eq. 4), d = anchor in units of reward, summed over `anchors`: -log sigmoid(beta w - d) pulls the
-    chosen reward above d, -log sigmoid(d - beta l) and -log sigmoid(d - beta c) the others below it. At the reference
-    log(1 + exp(d)) for "chosen" and log(1 + exp(-d)) for each other; log 2 an anchor for d = 0.
+    chosen reward above d, -log sigmoid(d - beta l) and -log sigmoid(d - beta c) the others below it, the last as a mean over the branches in
+    `corrupted`. At the reference log(1 + exp(d)) for "chosen" and log(1 + exp(-d)) for each other; log 2 an anchor for d = 0.
     """
-    return tuple((_above if name == "chosen" else _below)(name, x.beta, x.anchor) for name in x.anchors)
+    terms: list[Term] = []
+    for anchor in x.anchors:
+        if anchor == "corrupted":
+            terms += [_below(name, x.beta, x.anchor)._replace(weight=1 / len(x.corrupted)) for name in x.corrupted]
+        else:
+            terms.append((_above if anchor == "chosen" else _below)(anchor, x.beta, x.anchor))
+    return tuple(terms)
+
+
+def symmetric(x: LossParameters) -> tuple[Term, ...]:
+    """SymMPO's symmetric term (arXiv 2506.11712): a similar picture's answer is wrong here, and this one's is wrong there.
+
+    With s of "similar_chosen" (the similar picture's answer under it), t of "similar_rejected" (the chosen response under the similar
+    picture) and u of "exchanged" (the similar picture's answer under the record's own):
+    -log sigmoid(beta (w - u)) - log sigmoid(beta (s - t)). 2 log 2 at the reference.
+
+    SymMPO is "sigmoid" + lambda "symmetric" + "ancpo" + "similar_anchor" + 1e-4 "symmetric_margin".
+    """
+    return tuple(Term("minus_log_sigmoid", difference(*gap), scale=x.beta) for gap in _SYMMETRIC)
+
+
+def symmetric_margin(x: LossParameters) -> tuple[Term, ...]:
+    """SymMPO's margin consistency: ((w - u) - (s - t))^2 with the letters of `symmetric`. 0 at the reference.
+
+    Of log-ratios, as in the released code; of rewards, as in the paper, it is beta^2 times this.
+    """
+    (up, down), (other_up, other_down) = _SYMMETRIC
+    return (Term("square", (*difference(up, down), *difference(other_down, other_up))),)
+
+
+def similar_anchor(x: LossParameters) -> tuple[Term, ...]:
+    """SymMPO's second anchor, "ancpo" being the first: -log sigmoid(b s) with s of "similar_chosen" and b = similar_beta, which the released
+    code has as a setting beside beta (both 0.1). log 2 at the reference.
+    """
+    return (_above("similar_chosen", x.beta if x.similar_beta is None else x.similar_beta, 0.0),)
+
+
+_SYMMETRIC = (("chosen", "exchanged"), ("similar_chosen", "similar_rejected"))
+"""The right and the wrong answer, under the record's own pictures and under similar ones."""
+
+
+def _against(x: LossParameters, term: Callable[[str], Term]) -> tuple[Term, ...]:
+    """A loss of a pair: `term` of the rejected branch, or the weighted ones of both rejected responses."""
+    if x.extra_negative is None:
+        return (term("rejected"),)
+    shares = {"rejected": 1 - x.extra_negative_weight, x.extra_negative: x.extra_negative_weight}
+    return tuple(term(name)._replace(weight=share) for name, share in shares.items())
 
 
 def _either_way(beta: float, right: float, wrong: float) -> tuple[Term, ...]:
@@ -140,7 +209,11 @@ def _below(branch: str, beta: float, level: float) -> Term:
 
 
 LOSSES: dict[str, Callable[[LossParameters], Iterable[Term]]] = {
-    f.__name__: f for f in (sigmoid, hinge, ipo, cdpo, robust, simpo, orpo, bco_pair, kto_pair, nll, copo, ancpo)
+    f.__name__: f
+    for f in (
+        *(sigmoid, hinge, ipo, cdpo, robust, simpo, orpo, bco_pair, kto_pair, nll, mean_nll, copo, ancpo),
+        *(symmetric, symmetric_margin, similar_anchor),
+    )
 }
 
 
@@ -174,8 +247,12 @@ REFERENCE_FREE = LossesThat(lambda name: all(value.kind not in REFERENCE_VALUES 
 NEEDS_CORRUPTED = LossesThat(lambda name: any(value.branch == "corrupted" for value in values_of(name)))
 """Losses that always need the corrupted branch; "ancpo" does where its `anchors` name it."""
 NEEDS_LENGTHS = LossesThat(lambda name: any(value.kind in TOKEN_VALUES for value in values_of(name)))
-"""Losses that need the token counts of both responses; "nll" those of the chosen one only."""
+"""Losses that need the token counts of both responses; "nll" and "mean_nll" those of the chosen one only."""
 SMOOTHED = LossesThat(
     lambda name: tuple(LOSSES[name](LossParameters(label_smoothing=0.25))) != tuple(LOSSES[name](LossParameters()))
 )
 """Losses that `label_smoothing` acts on."""
+EXTENDED = LossesThat(
+    lambda name: any(value.branch == "extra" for value in values_of(name, LossParameters(extra_negative="extra")))
+)
+"""Losses that `extra_negative` acts on."""

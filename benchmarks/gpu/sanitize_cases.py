@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 from mmdpo_kernels import TokenLogps, attention_mass, linear_logprobs, preference_loss, tree_attention  # noqa: E402
 from mmdpo_kernels.backends.ops_table import OPS  # noqa: E402
-from mmdpo_kernels.ops.preference_loss import ANCHORS, LOSSES  # noqa: E402
+from mmdpo_kernels.losses import ANCHORS, LOSSES, values_of  # noqa: E402
 
 # The others call kernels of libraries.
 WRITTEN_HERE = ("triton", "native")
@@ -109,13 +109,14 @@ def run_linear_logprobs(case: Small, backend: str, device: torch.device) -> None
 
 
 def run_preference_loss(case: Small, backend: str, device: torch.device) -> None:
-    """Seven triples with responses of no to 70 tokens, every loss at once."""
+    """Seven triples with responses of no to 70 tokens, every loss of them at once."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 70, (7, 3), generator=generator)
     tokens, before = (-torch.rand(int(lengths.sum()), generator=generator).to(device, case.dtype) for _ in range(2))
     policy, reference = (TokenLogps(logps=logps, lengths=lengths.to(device), branches=ANCHORS) for logps in (tokens, before))
     tokens.requires_grad_()
-    found = preference_loss(policy, reference, loss_type=tuple(LOSSES), anchors=ANCHORS, backend=backend)
+    names = tuple(name for name in LOSSES if {value.branch for value in values_of(name)} <= set(ANCHORS))
+    found = preference_loss(policy, reference, loss_type=names, anchors=ANCHORS, backend=backend)
     torch.autograd.grad(found.loss, tokens)
 
 

@@ -18,7 +18,7 @@ from mmdpo_kernels import SequenceLogps, TokenLogps, preference_loss
 from mmdpo_kernels.backends.native.extension import load as load_native
 from mmdpo_kernels.backends.registry import load
 from mmdpo_kernels.loss_terms import LINKS, VALUES, Term, Value
-from mmdpo_kernels.losses import LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters
+from mmdpo_kernels.losses import EXTENDED, LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 
@@ -50,7 +50,7 @@ def made_up_value(policy: list[Tensor], reference: list[Tensor], counts: list[Te
     )
 
 
-def symmetric(x: LossParameters) -> Iterable[Term]:
+def two_pictures(x: LossParameters) -> Iterable[Term]:
     """After SymMPO (arXiv 2506.11712): another picture with its own answers, and the squared difference of both margins."""
     for up, down in (PAIR, ("other", "other_rejected"), ("chosen", "corrupted")):
         yield Term("minus_log_sigmoid", (Value("ratio", up), Value("ratio", down, -1.0)), scale=x.beta)
@@ -62,7 +62,7 @@ def symmetric(x: LossParameters) -> Iterable[Term]:
 def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row each, and nothing else."""
     monkeypatch.setitem(LOSSES, "made_up", made_up)
-    monkeypatch.setitem(LOSSES, "symmetric", symmetric)
+    monkeypatch.setitem(LOSSES, "two_pictures", two_pictures)
 
 
 def tokens(branches: tuple[str, ...], dtype: torch.dtype, records: int = 5, shift: float = 0.0) -> tuple[TokenLogps, TokenLogps]:
@@ -100,7 +100,7 @@ def test_the_reference_is_the_equation_and_its_gradient() -> None:
     assert torch.autograd.gradcheck(run, (policy.logps,))
 
 
-@pytest.mark.parametrize("names, branches", [(("made_up",), PAIR), (("symmetric", "sigmoid", "made_up"), FIVE)])
+@pytest.mark.parametrize("names, branches", [(("made_up",), PAIR), (("two_pictures", "sigmoid", "made_up"), FIVE)])
 @pytest.mark.parametrize("length_normalised", [False, True])
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_backends_agree(
@@ -122,9 +122,10 @@ def test_backends_agree(
 
 
 def test_what_a_loss_needs_is_read_off_its_terms() -> None:
-    assert set(REFERENCE_FREE) == {"nll", "simpo", "orpo"}
-    assert set(NEEDS_CORRUPTED) == {"copo", "symmetric"}
-    assert set(NEEDS_LENGTHS) == {"ipo", "simpo", "orpo", "nll", "made_up"}
+    assert set(REFERENCE_FREE) == {"nll", "mean_nll", "simpo", "orpo"}
+    assert set(NEEDS_CORRUPTED) == {"copo", "two_pictures"}
+    assert set(NEEDS_LENGTHS) == {"ipo", "simpo", "orpo", "nll", "mean_nll", "made_up"}
+    assert set(EXTENDED) == {"sigmoid", "hinge", "ipo"}
     assert set(SMOOTHED) == {"cdpo", "robust"} and "unheard of" not in SMOOTHED
     with pytest.raises(ValueError, match="loss 'made_up' needs policy.rejected_lengths, got None"):
         policy = SequenceLogps(chosen=-torch.ones(2), rejected=-torch.ones(2), chosen_lengths=torch.ones(2))
@@ -134,15 +135,15 @@ def test_what_a_loss_needs_is_read_off_its_terms() -> None:
 def test_a_branch_that_is_missing_is_named() -> None:
     policy, _ = tokens(("chosen", "rejected", "corrupted", "other"), torch.float32)
     with pytest.raises(
-        ValueError, match="'symmetric' needs log-probabilities of the branch 'other_rejected', policy.branches are"
+        ValueError, match="'two_pictures' needs log-probabilities of the branch 'other_rejected', policy.branches are"
     ):
-        preference_loss(policy, loss_type="symmetric")
+        preference_loss(policy, loss_type="two_pictures")
     ones = -torch.ones(2)
     sums = SequenceLogps(chosen=ones, rejected=ones, corrupted=ones)
     with pytest.raises(ValueError, match="branch 'other', which SequenceLogps has no name for; pass TokenLogps"):
-        preference_loss(sums, loss_type="symmetric")
+        preference_loss(sums, loss_type="two_pictures")
     with pytest.raises(TypeError, match="reference must be TokenLogps, as SequenceLogps has no log-probabilities of other"):
-        preference_loss(tokens(FIVE, torch.float32, records=2)[0], sums, loss_type="symmetric")
+        preference_loss(tokens(FIVE, torch.float32, records=2)[0], sums, loss_type="two_pictures")
 
 
 @pytest.mark.parametrize(
@@ -189,5 +190,7 @@ def test_the_trainer_trains_it_and_logs_it(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_trainer_refuses_branches_that_its_records_lack(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'symmetric' looks at the branches other, other_rejected; training records have chosen"):
-        PreferenceConfig(str(tmp_path), loss_type=["symmetric"])
+    with pytest.raises(
+        ValueError, match="'two_pictures' looks at the branches other, other_rejected; training records have chosen"
+    ):
+        PreferenceConfig(str(tmp_path), loss_type=["two_pictures"])

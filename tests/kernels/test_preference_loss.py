@@ -14,11 +14,13 @@ from torch import Tensor
 
 from mmdpo_kernels import SequenceLogps, TokenLogps, preference_loss, sequence_logps
 from mmdpo_kernels.backends.registry import load
-from mmdpo_kernels.ops.preference_loss import LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE
+from mmdpo_kernels.losses import LOSSES, NEEDS_CORRUPTED, NEEDS_LENGTHS, REFERENCE_FREE, values_of
 
 LN2 = math.log(2)
 MDPO = ("sigmoid", "copo", "ancpo")
 BRANCHES = ("chosen", "rejected", "corrupted")
+USUAL = tuple(name for name in LOSSES if {value.branch for value in values_of(name)} <= set(BRANCHES))
+"""Losses of the branches that sums have names for."""
 
 
 @pytest.fixture(autouse=True, params=["reference", "native"])
@@ -79,14 +81,16 @@ def test_value_of_reference_free_losses_where_both_responses_have_one_mean() -> 
     policy = SequenceLogps(
         chosen=-0.3 * lengths, rejected=-0.3 * lengths.flip(0), chosen_lengths=lengths, rejected_lengths=lengths.flip(0)
     )
-    found = preference_loss(policy, loss_type=("simpo", "orpo", "nll"), beta=0.2, simpo_gamma=0.7).losses
+    names = ("simpo", "orpo", "nll", "mean_nll")
+    found = preference_loss(policy, loss_type=names, beta=0.2, simpo_gamma=0.7).losses
     torch.testing.assert_close(found["simpo"], torch.full((2,), math.log1p(math.exp(0.7)), dtype=torch.float64))
     torch.testing.assert_close(found["orpo"], torch.full((2,), 0.2 * LN2, dtype=torch.float64))
-    torch.testing.assert_close(found["nll"], torch.full((2,), 0.3, dtype=torch.float64))
+    for name in ("nll", "mean_nll"):
+        torch.testing.assert_close(found[name], torch.full((2,), 0.3, dtype=torch.float64))
 
 
 def test_every_loss_has_a_value_in_closed_form() -> None:
-    assert {name for names, _, _ in AT_REFERENCE.values() for name in names} | {"simpo", "orpo", "nll"} == set(LOSSES)
+    assert {name for names, _, _ in AT_REFERENCE.values() for name in names} | {"simpo", "orpo", "nll", "mean_nll"} == set(USUAL)
 
 
 def test_equations() -> None:
@@ -94,9 +98,7 @@ def test_equations() -> None:
     assert p.corrupted is not None and r.corrupted is not None
     assert p.chosen_lengths is not None and p.rejected_lengths is not None
     w, ll, c = p.chosen - r.chosen, p.rejected - r.rejected, p.corrupted - r.corrupted
-    found = preference_loss(
-        p, r, loss_type=tuple(LOSSES), beta=beta, anchor=0.1, label_smoothing=0.2, simpo_gamma=0.6, bco_shift=0.05
-    )
+    found = preference_loss(p, r, loss_type=USUAL, beta=beta, anchor=0.1, label_smoothing=0.2, simpo_gamma=0.6, bco_shift=0.05)
     losses, margins = found.losses, beta * (w - ll)
     torch.testing.assert_close(losses["sigmoid"], softplus(-margins))
     torch.testing.assert_close(losses["hinge"], (1 - margins).clamp(min=0))
@@ -106,6 +108,7 @@ def test_equations() -> None:
     torch.testing.assert_close(losses["ancpo"], softplus(0.1 - beta * w))
     torch.testing.assert_close(losses["bco_pair"], softplus(0.05 - beta * w) + softplus(beta * ll - 0.05))
     torch.testing.assert_close(losses["nll"].mean(), -p.chosen.sum() / p.chosen_lengths.sum())
+    torch.testing.assert_close(losses["mean_nll"], -p.chosen / p.chosen_lengths)
     per_token = w / p.chosen_lengths - ll / p.rejected_lengths
     torch.testing.assert_close(losses["ipo"], (per_token - 1 / (2 * beta)) ** 2)
     means = p.chosen / p.chosen_lengths, p.rejected / p.rejected_lengths
@@ -155,7 +158,7 @@ def test_length_normalised_divides_what_is_not_per_token_already() -> None:
         for x in (p, r)
     ]
     options: dict[str, Any] = {"beta": 0.3, "label_smoothing": 0.1}
-    names = [name for name in LOSSES if name not in NEEDS_LENGTHS]
+    names = [name for name in USUAL if name not in NEEDS_LENGTHS]
     found = preference_loss(p, r, loss_type=names, length_normalised=True, **options)
     expected = preference_loss(*divided, loss_type=names, **options)
     for name in names:
@@ -166,7 +169,7 @@ def test_length_normalised_divides_what_is_not_per_token_already() -> None:
     torch.testing.assert_close(plain, normalised)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", USUAL)
 def test_gradients_of_every_loss(name: str) -> None:
     check_gradients((name,), None, label_smoothing=0.2 if name in ("cdpo", "robust") else 0.0)
 
@@ -219,14 +222,14 @@ def test_reference_carries_no_gradient() -> None:
     assert reference.chosen.grad is None
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", USUAL)
 def test_reference_free_losses_are_those_that_ignore_the_reference(name: str) -> None:
     policy = logps(0)
     found = [preference_loss(policy, reference, loss_type=(name,)).loss for reference in (logps(1), logps(2))]
     assert (found[0] == found[1]).item() == (name in REFERENCE_FREE)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", USUAL)
 def test_what_losses_need(name: str) -> None:
     bare = SequenceLogps(chosen=-torch.ones(2), rejected=-torch.ones(2))
 

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, sequence_logps
 from mmdpo_kernels.backends.registry import load
-from mmdpo_kernels.ops.preference_loss import LOSSES
+from mmdpo_kernels.losses import LOSSES, values_of
 
 ALL = ("chosen", "rejected", "corrupted")
+USUAL = tuple(name for name in LOSSES if {value.branch for value in values_of(name)} <= set(ALL))
+SIX = (*ALL, "similar_chosen", "similar_rejected", "exchanged")
 MDPO = ("sigmoid", "copo", "ancpo")
 OPTIONS: dict[str, dict[str, Any]] = {
-    **{name: {"loss_type": (name,)} for name in LOSSES if name not in ("cdpo", "robust")},
+    **{name: {"loss_type": (name,)} for name in USUAL if name not in ("cdpo", "robust")},
     "cdpo": {"loss_type": ("cdpo",), "label_smoothing": 0.2},
     "robust": {"loss_type": ("robust",), "label_smoothing": 0.2},
     "mdpo": {"loss_type": MDPO},
@@ -27,8 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all anchors": {"loss_type": ("ancpo",), "anchors": ALL, "anchor": 0.3},
     "low anchors": {"loss_type": ("ancpo", "sigmoid"), "anchors": ("corrupted", "rejected"), "anchor": -0.3},
     "shifted": {"loss_type": ("bco_pair", "simpo"), "bco_shift": 0.7, "simpo_gamma": 1.5},
-    "all": {"loss_type": tuple(LOSSES), "label_smoothing": 0.1, "anchors": ALL, "length_normalised": True},
-    "all, not normalised": {"loss_type": tuple(LOSSES), "label_smoothing": 0.1},
+    "all": {"loss_type": USUAL, "label_smoothing": 0.1, "anchors": ALL, "length_normalised": True},
+    "all, not normalised": {"loss_type": USUAL, "label_smoothing": 0.1},
 }
 
 
@@ -113,6 +115,25 @@ def test_sums(run: tuple[str, torch.dtype], case: str) -> None:
     policy = tokens(dtype)
     reference = sums(replace(another(policy), logps=another(policy).logps.double()))
     check(policy, reference, reference, backend, as_sums=True, beta=0.3, **OPTIONS[case])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "loss_type": ("sigmoid", "symmetric", "ancpo", "similar_anchor", "symmetric_margin"),
+            "loss_weights": (1, 0.5, 1, 1, 1e-4),
+        },
+        {"loss_type": ("sigmoid", "hinge", "ipo"), "extra_negative": "exchanged", "extra_negative_weight": 0.3},
+        {"loss_type": ("copo", "ancpo"), "corrupted": ("corrupted", "similar_rejected"), "anchors": ("corrupted", "chosen")},
+        {"loss_type": ("sigmoid", "bco_pair", "mean_nll"), "loss_weights": (0.8, 0.2, 1.0), "bco_shift": -0.3},
+    ],
+)
+def test_losses_of_further_branches(run: tuple[str, torch.dtype], options: dict[str, Any]) -> None:
+    backend, dtype = run
+    policy = tokens(dtype, records=19, branches=SIX, longest=3)
+    reference = another(policy)
+    check(policy, reference, replace(reference, logps=reference.logps.double()), backend, beta=0.3, **options)
 
 
 @pytest.mark.parametrize("branches", [ALL, ALL[:2], ("corrupted", "rejected", "chosen"), ("rejected", "chosen")])

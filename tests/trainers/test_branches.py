@@ -230,7 +230,7 @@ def test_declarations_that_do_not_fit_are_refused(tmp_path: Path, folder: Path) 
     with pytest.raises(ValueError, match="expected crossed: .view, response., such as .corrupted, rejected., got 'corrupted'"):
         config(tmp_path, further_branches={"crossed": "corrupted"})
     with pytest.raises(
-        ValueError, match="'crossed' looks at the branches crossed; training records have chosen, rejected, corrupted$"
+        ValueError, match="'crossed' looks at the branches crossed; training records have chosen, rejected, corrupted; add"
     ):
         config(tmp_path, loss_type=["crossed"])
     with pytest.raises(ValueError, match="no_image: without pictures there is none to corrupt"):
@@ -244,3 +244,63 @@ def test_a_settings_file_declares_branches(tmp_path: Path) -> None:
     file.write_text(f"output_dir: {tmp_path}\nloss_type: crossed\nfurther_branches: {{crossed: [corrupted, rejected]}}\n")
     [args] = HfArgumentParser(PreferenceConfig).parse_yaml_file(str(file))  # type: ignore[arg-type]
     assert args.branches == {"chosen": TABLE["chosen"], "rejected": TABLE["rejected"], "crossed": TABLE["crossed"]}
+
+
+SYMMETRIC = {
+    "exchanged": ["images", "third"],
+    "similar_chosen": ["mirrored_images", "third"],
+    "similar_rejected": ["mirrored_images", "chosen"],
+}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_losses_of_further_branches_are_those_of_separate_sequences(folder: Path, tmp_path: Path, packing: bool) -> None:
+    """SymMPO's five branches, and a second rejected response, whose loss is weighted."""
+    names = ["ipo", "symmetric", "similar_anchor", "symmetric_margin"]
+    options = {
+        "loss_type": names,
+        "loss_weights": [1.0, 0.5, 1.0, 1e-2],
+        "extra_negative": "exchanged",
+        "extra_negative_weight": 0.3,
+    }
+    data = records(4)
+    trainer, [entry, _] = trained(
+        folder, tmp_path, data, learning_rate=0.0, further_branches=SYMMETRIC, tree_packing=packing, **options
+    )
+    assert list(trainer.args.branches) == ["chosen", "rejected", *SYMMETRIC]
+    batch = collator(tiny(folder), branches=trainer.args.branches, corruption=None, tree_packing=False).batch(data)
+    policy = head.batch_logps(trainer.model, batch)
+    with trainer.reference.active():
+        reference = head.batch_logps(trainer.reference.model, batch)
+    ratio = dict(zip(batch.branches, (policy - reference).unbind(1), strict=True))
+    length = dict(zip(batch.branches, batch.lengths.unbind(1), strict=True))
+    w = ratio["chosen"] / length["chosen"]
+    here, there = ratio["chosen"] - ratio["exchanged"], ratio["similar_chosen"] - ratio["similar_rejected"]
+    expected = sum(share * (w - ratio[name] / length[name] - 5) ** 2 for name, share in (("rejected", 0.7), ("exchanged", 0.3)))
+    expected = expected - 0.5 * (logsigmoid(0.1 * here) + logsigmoid(0.1 * there))
+    expected = expected - logsigmoid(0.1 * ratio["similar_chosen"]) + 1e-2 * (here - there) ** 2
+    assert entry["loss"] == pytest.approx(float(expected.mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"loss_type": ["symmetric"]},
+            r"'symmetric' looks at the branches exchanged, similar_chosen, similar_rejected; training records have chosen, rejected, "
+            r"corrupted; add the columns with further_branches: \{exchanged: \[images, similar_chosen\], "
+            r"similar_chosen: \[similar_images, similar_chosen\]",
+        ),
+        (
+            {"extra_negative": "hallucinated"},
+            r"looks at the branches hallucinated; .* \{hallucinated: \[images, hallucinated\]\}",
+        ),
+        ({"extra_negative": "hallucinated", "loss_type": ["nll"]}, "extra_negative: it acts on hinge, ipo, sigmoid only"),
+        ({"extra_negative": "rejected"}, "extra_negative: expected a branch other than chosen and rejected"),
+        ({"extra_negative_weight": 2.0}, "extra_negative_weight: expected a share"),
+        ({"similar_beta": 0.0}, "similar_beta: expected a value above 0"),
+    ],
+)
+def test_what_a_loss_lacks_is_said_with_its_declaration(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...loss_terms import BATCH_VALUES, BRANCHES, LINKS, VALUES, Term
-from ...losses import LOSSES, LossParameters  # for examples alone: the kernel is given terms
+from ...losses import LOSSES, LossParameters, values_of  # for examples alone: the kernel is given terms
 from ..loss_options import LossArrays, LossOptions, table_size
 from . import runtime
 from .launch import Launch
@@ -103,14 +103,15 @@ REPRESENTATIVE = ("tokens mdpo",)
 
 
 def specializations(target: int) -> list[Specialization]:
-    """mDPO, MIA-DPO, and every loss of the table at once; from tokens and from sums."""
+    """mDPO, MIA-DPO, and every loss of the table that looks at the usual branches at once; from tokens and from sums."""
+    every = tuple(name for name in LOSSES if {value.branch for value in values_of(name)}.issubset(BRANCHES))
     mdpo, mia = ("sigmoid", "copo", "ancpo"), ("sigmoid", "nll")
     cases = {
         "tokens mdpo": (mdpo, True, {}),
         "tokens mia weights": (mia, True, {"weights": True}),
-        "tokens all": (tuple(LOSSES), True, {"weights": True, "length_normalised": True}),
+        "tokens all": (every, True, {"weights": True, "length_normalised": True}),
         "sums mdpo": (mdpo, False, {}),
-        "sums all": (tuple(LOSSES), False, {"length_normalised": True}),
+        "sums all": (every, False, {"length_normalised": True}),
     }
     return [_example(*case).describe(f"preference_loss {label}") for label, case in cases.items()]
 

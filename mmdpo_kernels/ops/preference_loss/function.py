@@ -78,6 +78,10 @@ def preference_loss(
     anchors: Sequence[str] = ("chosen",),
     simpo_gamma: float = 0.5,
     bco_shift: float = 0.0,
+    extra_negative: str | None = None,
+    extra_negative_weight: float = 0.5,
+    corrupted: Sequence[str] = ("corrupted",),
+    similar_beta: float | None = None,
     length_normalised: bool = False,
     backend: str = "auto",
 ) -> PreferenceLoss:
@@ -92,7 +96,8 @@ def preference_loss(
         reference: the same under the reference model, with `TokenLogps` either of the two; None = reference-free, all zeros. Losses in
             `REFERENCE_FREE` never look at it.
         loss_type: names in `LOSSES`: "sigmoid", "hinge", "ipo", "cdpo", "robust", "simpo", "orpo", "bco_pair", "kto_pair", "nll",
-            "copo", "ancpo"; equations, sources and values at the reference are in `mmdpo_kernels.losses`.
+            "mean_nll", "copo", "ancpo", "symmetric", "symmetric_margin", "similar_anchor"; equations, sources and values at the reference are
+            in `mmdpo_kernels.losses`.
         loss_weights: one factor a loss, default 1.
         beta: strength of the pull towards the reference, above 0; of "orpo" the factor of its only term.
         label_smoothing: share of the labels taken to be wrong, in [0, 0.5); acts on "cdpo" and "robust" and is an error without them.
@@ -100,6 +105,11 @@ def preference_loss(
         anchors: rewards that "ancpo" holds: "chosen" above `anchor`, "rejected" and "corrupted" below it.
         simpo_gamma: margin of "simpo", in units of reward, at least 0.
         bco_shift: reward shift of "bco_pair"; 0 leaves it out, as TRL does.
+        extra_negative: branch of the policy that is a second rejected response for "sigmoid", "hinge" and "ipo"; None: there is none. An
+            error without one of these losses.
+        extra_negative_weight: its share of such a loss, in [0, 1]; the rejected response has the rest.
+        corrupted: branches over which "copo" (and "ancpo" anchoring "corrupted") is a mean.
+        similar_beta: beta of "similar_anchor"; None: `beta`.
         length_normalised: divide w, l and c by their token counts, in rewards and in every loss that is not per token already
             ("ipo", "simpo", "orpo", "nll").
         backend: "auto", or a name from `backends()["preference_loss"]`.
@@ -113,7 +123,6 @@ def preference_loss(
             lengths.
         RuntimeError: in backward, a second derivative (`create_graph=True`).
     """
-    compiling = torch.compiler.is_compiling()
     # Numbers, not tensors of them: what is looked up by a tensor does not follow its value.
     parameters = LossParameters(
         beta=float(beta),
@@ -122,9 +131,19 @@ def preference_loss(
         anchors=as_names(anchors),
         simpo_gamma=float(simpo_gamma),
         bco_shift=float(bco_shift),
+        extra_negative=extra_negative,
+        extra_negative_weight=float(extra_negative_weight),
+        corrupted=as_names(corrupted),
+        similar_beta=None if similar_beta is None else float(similar_beta),
     )
     weights = None if loss_weights is None else tuple(loss_weights)
-    request = LossRequest(as_names(loss_type), weights, parameters, length_normalised)
+    return _evaluated(policy, reference, LossRequest(as_names(loss_type), weights, parameters, length_normalised), backend)
+
+
+def _evaluated(
+    policy: SequenceLogps | TokenLogps, reference: SequenceLogps | TokenLogps | None, request: LossRequest, backend: str
+) -> PreferenceLoss:
+    compiling = torch.compiler.is_compiling()
     asked = (settings if compiling else kept_settings)(request)
     if isinstance(policy, TokenLogps):
         arrays = token_arrays(policy, reference, asked)

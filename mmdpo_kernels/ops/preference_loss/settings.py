@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ...backends.loss_options import LossOptions
 from ...loss_terms import BATCH_VALUES, LINKS, TOKEN_VALUES, VALUES, Term
-from ...losses import ANCHORS, LOSSES, SMOOTHED, LossParameters
+from ...losses import ANCHORS, EXTENDED, LOSSES, SMOOTHED, LossParameters
 
 OP = "preference_loss"
 
@@ -113,7 +113,7 @@ def _checked_weights(names: tuple[str, ...], weights: tuple[float, ...] | None) 
 
 
 def _check_ranges(names: tuple[str, ...], parameters: LossParameters) -> None:
-    beta, label_smoothing, anchor, _, simpo_gamma, bco_shift = parameters
+    beta, label_smoothing, simpo_gamma = parameters.beta, parameters.label_smoothing, parameters.simpo_gamma
     if not 0 < beta < math.inf:
         raise ValueError(f"{OP}: beta must be above 0, got {beta}")
     if not 0 <= label_smoothing < 0.5:
@@ -125,6 +125,24 @@ def _check_ranges(names: tuple[str, ...], parameters: LossParameters) -> None:
         )
     if not 0 <= simpo_gamma < math.inf:
         raise ValueError(f"{OP}: simpo_gamma must be 0 or more, got {simpo_gamma}")
-    for name, value in (("anchor", anchor), ("bco_shift", bco_shift)):
+    for name in ("anchor", "bco_shift"):
+        value = getattr(parameters, name)
         if not -math.inf < value < math.inf:
             raise ValueError(f"{OP}: {name} must be a finite number, got {value}")
+    _check_branch_names(names, parameters)
+
+
+def _check_branch_names(names: tuple[str, ...], parameters: LossParameters) -> None:
+    extra, share, corrupted = parameters.extra_negative, parameters.extra_negative_weight, parameters.corrupted
+    if extra is not None and EXTENDED.isdisjoint(names):
+        raise ValueError(
+            f"{OP}: extra_negative={extra!r} acts on {', '.join(sorted(EXTENDED))} only, got loss_type {list(names)}; leave it out"
+        )
+    if extra in ("chosen", "rejected"):
+        raise ValueError(f"{OP}: extra_negative must name a branch other than chosen and rejected, got {extra!r}")
+    if not 0 <= share <= 1:
+        raise ValueError(f"{OP}: extra_negative_weight must be in [0, 1], got {share}")
+    if not corrupted or len(set(corrupted)) != len(corrupted):
+        raise ValueError(f"{OP}: corrupted must name one or more branches, each once, got {list(corrupted)}")
+    if parameters.similar_beta is not None and not 0 < parameters.similar_beta < math.inf:
+        raise ValueError(f"{OP}: similar_beta must be above 0, or None for beta, got {parameters.similar_beta}")

@@ -42,6 +42,9 @@ class Branch:
     response: str
     """A column."""
 
+    def __str__(self) -> str:
+        return f"[{self.view}, {self.response}]"
+
 
 BRANCHES: Mapping[str, Branch] = MappingProxyType(
     {
@@ -53,6 +56,14 @@ BRANCHES: Mapping[str, Branch] = MappingProxyType(
 """The branches that every record has, by name."""
 PAIR: Mapping[str, Branch] = MappingProxyType({name: BRANCHES[name] for name in ("chosen", "rejected")})
 """Those that are always scored."""
+USUAL_BRANCHES: Mapping[str, Branch] = MappingProxyType(
+    {
+        "similar_chosen": Branch("similar_images", "similar_chosen"),
+        "similar_rejected": Branch("similar_images", "chosen"),
+        "exchanged": Branch(IMAGES, "similar_chosen"),
+    }
+)
+"""The columns that losses with further branches are usually given, for messages; a configuration declares them."""
 
 
 def branch_table(branches: Sequence[str] | Mapping[str, Branch]) -> dict[str, Branch]:

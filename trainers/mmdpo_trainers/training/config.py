@@ -10,9 +10,9 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from mmdpo_kernels.losses import LOSSES, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters, values_of
+from mmdpo_kernels.losses import EXTENDED, LOSSES, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters, values_of
 from mmdpo_trainers.data.corruption import KINDS, Corruption
-from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, shows_corrupted
+from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, USUAL_BRANCHES, Branch, shows_corrupted
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.training.arguments import TRL_LOSSES, check_inherited, takes_foreign_names
 
@@ -65,6 +65,17 @@ class PreferenceConfig(TrainingArguments):
     anchor: float = _option(0.0, "ancpo: delta, the reward that anchored responses are to stay above (chosen) or below (others)")
     anchors: list[str] = field(
         default_factory=lambda: ["chosen"], metadata={"help": f"ancpo: rewards that are anchored, of {', '.join(BRANCHES)}"}
+    )
+    extra_negative: str | None = _option(
+        None,
+        f"{', '.join(sorted(EXTENDED))}: a branch of further_branches, such as {{hallucinated: [images, hallucinated]}}, that is a second "
+        "rejected response (arXiv 2407.02477); None: there is none",
+    )
+    extra_negative_weight: float = _option(
+        0.5, "extra_negative: its share of the loss; rejected has the rest, which is the paper's gamma"
+    )
+    similar_beta: float | None = _option(
+        None, "similar_anchor (SymMPO): beta of the anchor on the similar picture's answer; None: beta"
     )
     further_branches: dict[str, list[str]] | None = _option(
         None,
@@ -197,18 +208,14 @@ class PreferenceConfig(TrainingArguments):
         if self.loss_weights is not None and not all(map(_is_number, self.loss_weights)):
             raise ValueError(f"loss_weights: expected finite numbers, got {self.loss_weights}")
         for name in self.loss_type:
-            others = {value.branch for value in values_of(name)}.difference(self._known_branches)
-            if others:
-                raise ValueError(
-                    f"loss_type: {name!r} looks at the branches {', '.join(sorted(others))}; training records have "
-                    f"{', '.join(self._known_branches)}"
-                )
+            self._check_branches_of(name)
         if not _is_number(self.beta) or not self.beta > 0:
             raise ValueError(f"beta: expected a value above 0, got {self.beta}")
         if not _is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing: expected a share in [0, 0.5), got {self.label_smoothing!r}")
         if self.label_smoothing and SMOOTHED.isdisjoint(self.loss_type):
             raise ValueError(f"label_smoothing: it acts on {', '.join(sorted(SMOOTHED))} only, got loss_type {self.loss_type}")
+        self._check_second_rejected()
         if not _is_number(self.anchor):
             raise ValueError(f"anchor: expected a finite number, got {self.anchor!r}")
         if not _is_number(self.simpo_gamma) or self.simpo_gamma < 0:
@@ -225,6 +232,26 @@ class PreferenceConfig(TrainingArguments):
                 "changed_token_weight: weighted log-probabilities have a length of their own; leave it at 1 with length_normalised "
                 f"and with {', '.join(sorted(NEEDS_LENGTHS & set(self.loss_type))) or 'losses of token means'}"
             )
+
+    def _check_branches_of(self, name: str) -> None:
+        others = {value.branch for value in values_of(name, self.loss_parameters)}.difference(self._known_branches)
+        if others:
+            missing = sorted(others)
+            declared = ", ".join(f"{each}: {USUAL_BRANCHES.get(each, '[images, ' + each + ']')}" for each in missing)
+            raise ValueError(
+                f"loss_type: {name!r} looks at the branches {', '.join(missing)}; training records have "
+                f"{', '.join(self._known_branches)}; add the columns with further_branches: {{{declared}}}"
+            )
+
+    def _check_second_rejected(self) -> None:
+        if self.extra_negative is not None and EXTENDED.isdisjoint(self.loss_type):
+            raise ValueError(f"extra_negative: it acts on {', '.join(sorted(EXTENDED))} only, got loss_type {self.loss_type}")
+        if self.extra_negative in PAIR:
+            raise ValueError(f"extra_negative: expected a branch other than {' and '.join(PAIR)}, got {self.extra_negative!r}")
+        if not _is_number(self.extra_negative_weight) or not 0 <= self.extra_negative_weight <= 1:
+            raise ValueError(f"extra_negative_weight: expected a share in [0, 1], got {self.extra_negative_weight!r}")
+        if self.similar_beta is not None and (not _is_number(self.similar_beta) or self.similar_beta <= 0):
+            raise ValueError(f"similar_beta: expected a value above 0, or None for beta, got {self.similar_beta!r}")
 
     def _check_corruption(self) -> None:
         self.corruption_keep = tuple(self.corruption_keep)  # type: ignore[assignment]
@@ -257,14 +284,27 @@ class PreferenceConfig(TrainingArguments):
         return any(name not in REFERENCE_FREE for name in self.loss_type)
 
     @property
+    def loss_parameters(self) -> LossParameters:
+        """What losses are made with, but for the running `bco_shift`."""
+        return LossParameters(
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            anchor=self.anchor,
+            anchors=tuple(self.anchors),
+            simpo_gamma=self.simpo_gamma,
+            extra_negative=self.extra_negative,
+            extra_negative_weight=self.extra_negative_weight,
+            similar_beta=self.similar_beta,
+        )
+
+    @property
     def _known_branches(self) -> dict[str, Branch]:
         return {**BRANCHES, **{name: Branch(*pair) for name, pair in (self.further_branches or {}).items()}}
 
     @property
     def branches(self) -> dict[str, Branch]:
         """The branches that some loss looks at, "chosen" and "rejected" first."""
-        parameters = LossParameters(anchors=tuple(self.anchors))
-        looked_at = {value.branch for name in self.loss_type for value in values_of(name, parameters)}
+        looked_at = {value.branch for name in self.loss_type for value in values_of(name, self.loss_parameters)}
         return {name: branch for name, branch in self._known_branches.items() if name in PAIR or name in looked_at}
 
     @property

@@ -275,11 +275,7 @@ class PreferenceTrainer(SavingTrainer):
                 reference,
                 loss_type=pairwise,
                 loss_weights=[weights[name] for name in pairwise],
-                beta=args.beta,
-                label_smoothing=args.label_smoothing,
-                anchor=args.anchor,
-                anchors=args.anchors,
-                simpo_gamma=args.simpo_gamma,
+                **args.loss_parameters._asdict(),
                 length_normalised=args.length_normalised,
             )
             outcomes.append(outcome)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from online_cases import online as online_pairs
 from peft import LoraConfig
 from processes import end_of, free_port, start
 from training_cases import config, preference_records, tiny
@@ -131,6 +132,7 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
     lora, kill, second, resume, tied = (case.pop(name, None) for name in ("lora", "kill", "second", "resume_after", "tied"))
     # Regions are on LLaVA's patches.
     plain = {} if case.pop("regions", True) else {"region": None, "patch_grid": None}
+    online = case.pop("online", None)
     kind = Spoilt if case.pop("spoilt", False) else PreferenceTrainer
     if resume is not None and rank == 0:
         # As if the processes had ended right after this checkpoint.
@@ -172,6 +174,7 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
         eval_dataset=[{**record, **plain} for record in preference_records(5)],
         peft_config=LoraConfig(**lora) if lora else None,
         ref_model=other,
+        online=None if online is None else online_pairs(**online),
         callbacks=[KillAt(kill)] if kill is not None else None,
     )
     try:

@@ -93,7 +93,7 @@ def test_a_stage_command_of_the_third_method(third: Path) -> None:
 def test_a_file_of_the_folder_is_a_method(third: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(third)])
     found = methods._found()
-    assert list(found) == ["mia_dpo", "ipo_run", "mdpo"]
+    assert list(found) == ["mia_dpo", "ipo_run", "mdpo", "online_dpo"]
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,9 @@ def test_a_file_of_the_folder_is_a_method(third: Path, monkeypatch: pytest.Monke
     [
         (
             {"method": "mdpoo"},
-            "method must be one of mia_dpo, mdpo, or a .py file .*, got the text 'mdpoo'; did you mean 'mdpo'?",
+            "method must be one of mia_dpo, mdpo, .*or a .py file .*, got the text 'mdpoo'; did you mean 'mdpo'?",
         ),
-        ({"method": "none.py"}, "none.py does not exist; expected one of mia_dpo, mdpo, or a .py file"),
+        ({"method": "none.py"}, "none.py does not exist; expected one of mia_dpo, mdpo, .*or a .py file"),
         ({"method": "empty.py"}, "empty.py declares none: expected METHOD"),
         ({"method": "broken.py"}, r"broken.py cannot be imported \(ZeroDivisionError"),
         (
@@ -150,7 +150,10 @@ def test_a_declaration_of_what_there_is_not(
 def test_declarations_name_what_there_is(name: str) -> None:
     method = method_named(name)
     check_declaration(method)
-    assert all(STAGES[section].arm for section in method.arm_sections) and method.pairs_stage in method.stages
+    assert (
+        all(section not in STAGES or STAGES[section].arm for section in method.arm_sections)
+        and method.pairs_stage in method.stages
+    )
     assert preset_args(RunConfig(method=name))["loss_type"] == method.presets[method.default_preset]["loss_type"]
 
 

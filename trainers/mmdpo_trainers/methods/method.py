@@ -23,7 +23,8 @@ class Method:
     arm_sections: tuple[str, ...] = ("train",)
     """Sections of the configuration that an arm may override: `train`, and `select` where there is that stage."""
     presets: Mapping[str, Mapping[str, Any]]
-    """Name -> fields of PreferenceConfig that a paper or its released code trains with. The first is taken where a run names none."""
+    """Name -> fields of PreferenceConfig that a paper or its released code trains with, and under `online` values of that section. The first
+    is taken where a run names none."""
     evaluation_prompts: Literal["augmented", "pairs"]
     """augmented: multi-image prompts, made as augment makes them, each answer with its attention ratio; pairs: what stage pairs wrote."""
     measures: tuple[str, ...] = ("answers",)

@@ -116,6 +116,8 @@ def preference_records(
 ) -> Iterator[tuple[dict[str, Any], Image.Image]]:
     """Yield `count` preference records with TRL's columns, each with its picture, which belongs at `images/<id>.png`.
 
+    `answer` and `options` are those of evaluation: what is to be true of other answers to the prompt.
+
     counterfactual, captions: shares of pictures that disagree with the prior, and of captions. What comes follows from seed and
     `split` ("pairs", "held_out"), whatever `count` is; the two share no picture.
     """
@@ -132,6 +134,8 @@ def preference_records(
             "prompt": [{"role": "user", "content": f"<image>\n{pair.question}"}],
             "chosen": [{"role": "assistant", "content": pair.chosen}],
             "rejected": [{"role": "assistant", "content": pair.rejected}],
+            "answer": pair.scene.colour,
+            "options": list(world.COLOURS),
         }
         yield record, world.draw(pair.scene)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from online_cases import online as online_pairs
 from peft import LoraConfig
 from processes import end_of, free_port, start
 from training_cases import config, preference_records, tiny
@@ -142,6 +143,7 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
     plain = {} if case.pop("regions", True) else {"region": None, "patch_grid": None}
     kind: Any = Spoilt if case.pop("spoilt", False) else PreferenceTrainer
     reward = case.pop("reward", False)
+    online = case.pop("online", None)
     if resume is not None and rank == 0:
         # As if the processes had ended right after this checkpoint.
         for checkpoint in output.glob("checkpoint-*"):
@@ -184,6 +186,7 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
         eval_dataset=[{**record, **plain} for record in preference_records(5)],
         peft_config=LoraConfig(**lora) if lora else None,
         ref_model=other,
+        online=None if online is None else online_pairs(**online),
         callbacks=[KillAt(kill)] if kill is not None else None,
     )
     try:

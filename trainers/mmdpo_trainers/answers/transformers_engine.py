@@ -47,6 +47,8 @@ def generate_responses(
         do_sample=do_sample,
         num_beams=1,
         repetition_penalty=1.0,
+        # A model in training has a configuration without.
+        use_cache=True,
         # A generated image token would ask for a picture when the answer is scored.
         suppress_tokens=[loaded.image_token_id],
         pad_token_id=loaded.pad_id,

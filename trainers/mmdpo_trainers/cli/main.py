@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.sections.data import DataConfig
+from mmdpo_trainers.config.sections.online import OnlineConfig
 from mmdpo_trainers.config.stages import STAGES, StageKind
 from mmdpo_trainers.config.values import parse_yaml, read_yaml, type_name, validated
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
@@ -157,6 +158,8 @@ def _add_stage(commands: Any, stage: str) -> None:
         parser.add_argument("--moment", choices=("before", "after"), default="after", help="the model before or after training")
     if stage == "augment":
         _add_fields(parser, DataConfig, "data")
+    if stage == "train":
+        _add_fields(parser, OnlineConfig, "online")
     _add_section(parser, stage)
     parser.set_defaults(action=_stage, stage=stage)
 
@@ -309,7 +312,7 @@ def _configuration(options: argparse.Namespace, saved: Path) -> RunConfig:
         # A run that does not say its method yet is of the first that has the stage.
         values["method"] = next((name for name, method in METHODS.items() if options.stage in method.stages), RunConfig().method)
     for key, text in vars(options).items():
-        if key.split(".")[0] in ("data", *STAGES, *_SHARED, _ALLOW) and key != "config":
+        if key.split(".")[0] in ("data", "online", *STAGES, *_SHARED, _ALLOW) and key != "config":
             values = _assigned(values, key.split("."), _typed(key, text))
     where = str(file) if file.exists() else "command line"
     return check_method(RunConfig.from_dict(values, where=where), where).with_absolute_paths()

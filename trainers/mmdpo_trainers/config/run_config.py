@@ -15,6 +15,7 @@ from mmdpo_trainers.config.sections.answers import GenerateConfig, ScoreConfig
 from mmdpo_trainers.config.sections.data import AugmentConfig, DataConfig, PairsConfig
 from mmdpo_trainers.config.sections.evaluation import EvaluateConfig, ReportConfig
 from mmdpo_trainers.config.sections.hallucination import HallucinateConfig
+from mmdpo_trainers.config.sections.online import OnlineConfig
 from mmdpo_trainers.config.sections.rating import RateConfig
 from mmdpo_trainers.config.sections.selection import SelectConfig
 from mmdpo_trainers.config.sections.training import TrainConfig
@@ -50,6 +51,7 @@ class RunConfig(Settings):
     select: SelectConfig = option(help="preference pairs", factory=SelectConfig)
     pairs: PairsConfig = option(help="preference pairs that exist already", factory=PairsConfig)
     hallucinate: HallucinateConfig = option(help="wrong answers made of true ones", factory=HallucinateConfig)
+    online: OnlineConfig = option(help="answers sampled in training", factory=OnlineConfig)
     train: TrainConfig = option(help="training", factory=TrainConfig)
     evaluate: EvaluateConfig = option(help="accuracy", factory=EvaluateConfig)
     report: ReportConfig = option(help="the page", factory=ReportConfig)

@@ -203,22 +203,30 @@ def record_target(record: Mapping[str, Any]) -> int | None:
     return target
 
 
-def check_record(record: Mapping[str, Any]) -> None:
-    """DataError naming the record where its texts, placeholders or target cannot be used; its pictures are not opened."""
-    check_content(record)
+def check_record(record: Mapping[str, Any], *, prompts: bool = False) -> None:
+    """DataError naming the record where its texts, placeholders or target cannot be used; its pictures are not opened.
+
+    prompts: it may have neither chosen nor rejected.
+    """
+    check_content(record, () if prompts and is_prompt(record) else ("chosen", "rejected"))
     prompt_text(record)
     record_target(record)
     record_rejected_images(record)
 
 
-def check_content(record: Mapping[str, Any]) -> None:
+def is_prompt(record: Mapping[str, Any]) -> bool:
+    """Whether a record has no responses of its own."""
+    return record.get("chosen") is None and record.get("rejected") is None
+
+
+def check_content(record: Mapping[str, Any], responses: Sequence[str] = ("chosen", "rejected")) -> None:
     """DataError naming the record, the place and the remedy for content that would not be read. Columns of pictures are not looked at."""
     try:
         check_columns(record)
     except UnreadContent as error:
         raise DataError(f"record {record_name(record)}: {error}") from error
     single_turn(record, "prompt", "user")
-    for column in ("chosen", "rejected"):
+    for column in responses:
         response_text(record, column)
 
 

@@ -16,6 +16,7 @@ from mmdpo_trainers.data.match import is_right
 from mmdpo_trainers.data.pair_records import (
     check_content,
     check_record,
+    is_prompt,
     record_images,
     record_rejected_images,
     with_images_from,
@@ -34,7 +35,7 @@ _COLUMNS = ("prompt", "chosen", "rejected")
 _ACCEPTED = "preference data is a .jsonl file (one record a line), a .parquet file, or a folder that Dataset.save_to_disk wrote"
 
 
-def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[str] = ()) -> Any:
+def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[str] = (), prompts: bool = False) -> Any:
     """Preference records with TRL's columns: a list from a .jsonl file, a `datasets.Dataset` from parquet or a saved folder.
 
     Records with MMPR's columns (arXiv 2411.10442: `question`, `chosen`, `rejected`, and `image`, a picture, a list of them, or none) are given
@@ -45,6 +46,7 @@ def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[
 
     missing: takes the names of records that lack a picture, which are then left out; None: they are refused.
     views: columns of pictures beside `images` and `rejected_images`.
+    prompts: records of a .jsonl file may be prompts alone, with neither chosen nor rejected.
 
     Raises DataError naming the file that is no preference data, or the record that cannot be used.
     """
@@ -56,8 +58,9 @@ def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[
     for number, record in enumerate(_lines(path), start=1):
         record.setdefault("id", f"line {number}")
         record = _with_trl_columns(record)
-        _check_columns(path, record, record["id"])
-        check_record(record)
+        if not (prompts and "prompt" in record and is_prompt(record)):
+            _check_columns(path, record, record["id"])
+        check_record(record, prompts=prompts)
         record = with_images_from(record, folder, views=views)
         for column, images in _image_columns(record, views):
             if not all(isinstance(image, str) for image in images):

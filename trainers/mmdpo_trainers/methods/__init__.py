@@ -16,10 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.config.sections.online import OnlineConfig
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.methods.method import Method
 
-__all__ = ["METHODS", "Method", "check_method", "method_named", "preset_args", "presets"]
+__all__ = ["METHODS", "Method", "check_method", "method_named", "online_settings", "preset_args", "presets"]
+
+
+ONLINE = "online"
+"""Of a preset what is no field of PreferenceConfig: values of the section `online`."""
 
 
 def _found() -> dict[str, Method]:
@@ -95,9 +100,21 @@ def _check_preset(config: RunConfig) -> None:
 
 def preset_args(config: RunConfig) -> dict[str, Any]:
     """A run's `train.args` over those of its preset."""
+    preset = {name: value for name, value in _preset(config).items() if name != ONLINE}
+    return {**preset, **config.train.args}
+
+
+def online_settings(config: RunConfig) -> OnlineConfig:
+    """A run's section `online`, with the preset's values in place of those that are not given; alpha 0 where neither says one."""
+    preset = {name: value for name, value in _preset(config).get(ONLINE, {}).items() if getattr(config.online, name) is None}
+    settings = dataclasses.replace(config.online, **preset)
+    return dataclasses.replace(settings, alpha=settings.alpha or 0.0, use=settings.use or "pair")
+
+
+def _preset(config: RunConfig) -> dict[str, Any]:
     _check_preset(config)
     method = method_named(config.method)
-    return {**presets(method)[config.train.preset or method.default_preset], **config.train.args}
+    return presets(method)[config.train.preset or method.default_preset]
 
 
 METHODS: dict[str, Method] = _found()

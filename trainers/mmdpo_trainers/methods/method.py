@@ -30,8 +30,8 @@ class Method:
     trainer: Literal["preference", "reward_model"] = "preference"
     """What train trains with, of `training.trainers.TRAINERS`."""
     presets: Mapping[str, Mapping[str, Any]]
-    """Name -> fields of the trainer's configuration (PreferenceConfig) that a paper or its released code trains with. The first is taken
-    where a run names none."""
+    """Name -> fields of the trainer's configuration (PreferenceConfig) that a paper or its released code trains with, and under `online`
+    values of that section. The first is taken where a run names none."""
     evaluation_prompts: Literal["augmented", "pairs"]
     """augmented: multi-image prompts, made as augment makes them, each answer with its attention ratio; pairs: what stage pairs wrote."""
     measures: tuple[str, ...] = ("answers",)

@@ -18,7 +18,7 @@ from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
-from mmdpo_trainers.methods import check_method, method_named
+from mmdpo_trainers.methods import check_method, method_named, online_settings
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
@@ -146,6 +146,9 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     ):
         # By which wrong answers of replayed records are drawn, and layers compared.
         parts["select.match"] = match_of(context.config.select)
+    if context.stage == "train" and online_settings(context.config).alpha:
+        parts |= {f"online.{key}": value for key, value in _values(online_settings(context.config)).items()}
+        parts |= {f"rate.{key}": value for key, value in _values(context.config.rate).items()}
     if context.stage == "report":
         parts["name"] = context.config.name
     if context.stage == "pairs" and context.further_views:

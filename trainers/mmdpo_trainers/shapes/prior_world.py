@@ -117,6 +117,8 @@ def preference_records(
 ) -> Iterator[tuple[dict[str, Any], Image.Image]]:
     """Yield `count` preference records with TRL's columns, each with its picture, which belongs at `images/<id>.png`.
 
+    `answer` and `options` are those of evaluation: what is to be true of other answers to the prompt.
+
     counterfactual, captions: shares of pictures that disagree with the prior, and of captions. What comes follows from seed and
     `split` ("pairs", "held_out"), whatever `count` is; the two share no picture.
     """

@@ -13,11 +13,12 @@ from PIL import Image
 
 from mmdpo_trainers.data.images import content_key, embedded_bytes
 from mmdpo_trainers.data.left_out import lost
-from mmdpo_trainers.data.pair_records import record_image_digest, record_name
+from mmdpo_trainers.data.pair_records import is_prompt, prompt_text, record_image_digest, record_name
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
 from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.files.atomic import write_atomic
+from mmdpo_trainers.methods import online_settings
 from mmdpo_trainers.shapes import prior_world
 from mmdpo_trainers.stages.context import StageContext
 
@@ -35,7 +36,10 @@ def inputs(context: StageContext) -> list[Path]:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Write `pairs.jsonl` and `held_out.jsonl` (TRL's columns, the same in both), the built-in world also `prompts.jsonl`."""
+    """Write `pairs.jsonl` and `held_out.jsonl` (TRL's columns, the same in both), the built-in world also `prompts.jsonl`.
+
+    For online training alone (alpha 1) the user's data may be prompts with truths: those held out are then `prompts.jsonl`.
+    """
     missing: list[str] = []
     made = _built_in(context) if context.options.source == SHAPES_PRIOR else _own(context, missing)
     if not made["pairs"]:
@@ -92,7 +96,8 @@ def _own(context: StageContext, missing: list[str]) -> dict[str, list[dict[str, 
     root = source.resolve() if source.is_dir() else source.resolve().parent
     allowed = context.config.allow_missing
     columns = ("images", "rejected_images", *context.further_views)
-    found = read_pairs(source, missing if allowed else None, views=context.further_views)
+    prompts = online_settings(context.config).alpha == 1
+    found = read_pairs(source, missing if allowed else None, views=context.further_views, prompts=prompts)
     records = [_stored(record, columns, root, context) for record in found]
     # Those of a dataset; read_pairs has looked at those of a file.
     gone = {str(record["id"]): path for record in records if (path := _missing(record, columns, context.folder)) is not None}
@@ -105,9 +110,13 @@ def _own(context: StageContext, missing: list[str]) -> dict[str, list[dict[str, 
     groups = _connected([_pictures(record, context.folder) for record in records])
     ranked = sorted(set(groups), key=lambda group: hashlib.sha256(f"{context.seed}|{group}".encode()).hexdigest())
     held = _held(ranked, Counter(groups), share=context.options.held_out, most=context.options.max_held_out)
+    # Prompts alone have no log-probabilities to compare: those held out are questions.
     sides: dict[str, list[dict[str, Any]]] = {"pairs": [], "held_out": []}
     for record, group in zip(records, groups, strict=True):
-        sides["held_out" if group in held else "pairs"].append(record)
+        if group in held and is_prompt(record):
+            sides.setdefault("prompts", []).append({**record, "prompt": prompt_text(record)})
+        else:
+            sides["held_out" if group in held else "pairs"].append(record)
     return sides
 
 

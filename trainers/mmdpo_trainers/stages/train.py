@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from mmdpo_trainers.answers.attention_ratios import resolve_layer
 from mmdpo_trainers.answers.layer_choice import chosen_layers
+from mmdpo_trainers.answers.raters import Surroundings, rater_of
 from mmdpo_trainers.data.left_out import check_left_out, lost
 from mmdpo_trainers.data.pairs import read_pairs, replay_pairs, split
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.files.atomic import free_mib
 from mmdpo_trainers.files.json_lines import read_jsonl
-from mmdpo_trainers.methods import preset_args
+from mmdpo_trainers.methods import online_settings, preset_args
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
@@ -27,6 +29,8 @@ from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.training.checkpoints import replace_folder, writing
 from mmdpo_trainers.training.config import PreferenceConfig
+from mmdpo_trainers.training.online.kept import ONLINE, online_summary
+from mmdpo_trainers.training.online.pairs import OnlinePairs
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 from mmdpo_trainers.training.trainers import TRAINERS
 from mmdpo_trainers.training.training_log import LogFile, TrainingProgress
@@ -64,19 +68,23 @@ def reference_cache(context: StageContext) -> Path:
 def run(context: StageContext) -> dict[str, Any]:
     """Train; writes `checkpoint-*`, `log.jsonl` and `final/` (an adapter, or the whole model, with the processor)."""
     log = context.folder / "log.jsonl"
-    with TrainingProgress(context.progress) as bar:
+    with TrainingProgress(context.progress) as bar, contextlib.ExitStack() as rater:
         trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_rank_0() else []), bar, _LogLastStep()])
+        if trainer.online is not None:
+            rater.callback(trainer.online.rater.close)
         _check_disk(context, trainer)
         trainer.train(resume_from_checkpoint="auto")
     _save(trainer, context.folder)
     missing = counts.pop("missing")
     total = sum(counts.values()) + missing + len(trainer.left_out)
-    return {**counts, **_summary(trainer, log), **lost(total, {"missing": missing, "too_long": len(trainer.left_out)})}
+    sampled = {"online": online_summary(context.folder / ONLINE)} if trainer.online is not None else {}
+    return {**counts, **_summary(trainer, log), **sampled, **lost(total, {"missing": missing, "too_long": len(trainer.left_out)})}
 
 
 def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tuple[PreferenceTrainer, dict[str, int]]:
     """This stage's trainer, and how many records of each kind it trains on and holds out."""
     train_data, eval_data, counts = _data(context)
+    online = _online(context)
     loaded = _load(context)
     settings = preference_config(context, loaded.image_layers, evaluate=eval_data is not None)
     second = context.options.reference == "model" and settings.needs_reference
@@ -90,6 +98,7 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
             ref_model=_load(context).model if second else None,
             callbacks=callbacks,
             progress=context.progress,
+            online=online,
         )
     except MmdpoError:
         raise
@@ -105,13 +114,25 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
         context.config.allow_missing,
         f"train: {len(trainer.left_out):,} of {read:,} records are longer than train.args.max_length={settings.max_length}; raise it",
     )
-    if data is not train_data:
+    if data is not train_data and isinstance(data, Subset):
         # Some records were longer than max_length.
         pairs = sum(index < counts["pairs"] for index in data.indices)
         counts.update(pairs=pairs, replay=len(data) - pairs)
     if eval_data is not None:
         counts["held_out"] = len(trainer.eval_dataset)  # type: ignore[arg-type]
     return trainer, counts
+
+
+def _online(context: StageContext) -> OnlinePairs | None:
+    """What samples in training; None: nothing does."""
+    options, config = online_settings(context.config), context.config
+    if not options.alpha:
+        return None
+    surroundings = Surroundings(folder=context.folder, device=context.device, dtype=config.dtype, date=context.date)
+    try:
+        return OnlinePairs(options, rater_of(config.rate, surroundings))
+    except ValueError as error:
+        raise ConfigError(f"train: {_one_line(error)}") from error
 
 
 def preference_config(context: StageContext, layers: Sequence[int], *, evaluate: bool) -> PreferenceConfig:
@@ -134,7 +155,8 @@ def preference_config(context: StageContext, layers: Sequence[int], *, evaluate:
         "disable_tqdm": True,
         "log_level": "error",
         "use_cpu": on_cpu,
-        "precompute_ref_log_probs": True,
+        # What is sampled in training no cache holds.
+        "precompute_ref_log_probs": not online_settings(context.config).alpha,
         "reference_cache": str(reference_cache(context)),
         "template_date": str(context.date),
     }
@@ -196,7 +218,8 @@ def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
     if options.replay < 0:
         raise ConfigError(f"train.replay: expected a share of 0 or more, got {options.replay}")
     missing: list[str] | None = [] if context.config.allow_missing else None
-    pairs = read_pairs(context.pairs, missing, views=context.further_views)
+    prompts = online_settings(context.config).alpha == 1
+    pairs = read_pairs(context.pairs, missing, views=context.further_views, prompts=prompts)
     if len(pairs) == 0:
         raise StageError(f"{context.pairs} holds no pairs; loosen the rules of select, or give your own with --input")
     kept, held_out = split(len(pairs), options.held_out, context.seed)

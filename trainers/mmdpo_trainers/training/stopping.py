@@ -71,7 +71,8 @@ class GradientCheck(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """NoGradientError in every process where no parameter of any process has a gradient that is not zero."""
-        if state.global_step:
+        online = self.trainer.online
+        if state.global_step or (online is not None and online.nothing_to_learn):
             return
         trained = {name: p for name, p in self.trainer.model.named_parameters() if p.requires_grad}
         if self.trainer.is_deepspeed_enabled:

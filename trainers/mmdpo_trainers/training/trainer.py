@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mmdpo_trainers.training.batches.packing import batch_sampler, check_dataset
 from mmdpo_trainers.training.checkpoints import SavingTrainer
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.objective import Objective, Totals
+from mmdpo_trainers.training.online.pairs import OnlinePairs, uncollated
 from mmdpo_trainers.training.reference.precompute import Precomputed, ReferencePass
 from mmdpo_trainers.training.reference.reference import Reference
 from mmdpo_trainers.training.sharded.batches import COUNTS, batches_of, sharded_loader, train_loader
@@ -54,6 +56,7 @@ class PreferenceTrainer(SavingTrainer):
         peft_config: in place of the LoRA adapter that `args` describes.
         ref_model: the reference, or its name; None: the adapter switched off, or for full fine-tuning a copy of the model as it comes.
         callbacks: as in `transformers.Trainer`.
+        online: pairs made of answers that the policy gives in training; the records of `train_dataset` are what it is asked.
         others: TRL's arguments that are not here: an error says what is in their place.
 
     `train(resume_from_checkpoint="auto")` continues from the last whole checkpoint of `output_dir`, or starts. With the same
@@ -94,10 +97,14 @@ class PreferenceTrainer(SavingTrainer):
         ref_model: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         progress: Progress | None = None,
+        online: OnlinePairs | None = None,
         **others: Any,
     ) -> None:
         arguments.check_trainer_arguments(args, others, self.config_class)
         check_datasets(train_dataset, eval_dataset, args)
+        self.online = online
+        if online is not None:
+            train_dataset, eval_dataset = online.records(train_dataset, args), online.evaluated(eval_dataset, args)
         if args.n_gpu > 1:
             # DataParallel would split a batch that is one tree.
             args._n_gpu = 1
@@ -157,6 +164,8 @@ class PreferenceTrainer(SavingTrainer):
             wrapped=None if self.ref_model is None else self.sharding.frozen(self.ref_model),
         )
         self._loss_check = LossCheck()
+        if online is not None:
+            online.bind(self)
         # What other processes' batches make a process run, although its own has no picture.
         self._blank = model_parts.blank_image(family_of(base), processing_class) if args.world_size > 1 else None
 
@@ -325,14 +334,21 @@ class PreferenceTrainer(SavingTrainer):
         """As in `transformers.Trainer`; with `max_tokens_per_batch` or `group_by_pictures` of batches made once, in a new order each epoch."""
         args, dataset = self.args, self.train_dataset
         packed = args.max_tokens_per_batch or args.group_by_pictures
-        if dataset is None or not (packed or args.world_size > 1):
+        if dataset is None or not (packed or args.world_size > 1 or self.online):
             return super().get_train_dataloader()
         if packed:
             sampler: Any = batch_sampler(dataset, self.data_collator, args, self.progress)
         else:
             records, size = self._get_train_sampler(), self._train_batch_size
             sampler = batches_of(records, size, drop_last=args.dataloader_drop_last, data_seed=args.data_seed)
-        return train_loader(dataset, sampler, self.data_collator, args, self.accelerator)
+        collator = self.data_collator if self.online is None else uncollated
+        return train_loader(dataset, sampler, collator, args, self.accelerator)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """As in `transformers.Trainer`; online pairs are made here, of all micro-batches of the optimizer step."""
+        if self.online is not None:
+            epoch_iterator = iter(self.online.batches(list(itertools.islice(epoch_iterator, num_batches))))
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in `transformers.Trainer`, with every record; several processes have one process's batches between them."""
@@ -367,7 +383,7 @@ class PreferenceTrainer(SavingTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, PreferenceBatch]], device: torch.device) -> Tensor | None:
         batches = [sample["batch"] for sample in batch_samples if sample.get(COUNTS, True)]
-        return torch.tensor(collectives.all_reduce(Totals.of(batches), device))
+        return torch.tensor(collectives.all_reduce(Totals.of(batches), device)).clamp(min=1)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -387,6 +403,8 @@ class _RestoreLog(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._restore_log()
+        if self.trainer.online is not None:
+            self.trainer.online.begin()
         if self.trainer._reference_waits:
             self.trainer.precompute_reference()
         if self.trainer.args.activation_offloading:

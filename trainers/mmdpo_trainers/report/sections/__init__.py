@@ -18,6 +18,7 @@ from .heat_maps import heat_maps
 from .judge import judge
 from .layers import layers
 from .reward_model import reward_accuracy, reward_margins
+from .sampled import sampled
 from .selection import ratios, selected_pairs, selection
 from .training import main_training, rewards, training
 
@@ -51,6 +52,7 @@ SECTIONS: dict[str, Section] = {
         time,
         reward_accuracy,
         reward_margins,
+        sampled,
     )
 }
 """By name, which is its template's too."""

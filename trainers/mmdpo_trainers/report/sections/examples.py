@@ -79,6 +79,6 @@ def _pair_examples(folder: Path, records: Sequence[Record], count: int) -> list[
     for record in spread(records, count):
         picture = image_of(record, 0, folder) if record.get("images") else None
         cells = [] if picture is None else [Cell(uri=data_uri(sized(picture)), alt="The picture")]
-        texts = {side: text_of(record[side]) for side in ("chosen", "rejected")}
+        texts = {side: text_of(record[side]) if record.get(side) is not None else "–" for side in ("chosen", "rejected")}
         shown.append({"question": question_of(record["prompt"]), "cells": cells, **texts})
     return shown

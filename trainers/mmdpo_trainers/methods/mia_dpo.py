@@ -2,32 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.methods.method import Method
-
-
-def _summary(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
-    """`accuracy` before and after, `pairs` by format, `dropped` by rule, what augment made and could not use; the same by arm."""
-    summary = _outcome(folder)
-    before, augment, select = (
-        read_json(folder / stage / "summary.json", missing={}) for stage in ("evaluate/before", "augment", "select")
-    )
-    summary["accuracy"] = {"before": before.get("accuracy"), **summary["accuracy"]}
-    summary["counts"] = {"evaluate": before.get("counts")}
-    summary["match"] = {"select": select.get("match"), "evaluate": before.get("match")}
-    summary["prompts"], summary["problems"] = augment.get("prompts"), augment.get("problems")
-    summary["arms"] = {arm: _outcome(folder / "arms" / arm) for arm in arms}
-    return summary
-
-
-def _outcome(folder: Path) -> dict[str, Any]:
-    select, after = (read_json(folder / stage / "summary.json", missing={}) for stage in ("select", "evaluate/after"))
-    return {"accuracy": {"after": after.get("accuracy")}, "pairs": select.get("pairs"), "dropped": select.get("dropped")}
-
+from mmdpo_trainers.methods.outcomes import outcomes
 
 METHOD = Method(
     name="mia_dpo",
@@ -49,7 +25,7 @@ METHOD = Method(
         }
     },
     evaluation_prompts="augmented",
-    summary=_summary,
+    summary=lambda folder, arms: outcomes(folder, arms, "select"),
     tables=("accuracy", "selection"),
     page=("accuracy", "control_arms", "heat_maps", "selection", "ratios", "training", "selected_pairs", "time"),
 )

@@ -10,7 +10,7 @@ from mmdpo_trainers.files.atomic import read_json
 
 
 def outcomes(folder: Path, arms: Sequence[str], pairs_stage: str) -> dict[str, Any]:
-    """`accuracy` before and after, `pairs` by format, `dropped` by rule, what augment made and could not use; the same by arm.
+    """`accuracy` before and after, `pairs` by format, `dropped` by rule, what augment made and could not use; the same by arm; `rate`.
 
     pairs_stage: the one that makes what is trained on.
     """
@@ -22,6 +22,8 @@ def outcomes(folder: Path, arms: Sequence[str], pairs_stage: str) -> dict[str, A
     summary["counts"] = {"evaluate": before.get("counts")}
     summary["match"] = {pairs_stage: pairs.get("match"), "evaluate": before.get("match")}
     summary["prompts"], summary["problems"] = augment.get("prompts"), augment.get("problems")
+    rate = read_json(folder / "rate" / "summary.json", missing={})
+    summary["rate"] = {name: value for name, value in rate.items() if name not in ("fingerprint", "seconds", "lost")} or None
     summary["arms"] = {arm: _outcome(folder / "arms" / arm, pairs_stage) for arm in arms}
     return summary
 

@@ -18,7 +18,7 @@ from devices import DEVICE
 from benchmarks.gpu import environment
 from benchmarks.kernels import accuracy, choose_backends, registry, sweep_tiles
 from benchmarks.measure import ROOT
-from benchmarks.runs import attention_ratio, families, kill_demo, mdpo_seeds, mia_dpo_seeds
+from benchmarks.runs import arm_seeds, attention_ratio, families, kill_demo, mdpo_seeds, mia_dpo_seeds
 from benchmarks.runs.training_step import __main__ as training_step_cli
 from benchmarks.runs.training_step.setting import SMALL
 from benchmarks.runs.training_step.sides import Side, loss_of, make
@@ -101,6 +101,14 @@ def test_seeds_of_mia_dpo(tmp_path: Path) -> None:
     [summary] = result(tmp_path, "mia_dpo_seeds")["summaries"].values()
     assert set(summary["arms"]) == set(mia_dpo_seeds.ARMS) and sum(summary["pairs"].values()) > 0
     assert "| 1 | attention-selected (MIA-DPO) |" in (tmp_path / "results_mia_dpo_seeds.md").read_text()
+
+
+@pytest.mark.nightly
+def test_seeds_of_a_configuration_with_arms(tmp_path: Path) -> None:
+    arm_seeds.main([str(ROOT / "configs" / "shapes_rated.yaml"), "--small", "--seeds", "1", "--output", str(tmp_path)])
+    [summary] = result(tmp_path, "shapes_rated_seeds")["summaries"].values()
+    assert set(summary["arms"]) == {"best", "steerlm", "random_pairs"} and sum(summary["pairs"].values()) > 0
+    assert "| SteerLM | " in (tmp_path / "results_shapes_rated_seeds.md").read_text()
 
 
 @pytest.mark.nightly

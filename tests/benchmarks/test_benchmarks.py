@@ -23,7 +23,7 @@ from benchmarks.kernels import page as kernels_page
 from benchmarks.kernels.case import Ceilings, Contestant, Run, Work
 from benchmarks.kernels.ops import attention_mass as mass_cases
 from benchmarks.kernels.ops import tree_attention as tree_cases
-from benchmarks.runs import attention_ratio, mdpo_seeds, mia_dpo_seeds
+from benchmarks.runs import arm_seeds, attention_ratio, mdpo_seeds, mia_dpo_seeds
 from benchmarks.runs.training_step import page, parts
 from benchmarks.runs.training_step.setting import SMALL as TINY_STEP
 from benchmarks.runs.training_step.setting import Setting
@@ -73,6 +73,25 @@ def test_verdict_of_a_seed(after: float, single: float, verdict: str) -> None:
     assert f"goal {verdict}" in text
     assert f"| 3 | attention-selected (MIA-DPO) | {after:.3f} |" in text
     assert text.count("\n| 3 |") == 2 + len(mia_dpo_seeds.ARMS)
+
+
+def test_arms_over_seeds_have_mean_range_and_gains() -> None:
+    def found(value: float) -> dict[str, Any]:
+        after = {"accuracy": {"after": dict.fromkeys(("sequence", "grid", "pip", "single"), value)}}
+        accuracy = {"before": dict.fromkeys(("sequence", "grid", "pip"), 0.5), **after["accuracy"]}
+        return {
+            "method": "rated",
+            "accuracy": accuracy,
+            "arms": {"best": after},
+            "pairs": {"grid": 1200},
+            "seconds": {"total": 61.4},
+        }
+
+    text = arm_seeds.table({0: found(0.6), 2: found(0.8)})
+    assert "| no training | 0.500 (0.500 to 0.500) |" in text and "| - | +0.0, +0.0 |" in text
+    cells = " | ".join(["0.700 (0.600 to 0.800)"] * 5)
+    assert f"| SFT on the best answer | {cells} | +10.0, +30.0 |" in text
+    assert "seed 0: 1,200, 61 s; seed 2: 1,200, 61 s." in text
 
 
 def test_section_of_a_page_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +25,7 @@ from mmdpo_trainers.models.loading import load_model
 class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
+    n: int = 1
     seed: int | None = None
     max_tokens: int | None = 16
     stop_token_ids: list[int] | None = None
@@ -104,8 +105,11 @@ class LLM:
             inputs = lambda ids: loaded.family.model_inputs(encoded, rows, ids)  # noqa: E731
         if self.longest is not None and len(ids) > self.longest:
             raise ValueError(f"The decoder prompt (length {len(ids)}) is longer than the maximum model length of {self.longest}.")
-        generator = None if params.seed is None else torch.Generator().manual_seed(params.seed)
-        return RequestOutput(ids, [self._complete(ids, inputs, params, generator)])
+        seeds = [None if params.seed is None else params.seed + index for index in range(params.n)]
+        generators = [None if seed is None else torch.Generator().manual_seed(seed) for seed in seeds]
+        outputs = [self._complete(ids, inputs, params, generator) for generator in generators]
+        # Those that end first may come first.
+        return RequestOutput(ids, [replace(output, index=index) for index, output in enumerate(outputs)][::-1])
 
     def _complete(
         self, prompt: list[int], inputs: Callable[[Tensor], dict[str, Tensor]], params: SamplingParams, generator: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -157,6 +158,63 @@ def test_companions_are_never_the_target_nor_a_copy_of_it(tmp_path: Path) -> Non
     for prompt in read_prompts(context.prompts):
         shown = [Path(image).read_bytes() for image in prompt["images"]]
         assert len(set(shown)) == len(shown)
+
+
+def write_texts(folder: Path, count: int = 8) -> Path:
+    """Questions without pictures among some that have one, with a follow-up, and records that cannot be used."""
+    talk = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    records: list[dict[str, Any]] = [
+        {"id": f"r{k}", "conversations": [{**talk[0], "value": f"Why {k}?"}, talk[1]]} for k in range(count)
+    ]
+    records += [{"id": "p", "image": "0.png", "conversations": talk}, {"id": "long", "conversations": talk * 2}]
+    records += [{"id": "bad", "conversations": [{**talk[0], "value": "<image> Why?"}, talk[1]]}]
+    records += [{"id": "none", "conversations": [talk[0], {**talk[1], "value": " "}]}]
+    (folder / "texts.json").write_text(json.dumps(records))
+    return folder / "texts.json"
+
+
+def test_prompts_without_pictures_are_mixed_in(tmp_path: Path) -> None:
+    """As many as the share says, of a source whose ids are those of the pictures; what cannot be used is counted; no training pictures are."""
+    write_data(tmp_path)
+    texts = {"text_source": str(write_texts(tmp_path)), "text_share": 0.25}
+    context = context_of(tmp_path, augment={"formats": {"single": 1.0}, "num_prompts": 20, **texts})
+    summary = run_stage(context)
+    assert summary["prompts"] == {"single": 20, "text": 5} and summary["num_images"]["text"] == {"0": 5}
+    assert summary["problems"] == {"empty_answer": 1, "no_picture": 1} and summary["lost"]["records"] == 2
+    assert summary["lost"]["of"] == 20 + 11
+    prompts = [prompt for prompt in read_prompts(context.folder / "prompts.jsonl") if prompt["format"] == "text"]
+    assert all((p["images"], p["target"], p["num_images"]) == ([], None, 0) and p["answer"] == "So." for p in prompts)
+    assert all(re.fullmatch(r"(r\d|long)/text", p["id"]) and p["prompt"].startswith("Why") for p in prompts)
+    problems = {problem["id"] for problem in read_jsonl(context.folder / "problems.jsonl")}
+    assert problems == {"bad/text", "none/text"}
+    # All of them, once each, where more are asked for; a follow-up is no question of its own.
+    more = context_of(tmp_path, "more", augment={"formats": {"single": 1.0}, "num_prompts": 20, **texts, "text_share": 1.0})
+    assert run_stage(more)["prompts"]["text"] == 9
+    # Evaluation has pictures only, and is the same with and without.
+    path = build_evaluation_prompts(dataclasses.replace(context, stage="evaluate", moment="before"))
+    assert "text" not in {prompt["format"] for prompt in read_prompts(path)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"text_share": 0.5},
+            "augment.text_share: expected a share above 0 exactly where there is an augment.text_source, got 0.5 and None",
+        ),
+        ({"text_source": "data.json"}, "augment.text_share: expected a share above 0 exactly where"),
+        (
+            {"text_source": "data.json", "text_share": 0.5},
+            r"augment.text_source: data.json has no usable record .* \(all have pictures\)",
+        ),
+        ({"text_source": "gone.json", "text_share": 0.5}, "data source gone.json does not exist"),
+    ],
+)
+def test_texts_that_there_are_not(tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ConfigError, DataError), match=message):
+        run_stage(context_of(tmp_path, augment={"formats": {"single": 1.0}, **options}))
 
 
 def test_too_few_pictures_are_reported_and_do_not_hang(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,20 @@ import numpy as np
 import pytest
 import torch
 from prompt_records import make_prompts
-from tiny_models import make_tiny_llava
+from tiny_models import make_tiny_llava, make_tiny_llava_next, make_tiny_mllama, make_tiny_qwen
 
 from mmdpo_kernels import patch_model
 from mmdpo_trainers.answers.noise import noisy_images
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data.compose import add_noise
-from mmdpo_trainers.errors import DataError, StageError
+from mmdpo_trainers.data.records import check_prompt
+from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.models.encode import encode_prompts, load_images
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
-from mmdpo_trainers.stages import generate
+from mmdpo_trainers.stages import generate, score
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
 
@@ -156,3 +158,73 @@ def test_an_empty_file_is_an_error(tmp_path: Path, model_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(StageError, match="holds no prompts"):
         generate.run(context_of(tmp_path / "run", model_path, tmp_path / "none.jsonl"))
+
+
+def sample(loaded: LoadedModel, records: list[dict[str, Any]], num_answers: int, seed: int = 3) -> list[dict[str, Any]]:
+    options: Any = {"do_sample": True, "temperature": 1.5, "seed": seed, "num_answers": num_answers}
+    return generate_responses(loaded, records, max_new_tokens=6, **options)
+
+
+def text_record(question: str = "what colour is the sky ?") -> dict[str, Any]:
+    return check_prompt({"id": "t/text", "images": [], "prompt": question, "answer": "blue"}, "here")
+
+
+@pytest.mark.parametrize("maker", [make_tiny_llava, make_tiny_llava_next, make_tiny_qwen, make_tiny_mllama])
+def test_several_answers_are_those_of_the_prompt_repeated(tmp_path: Path, maker: Any, prompts: Any) -> None:
+    """Each row sees its own pictures in their order, whatever shape a family gives them, and a prompt without any stands among them."""
+    loaded = load_model(maker(tmp_path / "model"))
+    patch_model(loaded.model)
+    records = [*prompts[1][:1], *prompts[1][3:], text_record()]
+    found = sample(loaded, records, 3)
+    repeated = [{**record, "id": f"{record['id']}/{k}"} for k in range(3) for record in records]
+    alone = generate_responses(loaded, repeated, max_new_tokens=6, do_sample=True, temperature=1.5, seed=3)
+    for index, answer in enumerate(found):
+        rows = alone[index :: len(records)]
+        assert answer["responses"] == [row["response"] for row in rows]
+        assert answer["num_tokens"] == [row["num_tokens"] for row in rows] and answer["ended"] == [row["ended"] for row in rows]
+        assert answer["perplexity"] == pytest.approx([row["perplexity"] for row in rows], rel=1e-5)
+    assert len({text for answer in found for text in answer["responses"]}) > len(records)
+
+
+def test_one_answer_is_as_it_was(model_path: Path, prompts: Any) -> None:
+    loaded = load_model(model_path)
+    once = generate_responses(loaded, prompts[1], max_new_tokens=6, do_sample=True, temperature=1.5, seed=3)
+    assert sample(loaded, prompts[1], 1) == once
+    with pytest.raises(ValueError, match="num_answers: several answers to a prompt are sampled"):
+        generate_responses(loaded, prompts[1], max_new_tokens=6, num_answers=2)
+
+
+def test_the_stage_with_several_answers(tmp_path: Path, model_path: Path, prompts: Any) -> None:
+    """Killed in between it gives the same file; no attention is recorded; greedy ones are refused."""
+    source = tmp_path / "prompts.jsonl"
+    lines = [json.dumps(record) + "\n" for record in [*prompts[1], text_record()]]
+    source.write_text("".join(lines))
+    options: dict[str, Any] = {"num_answers": 3, "do_sample": True, "temperature": 1.5}
+    context = context_of(tmp_path / "run", model_path, source, **options)
+    summary = generate.run(context)
+    path = context.folder / "responses.jsonl"
+    whole, records = path.read_bytes(), list(read_jsonl(path))
+    texts = [set(record["responses"]) for record in records]
+    assert summary["answers"] == 3 * len(records) == 18 and summary["responses"]["text"] == 1
+    assert summary["distinct"] == pytest.approx(sum(map(len, texts)) / 6) and summary["all_alike"] == sum(
+        len(t) == 1 for t in texts
+    )
+    for record in records:
+        assert not {"response", "response_ids", "recorded"} & record.keys()
+        assert {len(record[name]) for name in ("responses", "num_tokens", "ended", "perplexity")} == {3}
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    assert generate.run(context) == summary and path.read_bytes() == whole
+    with pytest.raises(ConfigError, match="generate.num_answers: 3 greedy answers .* set generate.do_sample"):
+        generate.run(context_of(tmp_path / "other", model_path, source, num_answers=3))
+
+
+def test_a_prompt_without_pictures_among_others(tmp_path: Path, model_path: Path, prompts: Any) -> None:
+    """Answered, recorded and scored; it has no ratio."""
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in [*prompts[1], text_record()]))
+    context = context_of(tmp_path / "run", model_path, source)
+    assert generate.run(context)["responses"]["text"] == 1
+    [answer] = [each for each in read_jsonl(context.folder / "responses.jsonl") if each["format"] == "text"]
+    assert answer["response_ids"] and answer["images"] == []
+    context.stage = "score"
+    assert score.run(context)["without_ratio"] == 1

@@ -105,6 +105,21 @@ def test_the_files_are_those_of_one_process(tmp_path: Path, model: Path, prompts
     assert len(set((tmp_path / "log").read_text().splitlines())) == 1
 
 
+def run_several(folder: Path, model: Path, prompts: Path, rank: int) -> None:
+    context = context_of(folder, model, prompts, "generate")
+    context.config.generate.num_answers = 3
+    generate.run(context)
+
+
+def test_several_answers_a_prompt_are_those_of_one_process(tmp_path: Path, model: Path, prompts: Path) -> None:
+    torch.set_num_threads(1)
+    run_several(tmp_path / "alone", model, prompts, 0)
+    assert launch(2, partial(run_several, tmp_path / "run", model, prompts)) == [0, 0]
+    files = [tmp_path / name / "generate" / "responses.jsonl" for name in ("alone", "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert {len(json.loads(line)["responses"]) for line in files[0].read_text().splitlines()} == {3}
+
+
 def generate_logged(folder: Path, model: Path, prompts: Path, log: Path, dies: bool, rank: int) -> None:
     """Log the records of each batch. dies: the second process is killed in its second batch, the first one waits for that in its third."""
     context, original = context_of(folder, model, prompts, "generate"), generate.generate_responses

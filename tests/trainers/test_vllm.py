@@ -111,6 +111,22 @@ def test_sampling_has_a_seed_a_record(tmp_path: Path, llava: Path, prompts: Path
     assert all(1 < answer["perplexity"] < 50 for answer in first)
 
 
+def test_several_answers_count_on_from_the_seed(
+    tmp_path: Path, llava: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of their numbers; the first is the only one's of a run with one."""
+    vllm_double.install(monkeypatch)
+    sampled = {"engine": "vllm", "do_sample": True, "temperature": 2.0}
+    one = {answer["id"]: answer for answer in answers(context_of(tmp_path / "a", llava, prompts, **sampled))}
+    for answer in answers(context_of(tmp_path / "b", llava, prompts, **sampled, num_answers=3, batch_size=5)):
+        single = one[answer["id"]]
+        assert len(answer["responses"]) == 3 and len(set(answer["responses"])) > 1
+        assert [answer[name][0] for name in ("responses", "num_tokens", "ended")] == [
+            single[name] for name in ("response", "num_tokens", "ended")
+        ]
+        assert answer["perplexity"][0] == pytest.approx(single["perplexity"], rel=1e-5)
+
+
 def test_image_tokens_are_never_taken(llava: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_double.install(monkeypatch)
     engine = vllm_engine.VllmEngine(llava, dtype="auto", device="cpu", most_images=4, arguments={})

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmdpo_trainers.config.sections.answers import GenerateConfig
+from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.models.loaded import LoadedModel
+
+
+def check_num_answers(options: GenerateConfig) -> None:
+    """Raise ConfigError where several answers to a prompt would all be the same."""
+    if options.num_answers > 1 and not options.do_sample:
+        raise ConfigError(
+            f"generate.num_answers: {options.num_answers} greedy answers to a prompt would be one and the same; set generate.do_sample to "
+            "true, and generate.temperature"
+        )
+
+
+def several_responses(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Answers to one prompt, each as `response_of` gives it, as one line: `responses` (their texts), and of each in a list `num_tokens`,
+    `ended` and `perplexity`."""
+    lists = {name: [answer[name] for answer in answers] for name in ("num_tokens", "ended", "perplexity")}
+    return {"responses": [answer["response"] for answer in answers], **lists}
 
 
 def response_of(loaded: LoadedModel, ids: Sequence[int], max_logps: Sequence[float]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from mmdpo_trainers.answers.attention_ratios import recorded_generation, sees_images
 from mmdpo_trainers.answers.hidden_images import Hidden, hide_images
-from mmdpo_trainers.answers.response import response_of
+from mmdpo_trainers.answers.response import response_of, several_responses
 from mmdpo_trainers.answers.stopping import Finished, TextEnd
 from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts, in_forwards, load_images
 from mmdpo_trainers.models.loaded import LoadedModel
@@ -27,6 +28,7 @@ def generate_responses(
     do_sample: bool = False,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    num_answers: int = 1,
     seed: int = 0,
     pictures: Sequence[Sequence[Image.Image]] | None = None,
     record: Mapping[str, Any] | None = None,
@@ -36,11 +38,15 @@ def generate_responses(
 ) -> list[dict[str, Any]]:
     """Answer one batch, greedily or by sampling with `seed`.
 
-    Returns per record what `response_of` does.
-    record: settings of `recorded_generation`; each answer then has `recorded`, the attention that its rows gave the pictures.
+    Returns per record what `response_of` does; with `num_answers` above 1 what `several_responses` does, of as many rows a prompt, whose
+    pictures are processed once.
+    record: settings of `recorded_generation`; each answer then has `recorded`, the attention that its rows gave the pictures. Of one
+    answer a prompt only.
     openings: beginnings of the answers, which are continued; what is returned is what follows them.
     hidden: image tokens that are not seen, see `hide_images`. finished: ends an answer before an end token or `max_new_tokens`.
     """
+    if num_answers > 1 and (record is not None or not do_sample):
+        raise ValueError("num_answers: several answers to a prompt are sampled, and their attention is not recorded")
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -70,11 +76,21 @@ def generate_responses(
         )
         if hidden is not None:
             hide_images(loaded, encoded, lambda row, count: hidden(indices[row], count))
+        if num_answers > 1:
+            rows = _of_one_forward(loaded, chosen, _repeated(encoded, num_answers), config, seed, None, None)
+            return [several_responses(rows[index :: len(chosen)]) for index in range(len(chosen))]
         width = encoded.inputs["input_ids"].shape[1]
         end = None if finished is None else TextEnd(finished, indices, width)
         return _of_one_forward(loaded, chosen, encoded, config, seed, record, end)
 
     return in_forwards(loaded, records, work)
+
+
+def _repeated(encoded: EncodedPrompts, times: int) -> EncodedPrompts:
+    """The whole batch several times over. Of every argument the first dimension goes row by row, or picture by picture in the rows' order
+    (transformers' own `num_return_sequences` would put the pictures of a prompt with several out of order)."""
+    inputs = {name: torch.cat([value] * times) for name, value in encoded.inputs.items()}
+    return dataclasses.replace(encoded, inputs=inputs)
 
 
 def _of_one_forward(

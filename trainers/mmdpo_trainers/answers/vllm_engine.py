@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from mmdpo_trainers.answers.config_only import config_only, own_dtype
-from mmdpo_trainers.answers.response import response_of
+from mmdpo_trainers.answers.response import response_of, several_responses
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.models.encode import encode_prompts, prompt_ids, refuse_images
@@ -95,8 +95,12 @@ class VllmEngine:
         top_p: float,
         seeds: Sequence[int],
         pictures: Sequence[Sequence[Image.Image]],
+        num_answers: int = 1,
     ) -> list[dict[str, Any]]:
-        """Answer a batch; returns per record what `response_of` does. seeds: one a record, where the answers are sampled."""
+        """Answer a batch; returns per record what `response_of` does, or with `num_answers` above 1 `several_responses`.
+
+        seeds: one a record, where the answers are sampled; vLLM counts on from it for further answers.
+        """
         described = self.config_only
         common: dict[str, Any] = {
             "max_tokens": max_new_tokens,
@@ -119,7 +123,8 @@ class VllmEngine:
         with self._said(f"records {_named(records)}: vLLM cannot answer them"):
             from vllm import SamplingParams
 
-            params = [SamplingParams(**common, **warped, seed=seed if do_sample else None) for seed in seeds]
+            several = {"n": num_answers} if num_answers > 1 else {}
+            params = [SamplingParams(**common, **warped, **several, seed=seed if do_sample else None) for seed in seeds]
             try:
                 outputs = self._llm.generate(prompts, params, use_tqdm=False)
             except Exception:
@@ -128,9 +133,11 @@ class VllmEngine:
         for record, row, output in zip(records, pictures, outputs, strict=True):
             if len(row) not in self._checked:
                 self._check_prompt(record, row, output)
-        return [
-            self._response(record, output.outputs[0], max_new_tokens) for record, output in zip(records, outputs, strict=True)
+        answers = [
+            [self._response(record, each, max_new_tokens) for each in sorted(output.outputs, key=lambda each: each.index)]
+            for record, output in zip(records, outputs, strict=True)
         ]
+        return [several_responses(each) if num_answers > 1 else each[0] for each in answers]
 
     def close(self) -> None:
         """Give the GPU back."""

@@ -16,6 +16,7 @@ from mmdpo_trainers.config.sections.data import AugmentConfig, DataConfig, Pairs
 from mmdpo_trainers.config.sections.evaluation import EvaluateConfig, ReportConfig
 from mmdpo_trainers.config.sections.hallucination import HallucinateConfig
 from mmdpo_trainers.config.sections.online import OnlineConfig
+from mmdpo_trainers.config.sections.ranking import RankConfig
 from mmdpo_trainers.config.sections.rating import RateConfig
 from mmdpo_trainers.config.sections.selection import SelectConfig
 from mmdpo_trainers.config.sections.training import TrainConfig
@@ -49,6 +50,7 @@ class RunConfig(Settings):
     score: ScoreConfig = option(help="attention ratios", factory=ScoreConfig)
     rate: RateConfig = option(help="ratings of answers", factory=RateConfig)
     select: SelectConfig = option(help="preference pairs", factory=SelectConfig)
+    rank: RankConfig = option(help="rated answers that are trained on", factory=RankConfig)
     pairs: PairsConfig = option(help="preference pairs that exist already", factory=PairsConfig)
     hallucinate: HallucinateConfig = option(help="wrong answers made of true ones", factory=HallucinateConfig)
     online: OnlineConfig = option(help="answers sampled in training", factory=OnlineConfig)
@@ -56,7 +58,7 @@ class RunConfig(Settings):
     evaluate: EvaluateConfig = option(help="accuracy", factory=EvaluateConfig)
     report: ReportConfig = option(help="the page", factory=ReportConfig)
     arms: Finite[dict[StrictStr, dict[StrictStr, Any]]] = option(
-        help="control experiments: name -> overrides of `select` and `train`; they share everything before", factory=dict
+        help="control experiments: name -> overrides of `select`, `rank` and `train`; they share everything before", factory=dict
     )
 
     def __post_init__(self) -> None:

@@ -67,6 +67,14 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
             ),
             arm=True,
         ),
+        "rank": StageKind(
+            about="Make preference pairs, or records of the best answers, out of rated answers.",
+            examples=(
+                "rank --run runs/mine --min-gap 2",
+                "rank --run runs/mine --input my_ratings.jsonl --weights '{helpfulness: 1, correctness: 1}'",
+            ),
+            arm=True,
+        ),
         "pairs": StageKind(
             about="Take preference pairs that exist already, and hold some out for evaluation.",
             examples=(

@@ -20,8 +20,8 @@ from PIL import Image
 from mmdpo_trainers.config.sections.data import AugmentConfig
 from mmdpo_trainers.data.compose import GRID_SHAPES, box_to_region, collage_size, grid_collage, pic_in_pic
 from mmdpo_trainers.data.images import ImageError, Picture, content_key, png_bytes, read_image
-from mmdpo_trainers.data.records import FORMATS, IMAGE_TOKEN, prompt_record, relative_images
-from mmdpo_trainers.data.sources import Problem, SourceRecord
+from mmdpo_trainers.data.records import FORMATS, IMAGE_TOKEN, TEXT, prompt_record, relative_images
+from mmdpo_trainers.data.sources import Problem, SourceRecord, TextRecord
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.files.atomic import write_atomic
 from mmdpo_trainers.files.fingerprint import content_hash
@@ -97,6 +97,11 @@ def check_options(
             raise ConfigError(
                 f"augment.pip_openings: {IMAGE_TOKEN} stands for a picture and may not be in an opening: {opening!r}"
             )
+    if bool(options.text_share) != bool(options.text_source):
+        raise ConfigError(
+            f"augment.text_share: expected a share above 0 exactly where there is an augment.text_source, got {options.text_share} and "
+            f"{options.text_source}"
+        )
     if formats.get("grid"):
         _check_collages(options, max_pixels)
     dot = Image.new("RGB", (1, 1))
@@ -132,6 +137,25 @@ def plan_prompts(records: Sequence[SourceRecord], seed: int, formats: dict[str, 
 def prompt_id(record: SourceRecord, format: str, variant: int) -> str:
     """Id of a prompt, unique over formats and variants."""
     return f"{record.id}/{format}" if variant == 0 else f"{record.id}/{format}~{variant + 1}"
+
+
+def text_prompts(records: Sequence[TextRecord], count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` prompts without pictures, each record at most once, in an order drawn with the seed."""
+    drawn = sorted(records, key=lambda record: _digest(seed, "order", TEXT, record.id))[:count]
+    return [
+        prompt_record(
+            id=f"{record.id}/{TEXT}",
+            source_id=record.id,
+            format=TEXT,
+            images=[],
+            prompt=record.question,
+            answer=record.answer,
+            target=None,
+            num_images=0,
+            options=record.options,
+        )
+        for record in drawn
+    ]
 
 
 class PromptMaker:

@@ -15,6 +15,9 @@ from mmdpo_trainers.files.json_lines import read_jsonl
 FORMATS = ("sequence", "grid", "pip", "single")
 """Prompt formats, in the order tables show them."""
 
+TEXT = "text"
+"""Format of a prompt without pictures: none that prompts are made in, and the last in tables."""
+
 Moment = Literal["before", "after"]
 """The model before or after training."""
 
@@ -38,7 +41,7 @@ def prompt_record(
     images: Sequence[str],
     prompt: str,
     answer: str,
-    target: int = 0,
+    target: int | None = 0,
     num_images: int = 1,
     box: Sequence[float] | None = None,
     region: Sequence[int] | None = None,
@@ -78,7 +81,8 @@ def read_prompts(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 def check_prompt(record: dict[str, Any], where: str) -> dict[str, Any]:
     """The record with its optional fields filled in. Raises DataError naming `where`, the field, what was expected and what came.
 
-    Required: id, images, prompt, and target where there are several pictures. A missing target is never guessed.
+    Required: id, images, prompt, and target where there are several pictures. A missing target is never guessed. A prompt without pictures
+    has an empty list of images, and no target.
     """
     for name, kind, words in (("id", str, "text"), ("prompt", str, "text"), ("images", list, "a list of paths")):
         if not isinstance(record.get(name), kind):
@@ -90,14 +94,14 @@ def check_prompt(record: dict[str, Any], where: str) -> dict[str, Any]:
     except UnreadContent as error:
         raise DataError(f"{where}: {error}") from error
     images = record["images"]
-    if not images or not all(isinstance(image, str) and image for image in images):
-        raise DataError(f"{where}: images must be a list of one or more paths, got {images!r}")
+    if not all(isinstance(image, str) and image for image in images):
+        raise DataError(f"{where}: images must be a list of paths, got {images!r}")
     if record["prompt"].count(IMAGE_TOKEN) != len(images):
         found = record["prompt"].count(IMAGE_TOKEN)
         raise DataError(f"{where}: the prompt has {found} {IMAGE_TOKEN} but images holds {len(images)} paths; they must be equal")
     filled = {
         "source_id": record["id"],
-        "format": "single" if len(images) == 1 else "sequence",
+        "format": {0: TEXT, 1: "single"}.get(len(images), "sequence"),
         "answer": None,
         "num_images": len(images),
         "box": None,
@@ -106,14 +110,22 @@ def check_prompt(record: dict[str, Any], where: str) -> dict[str, Any]:
         "options": None,
         **record,
     }
-    if filled["format"] not in FORMATS:
-        raise DataError(f"{where}: format must be one of {', '.join(FORMATS)}, got {filled['format']!r}")
+    known = FORMATS if images else (TEXT,)
+    if filled["format"] not in known:
+        words = f"one of {', '.join(known)}" if images else f"{TEXT} where there are no pictures"
+        raise DataError(f"{where}: format must be {words}, got {filled['format']!r}")
+    _check_answer(filled, where)
     count = filled["num_images"]
+    if not images:
+        if count != 0 or filled.setdefault("target", None) is not None:
+            raise DataError(
+                f"{where}: a prompt without pictures has num_images 0 and no target, got {count!r} and {filled.get('target')!r}"
+            )
+        return filled
     if not _is_int(count) or count < 1:
         raise DataError(f"{where}: num_images must be a whole number from 1 up, got {count!r}")
     if filled["format"] == "sequence" and count != len(images):
         raise DataError(f"{where}: num_images must be the number of images of a sequence, {len(images)}, got {count}")
-    _check_answer(filled, where)
     _check_places(filled, where)
     if "target" not in filled and count == 1:
         filled["target"] = 0

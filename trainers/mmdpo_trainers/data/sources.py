@@ -25,6 +25,7 @@ DUPLICATE = "duplicate_record"
 _ASKS = ("human", "user")
 _ANSWERS = ("gpt", "assistant")
 _SYSTEM = ("system", "system_prompt")
+_PICTURE_COLUMNS = ("images", "image")
 
 _Turn = tuple[str, str]
 """Role and text."""
@@ -41,6 +42,18 @@ class SourceRecord:
     options: tuple[str, ...] | None = None
     row: int = field(default=-1, compare=False)
     """Number of its record in the source, from 0; the turns of a conversation share it."""
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """One question without a picture, with its answer."""
+
+    id: str
+    question: str
+    answer: str
+    options: tuple[str, ...] | None = None
+    row: int = field(default=-1, compare=False)
+    """As of a `SourceRecord`."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +115,47 @@ def read_source(
         for item in _read_record(record_id, raw, root, Path(cache)):
             item = replace(item, row=index)
             yield from (item,) if item.id == record_id else _unique_turn(item, index, seen)
+
+
+def read_texts(source: str | Path) -> Iterator[TextRecord | Problem]:
+    """Yield what a source, as `read_source` takes them, asks without a picture, and a Problem for each such record that cannot be used.
+
+    Of a conversation the first turn: later ones are about what was said before. Records with pictures are passed over.
+    Raises DataError where the source itself is missing or broken.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise DataError(f"data source {path} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder")
+    seen: dict[str, str] = {}
+    for index, raw in enumerate(_raw_records(path)):
+        if isinstance(raw, Problem):
+            yield replace(raw, row=index)
+            continue
+        if any(not is_empty(raw.get(column)) for column in _PICTURE_COLUMNS):
+            continue
+        record_id, problem = _unique_id(raw, index, seen)
+        if problem is not None:
+            yield replace(problem, row=index)
+            if problem.dropped:
+                continue
+        if (item := _read_text(record_id, raw)) is not None:
+            yield replace(item, row=index)
+
+
+def _read_text(record_id: str, raw: Mapping[str, Any]) -> TextRecord | Problem | None:
+    """None: the messages hold a picture."""
+    try:
+        turns, _, pictures, options = _checked(raw)
+        if pictures:
+            return None
+        question, answer = _asked_and_answered(turns[0], turns[1])
+    except _BadRecord as bad:
+        return Problem(record_id, bad.reason, bad.detail)
+    except UnreadContent as unread:
+        return Problem(record_id, "unread_content", str(unread))
+    if IMAGE_TOKEN in turns[0][1]:
+        return Problem(record_id, "no_picture", f"the question has {IMAGE_TOKEN}, and the record no picture")
+    return TextRecord(record_id, question, answer, options)
 
 
 def _unique_turn(item: SourceRecord | Problem, index: int, seen: dict[str, str]) -> Iterator[SourceRecord | Problem]:
@@ -208,12 +262,8 @@ def undecoded(data: Any) -> Any:
 
 def _read_record(record_id: str, raw: Mapping[str, Any], root: Path, cache: Path) -> Iterator[SourceRecord | Problem]:
     try:
-        if (wrong := not_utf8(raw)) is not None:
-            raise _BadRecord("invalid_text", wrong)
-        check_columns(raw, read=_SYSTEM)
-        turns, system, pictures = _turns(raw)
+        turns, system, pictures, options = _checked(raw)
         picture = _picture(raw, turns, pictures, root, cache)
-        options = _options(raw)
     except _BadRecord as bad:
         yield Problem(record_id, bad.reason, bad.detail)
         return
@@ -229,15 +279,29 @@ def _read_record(record_id: str, raw: Mapping[str, Any], root: Path, cache: Path
     several = len(turns) > 2
     for number, (asked, answered) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
         turn_id = f"{record_id}-q{number}" if several else record_id
-        question, answer = asked[1].replace(IMAGE_TOKEN, "").strip(), answered[1].strip()
-        if not question:
-            yield Problem(turn_id, "empty_question", "the question has no text")
-        elif not answer:
-            yield Problem(turn_id, "empty_answer", "the answer has no text")
-        elif IMAGE_TOKEN in answer:
-            yield Problem(turn_id, "image_token_in_answer", f"the answer contains {IMAGE_TOKEN}, which stands for a picture")
-        else:
-            yield SourceRecord(turn_id, picture, question, answer, options)
+        try:
+            yield SourceRecord(turn_id, picture, *_asked_and_answered(asked, answered), options)
+        except _BadRecord as bad:
+            yield Problem(turn_id, bad.reason, bad.detail)
+
+
+def _checked(raw: Mapping[str, Any]) -> tuple[list[_Turn], str, list[Any], tuple[str, ...] | None]:
+    """`_turns` of a record, and its options. Raises _BadRecord, or UnreadContent."""
+    if (wrong := not_utf8(raw)) is not None:
+        raise _BadRecord("invalid_text", wrong)
+    check_columns(raw, read=_SYSTEM)
+    return *_turns(raw), _options(raw)
+
+
+def _asked_and_answered(asked: _Turn, answered: _Turn) -> tuple[str, str]:
+    question, answer = asked[1].replace(IMAGE_TOKEN, "").strip(), answered[1].strip()
+    if not question:
+        raise _BadRecord("empty_question", "the question has no text")
+    if not answer:
+        raise _BadRecord("empty_answer", "the answer has no text")
+    if IMAGE_TOKEN in answer:
+        raise _BadRecord("image_token_in_answer", f"the answer contains {IMAGE_TOKEN}, which stands for a picture")
+    return question, answer
 
 
 def _turns(raw: Mapping[str, Any]) -> tuple[list[_Turn], str, list[Any]]:
@@ -308,7 +372,7 @@ def _options(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
 def _picture(raw: Mapping[str, Any], turns: list[_Turn], within: list[Any], root: Path, cache: Path) -> Path:
     """The file of the record's one picture. within: pictures that parts of its messages hold."""
     pictures = list(within)
-    for column in ("images", "image"):
+    for column in _PICTURE_COLUMNS:
         value = raw.get(column)
         if not is_empty(value):
             pictures += value if isinstance(value, list) else [value]

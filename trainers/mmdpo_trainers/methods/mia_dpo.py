@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.methods.method import Method
-
-
-def _summary(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
-    """`accuracy` before and after, `pairs` by format, `dropped` by rule, what augment made and could not use; the same by arm; `rate`."""
-    summary = _outcome(folder)
-    before, augment, select = (
-        read_json(folder / stage / "summary.json", missing={}) for stage in ("evaluate/before", "augment", "select")
-    )
-    summary["accuracy"] = {"before": before.get("accuracy"), **summary["accuracy"]}
-    summary["counts"] = {"evaluate": before.get("counts")}
-    summary["match"] = {"select": select.get("match"), "evaluate": before.get("match")}
-    summary["prompts"], summary["problems"] = augment.get("prompts"), augment.get("problems")
-    rate = read_json(folder / "rate" / "summary.json", missing={})
-    summary["rate"] = {name: value for name, value in rate.items() if name not in ("fingerprint", "seconds", "lost")} or None
-    summary["arms"] = {arm: _outcome(folder / "arms" / arm) for arm in arms}
-    return summary
-
-
-def _outcome(folder: Path) -> dict[str, Any]:
-    select, after = (read_json(folder / stage / "summary.json", missing={}) for stage in ("select", "evaluate/after"))
-    return {"accuracy": {"after": after.get("accuracy")}, "pairs": select.get("pairs"), "dropped": select.get("dropped")}
-
+from mmdpo_trainers.methods.outcomes import outcomes
 
 # The paper's effective batch of 64 pairs is left to `per_device_train_batch_size` and `gradient_accumulation_steps`.
 _PAPER: dict[str, Any] = {
@@ -57,7 +33,7 @@ METHOD = Method(
         "mia_dpo_official_code": {**_PAPER, "loss_type": ["sigmoid"], "loss_weights": None},
     },
     evaluation_prompts="augmented",
-    summary=_summary,
+    summary=lambda folder, arms: outcomes(folder, arms, "select"),
     tables=("accuracy", "selection"),
     page=(
         *("accuracy", "control_arms", "heat_maps", "layers", "selection", "judge", "ratios"),

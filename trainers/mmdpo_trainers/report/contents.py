@@ -20,7 +20,13 @@ from .intervals import Change, Proportion, paired_change
 Record = dict[str, Any]
 T = TypeVar("T")
 
-FORMATS = {"sequence": "Sequence", "grid": "Grid collage", "pip": "Picture in picture", "single": "Single image"}
+FORMATS = {
+    "sequence": "Sequence",
+    "grid": "Grid collage",
+    "pip": "Picture in picture",
+    "single": "Single image",
+    "text": "Text only",
+}
 MULTI_IMAGE = ("sequence", "grid", "pip")
 
 
@@ -76,15 +82,15 @@ class AccuracyRow:
 class RunContents:
     """Everything the page shows, as it stands in the files of a run folder.
 
-    before, after: evaluation answers; scores, pairs (selected), own_pairs (of stage pairs), dropped, log: the records of those
-    files; summaries: stage (or
-    arms/<arm>/<stage>) -> its summary.json; arms: arm name -> (answers after training, number of pairs).
+    before, after: evaluation answers; scores, ratings, pairs (selected or ranked), own_pairs (of stage pairs), dropped, log: the records of
+    those files; summaries: stage (or arms/<arm>/<stage>) -> its summary.json; arms: arm name -> (answers after training, number of pairs).
     """
 
     folder: Path
     before: list[Record] = field(default_factory=list)
     after: list[Record] = field(default_factory=list)
     scores: list[Record] = field(default_factory=list)
+    ratings: list[Record] = field(default_factory=list)
     pairs: list[Record] | None = None
     own_pairs: list[Record] = field(default_factory=list)
     dropped: list[Record] = field(default_factory=list)
@@ -99,13 +105,13 @@ class RunContents:
     @classmethod
     def read(cls, folder: Path) -> RunContents:
         """Read a run folder. Raises RunFolderError where a file that is there is not what it should be."""
-        pairs = folder / "select" / "pairs.jsonl"
         return cls(
             folder=folder,
             before=_records(folder / "evaluate" / "before" / "answers.jsonl"),
             after=_records(folder / "evaluate" / "after" / "answers.jsonl"),
             scores=_records(folder / "score" / "scores.jsonl"),
-            pairs=_records(pairs) if pairs.is_file() else None,
+            ratings=_records(folder / "rate" / "ratings.jsonl"),
+            pairs=_pairs(folder),
             own_pairs=_records(folder / "pairs" / "pairs.jsonl"),
             dropped=_records(folder / "select" / "dropped.jsonl"),
             log=_records(folder / "train" / "log.jsonl"),
@@ -172,6 +178,12 @@ def _records(path: Path) -> list[Record]:
     return list(read_jsonl(path)) if path.is_file() else []
 
 
+def _pairs(folder: Path) -> list[Record] | None:
+    """What was made of answers to train on, by the stage that a run has; None: nothing yet."""
+    made = next((file for stage in ("select", "rank") if (file := folder / stage / "pairs.jsonl").is_file()), None)
+    return None if made is None else _records(made)
+
+
 def _summaries(folder: Path) -> dict[str, Record]:
     arms = sorted(path.name for path in (folder / "arms").glob("*"))
     # The page that is drawn is not one of its own contents.
@@ -183,9 +195,9 @@ def _arms(folder: Path) -> dict[str, tuple[list[Record], int | None]]:
     arms = {}
     for arm in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else ():
         answers = _records(arm / "evaluate" / "after" / "answers.jsonl")
-        pairs = arm / "select" / "pairs.jsonl"
+        pairs = _pairs(arm)
         if answers:
-            arms[arm.name] = (answers, len(_records(pairs)) if pairs.is_file() else None)
+            arms[arm.name] = (answers, None if pairs is None else len(pairs))
     return arms
 
 

@@ -19,6 +19,7 @@ from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.methods import check_method, method_named, online_settings
+from mmdpo_trainers.methods.ranking import with_attributes
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
@@ -151,6 +152,8 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
         parts |= {f"rate.{key}": value for key, value in _values(context.config.rate).items()}
     if context.stage == "report":
         parts["name"] = context.config.name
+    if context.stage == "evaluate" and context.asked_attributes:
+        parts["asked"] = with_attributes("", context.asked_attributes, context.config.rank)
     if context.stage == "pairs" and context.further_views:
         parts["further_views"] = list(context.further_views)
     if context.method.file is not None:

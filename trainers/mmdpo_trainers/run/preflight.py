@@ -39,6 +39,8 @@ def check_run(contexts: Sequence[StageContext]) -> None:
             from mmdpo_trainers.answers.raters import check_rater
 
             check_rater(context.options)
+        if context.stage == "generate":
+            _check_answers(contexts)
         if context.stage == "train":
             check_train_args(context)
         if context.stage == "hallucinate":
@@ -106,8 +108,23 @@ def _is_number(hint: Any) -> bool:
     return {hint, *get_args(hint)} & {int, float} != set() and set(get_args(hint)) <= {int, float, type(None)}
 
 
+def _check_answers(contexts: Sequence[StageContext]) -> None:
+    from mmdpo_trainers.answers.response import check_num_answers
+
+    options = contexts[0].config.generate
+    check_num_answers(options)
+    stages = {context.stage for context in contexts}
+    if options.num_answers > 1 and "score" in stages:
+        raise ConfigError(f"generate.num_answers: score looks at one answer a prompt, got {options.num_answers}; set it to 1")
+    if options.num_answers == 1 and "rank" in stages:
+        raise ConfigError(
+            "generate.num_answers: rank compares several answers to a prompt, got 1; set it to 2 or more, with generate.do_sample "
+            "(the paper: 4 at generate.temperature 0.7)"
+        )
+
+
 def _check_files(context: StageContext) -> None:
-    names = ["input", *(["replay_source"] if context.stage == "train" and context.options.replay else [])]
+    names = ["input", "text_source", *(["replay_source"] if context.stage == "train" and context.options.replay else [])]
     for name in names:
         path = getattr(context.options, name, None)
         if path and not Path(path).exists():

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mmdpo_trainers.data.records import FORMATS
+from mmdpo_trainers.data.records import FORMATS, TEXT
 from mmdpo_trainers.methods import method_named
 from mmdpo_trainers.methods.held_out import ALL, flat_figures
 
@@ -70,7 +70,7 @@ def _accuracy_table(summary: dict[str, Any]) -> Table | None:
     rows |= {f"arm {name}": arm["accuracy"]["after"] for name, arm in summary["arms"].items()}
     # A format without a single question is shown as that.
     asked = (summary.get("counts") or {}).get("evaluate") or {}
-    formats = [name for name in FORMATS if name in asked or any(name in (row or {}) for row in rows.values())]
+    formats = [name for name in (*FORMATS, TEXT) if name in asked or any(name in (row or {}) for row in rows.values())]
     table = Table(title=", ".join(["accuracy", *_compared(summary, "evaluate")]), title_justify="left")
     table.add_column("model", no_wrap=True)
     for name in [*formats, "multi-image mean"]:
@@ -78,7 +78,7 @@ def _accuracy_table(summary: dict[str, Any]) -> Table | None:
         table.add_column(f"{label} (n = 0)" if asked.get(name) == 0 else label, justify="right")
     for label, row in rows.items():
         if row:
-            several = [row[name] for name in formats if name in row and name != "single"]
+            several = [row[name] for name in formats if name in row and name not in ("single", TEXT)]
             mean = f"{sum(several) / len(several):.3f}" if several else "-"
             table.add_row(label, *(f"{row[name]:.3f}" if name in row else "-" for name in formats), mean)
     return table
@@ -93,7 +93,7 @@ def _selection_table(summary: dict[str, Any]) -> Table | None:
     table = Table(title=", ".join(["preference pairs", *_compared(summary, "select")]), title_justify="left")
     table.add_column("what")
     table.add_column("number", justify="right")
-    for name in sorted(pairs, key=FORMATS.index):
+    for name in sorted(pairs, key=(*FORMATS, TEXT).index):
         table.add_row(f"selected, {name}", str(pairs[name]))
     for rule, count in (summary["dropped"] or {}).items():
         table.add_row(f"dropped by {rule}", str(sum(count.values()) if isinstance(count, dict) else count))

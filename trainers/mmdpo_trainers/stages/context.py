@@ -14,6 +14,7 @@ from mmdpo_trainers.data.pair_records import CORRUPTED, IMAGES
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.methods import Method, method_named, preset_args
+from mmdpo_trainers.methods.ranking import asked_values
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
@@ -144,6 +145,17 @@ class StageContext:
     def true_answers(self) -> Path:
         """What hallucinate reads."""
         return self._input(self.config.hallucinate.input, self.run.path / "pairs" / "pairs.jsonl")
+
+    @property
+    def ratings(self) -> Path:
+        """What rank reads."""
+        return self._input(self.config.rank.input, self.folder_of("rate") / "ratings.jsonl")
+
+    @property
+    def asked_attributes(self) -> dict[str, float]:
+        """evaluate only: attributes that a prompt names beside its question, of a model that was trained on prompts with them."""
+        trained = self.moment == "after" and "rank" in self.method.stages and self.config.rank.make == "attributes"
+        return asked_values(self.config.rank, self.config.rate) if trained else {}
 
     @property
     def pairs(self) -> Path:

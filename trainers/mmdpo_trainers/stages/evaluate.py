@@ -21,6 +21,7 @@ from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods import preset_args
 from mmdpo_trainers.methods.held_out import held_out_figures
+from mmdpo_trainers.methods.ranking import with_attributes
 from mmdpo_trainers.methods.reward_figures import reward_figures
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.processes import ranks
@@ -79,20 +80,24 @@ def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str
     check_prompts(context.model, records)
 
     chosen = chosen_layers(context.run.path, context.config.score.layer)
+    asked, rank = context.asked_attributes, context.config.rank
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
+        if asked:
+            batch = [{**record, "prompt": with_attributes(record["prompt"], asked, rank)} for record in batch]
         return answer_batch(model(), batch, options=options, score=context.config.score, chosen=chosen)
 
     path = run_batches(context, "answers.jsonl", records, options.batch_size, work, f"evaluate {context.moment or ''}".strip())
     if not ranks.is_rank_0():
         return {}
     # With the formats that were asked for and have no prompt.
-    asked = (
+    wanted = (
         [name for name, count in options.per_format.items() if count]
         if not options.input and context.method.evaluation_prompts == "augmented"
         else []
     )
-    return {**accuracy_summary(list(read_jsonl(path)), asked), "match": options.match, **left_out}
+    named = {"asked": with_attributes("", asked, rank).strip()} if asked else {}
+    return {**accuracy_summary(list(read_jsonl(path)), wanted), "match": options.match, **named, **left_out}
 
 
 def _held_out(context: StageContext, model: LazyModel) -> dict[str, Any]:

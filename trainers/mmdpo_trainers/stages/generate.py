@@ -9,6 +9,7 @@ from typing import Any
 
 from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.answers.noise import noisy_images
+from mmdpo_trainers.answers.response import check_num_answers
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.answers.vllm_engine import VllmEngine, check_vllm
 from mmdpo_trainers.data.seeds import batch_seed
@@ -26,6 +27,7 @@ def inputs(context: StageContext) -> list[Path]:
 def run(context: StageContext) -> dict[str, Any]:
     """Answer every prompt; writes `responses.jsonl`."""
     options = context.options
+    check_num_answers(options)
     records, left_out = own_records(context, context.prompts, "prompts")
     check_prompts(context.model, records)
     answerer = _Vllm(context, records) if options.engine == "vllm" else _Transformers(context)
@@ -34,12 +36,32 @@ def run(context: StageContext) -> dict[str, Any]:
     if not ranks.is_rank_0():
         return {}
     written = list(read_jsonl(path))
+    if options.num_answers > 1:
+        return {**_several(written), **left_out}
     return {
         "responses": count_formats(written),
         "ended": sum(record["ended"] for record in written) / len(written),
         "mean_perplexity": sum(record["perplexity"] for record in written) / len(written),
         "mean_tokens": sum(record["num_tokens"] for record in written) / len(written),
         **left_out,
+    }
+
+
+def _several(written: Sequence[Record]) -> dict[str, Any]:
+    """The summary of several answers a prompt. distinct: different texts a prompt, on the mean; all_alike: prompts whose answers are one."""
+    texts = [len(set(record["responses"])) for record in written]
+    answers = {
+        name: [each for record in written for each in record[name]] for name in ("responses", "ended", "perplexity", "num_tokens")
+    }
+    count = len(answers["responses"])
+    return {
+        "responses": count_formats(written),
+        "answers": count,
+        "distinct": sum(texts) / len(texts),
+        "all_alike": texts.count(1),
+        "ended": sum(answers["ended"]) / count,
+        "mean_perplexity": sum(answers["perplexity"]) / count,
+        "mean_tokens": sum(answers["num_tokens"]) / count,
     }
 
 
@@ -59,10 +81,11 @@ class _Transformers:
             do_sample=options.do_sample,
             temperature=options.temperature,
             top_p=options.top_p,
+            num_answers=options.num_answers,
             seed=batch_seed(context.seed, "generate", number),
             pictures=[noisy_images(record, options.noise, context.seed) for record in batch],
             # With a noise preset that is the attention on the noisy pictures, as in MIA-DPO's code.
-            record=context.config.score.recording if options.record_attention else None,
+            record=context.config.score.recording if options.record_attention and options.num_answers == 1 else None,
         )
 
     def close(self) -> None:
@@ -97,6 +120,7 @@ class _Vllm:
             top_p=options.top_p,
             seeds=[batch_seed(context.seed, "generate", record["id"]) for record in batch],
             pictures=[noisy_images(record, options.noise, context.seed) for record in batch],
+            num_answers=options.num_answers,
         )
 
     def close(self) -> None:

@@ -8,16 +8,16 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.config.sections.data import DataConfig
 from mmdpo_trainers.data.held_out import hold_out
 from mmdpo_trainers.data.left_out import check_left_out, left_out_line, lost, named
-from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id
-from mmdpo_trainers.data.records import FORMATS
-from mmdpo_trainers.data.sources import DUPLICATE, Problem, SourceRecord, read_source
+from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id, text_prompts
+from mmdpo_trainers.data.records import FORMATS, TEXT
+from mmdpo_trainers.data.sources import DUPLICATE, Problem, SourceRecord, TextRecord, read_source, read_texts
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.files.json_lines import JsonLines, read_jsonl
@@ -29,7 +29,7 @@ SHAPES = "shapes"
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the evaluation pictures of the built-in world, which are thus never the training pictures."""
 
-_TRAINING_ONLY = ("formats", "per_record", "num_prompts")
+_TRAINING_ONLY = ("formats", "per_record", "num_prompts", "text_source", "text_share")
 _FLUSH_PROMPTS = 64
 _FLUSH_SECONDS = 5.0
 
@@ -96,6 +96,7 @@ def write_prompts(
     *,
     formats: Mapping[str, float],
     singles: bool,
+    texts: _Texts | None = None,
 ) -> dict[str, Any]:
     folder, records = context.run.folder(stage), source.records
     if need_regions(formats) and not context.config.augment.square:
@@ -116,7 +117,12 @@ def write_prompts(
         with context.progress.task(f"{stage}: prompts", total, folder=folder) as task:
             for plan, count in plans:
                 _make(plan, count, len(records), maker, writer, task)
-    summary, share = _summarize(folder, source, [name for name, wanted in formats.items() if wanted])
+        if texts is not None:
+            writer.report(texts.problems)
+            for prompt in texts.prompts:
+                if prompt["id"] not in writer:
+                    writer.add(prompt, None)
+    summary, share = _summarize(folder, source, [name for name, wanted in formats.items() if wanted], texts)
     if not any(summary["prompts"].values()):
         raise DataError(f"no prompt could be made: {_reasons(summary['problems'])}. See {folder / 'problems.jsonl'}")
     check_left_out(
@@ -203,6 +209,38 @@ class _Source:
     problems: list[Problem]
     rows: int
     lost: int
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Prompts without pictures. rows: records of their source without pictures; lost: those of them that cannot be used."""
+
+    prompts: list[dict[str, Any]]
+    problems: list[Problem]
+    rows: int
+    lost: int
+
+
+def training_texts(context: StageContext, prompts: int) -> _Texts | None:
+    """Prompts without pictures beside `prompts` with pictures; None: none are asked for. DataError where there is none to be had."""
+    options = context.config.augment
+    if not options.text_source:
+        return None
+    items = list(read_texts(options.text_source))
+    # Ids of problems are those of the source with pictures, which may call a record alike.
+    problems = [replace(item, id=f"{item.id}/{TEXT}") for item in items if isinstance(item, Problem)]
+    records = [item for item in items if isinstance(item, TextRecord)]
+    lost = sum(problem.dropped and problem.reason != DUPLICATE for problem in problems)
+    wanted = round(options.text_share * prompts)
+    if not records:
+        reasons = named(Counter(problem.reason for problem in problems)) or "all have pictures"
+        raise DataError(f"augment.text_source: {options.text_source} has no usable record without a picture ({reasons})")
+    if len(records) < wanted:
+        context.progress.print(
+            f"augment: {len(records):,} prompts without pictures, of {wanted:,} asked for by augment.text_share: "
+            f"{options.text_source} has no more"
+        )
+    return _Texts(text_prompts(records, wanted, context.seed), problems, len(records) + lost, lost)
 
 
 def training_records(context: StageContext) -> _Source:
@@ -299,7 +337,7 @@ def _reasons(counts: Mapping[str, int]) -> str:
     return named(counts) or "it is empty"
 
 
-def _summarize(folder: Path, source: _Source, formats: Sequence[str]) -> tuple[dict[str, Any], float]:
+def _summarize(folder: Path, source: _Source, formats: Sequence[str], texts: _Texts | None) -> tuple[dict[str, Any], float]:
     """Counted from the files, so a resumed run counts what all its attempts wrote; and the share of records that was lost.
 
     formats: those asked for. Of the records that prompts were to be made of, those are lost that none was made of.
@@ -308,7 +346,8 @@ def _summarize(folder: Path, source: _Source, formats: Sequence[str]) -> tuple[d
     sizes: dict[str, Counter[str]] = {}
     made: set[str] = set()
     for prompt in read_jsonl(folder / "prompts.jsonl"):
-        made.add(prompt["source_id"])
+        if prompt["format"] != TEXT:
+            made.add(prompt["source_id"])
         prompts[prompt["format"]] += 1
         sizes.setdefault(prompt["format"], Counter())[str(prompt["num_images"])] += 1
     dropped: Counter[str] = Counter()
@@ -322,11 +361,11 @@ def _summarize(folder: Path, source: _Source, formats: Sequence[str]) -> tuple[d
     kept = (1 - source.lost / source.rows) * (1 - len(barren) / max(1, len(barren | made)))
     summary = {
         "records": len(source.records),
-        "prompts": {name: prompts[name] for name in FORMATS if name in prompts or name in formats},
+        "prompts": {name: prompts[name] for name in (*FORMATS, TEXT) if name in prompts or name in formats},
         "num_images": {name: dict(sorted(counts.items())) for name, counts in sizes.items()},
         "problems": dict(sorted(dropped.items())),
         "handled": dict(sorted(handled.items())),
-        **lost(source.rows, dropped, source.lost + len(barren)),
+        **lost(source.rows + (texts.rows if texts else 0), dropped, source.lost + len(barren) + (texts.lost if texts else 0)),
     }
     return summary, 1 - kept
 

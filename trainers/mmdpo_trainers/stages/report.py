@@ -24,7 +24,8 @@ PAGE = "report.html"
 def inputs(context: StageContext) -> list[Path]:
     """The files the page shows, as far as they exist: a report of an unfinished run is a report too."""
     run = context.run.path
-    names = ["score/scores.jsonl", "score/layers.json", "select/pairs.jsonl", "select/dropped.jsonl", "train/log.jsonl"]
+    names = ["score/scores.jsonl", "score/layers.json", "select/pairs.jsonl", "select/dropped.jsonl", "rank/pairs.jsonl"]
+    names += ["train/log.jsonl"]
     names += ["evaluate/before/answers.jsonl", "evaluate/after/answers.jsonl"]
     names += ["rate/ratings.jsonl", "pairs/pairs.jsonl", "hallucinate/answers.jsonl", "hallucinate/summary.json"]
     names += ["evaluate/before/held_out.jsonl", "evaluate/after/held_out.jsonl"]

@@ -54,8 +54,11 @@ class GenerateConfig(Settings):
         factory=dict,
         result=_changing_answers,
     )
-    batch_size: StrictInt = option(16, "prompts generated together", ge=1)
+    batch_size: StrictInt = option(16, "prompts generated together, with num_answers rows each", ge=1)
     max_new_tokens: StrictInt = option(64, "longest answer, in tokens", ge=1)
+    num_answers: StrictInt = option(
+        1, "answers to each prompt, which are then to be rated; above 1 they are sampled, and no attention is recorded", ge=1
+    )
     do_sample: StrictBool = option(False, "sample the answers; False: greedy")
     temperature: StrictFloat = option(1.0, "sampling temperature", gt=0)
     top_p: StrictFloat = option(1.0, "nucleus sampling: smallest set of tokens with this probability", gt=0, le=1)

@@ -62,6 +62,12 @@ class AugmentConfig(Settings):
     max_fraction: StrictFloat = option(
         0.7, "pip: the pasted picture is at most this share of the host's width and height", gt=0, le=1
     )
+    text_source: StrictStr | None = option(
+        None,
+        "questions without pictures to mix in: a source as data.source, of whose records those without pictures are taken",
+        path=True,
+    )
+    text_share: StrictFloat = option(0.0, "prompts without pictures, as a share of those with pictures", ge=0)
     pip_openings: list[StrictStr] | None = option(None, "pip: phrases a prompt may open with; None: the built-in list")
     patch_grid: tuple[StrictInt, StrictInt] | None = option(None, "patch rows and columns of one picture; None: from the model")
 

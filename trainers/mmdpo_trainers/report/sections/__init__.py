@@ -17,6 +17,7 @@ from .hallucinated import hallucinated
 from .heat_maps import heat_maps
 from .judge import judge
 from .layers import layers
+from .ratings import ratings
 from .reward_model import reward_accuracy, reward_margins
 from .sampled import sampled
 from .selection import ratios, selected_pairs, selection
@@ -39,6 +40,7 @@ SECTIONS: dict[str, Section] = {
         layers,
         selection,
         judge,
+        ratings,
         ratios,
         training,
         selected_pairs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +105,7 @@ class PreferenceTrainer(SavingTrainer):
         self.online = online
         if online is not None:
             train_dataset, eval_dataset = online.records(train_dataset, args), online.evaluated(eval_dataset, args)
-        if args.n_gpu > 1:
-            # DataParallel would split a batch that is one tree.
-            args._n_gpu = 1
-        if args.world_size > 1 and args.train_sampling_strategy == "batch_rebalance":
-            raise ValueError("train_sampling_strategy: batch_rebalance deals records out by itself; use max_tokens_per_batch")
-        if any(map(is_streaming, (train_dataset, *_as_list(eval_dataset)))):
-            # accelerate would put records of several batches together.
-            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+        _settle(args, (train_dataset, *_as_list(eval_dataset)))
         self.args = args
         self.objective = Objective(args)
         policy, self.ref_model, processing_class = given_models.policy_and_reference(
@@ -409,6 +402,18 @@ class _RestoreLog(TrainerCallback):
             self.trainer.precompute_reference()
         if self.trainer.args.activation_offloading:
             offload_checkpoints(self.trainer._policy)
+
+
+def _settle(args: PreferenceConfig, datasets: Sequence[Any]) -> None:
+    """Set what follows from processes and data. ValueError for a sampling strategy that does not go with processes."""
+    if args.n_gpu > 1:
+        # DataParallel would split a batch that is one tree.
+        args._n_gpu = 1
+    if args.world_size > 1 and args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError("train_sampling_strategy: batch_rebalance deals records out by itself; use max_tokens_per_batch")
+    if any(map(is_streaming, datasets)):
+        # accelerate would put records of several batches together.
+        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
 
 
 def _as_list(dataset: Any) -> list[Any]:

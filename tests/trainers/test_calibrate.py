@@ -93,6 +93,22 @@ def test_answers_of_the_users_own(folder: Path, tmp_path: Path, capsys: pytest.C
         assert record["ratios"] == pytest.approx(recorded[record["id"]], abs=1e-4)
 
 
+def test_prompts_without_answers_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "prompts.jsonl"
+    record = {
+        "id": "a",
+        "format": "single",
+        "images": ["a.png"],
+        "prompt": "<image>\nWhat is it?",
+        "answer": "a cat",
+        "target": 0,
+    }
+    path.write_text(json.dumps({**record, "num_images": 1}) + "\n")
+    assert main(["calibrate", "--input", str(path), "--run", str(tmp_path / "run")]) == 2
+    assert "none of its 1 records has both several pictures and an `answer`" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["calibrate", "--help"])

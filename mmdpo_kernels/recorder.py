@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .ops.attention_mass import attention_mass
+from .ops.attention_mass import PreparedMass, prepare_attention_mass
 from .tree_mask import visible_rows
 
 
@@ -26,6 +27,52 @@ class LayerCall(NamedTuple):
     window: int | None
     backend: str
     """Of `attention_mass`."""
+
+
+@dataclass
+class _Part:
+    """Counted rows that one call of `attention_mass` serves."""
+
+    rows: slice
+    tree_end: Tensor | None
+    """(B, K)"""
+    positions: Tensor
+    """(B, R), -1 = unused."""
+    counted: Tensor
+    """(B,)"""
+    mass: PreparedMass | None = None
+
+
+class _Plan:
+    """What attention calls of one forward that differ in their numbers alone have in common: most layers of most models."""
+
+    def __init__(self, crosses: bool, query: Tensor, key: Tensor, call: LayerCall) -> None:
+        self.crosses = crosses
+        self.index: Tensor | None = None
+        """(B, Hq, R, D) of the counted rows, for `gather`; None where no row counts."""
+        self.segments = torch.empty(0)
+        """(B, K)"""
+        self.first_key = self.num_keys = 0
+        """The token that the first key is of, and keys that are there from it on."""
+        self.parts: list[_Part] = []
+        self._call, self._kind = call, _kind(query, key, call)
+
+    def serves(self, crosses: bool, query: Tensor, key: Tensor, call: LayerCall) -> bool:
+        """Whether another call is like this one."""
+        alike = crosses == self.crosses and _kind(query, key, call) == self._kind
+        return alike and _same(call.tree_end, self._call.tree_end) and _same(call.mask, self._call.mask)
+
+
+def _kind(query: Tensor, key: Tensor, call: LayerCall) -> tuple[object, ...]:
+    sizes = query.shape, key.shape, query.dtype, key.dtype, query.device, key.device
+    return *sizes, call.scale, call.softcap, call.window, call.backend
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether they are one memory: layers are given views of one mask."""
+    if one is None or other is None or one is other:
+        return one is other
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
 
 
 class ForwardStopped(Exception):  # noqa: N818 - control flow, not an error
@@ -89,6 +136,8 @@ class AttentionRecorder:
         self._seen = Seen()
         self._end_tokens = torch.empty(0, dtype=torch.long)
         self._finished: Tensor | None = None
+        self._plans: list[_Plan] = []
+        """Of the present forward."""
         self._sums: dict[int, Tensor] = {}
         self._rows: dict[int, list[Tensor]] = {}
         self._counted: dict[int, Tensor] = {}
@@ -141,6 +190,7 @@ class AttentionRecorder:
             ValueError: in `generate`, a prompt longer than `segments`, or a forward that does not go on where the last one ended.
         """
         self._seen.forward(past, length)
+        self._plans.clear()
         if self._row_positions is not None:
             self._first = past
         elif self.prompt_is_read and past + length == self._read + 1 and not self._awaits_prompt:
@@ -194,6 +244,7 @@ class AttentionRecorder:
 
     def check(self) -> None:
         """At the end of a recording: that it counted what it was asked for, in every layer the same rows. Raises ValueError."""
+        self._plans.clear()
         if not self._seen.forwards and not self._seen.layers:
             raise ValueError(
                 "record_attention: no forward of the recorded model was seen, so nothing was counted; run the model that was given to it, "
@@ -217,55 +268,57 @@ class AttentionRecorder:
 
     @torch.no_grad()
     def _observe(self, layer: int, query: Tensor, key: Tensor, call: LayerCall) -> None:
-        rows = self._counted_rows(query)
-        if rows is None:
+        plan = next((plan for plan in self._plans if plan.serves(layer in self._cross_layers, query, key, call)), None)
+        if plan is None:
+            plan = self._plan(layer in self._cross_layers, query, key, call)
+            self._plans.append(plan)
+        if plan.index is None:
             return
-        index = rows.clamp(min=0)[:, None, :, None]
-        queries = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
-        parts: Iterable[tuple[slice, Tensor | None, Tensor]]
-        if layer in self._cross_layers:
-            segments, first_key = self._segments_of_images(key), 0
-            parts = _cross_calls(call.mask, rows, key.shape[2])
-            self._attend(layer, queries, key, segments, parts, first_key, key.shape[2], call._replace(window=None))
-            return
-        # A sliding cache gives its last keys in order; one of fixed size has empty slots after the last token.
-        first_key = max(0, self._read - key.shape[2])
-        positions = (rows + self._past - first_key).masked_fill(rows < 0, -1)
-        segments = self._segments_of_keys(key, first_key)
-        parts = [(slice(None), call.tree_end, positions)]
-        if call.mask is not None:
-            parts = tree_calls(call.mask, rows, positions, key.shape[2])
-        self._attend(layer, queries, key, segments, parts, first_key, self._read - first_key, call)
-
-    def _attend(
-        self,
-        layer: int,
-        queries: Tensor,  # (B, Hq, R, D)
-        key: Tensor,  # (B, Hkv, K, D)
-        segments: Tensor,  # (B, K)
-        parts: Iterable[tuple[slice, Tensor | None, Tensor]],
-        first_key: int,
-        num_keys: int,
-        call: LayerCall,
-    ) -> None:
-        """Add the masses of `parts`: rows, their `tree_end` (B, K), their positions. num_keys: those that are there, from `first_key` on."""
-        for part, its_tree_end, its_positions in parts:
-            found = attention_mass(
-                queries[:, :, part],
-                key,
-                segments,
-                row_positions=its_positions,
-                num_segments=self.num_segments,
-                tree_end=its_tree_end,
-                scale=call.scale,
-                softcap=call.softcap,
-                window=call.window,
-                reduce=self.reduce,
-                backend=call.backend,
-            )
+        # A decoding step has no other row than the one that counts.
+        queries = query if query.shape[2] == 1 else query.gather(2, plan.index)
+        for part in plan.parts:
+            if part.mass is None:
+                part.mass = prepare_attention_mass(
+                    queries[:, :, part.rows],
+                    key,
+                    plan.segments,
+                    row_positions=part.positions,
+                    num_segments=self.num_segments,
+                    tree_end=part.tree_end,
+                    scale=call.scale,
+                    softcap=call.softcap,
+                    window=None if plan.crosses else call.window,
+                    reduce=self.reduce,
+                    backend=call.backend,
+                )
+            found = part.mass(queries[:, :, part.rows], key)
             if self.reduce == "tokens":
-                found = pad(found[:, :num_keys], (first_key, 0))
-            self._add(layer, found, (its_positions >= 0).sum(1))
+                found = pad(found[:, : plan.num_keys], (plan.first_key, 0))
+            self._add(layer, found, part.counted)
+
+    def _plan(self, crosses: bool, query: Tensor, key: Tensor, call: LayerCall) -> _Plan:
+        """What this call and others like it in the same forward have in common."""
+        rows = self._counted_rows(query)
+        plan = _Plan(crosses, query, key, call)
+        if rows is None:
+            return plan
+        plan.index = rows.clamp(min=0)[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+        parts: Iterable[tuple[slice, Tensor | None, Tensor]]
+        if crosses:
+            plan.segments, plan.num_keys = self._segments_of_images(key), key.shape[2]
+            parts = _cross_calls(call.mask, rows, key.shape[2])
+        else:
+            # A sliding cache gives its last keys in order; one of fixed size has empty slots after the last token.
+            plan.first_key = max(0, self._read - key.shape[2])
+            plan.num_keys = self._read - plan.first_key
+            positions = (rows + self._past - plan.first_key).masked_fill(rows < 0, -1)
+            plan.segments = self._segments_of_keys(key, plan.first_key)
+            parts = [(slice(None), call.tree_end, positions)]
+            if call.mask is not None:
+                parts = tree_calls(call.mask, rows, positions, key.shape[2])
+        # As kernels take them: what is made here once is not made for each layer.
+        plan.parts = [_Part(where, tree_end, places.int(), (places >= 0).sum(1)) for where, tree_end, places in parts]
+        return plan
 
     def _counted_rows(self, query: Tensor) -> Tensor | None:
         """(B, R) int64 rows of `query` to count, -1 = unused; None where the forward emits no token."""

@@ -20,6 +20,7 @@ FILES += [path.name for path in ROOT.iterdir()]
 WRITTEN = {
     "summary.json",
     "state.json",
+    "layers.json",
     "date.json",
     "template_date.json",
     "generation_config.json",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .checks import (
     default_scale,
 )
 from .flat import tensors_and_rest, with_tensors
-from .precision import without_autocast
+from .precision import autocast_off, without_autocast
 
 OP = "attention_mass"
 
@@ -90,6 +90,51 @@ def attention_mass(
     Raises:
         TypeError, ValueError: an argument of the wrong kind or shape, or a named backend that cannot serve the call.
     """
+    prepared = prepare_attention_mass(
+        query_rows,
+        key,
+        segments,
+        row_positions=row_positions,
+        num_segments=num_segments,
+        tree_end=tree_end,
+        lse=lse,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        reduce=reduce,
+        backend=backend,
+    )
+    return _AttentionMass.apply(query_rows, key, prepared.call, prepared.module)
+
+
+class PreparedMass(NamedTuple):
+    """A checked call of `attention_mass`, to be made with several queries and keys of the same shapes and dtype, without gradients."""
+
+    module: ModuleType
+    call: AttentionMassCall
+
+    def __call__(self, query_rows: Tensor, key: Tensor) -> Tensor:
+        with autocast_off(key.device.type):
+            found: Tensor = self.module.forward(query_rows, key, self.call)
+        return found
+
+
+def prepare_attention_mass(
+    query_rows: Tensor,  # (B, Hq, R, D)
+    key: Tensor,  # (B, Hkv, S, D)
+    segments: Tensor,  # (B, S)
+    *,
+    row_positions: Tensor,  # (B, R)
+    num_segments: int,
+    tree_end: Tensor | None = None,  # (B, S)
+    lse: Tensor | None = None,  # (B, Hq, R)
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    reduce: str | None = None,
+    backend: str = "auto",
+) -> PreparedMass:
+    """Arguments of `attention_mass`, checked, and the backend for them; nothing is computed."""
     check_tensor(OP, "query_rows", query_rows, ("B", "Hq", "R", "D"), floating=True)
     batch, heads, rows, dim = query_rows.shape
     check_tensor(OP, "key", key, (batch, "Hkv", "S", dim), floating=True)
@@ -119,4 +164,4 @@ def attention_mass(
         window=window,
         reduce=reduce,
     )
-    return _AttentionMass.apply(query_rows, key, call, module)
+    return PreparedMass(module, call)

@@ -18,7 +18,7 @@ from devices import DEVICE
 from benchmarks.gpu import environment
 from benchmarks.kernels import accuracy, choose_backends, registry, sweep_tiles
 from benchmarks.measure import ROOT
-from benchmarks.runs import arm_seeds, attention_ratio, families, kill_demo, mdpo_seeds, mia_dpo_seeds
+from benchmarks.runs import arm_seeds, attention_ratio, families, kill_demo, layer_cost, mdpo_seeds, mia_dpo_seeds
 from benchmarks.runs.training_step import __main__ as training_step_cli
 from benchmarks.runs.training_step.setting import SMALL
 from benchmarks.runs.training_step.sides import Side, loss_of, make
@@ -94,6 +94,12 @@ def test_attention_ratio(tmp_path: Path) -> None:
     attention_ratio.main(["--small", "--output", str(tmp_path)])
     found = result(tmp_path, "attention_ratio_cpu")
     assert set(found["seconds"]) == set(found["peak_bytes_above_model"]) == set(attention_ratio.WAYS)
+
+
+def test_layer_cost(tmp_path: Path) -> None:
+    layer_cost.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "layer_cost_cpu")
+    assert set(found["times"]) == set(layer_cost.COMPARISONS) and len(found["processor_seconds"]) == 6
 
 
 def test_seeds_of_mia_dpo(tmp_path: Path) -> None:

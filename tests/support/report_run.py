@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mmdpo_trainers.answers.layer_choice import Answers, layer_curves
 from mmdpo_trainers.report import heatmaps
 from mmdpo_trainers.report.contents import RunContents
 from mmdpo_trainers.report.heatmaps import HeatExample, HeatMaps
@@ -98,6 +99,21 @@ def message(role: str, text: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": parts}]
 
 
+def layer_curves_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What stage score says of four layers with two groups of heads, the ratio of layer 2 being that of the records."""
+    rng = np.random.default_rng(3)
+    answers = Answers([0, 1, 2, 3])
+    for index, record in enumerate(records):
+        right = record["response"] == record["answer"]
+        answers.strata.append((record["format"], record["num_images"]))
+        answers.right.append(right)
+        answers.first_half.append(index % 2 == 0)
+        answers.ratios.append([0.5 + 0.1 * right + 0.3 * rng.random(), rng.random(), record["ratio"], rng.random()])
+        answers.heads.append(np.array([[ratio, rng.random()] for ratio in answers.ratios[-1]], np.float32))
+    answers.left_out["unclear"] = 7
+    return layer_curves(answers, best_by="all", go_by=None)
+
+
 def write_run(folder: Path, *, arms: bool = True) -> Path:
     """A finished run of invented numbers."""
     scores = scored(folder)
@@ -112,6 +128,7 @@ def write_run(folder: Path, *, arms: bool = True) -> Path:
             pairs.append({**record, "prompt": message("user", record["prompt"]), **sides})
     write_lines(folder / "score" / "scores.jsonl", scores)
     write_json(folder / "score" / "summary.json", {"seconds": 13.25})
+    write_json(folder / "score" / "layers.json", layer_curves_of(scores))
     write_lines(folder / "select" / "pairs.jsonl", pairs)
     write_lines(folder / "select" / "dropped.jsonl", dropped)
     thresholds = {"sequence": {2: 0.7, 3: 0.6, 4: 0.5, 5: 0.5}, "grid": {2: 0.7}, "pip": {2: 0.8}}

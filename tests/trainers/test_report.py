@@ -108,6 +108,24 @@ def test_numbers_on_the_page_are_those_of_the_files(run_path: Path, full_page: s
     assert "train 85.0" in text and "All 116.8" in text
 
 
+def test_layers_are_drawn_and_said_in_words(run_path: Path, tmp_path: Path, full_page: str) -> None:
+    curves = json.loads((run_path / "score" / "layers.json").read_text())
+    section = full_page.split('<section id="layers">')[1].split("</section>")[0]
+    best = curves["best"]["all"]
+    figures = f"layer {best['layer']}, AUC {best['auc']['value']:.2f}, {best['auc']['low']:.2f} to {best['auc']['high']:.2f}"
+    assert figures in text_of(section) and "7 unclear whether right" in text_of(section)
+    labels = re.findall(r'aria-label="([^"]+)"', section)
+    values = [each["value"] for each in curves["auc"]["grid"]]
+    assert f"Grid collage: largest {max(values):.2f} at layer {values.index(max(values))}" in labels[0]
+    heads = [(value, layer, head) for layer, row in enumerate(curves["heads"]["all"]) for head, value in enumerate(row)]
+    assert "largest {:.2f} at layer {}, head {}".format(*max(heads)) in labels[1]
+    each = curves["thresholds"]["grid"]["2"]
+    assert f"Grid collage, 2 pictures {each['threshold']:.2f} {100 * each['wrong_under']:.1f}" in text_of(section)
+    folder = write_run(tmp_path / "run")
+    (folder / "score" / "layers.json").unlink()
+    assert "One layer was recorded. With score.layer: all" in text_of(page_of(folder)).replace("`", "")
+
+
 def test_page_needs_nothing_but_itself(full_page: str) -> None:
     assert not re.search(r"https?:|//\w+\.", re.sub(r"data:[^\"]*", "", full_page))
     sources = re.findall(r"\b(?:src|href)=\"([^\"]*)\"", full_page)
@@ -121,7 +139,7 @@ def test_pictures_and_plots_are_described(full_page: str) -> None:
     pictures = re.findall(r"<img\b[^>]*>", full_page)
     assert pictures and all(re.search(r'alt="[^"]+"', tag) for tag in pictures)
     plots = re.findall(r"<svg\b[^>]*>", full_page)
-    assert len(plots) == 1 + 3 + 5
+    assert len(plots) == 1 + 2 + 3 + 5
     assert all('role="img"' in tag and re.search(r'aria-label="[^"]+"', tag) for tag in plots)
     ids = re.findall(r'\bid="([^"]+)"', full_page)
     assert len(ids) == len(set(ids))

@@ -48,7 +48,13 @@ def settings(model: Path, prompts: Path) -> dict[str, Any]:
     options = {"input": str(prompts), "batch_size": 2, "max_new_tokens": 4}
     # Answers that carry no attention are measured by score's own pass, with the model.
     generated = {**options, "do_sample": True, "noise": "paper", "record_attention": False}
-    return {"model": str(model), "device": "cpu", "generate": generated, "evaluate": options, "score": {"batch_size": 4}}
+    return {
+        "model": str(model),
+        "device": "cpu",
+        "generate": generated,
+        "evaluate": options,
+        "score": {"batch_size": 4, "layer": "best"},
+    }
 
 
 def context_of(folder: Path, model: Path, prompts: Path, stage: str) -> StageContext:
@@ -67,7 +73,8 @@ def all_stages(folder: Path, model: Path, prompts: Path) -> dict[str, Any]:
 
 def files(folder: Path, model: Path, prompts: Path) -> dict[str, bytes]:
     contexts = {stage: context_of(folder, model, prompts, stage) for stage in STAGES}
-    return {stage: (contexts[stage].folder / name).read_bytes() for stage, name in STAGES.items()}
+    named = [*STAGES.items(), ("score", "layers.json")]
+    return {f"{stage}/{name}": (contexts[stage].folder / name).read_bytes() for stage, name in named}
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +164,7 @@ def test_killed_and_started_again_with_another_number(tmp_path: Path, model: Pat
         work(0)
     else:
         assert launch(again, work) == [0] * again
-    assert path.read_bytes() == alone["generate"]
+    assert path.read_bytes() == alone["generate/responses.jsonl"]
     assert part_files(path) == []
     done_again = [id for line in log.read_text().splitlines() for id in yaml.safe_load(line)]
     assert not kept & set(done_again) and len(done_again) == len(set(done_again)) == len(KINDS) - 1 - len(kept)
@@ -166,11 +173,11 @@ def test_killed_and_started_again_with_another_number(tmp_path: Path, model: Pat
 def test_several_continue_what_one_began(tmp_path: Path, model: Path, prompts: Path, alone: Any) -> None:
     context = context_of(tmp_path / "run", model, prompts, "generate")
     path = context.folder / "responses.jsonl"
-    lines = alone["generate"].splitlines(keepends=True)
+    lines = alone["generate/responses.jsonl"].splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]) + lines[3][:20])
     part_file(path, 7).write_bytes(lines[8])
     assert launch(2, partial(run_generate, tmp_path / "run", model, prompts)) == [0, 0]
-    assert path.read_bytes() == alone["generate"] and part_files(path) == []
+    assert path.read_bytes() == alone["generate/responses.jsonl"] and part_files(path) == []
 
 
 def test_a_failing_process_ends_the_others_with_its_message(
@@ -190,7 +197,7 @@ def test_a_failing_process_ends_the_others_with_its_message(
     message = f"record r2/pip: missing: {picture} is not a file"
     assert message in own and f"failed, and this one ends with it: {message}" in other
     assert launch(2, partial(run_generate, tmp_path / "run", model, prompts)) == [0, 0]
-    assert path.read_bytes() == alone["generate"]
+    assert path.read_bytes() == alone["generate/responses.jsonl"]
 
 
 def test_a_part_that_another_process_still_writes(tmp_path: Path, model: Path, prompts: Path) -> None:
@@ -268,7 +275,7 @@ def test_the_command_in_several_processes(
     arguments = ["run", str(config), "--run-dir", str(tmp_path / "run"), "--until", "select"]
     assert launch(2, partial(run_command, arguments)) == [0, 0]
     for stage in ("generate", "score"):
-        assert (tmp_path / "run" / stage / STAGES[stage]).read_bytes() == alone[stage]
+        assert (tmp_path / "run" / stage / STAGES[stage]).read_bytes() == alone[f"{stage}/{STAGES[stage]}"]
     assert (tmp_path / "run" / "select" / "summary.json").exists()
     said = capfd.readouterr()
     assert said.err.count("generate: 11/11") == 1 and said.out.count("run folder:") == 1

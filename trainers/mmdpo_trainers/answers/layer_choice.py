@@ -149,6 +149,8 @@ def _best(arrays: _Arrays, name: str, layers: Sequence[int]) -> dict[str, Any] |
     ]
     place = max(range(len(layers)), key=lambda place: -1.0 if (found := areas[place]) is None else found.value)
     held_out = arrays.area(name, arrays.ratios[:, place], ~first)
+    if areas[place] is None or held_out is None:
+        return None
     return {"layer": layers[place], "auc_chosen": _shown(areas[place]), "auc": _shown(held_out)}
 
 

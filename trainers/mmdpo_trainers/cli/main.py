@@ -57,11 +57,12 @@ _REFERENCE = (
     "again; a file from another reference model is refused."
 )
 _CALIBRATE = (
-    "Makes prompts with several pictures from single-image data with answers, lets the model answer them, and records in the same pass how "
-    "much each layer looks at the asked-about picture. Printed are, for each layer and format, the area under the ROC curve of that share "
-    "against right and wrong answers (.5: it says nothing; 1: it tells them apart); the layer that does it best, chosen on one half of the "
-    "prompts and measured on the other; and layer and thresholds as lines for a configuration file. report.html in the folder draws it. "
-    "Some hundred right and wrong answers of each format are enough. A killed command continues where it stopped."
+    "Makes prompts with several pictures from single-image data with answers (1,000 prompts, unless --num-prompts says otherwise), lets the "
+    "model answer them, and records in the same pass how much each layer looks at the asked-about picture. Printed are, for each layer and "
+    "format, the area under the ROC curve of that share against right and wrong answers (.5: it says nothing; 1: it tells them apart); the "
+    "layer that does it best, chosen on one half of the prompts and measured on the other; and layer and thresholds as lines for a "
+    "configuration file. report.html in the folder draws it. Some hundred right and wrong answers of each format are enough. A killed command "
+    "continues where it stopped."
 )
 _CALIBRATED = {
     "data": ("source", "image_folder", "limit"),

@@ -55,7 +55,10 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
         ),
         "score": StageKind(
             about="Measure how much attention each answer pays to the asked-about picture.",
-            examples=("score --run runs/mine --model llava-1.5-7b-hf --layer 16",),
+            examples=(
+                "score --run runs/mine --model llava-1.5-7b-hf --layer 16",
+                "score --run runs/mine --model llava-1.5-7b-hf --layer best   # the one that tells right answers from wrong ones",
+            ),
             model=True,
             shared=True,
         ),
@@ -64,6 +67,7 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
             examples=(
                 "select --run runs/mine --preset official_code",
                 "select --run runs/mine --thresholds '{sequence: {2: 0.6, 3: 0.5}}'",
+                "select --run runs/mine --quantile 0.3",
             ),
             arm=True,
         ),

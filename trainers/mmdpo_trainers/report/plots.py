@@ -279,7 +279,7 @@ def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, 
         axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("decoder layer")
-        axes.set_ylabel("head")
+        axes.set_ylabel("head, or group of heads")
     return canvas.svg
 
 

@@ -15,13 +15,14 @@ from rich.console import Console
 
 from mmdpo_trainers.answers.layer_choice import ALL, FILE, verdicts
 from mmdpo_trainers.config.run_config import RunConfig
-from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.methods import method_named
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.run.pipeline import run_pipeline
+from mmdpo_trainers.stages.batches import read_records
 from mmdpo_trainers.stages.report import PAGE
 
 LAST = "score"
@@ -31,6 +32,7 @@ SECTIONS = ("layers", "ratios", "time")
 def calibrate(config: RunConfig, *, restart: str | None = None, console: Console | None = None) -> None:
     """Do, or continue, what a run does up to stage score, and print what came of it. Raises MmdpoError as `run_pipeline` does."""
     console, folder = console or Console(), config.run_path
+    _check_answers(config)
     done = (folder / LAST / "summary.json").exists() and restart is None
     run_pipeline(config, until=LAST, restart=restart, progress=Progress(), console=Console(quiet=True))
     if not ranks.is_rank_0():
@@ -45,6 +47,18 @@ def calibrate(config: RunConfig, *, restart: str | None = None, console: Console
             console.print(sentence, markup=False, highlight=False)
     console.print(f"\nFor a configuration file:\n\n{settings(curves, config)}", markup=False, highlight=False, soft_wrap=True)
     console.print(_page(config, folder), markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_answers(config: RunConfig) -> None:
+    """Raise DataError for a file of the user's own in which no prompt could say anything."""
+    given = config.score.input or config.generate.input
+    if given and Path(given).exists():
+        records = read_records(Path(given), "records")
+        if not any(record["num_images"] > 1 and str(record.get("answer") or "").strip() for record in records):
+            raise DataError(
+                f"{given}: none of its {len(records):,} records has both several pictures and an `answer` to compare the model's with; add "
+                "true answers, or let prompts be made from --data"
+            )
 
 
 def settings(curves: Mapping[str, Any], config: RunConfig) -> str:

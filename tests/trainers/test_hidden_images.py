@@ -103,7 +103,9 @@ def test_what_is_hidden_is_not_seen(make: Callable[..., Path], tmp_path: Path) -
     """With all its tokens hidden, another picture of the same size makes no difference; in an unhidden prompt it does."""
     loaded = load_model(make(tmp_path / "model"), dtype=torch.float64, device="cpu")
     patch_model(loaded.model)
-    one, other = (make_prompts(tmp_path / str(seed), [("sequence", 2), ("single", 1), ("single", 1)], seed=seed) for seed in (0, 1))
+    one, other = (
+        make_prompts(tmp_path / str(seed), [("sequence", 2), ("single", 1), ("single", 1)], seed=seed) for seed in (0, 1)
+    )
     assert one[0]["prompt"] == other[0]["prompt"]
 
     def all_of_it(row: int, count: int) -> np.ndarray:
@@ -125,7 +127,10 @@ def test_hiding_nothing_changes_nothing(tmp_path: Path, records: list[Record]) -
 def test_families_where_it_cannot_be(tmp_path: Path, records: list[Record]) -> None:
     recurrent = make_tiny_llava_on(tmp_path / "lfm2", Lfm2Config, layer_types=["conv", "full_attention", "conv"])
     for path, message in (
-        (make_tiny_mllama(tmp_path / "mllama"), "family mllama: image tokens cannot be hidden: its pictures come in by cross-attention"),
+        (
+            make_tiny_mllama(tmp_path / "mllama"),
+            "family mllama: image tokens cannot be hidden: its pictures come in by cross-attention",
+        ),
         (recurrent, "family llava: image tokens cannot be hidden: its layers of conv carry every token on"),
     ):
         loaded = load_model(path, device="cpu")

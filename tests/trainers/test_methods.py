@@ -93,7 +93,7 @@ def test_a_stage_command_of_the_third_method(third: Path) -> None:
 def test_a_file_of_the_folder_is_a_method(third: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(third)])
     found = methods._found()
-    assert list(found) == ["mia_dpo", "ipo_run", "mdpo"]
+    assert list(found) == ["mia_dpo", "bdhs", "ipo_run", "mdpo"]
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_a_file_of_the_folder_is_a_method(third: Path, monkeypatch: pytest.Monke
     [
         (
             {"method": "mdpoo"},
-            "method must be one of mia_dpo, mdpo, or a .py file .*, got the text 'mdpoo'; did you mean 'mdpo'?",
+            "method must be one of mia_dpo, bdhs, mdpo, or a .py file .*, got the text 'mdpoo'; did you mean 'mdpo'?",
         ),
-        ({"method": "none.py"}, "none.py does not exist; expected one of mia_dpo, mdpo, or a .py file"),
+        ({"method": "none.py"}, "none.py does not exist; expected one of mia_dpo, bdhs, mdpo, or a .py file"),
         ({"method": "empty.py"}, "empty.py declares none: expected METHOD"),
         ({"method": "broken.py"}, r"broken.py cannot be imported \(ZeroDivisionError"),
         (
             {"train": {"preset": "mdpo_papr"}},
-            "train.preset must be one of mia_dpo_paper, mdpo_paper, .* did you mean 'mdpo_paper'?",
+            "train.preset must be one of mia_dpo_paper, .*mdpo_paper, .* did you mean 'mdpo_paper'?",
         ),
         ({"arms": {"mia_dpo": {}}}, "'mia_dpo' is the name of the main arm"),
         ({"arms": {"a": {"evaluate": {}}}}, r"arms.a: 'evaluate' cannot differ between arms; an arm overrides select and train"),

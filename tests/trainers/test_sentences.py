@@ -14,8 +14,14 @@ from mmdpo_trainers.data.sentences import join_sentences, plain_words, split_sen
         ("red", ["red"]),
         ("Dr. Lee saw 3.5 cats. Is it? Yes.", ["Dr. Lee saw 3.5 cats.", "Is it?", "Yes."]),
         ("The answer is no. No. 5 is here!", ["The answer is no.", "No. 5 is here!"]),
-        ("J. Smith ate apples, etc. and pears, etc. The U.S. is big.", ["J. Smith ate apples, etc. and pears, etc.", "The U.S. is big."]),
-        ('He said "hi." Then (see fig. 3) left ... and so on… Why?!', ['He said "hi."', "Then (see fig. 3) left ... and so on…", "Why?!"]),
+        (
+            "J. Smith ate apples, etc. and pears, etc. The U.S. is big.",
+            ["J. Smith ate apples, etc. and pears, etc.", "The U.S. is big."],
+        ),
+        (
+            'He said "hi." Then (see fig. 3) left ... and so on… Why?!',
+            ['He said "hi."', "Then (see fig. 3) left ... and so on…", "Why?!"],
+        ),
         ("He and I. Then plan B. Smith.", ["He and I.", "Then plan B. Smith."]),
         ("1. Slow down.\n2. Stop", ["1. Slow down.", "2. Stop"]),
         ("A list:\n\n- one\n- two  ", ["A list:", "- one", "- two"]),

@@ -26,6 +26,7 @@ CONFIGS = sorted(path.name for path in FOLDER.glob("*.yaml"))
 OWN_PAIRS = {"llava_mdpo.yaml": make_tiny_llava, "qwen2_5_vl_mdpo.yaml": make_tiny_qwen}
 REAL = {
     **OWN_PAIRS,
+    "llava_bdhs.yaml": make_tiny_llava,
     "llava_reward.yaml": make_tiny_llava,
     "llava_mia_dpo.yaml": make_tiny_llava,
     "llava_mia_dpo_judge.yaml": make_tiny_llava,
@@ -95,6 +96,22 @@ def test_mdpo_has_the_paper_s_settings(name: str) -> None:
     assert args["per_device_train_batch_size"] * args["gradient_accumulation_steps"] == 32
     assert not config.arms, "one training"
     assert 0 < config.pairs.held_out <= 0.05 and config.pairs.max_held_out is not None
+
+
+def test_bdhs_has_the_paper_s_settings() -> None:
+    config, paper = RunConfig.from_yaml(FOLDER / "llava_bdhs.yaml"), presets(METHODS["bdhs"])["bdhs_paper"]
+    args = config.train.args
+    assert {key: args[key] for key in paper} == paper and (paper["lora_r"], paper["lora_alpha"]) == (128, 256)
+    batch = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
+    assert 1e-7 <= args["learning_rate"] <= 5e-6 and args["num_train_epochs"] in (3, 5, 7) and batch in (16, 32, 48)
+    found = config.hallucinate
+    assert (found.hide, found.max_tries, found.max_similarity, found.swap_yes_no, found.unresolved) == (
+        0.99,
+        5,
+        0.97,
+        0.5,
+        "keep",
+    )
 
 
 @pytest.mark.parametrize(("share", "most", "held_out"), [(0.01, None, 1), (0.5, None, 5), (0.5, 2, 2), (0.5, 1, 1)])

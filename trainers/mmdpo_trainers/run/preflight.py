@@ -132,13 +132,10 @@ def _check_files(context: StageContext) -> None:
 
 
 def _check_hallucinate(context: StageContext) -> None:
-    options = context.options
-    if options.embedding and not Path(options.embedding).is_dir():
-        raise ConfigError(
-            f"hallucinate.embedding: {options.embedding} is not a folder; give a local model folder, or leave it out"
-        )
-    if options.rejected == "given" and context.arm is None:
-        raise ConfigError("hallucinate.rejected: given is for an arm beside the main one; for the main arm use hallucinated")
+    stage_module("hallucinate").inputs(context)
+    embedding = context.options.embedding
+    if embedding and not Path(embedding).is_dir():
+        raise ConfigError(f"hallucinate.embedding: {embedding} is not a folder; give a local model folder, or leave it out")
 
 
 def _check_evaluation(context: StageContext) -> None:

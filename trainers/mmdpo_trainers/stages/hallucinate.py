@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.answers.config_only import check_prompts
+from mmdpo_trainers.answers.config_only import config_only
 from mmdpo_trainers.answers.hallucination import HallucinationSampler
 from mmdpo_trainers.answers.similarity import similarity_name, similarity_of
 from mmdpo_trainers.data.left_out import lost
@@ -37,6 +37,8 @@ def inputs(context: StageContext) -> list[Path]:
     if options.embedding:
         files.append(Path(options.embedding))
     if _is_given(context):
+        if context.arm is None:
+            raise ConfigError("hallucinate.rejected: given is for an arm beside the main one; for the main arm use hallucinated")
         files.append(_main(context) / "pairs.jsonl")
     return files
 
@@ -53,7 +55,7 @@ def run(context: StageContext) -> dict[str, Any]:
         return _taken_over(context) if ranks.is_rank_0() else {}
     options = context.options
     records, left_out = _records(context)
-    check_prompts(context.model, [_asked(record) for record in records])
+    _check_texts(context.model, records)
     sampler: list[HallucinationSampler] = []
     model = LazyModel(lambda: load_base(context))
 
@@ -109,6 +111,14 @@ def _pair(record: Record) -> Record:
         "prompt": [{"role": "user", "content": record["prompt"]}],
         "chosen": [{"role": "assistant", "content": answer}] if answer else None,
     }
+
+
+def _check_texts(model: Path, records: Sequence[Record]) -> None:
+    """DataError, naming the record, for texts that do not go into the model's chat format: before the first is worked on."""
+    texts = config_only(model).texts
+    for record in records:
+        texts.check_prompt(record["id"], prompt_text(record))
+        texts.answer_text(record["id"], "chosen", response_text(record, "chosen"))
 
 
 def _asked(record: Record) -> Record:
@@ -182,9 +192,7 @@ def _taken_over(context: StageContext) -> dict[str, Any]:
 
 
 def _given(context: StageContext) -> dict[str, Any]:
-    """The main arm's records with the data's own rejected answers. ConfigError where they have none, or this is the main arm."""
-    if context.arm is None:
-        raise ConfigError("hallucinate.rejected: given is for an arm beside the main one; for the main arm use hallucinated")
+    """The main arm's records with the data's own rejected answers. ConfigError where they have none."""
     records = _main_pairs(context)
     without = next((record["id"] for record in records if GIVEN not in record), None)
     if without is not None:

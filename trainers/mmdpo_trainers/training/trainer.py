@@ -196,8 +196,7 @@ class PreferenceTrainer(SavingTrainer):
         batch: PreferenceBatch = inputs["batch"].to(self.args.device)
         counts = inputs.get(COUNTS, True)
         averages = self._averages["train" if model.training else "eval"] if counts else Averages()
-        totals = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
-        loss, parts = self._batch_loss(batch, inputs.get("reference_batch"), totals, training=model.training, averages=averages)
+        loss, parts = self._batch_loss(batch, inputs, num_items_in_batch, training=model.training, averages=averages)
         if model.training and self.args.stop_on_nonfinite_loss:
             self._loss_check.look(loss, batch.ids, parts)
             if self.accelerator.sync_gradients:
@@ -214,15 +213,16 @@ class PreferenceTrainer(SavingTrainer):
     def _batch_loss(
         self,
         batch: PreferenceBatch,
-        reference_batch: PreferenceBatch | None,
-        totals: tuple[int, int],
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | None,
         *,
         training: bool,
         averages: Averages,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's share of the loss of its step, and what it is made of by name. totals: records and chosen tokens of the step."""
-        policy, reference = self._logps(batch, reference_batch, training=training, averages=averages)
-        return self._loss(batch, policy, reference, *totals, averages)
+        """A micro-batch's share of the loss of its step, and what it is made of by name. inputs: what `compute_loss` is given."""
+        policy, reference = self._logps(batch, inputs.get("reference_batch"), training=training, averages=averages)
+        records, tokens = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
+        return self._loss(batch, policy, reference, records, tokens, averages)
 
     def _logps(
         self, batch: PreferenceBatch, reference_batch: PreferenceBatch | None, *, training: bool, averages: Averages

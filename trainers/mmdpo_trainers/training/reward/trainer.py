@@ -83,8 +83,8 @@ class RewardTrainer(PreferenceTrainer):
     def _batch_loss(
         self,
         batch: PreferenceBatch,
-        reference_batch: PreferenceBatch | None,
-        totals: tuple[int, int],
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | None,
         *,
         training: bool,
         averages: Averages,
@@ -92,7 +92,8 @@ class RewardTrainer(PreferenceTrainer):
         """See `PreferenceTrainer`; a mean over the records of the step."""
         scores = self._scores(batch, training=training, averages=averages)
         losses = bradley_terry(scores, _margins(batch, scores), self.args.center_rewards_coefficient)
-        count, records = len(batch.ids), totals[0]
+        count = len(batch.ids)
+        records = count if num_items_in_batch is None else int(num_items_in_batch[0])
         found = scores.detach().double()
         accuracy, margin = (found[:, 0] > found[:, 1]).double(), found[:, 0] - found[:, 1]
         averages.add({"accuracy": mean_of(accuracy), "margin": mean_of(margin), "mean_reward": mean_of(found.mean(1))}, count)

@@ -57,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rater(trained: Path, **options: Any) -> Any:
-    given = {"source": "reward", "model": str(trained), "facts": ["answer", "options"], **options}
+    given = {"source": "reward_model", "judge": str(trained), "facts": ["answer", "options"], **options}
     return rater_of(RateConfig(**given), Surroundings(folder=trained.parent, device="cpu"))
 
 
@@ -101,13 +101,15 @@ def test_what_cannot_be_rated_is_told_by_record(trained: Path, data: list[dict[s
     assert "response" in found[0][1].problem or "holds '</s>'" in found[0][1].problem
     assert "record gone" in found[1][0].problem and found[1][0].scores is None
     assert found[2][0].problem == EMPTY
+    assert [each.reason for ratings in found for each in ratings] == [None, "unfit", "unfit", "empty"]
     assert rater(trained).rate([], []) == []
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": None}, "rate.model: a rating by a reward model needs its folder"),
+        ({"judge": None}, "rate.judge: expected a path with rate.source: reward_model, got none"),
+        ({"judge": "nowhere"}, "rate.judge: nowhere does not exist"),
         ({"facts": []}, r"rate.facts: expected \[options, answer\], which the reward model .* was trained to read, got \[\]"),
         (
             {"facts": ["answer", "caption"]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_the_page_of_a_reward_model(finished: tuple[Path, dict[str, Any], str]) 
 def test_its_model_rates_answers(finished: tuple[Path, dict[str, Any], str]) -> None:
     """Held-out pairs as prompts with two answers: the same rewards, whatever batch they come in."""
     folder = finished[0]
-    options = RateConfig(source="reward", model=str(folder / "train" / "final"), facts=["answer", "caption"])
+    options = RateConfig(source="reward_model", judge=str(folder / "train" / "final"), facts=["answer", "caption"])
     rater = rater_of(options, Surroundings(folder=folder, device="cpu"))
     lines = list(read_jsonl(folder / "evaluate" / "after" / "rewards.jsonl"))
     records = [{**line, "images": [str(folder / "evaluate" / "after" / image) for image in line["images"]]} for line in lines]
@@ -90,6 +91,36 @@ def test_its_model_rates_answers(finished: tuple[Path, dict[str, Any], str]) -> 
         assert [each.value() for each in ratings] == pytest.approx(
             [line["rewards"][name] for name in ("chosen", "rejected")], abs=1e-4
         )
+
+
+def test_the_rate_stage_with_a_reward_model(finished: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    """Answers of another run, two a prompt; the check on pairs finds what the rewards say."""
+    folder, run = finished[0], tmp_path / "run"
+    lines = list(read_jsonl(folder / "evaluate" / "after" / "rewards.jsonl"))
+    asked = [
+        {
+            **{name: line[name] for name in ("id", "answer", "options", "caption")},
+            **{"format": "single", "source_id": line["id"], "target": 0, "num_images": 1, "region": None, "patch_grid": None},
+            "images": [str((folder / "evaluate" / "after" / line["images"][0]).resolve())],
+            "prompt": line["prompt"][0]["content"],
+            "responses": [line[name][0]["content"] for name in ("chosen", "rejected")],
+        }
+        for line in lines
+    ]
+    asked[0]["responses"][1] = ""
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
+    command = ["rate", "--run", str(run), "--model", "shapes_prior", "--input", str(tmp_path / "responses.jsonl")]
+    command += ["--source", "reward_model", "--judge", str(folder / "train" / "final"), "--batch-size", "5"]
+    assert cli.main([*command, "--facts", "[answer]"]) == 2
+    assert cli.main([*command, "--facts", "[answer, caption]"]) == 0
+    ratings, summary = list(read_jsonl(run / "rate" / "ratings.jsonl")), read_json(run / "rate" / "summary.json")
+    assert summary["scale"] is None and list(summary["mean"]) == ["reward"] and summary["unrated"] == {"empty": 1}
+    assert summary["check"]["agree"]["total"] > 0
+    for line, found in zip(lines, ratings, strict=True):
+        expected = [line["rewards"][name] for name in ("chosen", "rejected")]
+        values = [rating["reward"] for rating in found["ratings"] if rating is not None]
+        assert values == pytest.approx(expected[: len(values)], abs=1e-4)
+    assert ratings[0]["ratings"][1] is None and len(ratings) == 12
 
 
 def test_a_continued_evaluation_gives_the_same_file(

@@ -36,7 +36,7 @@ def check_run(contexts: Sequence[StageContext]) -> None:
 
             check_vllm(context.config)
         if context.stage == "rate":
-            from mmdpo_trainers.answers.raters import check_rater
+            from mmdpo_trainers.training.reward.rater import check_rater
 
             check_rater(context.options)
         if context.stage == "generate":

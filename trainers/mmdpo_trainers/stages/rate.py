@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mmdpo_trainers.answers.raters import Rater, Rating, Surroundings, rater_of
+from mmdpo_trainers.answers.raters import Rater, Rating, Surroundings
 from mmdpo_trainers.answers.raters.quality import WORDS, quality_counts, rate_pairs
 from mmdpo_trainers.answers.raters.replies import costs
 from mmdpo_trainers.data.left_out import check_left_out, lost
@@ -26,6 +26,7 @@ from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.report.intervals import Proportion
 from mmdpo_trainers.stages.batches import Record, own_records, run_batches
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.training.reward.rater import rater_of
 
 _IN_FLIGHT = 4
 """Records to a batch for each request that an endpoint is sent at a time: it has nothing to do where a batch ends."""
@@ -110,6 +111,9 @@ def _summary(context: StageContext, records: Sequence[Record], left_out: Mapping
     earlier = left_out.get("lost", {"of": len(records), "reasons": {}})
     reasons = Counter(earlier["reasons"]) + Counter(record["problems"][0]["reason"] for record in without)
     share = len(without) / len(records)
+    # A reward model has one attribute of its own, without bounds.
+    names = list(found[0]) if found else list(options.attributes)
+    bounded = set(names) <= set(options.attributes)
     check_left_out(
         share,
         context.config.allow_missing,
@@ -121,8 +125,8 @@ def _summary(context: StageContext, records: Sequence[Record], left_out: Mapping
         "records": len(records),
         "answers": sum(len(record["ratings"]) for record in records),
         "unrated": dict(Counter(problem["reason"] for problem in problems)),
-        "mean": {name: statistics.fmean(rating[name] for rating in found) for name in options.attributes} if found else {},
-        "scale": [options.lowest, options.highest],
+        "mean": {name: statistics.fmean(rating[name] for rating in found) for name in names} if found else {},
+        "scale": [options.lowest, options.highest] if bounded else None,
         "costs": costs(context.folder),
         **lost(earlier["of"], reasons),
     }
@@ -195,9 +199,9 @@ def rating_tables(summary: Mapping[str, Any]) -> list[Table]:
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("answers", f"{summary['answers']:,}")
-    low, high = summary["scale"]
+    scale = "" if summary["scale"] is None else ", {:g} to {:g}".format(*summary["scale"])
     for name, value in summary["mean"].items():
-        table.add_row(f"mean {name}, {low:g} to {high:g}", f"{value:.2f}")
+        table.add_row(f"mean {name}{scale}", f"{value:.2f}")
     for name, count in (
         *((f"not rated: {reason}", count) for reason, count in summary["unrated"].items()),
         *summary["costs"].items(),

@@ -19,8 +19,13 @@ __all__ = ["Judge", "Rater", "Rating", "Surroundings", "check_rater", "rater_of"
 
 
 def rater_of(options: RateConfig, surroundings: Surroundings) -> Rater:
-    """The rater that `rate.source` names. Raises ConfigError or DataError where its settings or files will not do."""
+    """The rater that `rate.source` names, but for a reward model (`training.reward.rater.rater_of` knows all).
+
+    Raises ConfigError or DataError where its settings or files will not do.
+    """
     check_rater(options)
+    if options.source == "reward_model":
+        raise ValueError("rate.source: a reward model is trained one; call mmdpo_trainers.training.reward.rater.rater_of")
     if options.source == "exact":
         return ExactRater(options)
     if options.source == "file":
@@ -37,7 +42,7 @@ def rater_of(options: RateConfig, surroundings: Surroundings) -> Rater:
 
 def check_rater(options: RateConfig) -> None:
     """Raise ConfigError for settings of `rate` that cannot be, before a stage is begun."""
-    for name, source in (("file", "file"), ("judge", "model")):
+    for name, source in (("file", "file"), ("judge", "model"), ("judge", "reward_model")):
         if options.source == source and not getattr(options, name):
             raise ConfigError(f"rate.{name}: expected a path with rate.source: {source}, got none")
     for name in ("file", "judge", "replies", "check_pairs"):
@@ -54,5 +59,3 @@ def check_rater(options: RateConfig) -> None:
         from mmdpo_trainers.answers.raters.prompts import JudgePrompts
 
         JudgePrompts(options)
-    if options.source == "reward_model":
-        raise ConfigError("rate.source: reward_model is not available in this version; choose exact, file, endpoint or model")

@@ -21,7 +21,8 @@ class TrainConfig(Settings):
         "losses, rates and adapter of a paper or of its released code, which `args` may change one by one; None: the method's paper",
     )
     args: Finite[dict[StrictStr, Any]] = option(
-        help="fields of PreferenceConfig, such as learning_rate, beta, loss_type", factory=dict
+        help="fields of PreferenceConfig, such as learning_rate, beta, loss_type; of RewardConfig for a reward model, such as facts",
+        factory=dict,
     )
     replay: StrictFloat = option(
         0.0, "single-image pairs mixed in, as a share of the selected pairs; they keep the single-image skill", ge=0

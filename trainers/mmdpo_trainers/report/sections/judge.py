@@ -21,12 +21,12 @@ def judge(page: PageInputs) -> dict[str, Any] | None:
 
 
 def _ratings(rate: Record) -> Table:
-    low, high = rate["scale"]
+    scale = "" if rate["scale"] is None else " from {:g} to {:g}".format(*rate["scale"])
     rows = [["Answers", f"{rate['answers']:,}"]]
     rows += [[f"Mean {name}", f"{value:.2f}"] for name, value in rate["mean"].items()]
     rows += [[f"Not rated: {reason.replace('_', ' ')}", f"{count:,}"] for reason, count in rate["unrated"].items()]
     rows += [[name.replace("_", " ").capitalize(), f"{count:,}"] for name, count in rate["costs"].items()]
-    return Table(caption=f"Ratings from {low:g} to {high:g}, and what they took.", head=["", "Number"], rows=rows)
+    return Table(caption=f"Ratings{scale}, and what they took.", head=["", "Number"], rows=rows)
 
 
 def _quality(check: Record) -> Table:

@@ -15,7 +15,8 @@ from mmdpo_trainers.training.reward.inputs import FACTS, RewardInputs
 _PREFERENCE_ONLY = (
     *("loss_type", "loss_weights", "beta", "label_smoothing", "length_normalised", "changed_token_weight", "simpo_gamma"),
     *("anchor", "anchors", "further_branches", "corruption", "corruption_keep", "corruption_strength", "corruption_seed"),
-    "corruption_draw",
+    *("corruption_draw", "extra_negative", "extra_negative_weight", "bco_shift", "similar_beta"),
+    *("attention_target", "attention_target_weight", "attention_target_layer"),
 )
 """Fields that are about log-probabilities of responses."""
 

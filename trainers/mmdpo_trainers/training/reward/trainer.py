@@ -127,7 +127,8 @@ class RewardTrainer(PreferenceTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """As in `transformers.Trainer`, with what the model reads."""
         super()._save(output_dir, state_dict)
-        self.args.inputs.save(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            self.args.inputs.save(output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in `transformers.Trainer`. ValueError where the checkpoint's model reads something else."""

@@ -39,8 +39,8 @@ def area(right: Sequence[np.ndarray], wrong: Sequence[np.ndarray]) -> Area | Non
     weights = pairs / pairs.sum()
     value = float(weights @ [value for value, *_ in found])
     half = Z95 * math.sqrt(float(weights**2 @ [variance for _, variance, *_ in found]))
-    counts = [sum(each[place] for each in found) for place in (2, 3)]
-    return Area(value, max(0.0, value - half), min(1.0, value + half), *counts)
+    rights, wrongs = (sum(counts) for counts in zip(*((m, n) for _, _, m, n in found), strict=True))
+    return Area(value, max(0.0, value - half), min(1.0, value + half), rights, wrongs)
 
 
 def _parts(right: np.ndarray, wrong: np.ndarray) -> tuple[float, float, int, int] | None:

@@ -237,7 +237,7 @@ def layer_plot(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], 
             best = max(points, key=lambda point: point[1])
             words.append(f"{label}: largest {best[1]:.2f} at layer {best[0]}")
         axes.axhline(0.5, color=COLOURS["ink"], linewidth=0.8, linestyle="--")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(_whole_numbers())
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("AUC, right against wrong")
         axes.grid(alpha=0.5)
@@ -277,7 +277,7 @@ def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, 
         axes.set_ylim(-0.5, heads - 0.5)
         step = max(1, -(-len(layers) // 16))
         axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(_whole_numbers())
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("head, or group of heads")
     return canvas.svg
@@ -315,3 +315,10 @@ def bar_plot(edges: Sequence[float], counts: Sequence[int], *, name: str, title:
         axes.set_ylabel("pairs")
         axes.grid(axis="y", alpha=0.5)
     return canvas.svg
+
+
+def _whole_numbers() -> Any:
+    """A locator that puts ticks on whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)

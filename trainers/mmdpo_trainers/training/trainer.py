@@ -107,7 +107,7 @@ class PreferenceTrainer(SavingTrainer):
             train_dataset, eval_dataset = online.records(train_dataset, args), online.evaluated(eval_dataset, args)
         _settle(args, (train_dataset, *_as_list(eval_dataset)))
         self.args = args
-        self.objective = Objective(args)
+        self.objective: Objective = Objective(args)
         policy, self.ref_model, processing_class = given_models.policy_and_reference(
             model, args, peft_config, ref_model, processing_class
         )

@@ -35,9 +35,9 @@ def hallucinated(page: PageInputs) -> dict[str, Any]:
 def marked(truth: str, answer: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
     """The words of both texts, each with whether the other has it in the same place of what they have in common."""
     both = [[word for _, word in words_of(text)] for text in (truth, answer)]
-    plain = [[" ".join(plain_words(word)) or word for word in words] for words in both]
+    true, other = ([" ".join(plain_words(word)) or word for word in words] for words in both)
     common: tuple[set[int], set[int]] = (set(), set())
-    for block in difflib.SequenceMatcher(None, *plain, autojunk=False).get_matching_blocks():
+    for block in difflib.SequenceMatcher(None, true, other, autojunk=False).get_matching_blocks():
         common[0].update(range(block.a, block.a + block.size))
         common[1].update(range(block.b, block.b + block.size))
     first, second = (

@@ -156,6 +156,20 @@ def test_each_format_may_have_its_own_layer() -> None:
     assert any("does not tell right from wrong at layer 5" in sentence for sentence in verdicts(kept))
 
 
+def test_a_head_that_does_better_than_their_mean_is_named() -> None:
+    draw = random.Random(1)
+    records = constructed(120, sequence=1)
+    for record in records:
+        heads = np.array([[draw.random(), draw.random()] for _ in range(3)])
+        heads[2, 1] = 0.5 * (record["response"] == "red") + 0.4 * draw.random()
+        record["ratios"] = [draw.random() for _ in range(3)]
+        record["recorded"] = {"attention": [[1.0]], "heads": packed(heads)}
+    found = curves_of(records)
+    assert (found["best_head"]["layer"], found["best_head"]["head"]) == (6, 1) and found["best_head"]["auc"]["value"] > 0.99
+    assert found["heads"][ALL][2][1] > 0.99 and "head 1 of layer 6" in " ".join(verdicts(found))
+    assert "One head" not in " ".join(verdicts(curves_of(constructed(120, sequence=1))))
+
+
 def test_nothing_is_chosen_by_a_handful_of_answers() -> None:
     found = curves_of(constructed(LEAST, sequence=2))
     assert found["best"][ALL] is None and found["chosen"][ALL] == 5 and "too few" in " ".join(verdicts(found))

@@ -14,7 +14,7 @@ from prompt_records import make_prompts
 from tiny_models import make_tiny_llava
 
 from mmdpo_kernels import patch_model
-from mmdpo_trainers.answers.attention_ratios import recorded_answers, response_rows, target_segments
+from mmdpo_trainers.answers.attention_ratios import attention_ratios, recorded_answers, response_rows, target_segments
 from mmdpo_trainers.answers.layer_choice import ALL, LEAST, Answers, layer_curves, verdicts
 from mmdpo_trainers.answers.packed import packed, unpacked
 from mmdpo_trainers.answers.transformers_engine import generate_responses
@@ -29,7 +29,9 @@ from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.stages import models, score, select
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.evaluate import answer_batch
 from mmdpo_trainers.stages.folder import RunFolder
+from mmdpo_trainers.stages.train import preference_config
 
 KINDS = [("sequence", 2), ("grid", 3), ("sequence", 5), ("pip", 2), ("single", 1)]
 SETTINGS: dict[str, Any] = {"regions": "box", "drop_first_row": False}
@@ -333,3 +335,19 @@ def test_the_stage_goes_by_the_best_layer_and_the_same_after_a_kill(
     )
     kept = select.run(chosen)
     assert kept["thresholds"]["sequence"].keys() == {2, 5} and sum(kept["pairs"].values()) > 40
+
+
+def test_evaluation_and_the_training_log_go_by_the_chosen_layers(
+    tmp_path: Path, model_path: Path, patched: LoadedModel, records: list[dict[str, Any]]
+) -> None:
+    config = RunConfig.from_dict({"model": str(model_path), "score": {"layer": "best", "best_by": "format"}})
+    chosen = {ALL: 2, "sequence": 0}
+    found = answer_batch(patched, records[:2], options=config.evaluate, score=config.score, chosen=chosen)
+    for record, answer, layer in zip(records, found, (0, 2), strict=False):
+        [alone] = attention_ratios(patched, [{**record, **answer}], layer=layer)
+        assert answer["ratio"] == pytest.approx(alone["ratio"], rel=1e-5) and "recorded" not in answer
+    context = context_of(tmp_path, "train", config.to_dict())
+    assert preference_config(context, range(3), evaluate=False).attention_layer == 1, "nothing chosen yet"
+    (tmp_path / "score").mkdir()
+    (tmp_path / "score" / "layers.json").write_text(json.dumps({"chosen": chosen}))
+    assert preference_config(context, range(3), evaluate=False).attention_layer == 2

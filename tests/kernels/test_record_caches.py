@@ -196,8 +196,8 @@ def test_windowed_layers_of_a_whole_forward(
     rows = mask.bool() & torch.tensor([4, 5, 8, 10])[None].eq(torch.arange(PROMPT)[:, None]).any(1)
     maps = unpatch_model(case.model)(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
     patch_model(case.model)
-    original = recorder.attention_mass
-    monkeypatch.setattr(recorder, "attention_mass", lambda q, *a, **k: (calls.append(q.shape), original(q, *a, **k))[1])
+    original = recorder.PreparedMass.__call__
+    monkeypatch.setattr(recorder.PreparedMass, "__call__", lambda self, q, k: (calls.append(q.shape), original(self, q, k))[1])
     with record_attention(case.model, segment_map(), rows, layers=[0, 2], num_segments=SEGMENTS) as recording:
         case.model(input_ids=ids, attention_mask=mask)
     assert calls == [(2, 4, 4, 8)] * 2
@@ -340,3 +340,22 @@ def test_a_cache_is_found_wherever_it_is_passed_and_missed_aloud(generated: dict
     watching.before_decoder(0, PROMPT)
     with pytest.raises(ValueError, match="read 1 tokens after 0 in its cache, 11 were read before it: expected one more in all"):
         watching.before_decoder(0, 1)
+
+
+def test_layers_that_differ_share_nothing(generated: dict[str, Any]) -> None:
+    """Every other layer slides: what is prepared for one kind must not serve the other; all at once gives what each gives alone."""
+    case = generated["softcap, every other layer slides"]
+    ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"]
+    patch_model(case.model)
+    layers = range(case.model.config.num_hidden_layers)
+    rows = mask.bool() & torch.tensor([4, 8, 10])[None].eq(torch.arange(PROMPT)[:, None]).any(1)
+
+    def recorded(wanted: Any) -> dict[int, Any]:
+        with record_attention(case.model, segment_map(), rows, layers=wanted, num_segments=SEGMENTS, reduce=None) as recording:
+            case.model(input_ids=ids, attention_mask=mask)
+        return recording.mass
+
+    together = recorded(layers)
+    for layer in layers:
+        assert torch.equal(together[layer], recorded([layer])[layer])
+    assert len({tuple(mass.sum((0, 1, 2)).tolist()) for mass in together.values()}) == len(layers)

@@ -107,8 +107,9 @@ def _segments_off(patch: pytest.MonkeyPatch, model: Any) -> None:
 
 
 def _mass_off(patch: pytest.MonkeyPatch, model: Any) -> None:
-    right = mmdpo_kernels.recorder.attention_mass
-    patch.setattr(mmdpo_kernels.recorder, "attention_mass", lambda *args, **kwargs: right(*args, **kwargs) + 1e-5)
+    mass = mmdpo_kernels.recorder.PreparedMass
+    right = mass.__call__
+    patch.setattr(mass, "__call__", lambda *args: right(*args) + 1e-5)
 
 
 def _positions_off(patch: pytest.MonkeyPatch, model: Any) -> None:

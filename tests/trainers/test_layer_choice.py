@@ -14,7 +14,7 @@ from prompt_records import make_prompts
 from tiny_models import make_tiny_llava
 
 from mmdpo_kernels import patch_model
-from mmdpo_trainers.answers.attention_ratios import recorded_answers, response_rows, target_segments
+from mmdpo_trainers.answers.attention_ratios import attention_ratios, recorded_answers, response_rows, target_segments
 from mmdpo_trainers.answers.layer_choice import ALL, LEAST, Answers, layer_curves, verdicts
 from mmdpo_trainers.answers.packed import packed, unpacked
 from mmdpo_trainers.answers.transformers_engine import generate_responses
@@ -29,7 +29,9 @@ from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.stages import models, score, select
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.evaluate import answer_batch
 from mmdpo_trainers.stages.folder import RunFolder
+from mmdpo_trainers.stages.train import preference_config
 
 KINDS = [("sequence", 2), ("grid", 3), ("sequence", 5), ("pip", 2), ("single", 1)]
 SETTINGS: dict[str, Any] = {"regions": "box", "drop_first_row": False}
@@ -154,6 +156,20 @@ def test_each_format_may_have_its_own_layer() -> None:
     kept = curves_of(records, go_by=5)
     assert kept["chosen"] == {ALL: 5, "sequence": 5, "grid": 5}
     assert any("does not tell right from wrong at layer 5" in sentence for sentence in verdicts(kept))
+
+
+def test_a_head_that_does_better_than_their_mean_is_named() -> None:
+    draw = random.Random(1)
+    records = constructed(120, sequence=1)
+    for record in records:
+        heads = np.array([[draw.random(), draw.random()] for _ in range(3)])
+        heads[2, 1] = 0.5 * (record["response"] == "red") + 0.4 * draw.random()
+        record["ratios"] = [draw.random() for _ in range(3)]
+        record["recorded"] = {"attention": [[1.0]], "heads": packed(heads)}
+    found = curves_of(records)
+    assert (found["best_head"]["layer"], found["best_head"]["head"]) == (6, 1) and found["best_head"]["auc"]["value"] > 0.99
+    assert found["heads"][ALL][2][1] > 0.99 and "head 1 of layer 6" in " ".join(verdicts(found))
+    assert "One head" not in " ".join(verdicts(curves_of(constructed(120, sequence=1))))
 
 
 def test_nothing_is_chosen_by_a_handful_of_answers() -> None:
@@ -319,3 +335,19 @@ def test_the_stage_goes_by_the_best_layer_and_the_same_after_a_kill(
     )
     kept = select.run(chosen)
     assert kept["thresholds"]["sequence"].keys() == {2, 5} and sum(kept["pairs"].values()) > 40
+
+
+def test_evaluation_and_the_training_log_go_by_the_chosen_layers(
+    tmp_path: Path, model_path: Path, patched: LoadedModel, records: list[dict[str, Any]]
+) -> None:
+    config = RunConfig.from_dict({"model": str(model_path), "score": {"layer": "best", "best_by": "format"}})
+    chosen = {ALL: 2, "sequence": 0}
+    found = answer_batch(patched, records[:2], options=config.evaluate, score=config.score, chosen=chosen)
+    for record, answer, layer in zip(records, found, (0, 2), strict=False):
+        [alone] = attention_ratios(patched, [{**record, **answer}], layer=layer)
+        assert answer["ratio"] == pytest.approx(alone["ratio"], rel=1e-5) and "recorded" not in answer
+    context = context_of(tmp_path, "train", config.to_dict())
+    assert preference_config(context, range(3), evaluate=False).attention_layer == 1, "nothing chosen yet"
+    (tmp_path / "score").mkdir()
+    (tmp_path / "score" / "layers.json").write_text(json.dumps({"chosen": chosen}))
+    assert preference_config(context, range(3), evaluate=False).attention_layer == 2

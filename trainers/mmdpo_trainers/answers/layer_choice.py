@@ -112,7 +112,8 @@ def layer_curves(answers: Answers, *, best_by: str, go_by: int | None) -> dict[s
     Returns:
         layers, left_out; answers: format -> right and wrong; auc: format (and `all`) -> one area a layer, None where there is nothing to
         tell; heads: format -> (L, G) areas of the groups of heads; best: format -> the `layer` that is best on one half, its area there
-        (`auc_chosen`), and on the other half (`auc`), None where there are fewer than `LEAST` right or wrong answers in a half; chosen:
+        (`auc_chosen`), and on the other half (`auc`), None where there are fewer than `LEAST` right or wrong answers in a half; best_head: the
+        same of single heads, all formats; chosen:
         format -> layer to go by; thresholds: format -> number of pictures -> see `_thresholds`.
     """
     arrays, layers = _Arrays(answers), answers.layers
@@ -131,6 +132,7 @@ def layer_curves(answers: Answers, *, best_by: str, go_by: int | None) -> dict[s
         "auc": {name: [_shown(arrays.area(name, arrays.ratios[:, place])) for place in range(len(layers))] for name in names},
         "heads": {name: _of_heads(arrays, name) for name in names},
         "best": best,
+        "best_head": _best_head(arrays, layers) if overall else None,
         "go_by": "best" if go_by is None else go_by,
         "chosen": chosen,
         "thresholds": {name: _thresholds(arrays, name, layers.index(chosen[name])) for name in arrays.formats},
@@ -152,6 +154,20 @@ def _best(arrays: _Arrays, name: str, layers: Sequence[int]) -> dict[str, Any] |
     if areas[place] is None or held_out is None:
         return None
     return {"layer": layers[place], "auc_chosen": _shown(areas[place]), "auc": _shown(held_out)}
+
+
+def _best_head(arrays: _Arrays, layers: Sequence[int]) -> dict[str, Any] | None:
+    """The group of heads that does best alone on one half, and its area on the other."""
+    areas = {
+        (place, head): found.value
+        for place in range(arrays.heads.shape[1])
+        for head in range(arrays.heads.shape[2])
+        if (found := arrays.area(ALL, arrays.heads[:, place, head], arrays.first)) is not None
+    }
+    if not areas:
+        return None
+    place, head = max(areas, key=lambda each: areas[each])
+    return {"layer": layers[place], "head": head, "auc": _shown(arrays.area(ALL, arrays.heads[:, place, head], ~arrays.first))}
 
 
 def _of_heads(arrays: _Arrays, name: str) -> list[list[float | None]]:
@@ -209,6 +225,7 @@ def verdicts(curves: Mapping[str, Any]) -> list[str]:
         )
     else:
         said.append(_of_best(best))
+        said += _of_head(curves["best_head"], best)
     for name, layer in curves["chosen"].items():
         found = curves["auc"][name][curves["layers"].index(layer)]
         if found is not None and (name != ALL or best is None or layer != best["layer"]):
@@ -230,6 +247,17 @@ def _of_best(best: Mapping[str, Any]) -> str:
         f"This model's attention does not tell right answers from wrong ones at any layer: the best is {layer}, {figures} {measured}. "
         "Pairs selected by it are hardly better than pairs drawn from all wrong answers."
     )
+
+
+def _of_head(head: Mapping[str, Any] | None, best: Mapping[str, Any]) -> list[str]:
+    """Where one head does clearly better than the mean over heads, which the ratio is."""
+    if head is None or head["auc"] is None or head["auc"]["low"] <= best["auc"]["value"]:
+        return []
+    found = head["auc"]
+    return [
+        f"One head alone does better than the mean over heads that the ratio is: head {head['head']} of layer {head['layer']}, AUC "
+        f"{found['value']:.2f}, {found['low']:.2f} to {found['high']:.2f} on the same half."
+    ]
 
 
 def _of_used(name: str, layer: int, found: Mapping[str, Any]) -> list[str]:

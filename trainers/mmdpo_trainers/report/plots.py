@@ -28,6 +28,8 @@ COLOURS = {
 }
 SERIES = ("after", "wrong", "third", "fourth", "before")
 BINS = 20
+_FEW_CELLS = 100
+"""Cells of a map whose numbers can be read when they are written in."""
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Line label -> (steps, values)."""
@@ -238,6 +240,8 @@ def layer_plot(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], 
             words.append(f"{label}: largest {best[1]:.2f} at layer {best[0]}")
         axes.axhline(0.5, color=COLOURS["ink"], linewidth=0.8, linestyle="--")
         axes.xaxis.set_major_locator(_whole_numbers())
+        # Up to 1 whatever was found: what is missing is to be seen.
+        axes.set_ylim(min(0.4, axes.get_ylim()[0]), 1.01)
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("AUC, right against wrong")
         axes.grid(alpha=0.5)
@@ -266,13 +270,16 @@ def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, 
     value, place, head = max(known, default=(0.5, 0, 0))
     description = f"AUC of the attention ratio by layer and head: largest {value:.2f} at layer {layers[place]}, head {head}."
     heads = max(map(len, areas), default=0)
-    with _canvas(name, "", description, width=6.4, height=min(6.0, 1.2 + 0.14 * heads)) as canvas:
+    with _canvas(name, "", description, width=6.4, height=min(6.0, 1.8 + 0.14 * heads)) as canvas:
         axes = canvas.axes
         # One path a shade: a thousand heads are a thousand rectangles.
         for (side, strength), outlines in sorted(cells.items()):
             if strength > 0:
                 outline = Outline.make_compound_path(*outlines)
                 axes.add_patch(PathPatch(outline, facecolor=COLOURS[side], alpha=strength, linewidth=0))
+        if len(known) <= _FEW_CELLS:
+            for value, place, head in known:
+                axes.text(place, head, f"{value:.2f}", ha="center", va="center", fontsize=7)
         axes.set_xlim(-0.5, len(areas) - 0.5)
         axes.set_ylim(-0.5, heads - 0.5)
         step = max(1, -(-len(layers) // 16))

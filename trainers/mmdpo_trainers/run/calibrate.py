@@ -44,7 +44,7 @@ def calibrate(config: RunConfig, *, restart: str | None = None, console: Console
 
         console.print(layers_table(curves))
         for sentence in verdicts(curves):
-            console.print(sentence, markup=False, highlight=False)
+            console.print(sentence, markup=False, highlight=False, soft_wrap=True)
     console.print(f"\nFor a configuration file:\n\n{settings(curves, config)}", markup=False, highlight=False, soft_wrap=True)
     console.print(_page(config, folder), markup=False, highlight=False, soft_wrap=True)
 

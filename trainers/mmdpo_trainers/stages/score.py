@@ -103,7 +103,7 @@ def _curves(context: StageContext, path: Path, layers: Sequence[int], middle: in
     write_atomic(context.folder / FILE, curves)
     context.progress.console.print(layers_table(curves))
     for sentence in verdicts(curves):
-        context.progress.console.print(sentence, highlight=False, markup=False)
+        context.progress.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     return curves
 
 

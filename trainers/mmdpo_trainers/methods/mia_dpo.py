@@ -9,7 +9,9 @@ METHOD = Method(
     name="mia_dpo",
     title="MIA-DPO",
     about="pairs from the model's own answers",
-    stages=("augment", "generate", "score", "select", "train", "evaluate", "report"),
+    stages=("augment", "generate", "rate", "score", "select", "train", "evaluate", "report"),
+    # Only an arm that a judge selects for needs ratings.
+    optional={"rate": lambda config: any(each.select.rule == "judge" for each in config.every_arm)},
     arm_sections=("select", "train"),
     presets={
         # The paper's effective batch of 64 pairs is left to `per_device_train_batch_size` and `gradient_accumulation_steps`.
@@ -27,5 +29,5 @@ METHOD = Method(
     evaluation_prompts="augmented",
     summary=lambda folder, arms: outcomes(folder, arms, "select"),
     tables=("accuracy", "selection"),
-    page=("accuracy", "control_arms", "heat_maps", "selection", "ratios", "training", "selected_pairs", "time"),
+    page=("accuracy", "control_arms", "heat_maps", "selection", "judge", "ratios", "training", "selected_pairs", "time"),
 )

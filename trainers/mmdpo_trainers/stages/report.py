@@ -24,16 +24,9 @@ PAGE = "report.html"
 def inputs(context: StageContext) -> list[Path]:
     """The files the page shows, as far as they exist: a report of an unfinished run is a report too."""
     run = context.run.path
-    names = [
-        "score/scores.jsonl",
-        "rate/ratings.jsonl",
-        "select/pairs.jsonl",
-        "select/dropped.jsonl",
-        "rank/pairs.jsonl",
-        "train/log.jsonl",
-    ]
+    names = ["score/scores.jsonl", "select/pairs.jsonl", "select/dropped.jsonl", "rank/pairs.jsonl", "train/log.jsonl"]
     names += ["evaluate/before/answers.jsonl", "evaluate/after/answers.jsonl"]
-    names += ["pairs/pairs.jsonl", "evaluate/before/held_out.jsonl", "evaluate/after/held_out.jsonl"]
+    names += ["rate/ratings.jsonl", "pairs/pairs.jsonl", "evaluate/before/held_out.jsonl", "evaluate/after/held_out.jsonl"]
     files = [run / name for name in names] + sorted(run.glob("arms/*/evaluate/after/*.jsonl"))
     files += sorted(run.glob("arms/*/train/log.jsonl"))
     files += [Path(seed) / "summary.json" for seed in context.options.seeds]

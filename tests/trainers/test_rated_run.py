@@ -79,7 +79,7 @@ def test_every_arm_to_the_page(run: Path) -> None:
     assert read_json(run / "arms/best/rank/summary.json")["prompts"] == 15, "one record a prompt"
     page = (run / "report.html").read_text()
     assert 'id="ratings"' in page and "SFT on the best answer" in page and "Ratings of 60 answers to 15 prompts" in page
-    assert "correctness" in page and "Text only" in page
+    assert "correctness" in page and "Text only" in page and "A prompt got 4 answers, " in page
 
 
 def test_sft_runs_the_chosen_answer_only(run: Path) -> None:
@@ -154,15 +154,23 @@ def test_killed_in_rank_it_ends_as_undisturbed(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("generate", "message"),
+    ("section", "changes", "message"),
     [
-        ({"num_answers": 1}, "generate.num_answers: rank compares several answers to a prompt, got 1"),
-        ({"do_sample": False}, "generate.num_answers: 4 greedy answers to a prompt would be one and the same"),
+        ("generate", {"num_answers": 1}, "generate.num_answers: rank compares several answers to a prompt, got 1"),
+        ("generate", {"do_sample": False}, "generate.num_answers: 4 greedy answers to a prompt would be one and the same"),
+        (
+            "rank",
+            {"weights": {"correct": 1.0}},
+            "rank.weights: 'correct' is none of rate.attributes, .*; did you mean 'correctness'?",
+        ),
+        ("arms", {"x": {"rank": {"ask": {"wit": 1.0}}}}, "arms.x.rank.ask: 'wit' is none of rate.attributes, .*; rate that too"),
     ],
 )
-def test_one_answer_a_prompt_is_refused_before_any_work(tmp_path: Path, generate: dict[str, Any], message: str) -> None:
+def test_what_rank_would_refuse_is_refused_before_any_work(
+    tmp_path: Path, section: str, changes: dict[str, Any], message: str
+) -> None:
     values = yaml.safe_load(write_config(tmp_path).read_text())
-    values["generate"] |= generate
+    values[section] |= changes
     with pytest.raises(ConfigError, match=message):
         run_pipeline(RunConfig.from_dict({**values, "run_dir": str(tmp_path / "run")}))
     assert not (tmp_path / "run").exists()

@@ -27,6 +27,7 @@ OWN_PAIRS = {"llava_mdpo.yaml": make_tiny_llava, "qwen2_5_vl_mdpo.yaml": make_ti
 REAL = {
     **OWN_PAIRS,
     "llava_mia_dpo.yaml": make_tiny_llava,
+    "llava_mia_dpo_judge.yaml": make_tiny_llava,
     "qwen2_5_vl_mia_dpo.yaml": make_tiny_qwen,
     "llava_rated.yaml": make_tiny_llava,
 }

@@ -27,8 +27,8 @@ def _summary(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
     summary = outcomes(folder, arms, "rank")
     generate = read_json(folder / "generate" / "summary.json", missing={})
     summary["generate"] = {name: generate.get(name) for name in ("answers", "distinct", "all_alike")}
-    places = {None: folder, **{arm: folder / "arms" / arm for arm in arms}}
-    for arm, place in places.items():
+    for arm in (None, *arms):
+        place = folder if arm is None else folder / "arms" / arm
         rank, after = (read_json(place / stage / "summary.json", missing={}) for stage in ("rank", "evaluate/after"))
         told = {name: rank.get(name) for name in ("make", "ties", "repeats", "mean_gap", "mean_chosen")}
         (summary if arm is None else summary["arms"][arm])["rank"] = {**told, "asked": after.get("asked")}

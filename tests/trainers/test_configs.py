@@ -31,6 +31,7 @@ REAL = {
     "llava_mia_dpo.yaml": make_tiny_llava,
     "llava_mia_dpo_judge.yaml": make_tiny_llava,
     "qwen2_5_vl_mia_dpo.yaml": make_tiny_qwen,
+    "llava_rated.yaml": make_tiny_llava,
 }
 
 

@@ -145,6 +145,8 @@ def test_random_pairs_are_as_many_and_know_nothing_of_the_ratings() -> None:
     records = [rated(f"r{n}", {"best": 4, "good": 3, "bad": 1, "worst": 0}) for n in range(400)]
     real, drawn = ranked(records).pairs, ranked(records, make="random_pairs", seed=1).pairs
     assert [pair["source"] for pair in drawn] == [pair["source"] for pair in real] and len(real) == 800
+    # What the page shows of a pair is how its answers were rated.
+    assert all(pair["values"]["chosen"] == {"best": 4, "good": 3, "bad": 1, "worst": 0}[texts(pair)[0]] for pair in drawn)
     chosen = [texts(pair)[0] for pair in drawn]
     assert all(70 < chosen.count(text) / 2 < 130 for text in ("best", "good", "bad", "worst"))
     assert drawn == ranked(records, make="random_pairs", seed=1).pairs != ranked(records, make="random_pairs", seed=2).pairs

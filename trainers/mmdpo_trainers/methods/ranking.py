@@ -95,13 +95,14 @@ def rank_answers(records: Sequence[Mapping[str, Any]], options: RankConfig, *, a
     ranking = Ranking()
     for record in records:
         answers = answers_of(record, options.weights, ranking.counts)
+        values = [answer.value for answer in answers]
         if options.make == "random_pairs":
-            answers = _dealt(answers, random.Random(batch_seed(seed, "random_pairs", record["id"])))
-        rule, made = _made(record, answers, options, attributes)
+            values = random.Random(batch_seed(seed, "random_pairs", record["id"])).sample(values, len(values))
+        rule, made = _made(record, answers, values, options, attributes)
         if rule is not None:
             ranking.dropped.append({**record, "rule": rule})
             continue
-        ranking.counts["ties"] += options.make != "attributes" and _ties(answers)
+        ranking.counts["ties"] += options.make != "attributes" and values.count(max(values)) > 1
         ranking.pairs += made
     if options.max_pairs is not None and len(ranking.pairs) > options.max_pairs:
         _draw(ranking, records, options.max_pairs, seed)
@@ -109,9 +110,9 @@ def rank_answers(records: Sequence[Mapping[str, Any]], options: RankConfig, *, a
 
 
 def _made(
-    record: Mapping[str, Any], answers: Sequence[Answer], options: RankConfig, attributes: Sequence[str]
+    record: Mapping[str, Any], answers: Sequence[Answer], values: Sequence[float], options: RankConfig, attributes: Sequence[str]
 ) -> tuple[str | None, list[Record]]:
-    """The rule that a record fails, and else what is made of it."""
+    """The rule that a record fails, and else what is made of it. values: by which answers are ranked, one each."""
     paired = options.make in ("pairs", "random_pairs")
     if not answers:
         return "no_rating", []
@@ -119,28 +120,18 @@ def _made(
         return None, [_steered(record, answer, number, options, attributes) for number, answer in enumerate(answers)]
     if paired and len(answers) < 2:
         return "one_answer", []
-    best = max(answers, key=lambda answer: answer.value)
-    if options.min_chosen is not None and best.value < options.min_chosen:
+    highest = max(values)
+    best = answers[values.index(highest)]
+    if options.min_chosen is not None and highest < options.min_chosen:
         return "low", []
     if not paired:
         return None, [_pair(record, best, best, 0)]
-    lower = [answer for answer in answers if round(best.value - answer.value, 9) >= options.min_gap]
+    lower = [index for index, value in enumerate(values) if round(highest - value, 9) >= options.min_gap]
     if not lower:
         return "gap", []
     if options.rejected == "lowest":
-        lower = [min(lower, key=lambda answer: answer.value)]
-    return None, [_pair(record, best, answer, number) for number, answer in enumerate(lower)]
-
-
-def _ties(answers: Sequence[Answer]) -> bool:
-    highest = max(answer.value for answer in answers)
-    return sum(answer.value == highest for answer in answers) > 1
-
-
-def _dealt(answers: Sequence[Answer], draw: random.Random) -> list[Answer]:
-    """The same texts with each other's ratings."""
-    rated = draw.sample(answers, len(answers))
-    return [Answer(answer.text, other.ratings, other.value) for answer, other in zip(answers, rated, strict=True)]
+        lower = [min(lower, key=values.__getitem__)]
+    return None, [_pair(record, best, answers[index], number) for number, index in enumerate(lower)]
 
 
 def _pair(record: Mapping[str, Any], chosen: Answer, rejected: Answer, number: int) -> Record:

@@ -41,6 +41,8 @@ def check_run(contexts: Sequence[StageContext]) -> None:
             check_rater(context.options)
         if context.stage == "generate":
             _check_answers(contexts)
+        if context.stage == "rank":
+            _check_attributes(context)
         if context.stage == "train":
             check_train_args(context)
         if context.stage == "hallucinate":
@@ -121,6 +123,16 @@ def _check_answers(contexts: Sequence[StageContext]) -> None:
             "generate.num_answers: rank compares several answers to a prompt, got 1; set it to 2 or more, with generate.do_sample "
             "(the paper: 4 at generate.temperature 0.7)"
         )
+
+
+def _check_attributes(context: StageContext) -> None:
+    rank, known = context.options, context.config.rate.attributes
+    where = f"arms.{context.arm}.rank" if context.arm else "rank"
+    for setting, names in (("weights", rank.weights), ("ask", rank.ask)):
+        if not rank.input and (unknown := [name for name in names if name not in known]):
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "; rate that too, or leave it out"
+            raise ConfigError(f"{where}.{setting}: {unknown[0]!r} is none of rate.attributes, {', '.join(known)}{hint}")
 
 
 def _check_files(context: StageContext) -> None:

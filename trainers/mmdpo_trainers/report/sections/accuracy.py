@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mmdpo_trainers.methods import Method
+
 from .. import plots
 from ..comparison import PageInputs
 from ..contents import Record, RunContents, by_format, label_of, proportion
@@ -46,10 +48,10 @@ def _headline(contents: RunContents) -> str:
 
 def control_arms(page: PageInputs) -> dict[str, Any]:
     """Accuracy by format of every arm."""
-    return {"table": _arms_table(page.run)}
+    return {"table": _arms_table(page.run, page.method)}
 
 
-def _arms_table(contents: RunContents) -> Table | None:
+def _arms_table(contents: RunContents, method: Method) -> Table | None:
     """Accuracy by format of the main arm, of no training, and of each control arm; None where there are no arms."""
     if not contents.arms:
         return None
@@ -57,7 +59,7 @@ def _arms_table(contents: RunContents) -> Table | None:
     rows: list[tuple[str, list[Record], int | None]] = [
         ("no training", contents.before, None),
         ("this run", contents.after, main_pairs),
-        *((name.replace("_", " "), answers, pairs) for name, (answers, pairs) in contents.arms.items()),
+        *((method.name_of(name), answers, pairs) for name, (answers, pairs) in contents.arms.items()),
     ]
     formats = list(by_format(record for _, answers, _ in rows for record in answers))
     return Table(

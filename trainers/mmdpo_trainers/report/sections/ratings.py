@@ -36,6 +36,7 @@ def ratings(page: PageInputs) -> dict[str, Any]:
     contents = page.run
     return {
         "distribution": _distribution(contents.ratings),
+        "distinct": _distinct(contents),
         "arms": _arms_table(page),
         "groups": _groups(contents, page.pairs),
     }
@@ -65,9 +66,22 @@ def _distribution(records: Sequence[Record]) -> Table | None:
     )
 
 
+def _distinct(contents: RunContents) -> str:
+    """How different the answers to a prompt were; empty where that was not counted."""
+    summary = contents.summaries.get("generate", {})
+    if "distinct" not in summary:
+        return ""
+    prompts = sum(summary["responses"].values())
+    return (
+        f"A prompt got {summary['answers'] / prompts:.0f} answers, {summary['distinct']:.2f} different ones on the mean; "
+        f"{summary['all_alike']:,} of {prompts:,} prompts got the same text each time."
+    )
+
+
 def _arms_table(page: PageInputs) -> Table | None:
     """What each arm trains on; None where nothing was ranked."""
-    contents, rows = page.run, []
+    contents = page.run
+    rows: list[list[str]] = []
     for arm in (page.method.name, *contents.arms):
         summary = contents.summaries.get("rank" if arm == page.method.name else f"arms/{arm}/rank")
         if summary is None:

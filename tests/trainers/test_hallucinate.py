@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import subprocess
@@ -185,7 +186,7 @@ def test_it_follows_from_the_seed(loaded: LoadedModel, records: list[dict[str, A
         )
         begun = loaded.texts.answer("r", "text", draft.opening)
         whole = loaded.tokenizer.decode([*begun, *answer["response_ids"]], skip_special_tokens=True)
-        text = whole[len(loaded.tokenizer.decode(begun)) :]
+        text = whole[len(loaded.tokenizer.decode(begun, skip_special_tokens=True)) :]
         parts.append(first_sentence(draft.kept + text if draft.kept else text.strip(), draft.kept) + draft.space)
     assert found.response == "".join(parts).rstrip()
 
@@ -375,7 +376,8 @@ def test_what_cannot_be_used(tmp_path: Path, model: Path, prompts: Path, records
     ):
         with pytest.raises(error, match=message):
             run_stage(of(lines, name))
-    embedded = preference_file(tmp_path, records[1:2], images=["data:image/png;base64,AA"])
+    picture = base64.b64encode(Path(records[1]["images"][0]).read_bytes()).decode()
+    embedded = preference_file(tmp_path, records[1:2], images=[f"data:image/png;base64,{picture}"])
     with pytest.raises(DataError, match="record r1/single: expected pictures as files; give this data as pairs.source"):
         run_stage(context_of(tmp_path / "embedded", settings(model, embedded)))
 

@@ -100,14 +100,7 @@ class PreferenceTrainer(SavingTrainer):
         self.online = online
         if online is not None:
             train_dataset, eval_dataset = online.records(train_dataset, args), online.evaluated(eval_dataset, args)
-        if args.n_gpu > 1:
-            # DataParallel would split a batch that is one tree.
-            args._n_gpu = 1
-        if args.world_size > 1 and args.train_sampling_strategy == "batch_rebalance":
-            raise ValueError("train_sampling_strategy: batch_rebalance deals records out by itself; use max_tokens_per_batch")
-        if any(map(is_streaming, (train_dataset, *_as_list(eval_dataset)))):
-            # accelerate would put records of several batches together.
-            args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+        _keep_batches_whole(args, [train_dataset, *_as_list(eval_dataset)])
         self.args = args
         policy, self.ref_model, processing_class = given_models.policy_and_reference(
             model, args, peft_config, ref_model, processing_class
@@ -415,3 +408,15 @@ class _RestoreLog(TrainerCallback):
 def _as_list(dataset: Any) -> list[Any]:
     """A dataset, or a dictionary of them, as a list."""
     return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+
+
+def _keep_batches_whole(args: PreferenceConfig, datasets: list[Any]) -> None:
+    """Switch off what would split or join micro-batches. ValueError for a strategy that does so by itself."""
+    if args.n_gpu > 1:
+        # DataParallel would split a batch that is one tree.
+        args._n_gpu = 1
+    if args.world_size > 1 and args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError("train_sampling_strategy: batch_rebalance deals records out by itself; use max_tokens_per_batch")
+    if any(map(is_streaming, datasets)):
+        # accelerate would put records of several batches together.
+        args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]

@@ -24,7 +24,12 @@ from mmdpo_trainers.stages.folder import RunFolder
 FOLDER = Path(__file__).parents[2] / "configs"
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.yaml"))
 OWN_PAIRS = {"llava_mdpo.yaml": make_tiny_llava, "qwen2_5_vl_mdpo.yaml": make_tiny_qwen}
-REAL = {**OWN_PAIRS, "llava_mia_dpo.yaml": make_tiny_llava, "qwen2_5_vl_mia_dpo.yaml": make_tiny_qwen}
+REAL = {
+    **OWN_PAIRS,
+    "llava_mia_dpo.yaml": make_tiny_llava,
+    "llava_mia_dpo_judge.yaml": make_tiny_llava,
+    "qwen2_5_vl_mia_dpo.yaml": make_tiny_qwen,
+}
 
 
 def write_pairs(folder: Path, count: int = 10) -> Path:

@@ -93,6 +93,11 @@ class RunConfig(Settings):
         """The run folder."""
         return Path(self.run_dir or Path("runs") / self.name)
 
+    @property
+    def every_arm(self) -> list[RunConfig]:
+        """This configuration, which is the main arm's, and those of the others."""
+        return [self, *map(self.for_arm, self.arms)]
+
     def for_arm(self, arm: str | None) -> RunConfig:
         """The configuration of an arm: this one with the arm's overrides, merged key by key. None: the main arm, itself."""
         if arm is None:

@@ -44,6 +44,15 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
             model=True,
             shared=True,
         ),
+        "rate": StageKind(
+            about="Rate the answers: by the truth, a file, a judge behind an endpoint or a local model.",
+            examples=(
+                "rate --run runs/mine --source endpoint --endpoint '{url: http://localhost:8000/v1, model: my-judge}'",
+                "rate --run runs/mine --source model --judge llava-1.5-13b-hf --facts '[answer]'",
+                "rate --run runs/mine --source file --file my_ratings.jsonl --input my_responses.jsonl",
+            ),
+            shared=True,
+        ),
         "score": StageKind(
             about="Measure how much attention each answer pays to the asked-about picture.",
             examples=("score --run runs/mine --model llava-1.5-7b-hf --layer 16",),

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mmdpo_trainers.config.run_config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,8 @@ class Method:
     """What it does, in a few words: for `--help`."""
     stages: tuple[str, ...]
     """Stages of a run in order, of `config.stages.STAGES`; the one before train writes the pairs that are trained on."""
+    optional: Mapping[str, Callable[[RunConfig], bool]] = field(default_factory=dict)
+    """Those of the stages that are not of every run -> whether a run with this configuration has it. None of them makes the pairs."""
     arm_sections: tuple[str, ...] = ("train",)
     """Sections of the configuration that an arm may override: `train`, and `select` where there is that stage."""
     presets: Mapping[str, Mapping[str, Any]]
@@ -46,6 +51,10 @@ class Method:
     def default_preset(self) -> str:
         """The preset of a run that names none."""
         return next(iter(self.presets))
+
+    def stages_of(self, config: RunConfig) -> tuple[str, ...]:
+        """The stages of a run with this configuration."""
+        return tuple(stage for stage in self.stages if stage not in self.optional or self.optional[stage](config))
 
     @property
     def pairs_stage(self) -> str:

@@ -11,7 +11,7 @@ from mmdpo_trainers.methods.method import Method
 
 
 def _summary(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
-    """`accuracy` before and after, `pairs` by format, `dropped` by rule, what augment made and could not use; the same by arm."""
+    """`accuracy` before and after, `pairs` by format, `dropped` by rule, what augment made and could not use; the same by arm; `rate`."""
     summary = _outcome(folder)
     before, augment, select = (
         read_json(folder / stage / "summary.json", missing={}) for stage in ("evaluate/before", "augment", "select")
@@ -20,6 +20,8 @@ def _summary(folder: Path, arms: Sequence[str]) -> dict[str, Any]:
     summary["counts"] = {"evaluate": before.get("counts")}
     summary["match"] = {"select": select.get("match"), "evaluate": before.get("match")}
     summary["prompts"], summary["problems"] = augment.get("prompts"), augment.get("problems")
+    rate = read_json(folder / "rate" / "summary.json", missing={})
+    summary["rate"] = {name: value for name, value in rate.items() if name not in ("fingerprint", "seconds", "lost")} or None
     summary["arms"] = {arm: _outcome(folder / "arms" / arm) for arm in arms}
     return summary
 
@@ -33,7 +35,9 @@ METHOD = Method(
     name="mia_dpo",
     title="MIA-DPO",
     about="pairs from the model's own answers",
-    stages=("augment", "generate", "score", "select", "train", "evaluate", "report"),
+    stages=("augment", "generate", "rate", "score", "select", "train", "evaluate", "report"),
+    # Only an arm that a judge selects for needs ratings.
+    optional={"rate": lambda config: any(each.select.rule == "judge" for each in config.every_arm)},
     arm_sections=("select", "train"),
     presets={
         # The paper's effective batch of 64 pairs is left to `per_device_train_batch_size` and `gradient_accumulation_steps`.
@@ -51,5 +55,5 @@ METHOD = Method(
     evaluation_prompts="augmented",
     summary=_summary,
     tables=("accuracy", "selection"),
-    page=("accuracy", "control_arms", "heat_maps", "selection", "ratios", "training", "selected_pairs", "time"),
+    page=("accuracy", "control_arms", "heat_maps", "selection", "judge", "ratios", "training", "selected_pairs", "time"),
 )

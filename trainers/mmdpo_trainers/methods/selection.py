@@ -50,6 +50,8 @@ RULES = (
     "no_threshold",
     "no_ratio",
     "ratio",
+    "no_rating",
+    "rating",
     "answer",
     "unclear",
     "perplexity",
@@ -71,6 +73,8 @@ class SelectionRules:
     """Formats whose ratio may equal the threshold (the code: sequence `<=`, grid and pip `<`); elsewhere it must be smaller."""
     attention: bool = True
     """False leaves the attention ratio out (control arms)."""
+    max_rating: float | None = None
+    """With a number a judge decides which answers are wrong, by `rating` of the record; then the truth does not."""
     match: Match = "contains"
     """How answers are compared with the truth, see `is_right`."""
     min_perplexity: float | None = 1.1
@@ -79,14 +83,15 @@ class SelectionRules:
     min_edit_distance: float | None = 0.1
 
     @classmethod
-    def from_options(cls, options: Any, *, attention: bool = True) -> SelectionRules:
-        """From a `SelectConfig`; `attention=False` for the control arms."""
+    def from_options(cls, options: Any, *, attention: bool = True, judged: bool = False) -> SelectionRules:
+        """From a `SelectConfig`; `attention=False` for the control arms, `judged` for that of a judge."""
         table = THRESHOLDS[options.preset]
         length_ratio, edit_distance = POST_SELECTION[options.preset]
         return cls(
             thresholds={name: {**table.get(name, {}), **options.thresholds.get(name, {})} for name in table | options.thresholds},
             inclusive=frozenset({"sequence"} if options.preset == "official_code" else ()),
             attention=attention,
+            max_rating=options.max_rating if judged else None,
             match=match_of(options),
             min_perplexity=options.min_perplexity,
             max_truth_chars=options.max_truth_chars,
@@ -99,7 +104,9 @@ class SelectionRules:
 
         - ratio: the attention ratio is not under the threshold of the format and number of pictures (`no_threshold`: there is
           none; `no_ratio`: the answer had no row to score).
-        - answer: the response says what the truth says (`is_right`, as `match` says); unclear: it cannot be told whether it does.
+        - rating: the judge rated the answer above `max_rating`; no_rating: it gave none.
+        - answer: the response says what the truth says (`is_right`, as `match` says); unclear: it cannot be told whether it does. A judge
+          decides that in their place; but an answer that is the truth word for word is never rejected.
         - perplexity: exp(-mean log max p) at or under `min_perplexity`: the model hardly hesitated.
         - truth_length: the truth has `max_truth_chars` characters or more.
         - length_ratio: longer over shorter of truth and response, in characters, above `max_length_ratio`.
@@ -109,9 +116,11 @@ class SelectionRules:
         failed = [name for name, fails in (("no_truth", not truth), ("empty_response", not response)) if fails]
         if self.attention and (reason := self._attention_reason(record)):
             failed.append(reason)
+        if self.max_rating is not None and (record["rating"] is None or record["rating"] > self.max_rating):
+            failed.append("no_rating" if record["rating"] is None else "rating")
         if not truth or not response:
             return failed
-        right = is_right(response, truth, options=record.get("options"), match=self.match)
+        right = self._right(response, truth, record.get("options"))
         if right is not False:
             failed.append("answer" if right else "unclear")
         if self.min_perplexity is not None and record["perplexity"] <= self.min_perplexity:
@@ -125,6 +134,11 @@ class SelectionRules:
         if self.min_edit_distance is not None and distance < self.min_edit_distance:
             failed.append("edit_distance")
         return failed
+
+    def _right(self, response: str, truth: str, options: Sequence[str] | None) -> bool | None:
+        if self.max_rating is not None:
+            return normalize_answer(response) == normalize_answer(truth)
+        return is_right(response, truth, options=options, match=self.match)
 
     def _attention_reason(self, record: Mapping[str, Any]) -> str | None:
         threshold = self.thresholds.get(record["format"], {}).get(record["num_images"])

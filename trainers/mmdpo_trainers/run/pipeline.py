@@ -47,8 +47,8 @@ def run_pipeline(
     method = method_named(check_method(config).method)
     check_declaration(method)
     for name, value in (("until", until), ("restart", restart and restart.rsplit("/", 1)[-1])):
-        if value is not None and value not in method.stages and value not in ("before", "after"):
-            known = ", ".join(method.stages)
+        if value is not None and value not in method.stages_of(config) and value not in ("before", "after"):
+            known = ", ".join(method.stages_of(config))
             raise ConfigError(f"--{name}: there is no stage {value!r} in a run of {method.name}; its stages are {known}")
     progress = progress or Progress()
     config = config.with_absolute_paths()
@@ -194,10 +194,13 @@ Step = tuple[str, Moment | None, str | None]
 
 def _steps(config: RunConfig) -> Iterator[Step]:
     """(stage, moment, arm) in order. Stages before one with an input of the user's own are not needed."""
-    names = method_named(config.method).stages
+    method = method_named(config.method)
+    names = method.stages_of(config)
     made = names[: names.index("evaluate")]
-    given = [number for number, stage in enumerate(made) if getattr(getattr(config, stage), "input", None)]
-    main: list[Step] = [(stage, None, None) for stage in made[max(given, default=0) :]]
+    # What an optional stage is given is its own affair: the others do not read what it writes in place of what they read without it.
+    given = [n for n, stage in enumerate(made) if stage not in method.optional and getattr(getattr(config, stage), "input", None)]
+    first = max(given, default=0)
+    main: list[Step] = [(stage, None, None) for n, stage in enumerate(made) if n >= first or stage in method.optional]
     yield from main
     yield "evaluate", "before", None
     yield "evaluate", "after", None

@@ -35,6 +35,10 @@ def check_run(contexts: Sequence[StageContext]) -> None:
             from mmdpo_trainers.answers.vllm_engine import check_vllm
 
             check_vllm(context.config)
+        if context.stage == "rate":
+            from mmdpo_trainers.answers.raters import check_rater
+
+            check_rater(context.options)
         if context.stage == "train":
             check_train_args(context)
         if context.stage == "evaluate":
@@ -58,6 +62,7 @@ def check_declaration(method: Method) -> None:
         ("stages", method.stages, STAGES),
         ("tables", method.tables, TABLES),
         ("page", method.page, SECTIONS),
+        ("optional", tuple(method.optional), method.stages),
         ("measures", method.measures, ("answers", "held_out")),
     ):
         unknown = [name for name in named if name not in known]

@@ -120,6 +120,17 @@ class StageContext:
         return self._input(self.config.score.input, self.folder_of("generate") / "responses.jsonl")
 
     @property
+    def to_rate(self) -> Path:
+        """What rate reads: the answers that the method's later stages are given."""
+        given = (getattr(self.config, stage).input for stage in ("rate", "select", "score") if stage in self.method.stages)
+        return self._input(next(filter(None, given), None), self.folder_of("generate") / "responses.jsonl")
+
+    @property
+    def judged(self) -> Path:
+        """What rate writes."""
+        return self.folder_of("rate") / "ratings.jsonl"
+
+    @property
     def scores(self) -> Path:
         """What select reads."""
         return self._input(self.config.select.input, self.folder_of("score") / "scores.jsonl")

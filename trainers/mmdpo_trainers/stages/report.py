@@ -26,7 +26,7 @@ def inputs(context: StageContext) -> list[Path]:
     run = context.run.path
     names = ["score/scores.jsonl", "select/pairs.jsonl", "select/dropped.jsonl", "train/log.jsonl"]
     names += ["evaluate/before/answers.jsonl", "evaluate/after/answers.jsonl"]
-    names += ["pairs/pairs.jsonl", "evaluate/before/held_out.jsonl", "evaluate/after/held_out.jsonl"]
+    names += ["rate/ratings.jsonl", "pairs/pairs.jsonl", "evaluate/before/held_out.jsonl", "evaluate/after/held_out.jsonl"]
     files = [run / name for name in names] + sorted(run.glob("arms/*/evaluate/after/*.jsonl"))
     files += sorted(run.glob("arms/*/train/log.jsonl"))
     files += [Path(seed) / "summary.json" for seed in context.options.seeds]

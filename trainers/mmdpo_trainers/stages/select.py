@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
+from mmdpo_trainers.answers.raters import Rating
 from mmdpo_trainers.data.records import FORMATS, relative_images
 from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.files.atomic import write_atomic
+from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods.selection import (
     Selection,
     SelectionRules,
@@ -30,6 +32,8 @@ _REMEDIES = {
     "no_threshold": "give select.thresholds for these formats and numbers of pictures",
     "no_ratio": "score.drop_first_row leaves one-token answers without a row: switch it off",
     "ratio": "raise select.thresholds",
+    "no_rating": "see rate/problems.jsonl for what became of the ratings",
+    "rating": "raise select.max_rating",
     "answer": "the model is right: use harder prompts, or sample (generate.do_sample)",
     "unclear": "answers of which nobody can tell: ask for short ones, or set select.match to exact",
     "perplexity": "lower select.min_perplexity",
@@ -42,7 +46,7 @@ _REMEDIES = {
 
 
 def inputs(context: StageContext) -> list[Path]:
-    return [context.scores]
+    return [context.scores, *([context.judged] if context.options.rule == "judge" else [])]
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -53,6 +57,8 @@ def run(context: StageContext) -> dict[str, Any]:
             raise ConfigError(f"select.thresholds: unknown format {name!r}; expected {', '.join(FORMATS)}")
     records = read_records(context.scores, "scored answers")
     _check(records, options, context.scores)
+    if options.rule == "judge":
+        records = _with_ratings(records, context)
     selection = _select(records, options, context.seed)
     summary = _summary(records, selection, options)
     _write(context, "dropped.jsonl", selection.dropped)
@@ -78,8 +84,8 @@ def _select(records: Sequence[Record], options: Any, seed: int) -> Selection:
     attention = select_pairs(records, SelectionRules.from_options(options), max_pairs=options.max_pairs, seed=seed)
     if options.rule == "attention":
         return attention
-    control = SelectionRules.from_options(options, attention=False)
-    pool = select_pairs(records, control) if options.rule == "perplexity" else random_wrong_pairs(records, control, seed=seed)
+    control = SelectionRules.from_options(options, attention=False, judged=options.rule == "judge")
+    pool = random_wrong_pairs(records, control, seed=seed) if options.rule == "random_wrong" else select_pairs(records, control)
     return match_mix(pool, mix_of(attention), seed=seed)
 
 
@@ -95,9 +101,31 @@ def _summary(records: Sequence[Record], selection: Selection, options: Any) -> d
         "rule": options.rule,
         "match": rules.match,
         "thresholds": rules.thresholds if options.rule == "attention" else {},
+        **({"max_rating": options.max_rating, "rating": options.rating or "mean"} if options.rule == "judge" else {}),
         "max_length_ratio": rules.max_length_ratio,
         "min_edit_distance": rules.min_edit_distance,
     }
+
+
+def _with_ratings(records: Sequence[Record], context: StageContext) -> list[Record]:
+    """The records with `rating`, what the judge made of their answer. StageError where it saw other answers."""
+    options, attributes = context.options, context.config.rate.attributes
+    if options.rating is not None and options.rating not in attributes:
+        raise ConfigError(
+            f"select.rating: expected one of rate.attributes, {', '.join(attributes)}, or null, got {options.rating!r}"
+        )
+    lines = {line["id"]: line for line in read_jsonl(context.judged)}
+    found = []
+    for record in records:
+        line = lines.get(record["id"], {})
+        if line.get("responses") != [record["response"]]:
+            raise StageError(
+                f"{context.judged}: expected a rating of the answer to record {record['id']!r}, {record['response'][:60]!r}, got one of "
+                f"{line.get('responses')!r}; give rate the answers that were scored: leave rate.input out, then --restart rate"
+            )
+        rating = Rating(line["ratings"][0])
+        found.append({**record, "rating": rating.value(options.rating)})
+    return found
 
 
 def _check(records: Sequence[Record], options: Any, path: Path) -> None:

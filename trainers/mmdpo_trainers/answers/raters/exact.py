@@ -32,16 +32,13 @@ class ExactRater:
     def _rating(self, record: Mapping[str, Any], response: str) -> Rating:
         truth, options = str(record.get("answer") or "").strip(), self._options
         if not truth:
-            return Rating(None, "no `answer` to compare with")
+            return Rating(None, "expected a record with an `answer` to compare with, got none", "no_truth")
         if is_right(response, truth, options=record.get("options"), match=options.match):
             share = 1.0
         else:
             share = Levenshtein.normalized_similarity(normalize_answer(response), normalize_answer(truth)) / 2
         value = options.lowest + share * (options.highest - options.lowest)
         return Rating({name: value for name in self.attributes})
-
-    def costs(self) -> dict[str, int]:
-        return {}
 
     def close(self) -> None:
         pass

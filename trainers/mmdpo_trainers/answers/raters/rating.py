@@ -18,7 +18,9 @@ class Rating:
     scores: Mapping[str, float] | None
     """Attribute -> value."""
     problem: str | None = None
-    """Why there are no scores; names what came and what was expected."""
+    """Why there are no scores: what was expected and what came."""
+    reason: str | None = None
+    """The same as a word to count by."""
 
     def value(self, attribute: str | None = None) -> float | None:
         """The value of one attribute, or the mean over all of them; None where there is no rating."""
@@ -41,10 +43,6 @@ class Rater(Protocol):
         """
         ...
 
-    def costs(self) -> dict[str, int]:
-        """What the ratings of this rater took so far, such as `requests`; empty where there is nothing to count."""
-        ...
-
     def close(self) -> None: ...
 
 
@@ -53,7 +51,11 @@ class Surroundings:
     """What a rater is not told by the section `rate`: where it keeps its files and runs its model."""
 
     folder: Path
-    """Where an endpoint's replies are kept, so that nothing is asked twice."""
+    """Where a judge's replies are kept, so that nothing is asked twice."""
     device: str = "auto"
     dtype: str = "auto"
     date: TemplateDate = field(default_factory=TemplateDate.now)
+    allow_missing: bool = False
+    """Go on without ratings that an endpoint does not give after all repetitions; False: StageError."""
+    most_images: int = 8
+    """Of one record; vLLM wants to know."""

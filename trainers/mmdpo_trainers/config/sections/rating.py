@@ -44,7 +44,11 @@ class EndpointConfig(Settings):
     )
     max_image_side: StrictInt = option(1024, "pictures are sent with their longer side at most this long, in pixels", ge=16)
     parameters: Finite[dict[StrictStr, Any]] = option(
-        help="more fields of the request's body, such as temperature, seed, response_format", factory=lambda: {"temperature": 0}
+        help="fields of the request's body beside model, messages and max_tokens, such as temperature, seed; null leaves a field out",
+        factory=lambda: {"temperature": 0},
+    )
+    json_schema: StrictBool = option(
+        False, "send the form of the reply as response_format: fewer malformed replies, where the server takes it"
     )
 
     def __post_init__(self) -> None:
@@ -64,7 +68,8 @@ class EndpointConfig(Settings):
 
 def _changing_ratings(endpoint: Any) -> dict[str, Any]:
     """Which of an endpoint's settings may change a rating: not where it is, nor how often and fast it is asked."""
-    return {"model": endpoint.model, "max_image_side": endpoint.max_image_side, "parameters": endpoint.parameters}
+    names = ("model", "max_image_side", "parameters", "json_schema")
+    return {name: getattr(endpoint, name) for name in names}
 
 
 @dataclass(kw_only=True)
@@ -72,10 +77,10 @@ class RateConfig(Settings):
     """Ratings of answers: from a file, from the truth, or from a judge."""
 
     input: StrictStr | None = option(None, "your own responses .jsonl in place of generate/responses.jsonl", path=True)
-    source: Literal["exact", "file", "endpoint", "model", "reward"] = option(
+    source: Literal["exact", "file", "endpoint", "model", "reward_model"] = option(
         "exact",
         "exact: agreement with the record's answer; file: ratings of your own; endpoint: a judge behind an OpenAI-compatible endpoint; "
-        "model: a judge in a local model folder; reward: a reward model",
+        "model: a judge in a local model folder; reward_model: a model with a scalar head",
     )
     attributes: list[StrictStr] = option(help="what answers are rated on", factory=lambda: list(ATTRIBUTES))
     lowest: StrictFloat = option(0.0, "lowest rating")
@@ -84,7 +89,9 @@ class RateConfig(Settings):
     file: StrictStr | None = option(
         None, "`source: file` only: .jsonl with `id` and `ratings`, a mapping of attributes to numbers for each answer", path=True
     )
-    model: StrictStr | None = option(None, "`source: model, reward` only: local Hugging Face folder of the judge", path=True)
+    judge: StrictStr | None = option(
+        None, "`source: model, reward_model` only: local Hugging Face folder of what rates", path=True
+    )
     engine: Literal["transformers", "vllm"] = option("transformers", "`source: model` only: what runs it")
     engine_args: Finite[dict[StrictStr, Any]] = option(help="`engine: vllm` only: arguments of vllm.LLM", factory=dict)
     endpoint: EndpointConfig = option(
@@ -95,10 +102,24 @@ class RateConfig(Settings):
         help="what the judge is told beside question and answer, of a record's fields: answer (the truth), caption, options",
         factory=list,
     )
+    comparison_template: StrictStr | None = option(
+        None, "the prompt that has the judge compare two answers, for `check`; None: the built-in one", path=True
+    )
     images: StrictBool = option(True, "whether the judge sees the pictures; False: it goes by the facts")
     batch_size: StrictInt = option(16, "records rated together, and lost at most by a kill", ge=1)
     max_new_tokens: StrictInt = option(256, "longest reply of the judge, in tokens", ge=1)
     tries: StrictInt = option(3, "times that a judge is asked for a rating in all, where its replies are none", ge=1)
+    replies: StrictStr | None = option(
+        None, "a judge's replies.jsonl of another run, of which nothing is asked again", path=True, result=False
+    )
+    check: StrictInt = option(
+        100, "number of pairs on which the rater is tried: does it rate the better answer higher; 0: none", ge=0
+    )
+    check_pairs: StrictStr | None = option(
+        None,
+        "preference data with TRL's columns for `check`; None: the records' own answers against wrong ones",
+        path=True,
+    )
 
     def __post_init__(self) -> None:
         if not self.attributes or len(set(self.attributes)) != len(self.attributes):

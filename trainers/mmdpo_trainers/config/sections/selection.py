@@ -17,8 +17,14 @@ class SelectConfig(Settings):
 
     input: StrictStr | None = option(None, "your own scores .jsonl in place of score/scores.jsonl", path=True)
     preset: Literal["paper", "official_code", "custom"] = option("paper", "threshold table; custom: `thresholds` alone")
-    rule: Literal["attention", "random_wrong", "perplexity"] = option(
-        "attention", "attention: MIA-DPO; the others are control arms with the attention arm's number of pairs per format"
+    rule: Literal["attention", "random_wrong", "perplexity", "judge"] = option(
+        "attention",
+        "attention: MIA-DPO; the others are control arms with the attention arm's number of pairs per format; judge: the answers that stage "
+        "rate gives a low rating",
+    )
+    max_rating: StrictFloat = option(2.0, "`rule: judge` only: an answer is rejected where its rating is at most this")
+    rating: StrictStr | None = option(
+        None, "`rule: judge` only: the attribute whose rating counts, such as correctness; None: the mean over all"
     )
     match: Match | Literal["preset"] = option(
         "preset",

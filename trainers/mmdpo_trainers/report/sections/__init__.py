@@ -14,6 +14,7 @@ from .accuracy import accuracy, control_arms
 from .comparison import comparison, seeds
 from .examples import examples, pairs
 from .heat_maps import heat_maps
+from .judge import judge
 from .sampled import sampled
 from .selection import ratios, selected_pairs, selection
 from .training import main_training, rewards, training
@@ -29,7 +30,7 @@ Section = Callable[[PageInputs], dict[str, Any] | None]
 SECTIONS: dict[str, Section] = {
     each.__name__: each
     for each in (
-        *(accuracy, control_arms, heat_maps, selection, ratios, training, selected_pairs),
+        *(accuracy, control_arms, heat_maps, selection, judge, ratios, training, selected_pairs),
         *(comparison, seeds, rewards, examples, main_training, pairs, sampled, time),
     )
 }

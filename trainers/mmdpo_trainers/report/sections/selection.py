@@ -23,6 +23,8 @@ RULE_WORDS = {
     "no_threshold": "no threshold for this number of pictures",
     "no_ratio": "no attention ratio",
     "ratio": "enough attention on the target",
+    "no_rating": "the judge gave no rating",
+    "rating": "the judge rated the answer too high",
     "answer": "the answer is right",
     "unclear": "nobody can tell whether the answer is right",
     "perplexity": "the model hardly hesitated",

@@ -10,7 +10,8 @@ from .ops.linear_logprobs import LogProbs, SharedRows, linear_logprobs
 from .ops.preference_loss import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, sequence_logps
 from .ops.tree_attention import TreeAttentionOutput, tree_attention
 from .patch import patch_model, tree_refusal, unpatch_model
-from .record import AttentionRecorder, record_attention
+from .path_maps import PathMaps, SequencePaths
+from .record import AttentionRecorder, record_attention, record_path_maps
 from .segments import image_segments
 from .tree import TokenTree
 
@@ -19,8 +20,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionRecorder",
     "LogProbs",
+    "PathMaps",
     "PreferenceLoss",
     "SequenceLogps",
+    "SequencePaths",
     "SharedRows",
     "TokenLogps",
     "TokenTree",
@@ -32,6 +35,7 @@ __all__ = [
     "patch_model",
     "preference_loss",
     "record_attention",
+    "record_path_maps",
     "sequence_logps",
     "through_head",
     "tree_attention",

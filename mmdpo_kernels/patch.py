@@ -202,7 +202,7 @@ def tree_attention_forward(
             f"{type(module).__name__}: a packed token tree is not exact with this model: {state.tree_refusal}; run its sequences as a "
             "padded batch"
         )
-    if state.recorder is not None:
+    if state.recorder is not None or state.paths is not None:
         call = LayerCall(
             tree_end=tree_end,
             mask=None if is_tree else attention_mask,
@@ -211,7 +211,10 @@ def tree_attention_forward(
             window=sliding_window if is_tree else None,
             backend=state.mass_backend,
         )
-        watch_attention(place, state.recorder, query, key, call)
+        if state.recorder is not None:
+            watch_attention(place, state.recorder, query, key, call)
+        if state.paths is not None:
+            state.paths.observe(int(place.layer), query, key, call)
     whole_causal = (
         not place.crosses and attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from .path_maps import PathMaps
     from .recorder import AttentionRecorder
 
 # Without "flash" or "/", which transformers reads as its own kernels and as hub addresses.
@@ -31,6 +32,7 @@ class PatchState:
     backend: str = "auto"
     mass_backend: str = "auto"
     recorder: AttentionRecorder | None = None
+    paths: PathMaps | None = None
     tree_refusal: str | None = None
     cross_layers: frozenset[int] = frozenset()
     """Layers whose keys are of pictures, and not of the tokens."""
@@ -45,8 +47,8 @@ class PatchState:
         return any(held is config for held, _ in self.originals)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A recorder watches one model, and no copy of it.
-        return {**self.__dict__, "recorder": None}
+        # Recorders watch one model, and no copy of it.
+        return {**self.__dict__, "recorder": None, "paths": None}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__dict__.update(values)

@@ -1,4 +1,5 @@
-"""`record_attention`: attention mass per picture from a patched model's own forwards, at the layers asked for."""
+"""`record_attention`: attention mass per picture from a patched model's own forwards, at the layers asked for; `record_path_maps`: maps
+with a gradient."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .patch import patch_state
 from .patched import language_tower
+from .path_maps import PathMaps, SequencePaths
 from .recorder import AttentionRecorder, ForwardStopped
 from .recorder_ops import Replaced, replace_method, ticket_of, watch_decoder, watch_model
 
@@ -113,6 +115,37 @@ def record_attention(
         finally:
             state.recorder = None
     recorder.check()
+
+
+@contextmanager
+def record_path_maps(model: nn.Module, paths: SequencePaths, *, layer: int) -> Iterator[PathMaps]:
+    """Record where the counted rows of single sequences look, in one forward of a patched model, with a gradient.
+
+    Equivalent to eager attention on each sequence by itself, `attentions[layer].mean(1)[rows].mean(0)`, without the S x S maps; a sequence
+    sees its own path alone, so packing changes nothing. The gradient goes through the maps into the layer's queries and keys, also with
+    non-reentrant gradient checkpointing. Beside it `record_attention` may record.
+
+    Args:
+        model: a patched model, or a PEFT model around one.
+        paths: the sequences. Every counted row sees all that comes before it on its path but what a window or a mask of the model's hides.
+        layer: decoder layer, 0-based.
+
+    Raises:
+        ValueError: a model that is not patched, a layer that it does not have, that attends to pictures alone, or that carries no gradient.
+    """
+    state = patch_state(model)
+    count = int(language_tower(model).config.num_hidden_layers)
+    if not 0 <= layer < count:
+        raise ValueError(f"record_path_maps: layer must be one of the model's {count}, got {layer}")
+    if layer in state.cross_layers:
+        raise ValueError(f"record_path_maps: layer {layer} attends to pictures and not to tokens; its maps have no path")
+    if state.paths is not None:
+        raise ValueError("record_path_maps: the model's maps are already being recorded")
+    state.paths = PathMaps(paths, layer)
+    try:
+        yield state.paths
+    finally:
+        state.paths = None
 
 
 def _stoppable(replaced: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

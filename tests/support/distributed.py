@@ -118,10 +118,16 @@ class KillAt(TrainerCallback):
 class Spoilt(PreferenceTrainer):
     """A trainer whose second step has an infinite loss, in one of its processes."""
 
-    def _loss(self, batch: Any, *args: Any) -> Any:
-        loss, parts = super()._loss(batch, *args)
-        bad = self.state.global_step == 1 and self.args.process_index == 1
-        return (loss + float("inf") if bad else loss), parts
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        own: Any = self.objective.loss
+
+        def loss(*args: Any, **options: Any) -> Any:
+            found, parts = own(*args, **options)
+            bad = self.state.global_step == 1 and self.args.process_index == 1
+            return (found + float("inf") if bad else found), parts
+
+        self.objective.loss = loss  # type: ignore[method-assign]
 
 
 def train(folder: Path, output: Path, case: dict[str, Any]) -> None:

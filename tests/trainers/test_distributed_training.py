@@ -23,13 +23,17 @@ SAVED = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 5}
 FULL = {"full_finetune": True, "freeze_vision": False, "freeze_projector": False, **SAVED, **EVALUATED}
 # With the head, whose adapter is gathered with it; a second reference, in shards where the policy is; batches of an odd number.
 LORA = {"lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj", "lm_head"]}, "second": True}
-PACKED = {**LORA, **SAVED, "max_tokens_per_batch": 150, "accumulation": 2}
+# MPO: a reward shift that runs over steps, whatever processes and micro-batches their records are in.
+MPO = {"loss_type": ["sigmoid", "bco_pair", "nll"], "loss_weights": [0.8, 0.2, 1.0], "bco_shift": "previous"}
+PACKED = {**LORA, **SAVED, **MPO, "max_tokens_per_batch": 150, "accumulation": 2}
 # The adapter off as the reference, run before the first step; checkpointed activations on the CPU.
 CACHED = {
     "precompute_ref_log_probs": True,
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "activation_offloading": True,
+    "attention_target": "log_share",
+    "attention_target_weight": 0.3,
 }
 CASES = {
     "full": FULL,

@@ -109,3 +109,19 @@ def test_texts_of_the_base_follow_its_settings():
         answers = [turn.answer for turn in build_prior_base._sample(index, item, rng, config).turns]
         wanted = prior_world.PRIOR[item.scene.shape] if item.expects else item.scene.colour
         assert answers[0] == wanted and f" {wanted} " in answers[1]
+
+
+def test_a_similar_picture_differs_in_the_colour_alone_and_has_its_own_answer():
+    settings = {"seed": 0, "split": "pairs", "counterfactual": 0.8, "captions": 0.5}
+    for (record, picture), (columns, similar) in zip(records(60), prior_world.similar_columns(60, **settings), strict=True):
+        assert columns["similar_images"] == [f"images/{record['id']}-similar.png"]
+        [shown], [other] = (
+            [name for name, value in world.COLOURS.items() if value in {colour for _, colour in each.getcolors()}]
+            for each in (picture, similar)
+        )
+        assert shown != other
+        chosen, alike = text(record, "chosen"), text(columns, "similar_chosen")
+        assert alike.replace(" an ", " a ").replace(other, shown) == chosen.replace(" an ", " a ")
+        # Where the shape is, and nowhere else.
+        differing = (np.asarray(picture) != np.asarray(similar)).any(-1)
+        assert (np.asarray(picture)[differing] == world.COLOURS[shown]).all()

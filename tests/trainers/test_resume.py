@@ -59,7 +59,8 @@ def train(model: Path, output: Path, *, full: bool = False, kill_after: int | No
         learning_rate=1e-3,
         max_grad_norm=1.0,
         attention_layer=1,
-        loss_type=["sigmoid", "nll"],
+        loss_type=["sigmoid", "bco_pair", "nll"],
+        bco_shift="previous",
         seed=7,
     )
     callbacks: list[TrainerCallback] = [LogFile(output / "log.jsonl")]

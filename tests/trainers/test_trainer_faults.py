@@ -60,15 +60,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(folder: Path, tmp_path:
     whole = trainer_of(folder, tmp_path / "whole", **SAVED)
     whole.train()
     trainer = trainer_of(folder, tmp_path / "stopped", **SAVED)
-    loss = trainer._loss
+    loss = trainer.objective.loss
     names: list[str] = []
 
-    def spoilt(batch: Any, *args: Any) -> Any:
-        found, parts = loss(batch, *args)
+    def spoilt(batch: Any, *args: Any, **options: Any) -> Any:
+        found, parts = loss(batch, *args, **options)
         names[:] = batch.ids
         return (found * value if trainer.state.global_step == 2 else found), parts
 
-    trainer._loss = spoilt  # type: ignore[method-assign]
+    trainer.objective.loss = spoilt  # type: ignore[method-assign]
     with pytest.raises(
         NonFiniteLossError, match=r"step 3: the loss is not finite; records .*: loss (nan|inf) \(sigmoid"
     ) as error:
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(folder: Path, tmp_path:
 
 def test_the_check_can_be_left_out(folder: Path, tmp_path: Path) -> None:
     trainer = trainer_of(folder, tmp_path, max_steps=1, stop_on_nonfinite_loss=False)
-    loss = trainer._loss
+    loss = trainer.objective.loss
     trainer._loss = lambda *args: (loss(*args)[0] * math.nan, {})  # type: ignore[method-assign]
     trainer.train()
     assert trainer.state.global_step == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.config.options import Match
+from mmdpo_trainers.data.content import is_empty
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.data.match import is_right
 from mmdpo_trainers.data.pair_records import (
@@ -27,7 +28,7 @@ from mmdpo_trainers.files.json_lines import read_jsonl
 
 Record = dict[str, Any]
 
-_PICTURES = ("images", "rejected_images")
+_PICTURES = ("images", "rejected_images", "image")
 _ROWS = 1000
 """Rows of a dataset that are read at once."""
 _COLUMNS = ("prompt", "chosen", "rejected")
@@ -36,6 +37,9 @@ _ACCEPTED = "preference data is a .jsonl file (one record a line), a .parquet fi
 
 def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[str] = (), prompts: bool = False) -> Any:
     """Preference records with TRL's columns: a list from a .jsonl file, a `datasets.Dataset` from parquet or a saved folder.
+
+    Records with MMPR's columns (arXiv 2411.10442: `question`, `chosen`, `rejected`, and `image`, a picture, a list of them, or none) are given
+    TRL's: a question that names no place for its pictures has them in front.
 
     Picture paths are relative to the file's folder, or to the saved folder; pictures that parts of a prompt hold come in `images`. Those
     of a dataset are looked at when a record is read.
@@ -53,6 +57,7 @@ def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[
     gone: dict[str, str] = {}
     for number, record in enumerate(_lines(path), start=1):
         record.setdefault("id", f"line {number}")
+        record = _with_trl_columns(record)
         if not (prompts and "prompt" in record and is_prompt(record)):
             _check_columns(path, record, record["id"])
         check_record(record, prompts=prompts)
@@ -73,6 +78,17 @@ def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[
     if missing is not None:
         missing += gone
     return records
+
+
+def _with_trl_columns(record: Record) -> Record:
+    """A record with MMPR's columns with TRL's; any other as it is."""
+    if "question" not in record or "prompt" in record:
+        return record
+    found = {name: value for name, value in record.items() if name not in ("question", "image")}
+    image = record.get("image")
+    if not is_empty(image):
+        found["images"] = [*found.get("images", ()), *(image if isinstance(image, list) else [image])]
+    return {**found, "prompt": record["question"]}
 
 
 def refuse_missing(path: Path, gone: Mapping[str, str], total: int) -> None:
@@ -122,8 +138,11 @@ def _read_dataset(path: Path, views: Sequence[str]) -> Any:
     if not isinstance(dataset, datasets.Dataset):
         raise DataError(f"{path} holds several splits ({', '.join(dataset)}); give the folder of one")
     _check_columns(path, dataset.features, "1")
+    layout = "trl" if "prompt" in dataset.features else "mmpr"
     # Pictures are opened with their record at hand, so that a damaged one has a name.
     dataset = undecoded(dataset)
+    if layout == "mmpr":
+        dataset = dataset.rename_column("question", "prompt")
     named = "id" in dataset.features
     given = list(dataset["id"]) if named else [f"row {number}" for number in range(len(dataset))]
     names: set[str] = set()
@@ -132,14 +151,18 @@ def _read_dataset(path: Path, views: Sequence[str]) -> Any:
         dataset = (dataset.remove_columns("id") if named else dataset).add_column("id", ids)
     check_contents(dataset)
     folder = path.resolve() if path.is_dir() else path.resolve().parent
-    return dataset.with_transform(functools.partial(_rows_with_images_from, folder=str(folder), views=tuple(views)))
+    return dataset.with_transform(
+        functools.partial(_rows_with_images_from, folder=str(folder), views=tuple(views), layout=layout)
+    )
 
 
-def _rows_with_images_from(columns: dict[str, list[Any]], folder: str, views: Sequence[str]) -> dict[str, list[Any]]:
+def _rows_with_images_from(columns: dict[str, list[Any]], folder: str, views: Sequence[str], layout: str) -> dict[str, list[Any]]:
     """Rows of a dataset, one list a column, through `with_images_from`; a row of which only some columns are asked for, as it is."""
     if "prompt" not in columns:
         return columns
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if layout == "mmpr":
+        rows = [_with_trl_columns({"question" if name == "prompt" else name: row[name] for name in row}) for row in rows]
     placed = [with_images_from(row, folder, views=views) for row in rows]
     return {name: [row.get(name) for row in placed] for name in dict.fromkeys(name for row in placed for name in row)}
 
@@ -165,10 +188,11 @@ def check_contents(data: Any) -> None:
 
 
 def _check_columns(path: Path, record: Mapping[str, Any], name: str) -> None:
-    missing = [column for column in _COLUMNS if column not in record]
+    missing = [column for column in _COLUMNS if column not in record and not (column == "prompt" and "question" in record)]
     if missing:
         raise DataError(
-            f"{path}, record {name}: no column {missing[0]!r}; preference data has {', '.join(_COLUMNS)} and images, as in TRL"
+            f"{path}, record {name}: no column {missing[0]!r}; preference data has {', '.join(_COLUMNS)} and images, as in TRL, or "
+            "question, chosen, rejected and image, as in MMPR"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import distributed
 
 T = TypeVar("T")
+NumberT = TypeVar("NumberT", int, float)
 
 
 def is_distributed() -> bool:
@@ -25,9 +26,11 @@ def all_gather(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
-def all_reduce(values: Iterable[int], device: torch.device) -> list[int]:
-    """The sum over all processes of each number."""
-    numbers = torch.tensor(list(values), device=device)
+def all_reduce(values: Iterable[NumberT], device: torch.device) -> list[NumberT]:
+    """The sum over all processes of each number; of floats in double precision."""
+    given = list(values)
+    exact = all(isinstance(value, int) for value in given)
+    numbers = torch.tensor(given, device=device, dtype=torch.int64 if exact else torch.float64)
     if is_distributed():
         distributed.all_reduce(numbers)
     return numbers.tolist()  # type: ignore[no-any-return]

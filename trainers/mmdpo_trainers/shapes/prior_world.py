@@ -56,6 +56,7 @@ class Pair:
     question: str
     chosen: str
     rejected: str
+    wording: tuple[int, ...] = ()
 
     @property
     def group(self) -> str:
@@ -108,7 +109,7 @@ def sample_pair(rng: random.Random, scene: Scene, kind: str) -> Pair:
     other = rng.choice([colour for colour in world.COLOURS if colour != scene.colour])
     wrong = dataclasses.replace(scene, colour=other) if agrees(scene) else expected_scene(scene)
     wording = sample_wording(rng)
-    return Pair(scene, kind, question(scene, kind), answer(scene, kind, wording), answer(wrong, kind, wording))
+    return Pair(scene, kind, question(scene, kind), answer(scene, kind, wording), answer(wrong, kind, wording), wording)
 
 
 def preference_records(
@@ -121,11 +122,7 @@ def preference_records(
     counterfactual, captions: shares of pictures that disagree with the prior, and of captions. What comes follows from seed and
     `split` ("pairs", "held_out"), whatever `count` is; the two share no picture.
     """
-    rng = random.Random(f"prior-{split}-{seed}")
-    for number in range(count):
-        scene = sample_scene(rng, rng.random() >= counterfactual, split)
-        pair = sample_pair(rng, scene, KINDS[rng.random() < captions])
-        name = f"{split}-{number:05d}"
+    for name, pair in _pairs(count, seed, split, counterfactual, captions):
         record = {
             "id": name,
             "kind": pair.kind,
@@ -138,6 +135,30 @@ def preference_records(
             "options": list(world.COLOURS),
         }
         yield record, world.draw(pair.scene)
+
+
+def similar_columns(
+    count: int, *, seed: int, split: str, counterfactual: float, captions: float
+) -> Iterator[tuple[dict[str, Any], Image.Image]]:
+    """Yield for each record of `preference_records` the columns `similar_images` and `similar_chosen`, and that picture: the same shape in the
+    same place, in another colour; what is right about it has the wording of chosen. The picture belongs at `images/<id>-similar.png`.
+    """
+    rng = random.Random(f"prior-{split}-{seed}-similar")
+    for name, pair in _pairs(count, seed, split, counterfactual, captions):
+        other = rng.choice([colour for colour in world.COLOURS if colour != pair.scene.colour])
+        scene = dataclasses.replace(pair.scene, colour=other)
+        columns = {
+            "similar_images": [f"images/{name}-similar.png"],
+            "similar_chosen": [{"role": "assistant", "content": answer(scene, pair.kind, pair.wording)}],
+        }
+        yield columns, world.draw(scene)
+
+
+def _pairs(count: int, seed: int, split: str, counterfactual: float, captions: float) -> Iterator[tuple[str, Pair]]:
+    rng = random.Random(f"prior-{split}-{seed}")
+    for number in range(count):
+        scene = sample_scene(rng, rng.random() >= counterfactual, split)
+        yield f"{split}-{number:05d}", sample_pair(rng, scene, KINDS[rng.random() < captions])
 
 
 def evaluation_prompts(disagreeing: int, agreeing: int, *, seed: int) -> Iterator[tuple[dict[str, Any], Image.Image]]:

@@ -77,6 +77,13 @@ def _built_in(context: StageContext) -> dict[str, list[dict[str, Any]]]:
         for record, picture in items:
             picture.save(folder / record["images"][0])
             made[name].append(record)
+    # For branches under a similar picture: a second one for each pair, with its own answer.
+    for split, count in counts.items() if "similar_images" in context.further_views else ():
+        for record, (columns, picture) in zip(
+            made[split], prior_world.similar_columns(count, seed=seed, split=split, **mix), strict=True
+        ):
+            picture.save(folder / columns["similar_images"][0])
+            record.update(columns)
     return made
 
 

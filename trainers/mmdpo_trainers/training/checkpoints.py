@@ -197,7 +197,12 @@ class SavingTrainer(LoggingTrainer):
             # Every process has written what is its own.
             collectives.barrier()
             if self.args.process_index == 0:
-                state = {"loss": sum(loss) / len(loss), "last_logged": self._globalstep_last_logged, "averages": averages}
+                state = {
+                    "loss": sum(loss) / len(loss),
+                    "last_logged": self._globalstep_last_logged,
+                    "averages": averages,
+                    **self._further_state(),
+                }
                 write_atomic(folder / LOG_STATE, state)
                 mark_complete(folder)
                 remove_old(folder.parent, limit, keep=self.state.best_model_checkpoint)

@@ -15,9 +15,12 @@ from mmdpo_trainers.data.corruption import KINDS, Corruption
 from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, USUAL_BRANCHES, Branch, shows_corrupted
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.training.arguments import TRL_LOSSES, check_inherited, takes_foreign_names
+from mmdpo_trainers.training.running_shift import SHIFTS
 
 LOSS_TYPES = tuple(LOSSES)
 """Losses by name; their equations and sources are in `mmdpo_kernels.losses`."""
+ATTENTION_TARGETS = ("log_share", "sayo", "kl")
+"""Forms of `attention_target`; their equations and sources are in `training.attention_target`."""
 _METRICS = ("accuracies", "margins")
 """What the log has beside the rewards of branches."""
 
@@ -73,6 +76,11 @@ class PreferenceConfig(TrainingArguments):
     )
     extra_negative_weight: float = _option(
         0.5, "extra_negative: its share of the loss; rejected has the rest, which is the paper's gamma"
+    )
+    bco_shift: str = _option(
+        "none",
+        "bco_pair: its reward shift. none: 0; previous: the mean reward of all steps before (MPO, arXiv 2411.10442); present: as MPO's released "
+        "code, each micro-batch taken in before its own loss",
     )
     similar_beta: float | None = _option(
         None, "similar_anchor (SymMPO): beta of the anchor on the similar picture's answer; None: beta"
@@ -139,6 +147,15 @@ class PreferenceConfig(TrainingArguments):
     attention_layer: int | None = _option(
         None, "decoder layer (0-based) whose attention ratio on the asked-about picture is logged (attn/ratio_*); None: none"
     )
+    attention_target: str | None = _option(
+        None,
+        f"objective on where the chosen response looks, added to the losses: {', '.join(ATTENTION_TARGETS)} (docs/training.md). Records "
+        "without an asked-about picture among several, or part of one, are left out of it; None: none",
+    )
+    attention_target_weight: float = _option(1.0, "attention_target: its factor")
+    attention_target_layer: int | None = _option(
+        None, "attention_target: decoder layer (0-based) whose attention it is; None: attention_layer"
+    )
     log_attention_every: int = _option(1, "steps between recordings of the attention ratio; 0: during evaluation only")
 
     def __post_init__(self) -> None:
@@ -162,8 +179,30 @@ class PreferenceConfig(TrainingArguments):
             )
         if self.lora_r < 1 or self.lora_alpha <= 0:
             raise ValueError(f"lora_r, lora_alpha: expected values above 0, got {self.lora_r}, {self.lora_alpha}")
+        self._check_attention_target()
         if self.log_attention_every < 0:
             raise ValueError(f"log_attention_every: expected 0 or more, got {self.log_attention_every}")
+
+    def _check_attention_target(self) -> None:
+        if self.attention_target is None:
+            return
+        if self.attention_target not in ATTENTION_TARGETS:
+            raise ValueError(f"attention_target: expected one of {', '.join(ATTENTION_TARGETS)}, got {self.attention_target!r}")
+        if not _is_number(self.attention_target_weight):
+            raise ValueError(f"attention_target_weight: expected a finite number, got {self.attention_target_weight!r}")
+        if self.target_layer is None:
+            raise ValueError("attention_target: it needs a layer; set attention_target_layer, or attention_layer")
+        if self.no_image:
+            raise ValueError("attention_target: without pictures (no_image) there is nothing to look at; leave it out")
+        if self.torch_compile:
+            raise ValueError(
+                "attention_target: a compiled model's attention is recorded without a gradient; leave torch_compile out"
+            )
+        if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "attention_target: re-entrant checkpointing runs layers without a gradient; set use_reentrant: false in "
+                "gradient_checkpointing_kwargs"
+            )
 
     def _check_numbers(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -216,6 +255,8 @@ class PreferenceConfig(TrainingArguments):
         if self.label_smoothing and SMOOTHED.isdisjoint(self.loss_type):
             raise ValueError(f"label_smoothing: it acts on {', '.join(sorted(SMOOTHED))} only, got loss_type {self.loss_type}")
         self._check_second_rejected()
+        if self.bco_shift not in SHIFTS:
+            raise ValueError(f"bco_shift: expected one of {', '.join(SHIFTS)}, got {self.bco_shift!r}")
         if not _is_number(self.anchor):
             raise ValueError(f"anchor: expected a finite number, got {self.anchor!r}")
         if not _is_number(self.simpo_gamma) or self.simpo_gamma < 0:
@@ -277,6 +318,11 @@ class PreferenceConfig(TrainingArguments):
         """Loss -> its factor."""
         weights = self.loss_weights or [1.0] * len(self.loss_type)
         return dict(zip(self.loss_type, map(float, weights), strict=True))
+
+    @property
+    def target_layer(self) -> int | None:
+        """The layer of `attention_target`."""
+        return self.attention_layer if self.attention_target_layer is None else self.attention_target_layer
 
     @property
     def needs_reference(self) -> bool:

@@ -133,7 +133,13 @@ def policy_and_reference(
     model = model_of("model", model, args)
     adapter_checks.check_plain(model)
     base = model_parts.base_of(model)
-    _check_layer(args.attention_layer, image_layers(base.config))
+    _check_layer("attention_layer", args.attention_layer, image_layers(base.config))
+    if args.attention_target is not None:
+        if family_of(base).cross_attention:
+            raise ValueError(
+                "attention_target: this model's pictures are cross-attended and have no tokens to look at; leave it out"
+            )
+        _check_layer("attention_target_layer", args.target_layer, image_layers(base.config))
     processor = processor_of(processor, base)
     plain = collator_of(base, processor, args, None, tree_packing=False, branches=PAIR)
     note_full_training(model, args, copied=given is None)
@@ -149,14 +155,14 @@ def prepare(model: nn.Module, args: PreferenceConfig, *, packs: bool) -> None:
     """Make policy or reference ready for batches: without dropout, patched where it needs to be. packs: whether they are token trees."""
     head.check_head(model)
     disable_dropout(model)
-    if packs or args.attention_layer is not None:
+    if packs or args.attention_layer is not None or args.attention_target is not None:
         patch_model(model)
     if args.torch_compile:
         model_parts.compile_decoder(model, args)
 
 
-def _check_layer(layer: int | None, layers: Sequence[int]) -> None:
+def _check_layer(name: str, layer: int | None, layers: Sequence[int]) -> None:
     if layer is not None and layer not in layers:
         count = f"0 to {len(layers) - 1} (the model has {len(layers)} decoder layers)"
         expected = count if isinstance(layers, range) else f"one of {list(layers)}, which see pictures"
-        raise ValueError(f"attention_layer: expected {expected}, got {layer}")
+        raise ValueError(f"{name}: expected {expected}, got {layer}")

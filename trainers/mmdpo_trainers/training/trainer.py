@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,25 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from mmdpo_kernels import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, record_attention
+from mmdpo_kernels import SequenceLogps, TokenLogps, record_attention
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.models.families import EncodedImages, family_of
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.training import arguments, given_models, head, model_parts
+from mmdpo_trainers.training.attention_target import recorded_maps
 from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator, collator_of
 from mmdpo_trainers.training.batches.packing import batch_sampler, check_datasets, is_streaming, short_enough
 from mmdpo_trainers.training.checkpoints import SavingTrainer
 from mmdpo_trainers.training.config import PreferenceConfig
+from mmdpo_trainers.training.objective import Objective, Totals
 from mmdpo_trainers.training.online.pairs import OnlinePairs, uncollated
 from mmdpo_trainers.training.reference.precompute import Precomputed, ReferencePass
 from mmdpo_trainers.training.reference.reference import Reference
 from mmdpo_trainers.training.sharded.batches import COUNTS, batches_of, sharded_loader, train_loader
 from mmdpo_trainers.training.sharded.sharding import Sharding, through_root
 from mmdpo_trainers.training.stopping import GradientCheck, LossCheck, connected
-from mmdpo_trainers.training.training_log import PAIRWISE, Averages, mean_of, rewards_of
+from mmdpo_trainers.training.training_log import Averages
 from mmdpo_trainers.training.training_mode import offload_checkpoints, quiet
 
 
@@ -67,8 +69,9 @@ class PreferenceTrainer(SavingTrainer):
     reference they are beta times log-probabilities),
     `rewards/<branch>`, `rewards/<branch>_accuracies` and `rewards/<branch>_margins` (of chosen over it) for other branches,
     `rewards/chosen_<kind>` and so on for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where
-    that loss is used), and `attn/ratio_<format>`: the share of the attention on a record's pictures that its chosen response gives
-    the asked-about one. With tree packing, pictures that several
+    that loss is used), `bco_shift` where it runs, and `attn/ratio_<format>`: the share of the attention on a record's pictures that its
+    chosen response gives the asked-about one; with `attention_target` `attn/target_loss`, `attn/target_share` (of the pictures' attention) and
+    `attn/targeted`, the share of the records that have a target. With tree packing, pictures that several
     records of a micro-batch share count once, for the first of these records; a record whose pictures get no attention is left out.
     `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size (but `kto_pair`, which looks at batch means).
 
@@ -102,6 +105,7 @@ class PreferenceTrainer(SavingTrainer):
             train_dataset, eval_dataset = online.records(train_dataset, args), online.evaluated(eval_dataset, args)
         _keep_batches_whole(args, [train_dataset, *_as_list(eval_dataset)])
         self.args = args
+        self.objective = Objective(args)
         policy, self.ref_model, processing_class = given_models.policy_and_reference(
             model, args, peft_config, ref_model, processing_class
         )
@@ -189,16 +193,28 @@ class PreferenceTrainer(SavingTrainer):
     ) -> Any:
         """Loss of one micro-batch, scaled so that the micro-batches of an optimizer step add up to the loss of them all at once.
 
-        num_items_in_batch: (2,) int64, records and chosen tokens of the whole step; None: the micro-batch is all there is.
+        num_items_in_batch: (3,) int64, records, chosen tokens and attention targets of the whole step; None: the micro-batch is all there is.
         """
         if model.training:
             quiet(self._policy)
         batch: PreferenceBatch = inputs["batch"].to(self.args.device)
         counts = inputs.get(COUNTS, True)
         averages = self._averages["train" if model.training else "eval"] if counts else Averages()
-        policy, reference = self._logps(batch, inputs.get("reference_batch"), training=model.training, averages=averages)
-        records, tokens = (len(batch.ids), batch.chosen_tokens) if num_items_in_batch is None else num_items_in_batch.tolist()
-        loss, parts = self._loss(batch, policy, reference, records, tokens, averages)
+        policy, reference, maps = self._logps(batch, inputs.get("reference_batch"), training=model.training, averages=averages)
+        totals = Totals.of([batch]) if num_items_in_batch is None else Totals(*num_items_in_batch.tolist())
+        if model.training:
+            self.objective.take_rewards(policy, reference, counts=counts)
+        loss, parts = self.objective.loss(
+            batch,
+            policy,
+            reference,
+            maps,
+            totals=totals,
+            averages=averages,
+            evaluating=averages is self._averages["eval"],
+        )
+        if model.training and self.accelerator.sync_gradients:
+            self.objective.shift.step(self.args.device)
         if model.training and self.args.stop_on_nonfinite_loss:
             self._loss_check.look(loss, batch.ids, parts)
             if self.accelerator.sync_gradients:
@@ -214,8 +230,10 @@ class PreferenceTrainer(SavingTrainer):
 
     def _logps(
         self, batch: PreferenceBatch, reference_batch: PreferenceBatch | None, *, training: bool, averages: Averages
-    ) -> tuple[TokenLogps, SequenceLogps | TokenLogps | None]:
-        """The policy's and, where a loss looks at it, the reference's log-probabilities, in one call of the outermost module.
+    ) -> tuple[TokenLogps, SequenceLogps | TokenLogps | None, Tensor | None]:
+        """The policy's and, where a loss looks at it, the reference's log-probabilities, and the attention maps of `attention_target`.
+
+        All in one call of the outermost module.
 
         reference_batch: with separate draws of the corruption the reference's own, with pictures of its own.
         """
@@ -234,7 +252,8 @@ class PreferenceTrainer(SavingTrainer):
             beside = runs and reference.scored_beside_policy
             rows = reference.rows(theirs, shared, blank) if beside else None
             others = (reference.token_logps(theirs, shared, blank),) if runs and not beside else ()
-            with self._recorded(batch, training=training, averages=averages), self.accelerator.autocast():
+            targets = recorded_maps(self._policy, batch.attention_targets, args.target_layer)
+            with self._recorded(batch, training=training, averages=averages), targets as maps, self.accelerator.autocast():
                 hidden = model_parts.hidden_states(self._policy, batch, features)
             # The head stays out of autocast: its log-probabilities are made in float32.
             scored = head.scored_rows(hidden, batch)
@@ -242,11 +261,13 @@ class PreferenceTrainer(SavingTrainer):
                 mine = head.token_logps(self._policy, scored, batch)
             else:
                 mine, *others = head.token_logps_beside(self._policy, scored, batch, rows, theirs)  # type: ignore[assignment]
-            return mine if nothing is None else mine + nothing.to(mine), *others
+            looked = () if maps is None else (maps.maps,)
+            return mine if nothing is None else mine + nothing.to(mine), *looked, *others
 
         wrapped = self.model_wrapped if torch.is_grad_enabled() or self.sharding.in_shards else self.model
         mine, *others = through_root(wrapped, self.sharding.inside(wrapped), forward)  # type: ignore[arg-type]
-        return batch.token_logps(mine), batch.token_logps(others[0]) if runs else cached
+        found = None if batch.attention_targets is None else others.pop(0)
+        return batch.token_logps(mine), batch.token_logps(others[0]) if runs else cached, found
 
     def _blank_for(self, batch: PreferenceBatch) -> EncodedImages | None:
         """The blank picture, where this process has to run one beside others that have pictures."""
@@ -256,50 +277,11 @@ class PreferenceTrainer(SavingTrainer):
         somewhere = collectives.any_rank(batch.pictures is not None, self.args.device)
         return self._blank if somewhere and batch.pictures is None else None
 
-    def _loss(
-        self,
-        batch: PreferenceBatch,
-        policy: TokenLogps,
-        reference: SequenceLogps | TokenLogps | None,
-        records: int,
-        tokens: int,
-        averages: Averages,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what it is made of by name."""
-        args, weights, count = self.args, self.args.weight_of, len(batch.ids)
-        parts: dict[str, Tensor] = {}
-        outcomes: list[PreferenceLoss] = []
-        loss = policy.logps.new_zeros(())
-        pairwise = [name for name in weights if name != "nll"]
-        if pairwise:
-            outcome = preference_loss(
-                policy,
-                reference,
-                loss_type=pairwise,
-                loss_weights=[weights[name] for name in pairwise],
-                **args.loss_parameters._asdict(),
-                length_normalised=args.length_normalised,
-            )
-            outcomes.append(outcome)
-            loss = loss + outcome.loss * (count / records)
-            if averages is self._averages["eval"]:
-                averages.add({PAIRWISE: outcome.loss.detach()}, count)
-            parts |= {name: outcome.losses[name].detach() for name in pairwise}
-            averages.add({f"rewards/{name}": mean_of(value) for name, value in rewards_of(outcome).items()}, count)
-            for kind in sorted({kind for kind in batch.kinds if kind}):
-                mine = [index for index, each in enumerate(batch.kinds) if each == kind]
-                averages.add(
-                    {f"rewards/{name}_{kind}": mean_of(value[mine]) for name, value in outcome.rewards.items()}, len(mine)
-                )
-        if "nll" in weights:
-            # A loss of its own, as it is averaged over tokens and not over records.
-            nll = preference_loss(policy, loss_type=("nll",))
-            outcomes.append(nll)
-            loss = loss + weights["nll"] * nll.loss * (batch.chosen_tokens / tokens)
-            parts["nll"] = nll.loss.detach()
-            averages.add({"nll_loss": parts["nll"]}, batch.chosen_tokens)
-        averages.add({f"logps/{name}": mean_of(value) for name, value in outcomes[0].logps.items()}, count)
-        return loss, parts | {f"logps/{name}": value.detach() for name, value in outcomes[0].logps.items()}
+    def _further_state(self) -> dict[str, Any]:
+        return {"bco_shift": self.objective.shift.state()}
+
+    def _load_further_state(self, state: Mapping[str, Any]) -> None:
+        self.objective.shift.load(state.get("bco_shift"))
 
     def _features(self, batch: PreferenceBatch) -> list[Tensor]:
         with self.accelerator.autocast():
@@ -376,8 +358,8 @@ class PreferenceTrainer(SavingTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, PreferenceBatch]], device: torch.device) -> Tensor | None:
         batches = [sample["batch"] for sample in batch_samples if sample.get(COUNTS, True)]
-        mine = sum(len(batch.ids) for batch in batches), sum(batch.chosen_tokens for batch in batches)
-        return torch.tensor(collectives.all_reduce(mine, device)).clamp(min=1)
+        # A step may have no record, where nothing is divided.
+        return torch.tensor(collectives.all_reduce(Totals.of(batches), device)).clamp(min=1)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -26,7 +26,7 @@ from mmdpo_trainers.training.config import PreferenceConfig
 _CLOCK = ("_runtime", "_per_second", "_time")
 _TOTALS = ("train_loss", "total_flos")
 LOG_STATE = "log_state.json"
-"""File of a checkpoint: what was averaged but not yet logged."""
+"""File of a checkpoint: what was averaged but not yet logged, and what runs beside the weights."""
 PAIRWISE = "pairwise_loss"
 """Average of the losses that are means over records, as "nll" is over tokens."""
 
@@ -164,8 +164,9 @@ class LoggingTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means, args = self._averages["eval"].take(), cast(PreferenceConfig, self.args)
         if means:
-            # Records and chosen tokens differ from batch to batch: the two parts have averages of their own.
+            # Records, chosen tokens and attention targets differ from batch to batch: the parts have averages of their own.
             means["loss"] = means.pop(PAIRWISE, 0.0) + args.weight_of.get("nll", 0.0) * means.get("nll_loss", 0.0)
+            means["loss"] += args.attention_target_weight * means.get("attn/target_loss", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # type: ignore[union-attr]
         return output
 
@@ -194,3 +195,11 @@ class LoggingTrainer(Trainer):
         self._globalstep_last_logged = state["last_logged"]
         # All processes' values are in it: one of them goes on with them.
         self._averages["train"].load(state["averages"] if self.args.process_index == 0 else {})
+        self._load_further_state(state)
+
+    def _further_state(self) -> dict[str, Any]:
+        """What else a checkpoint keeps beside the log's state; JSON-able, the same in all processes."""
+        return {}
+
+    def _load_further_state(self, state: Mapping[str, Any]) -> None:
+        """Put `_further_state()` back."""

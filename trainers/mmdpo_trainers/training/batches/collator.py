@@ -22,8 +22,9 @@ from mmdpo_trainers.models.families import EncodedImages, Family, family_of
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.models.token_rules import response_end
 from mmdpo_trainers.processes import collectives
+from mmdpo_trainers.training.batches.attention_targets import AttentionTargets, TargetList
 from mmdpo_trainers.training.batches.examples import Example, ExampleMaker, TokenSequence
-from mmdpo_trainers.training.batches.ratio_spans import RatioSpan, RatioSpans
+from mmdpo_trainers.training.batches.ratio_spans import RatioSpan, RatioSpans, segments_of
 from mmdpo_trainers.training.batches.views import ImagePool
 from mmdpo_trainers.training.config import PreferenceConfig
 
@@ -72,6 +73,8 @@ class PreferenceBatch:
     """Records that have an attention ratio."""
     cross_segments: Tensor | None = None
     """(n b, K) int32, where pictures are cross-attended: which of its sequence's pictures a key is of, -1 = none."""
+    attention_targets: AttentionTargets | None = None
+    """The records that `attention_target` is over; None: there are none, or nobody asks for them."""
 
     def token_logps(self, logps: Tensor) -> TokenLogps:
         """(R,) log-probabilities of the response tokens, as a loss takes them."""
@@ -125,6 +128,7 @@ class PreferenceCollator:
         changed_token_weight: weight of response tokens that differ between chosen and rejected, see `changed_token_weights`.
         picture_pool: pictures as in `images`, for corruption kind "other".
         date: what a chat template that prints the date is told; None: this moment, each time.
+        attention_targets: whether batches have theirs.
 
     Raises DataError naming the record: an unreadable picture, placeholders that do not match the pictures, a conversation of
     another shape, a target or region that does not fit, an empty chosen response, a response that holds the image token, a text
@@ -146,6 +150,7 @@ class PreferenceCollator:
         changed_token_weight: float = 1.0,
         picture_pool: Sequence[Any] = (),
         date: TemplateDate | None = None,
+        attention_targets: bool = False,
     ) -> None:
         table = branch_table(branches)
         corrupts = shows_corrupted(table)
@@ -155,7 +160,7 @@ class PreferenceCollator:
             raise ValueError("picture_pool: corruption kind 'other' needs pictures to draw from, got none")
         if tree_packing and (family or family_of(processor)).cross_attention:
             raise ValueError("tree_packing: cross-attended pictures are seen row by row of a batch; pass tree_packing=False")
-        self.pad_id, self.tree_packing = pad_id, tree_packing
+        self.pad_id, self.tree_packing, self.attention_targets = pad_id, tree_packing, attention_targets
         self.runs_reference = True
         """Whether batches are for a reference that runs beside the policy; False: there is no `"reference_batch"`."""
         self._maker = ExampleMaker(
@@ -236,6 +241,7 @@ class PreferenceCollator:
             feature_rows=torch.from_numpy(packed[packed >= 0]),
             rows=torch.cat(tree.rows),
             ratios=ratios,
+            attention_targets=self._targets(examples, pictures, [tree.paths[step * index] for index in range(len(examples))]),
         )
 
     def _separate(self, examples: list[Example], pictures: EncodedImages | None) -> PreferenceBatch:
@@ -263,7 +269,22 @@ class PreferenceCollator:
             feature_rows=torch.from_numpy(feature_rows[feature_rows >= 0]),
             rows=torch.cat([rows + width * index for index, rows in enumerate(response_rows)]),
             ratios=ratios,
+            attention_targets=self._targets(
+                examples,
+                pictures,
+                [width * step * index + torch.arange(len(ids[step * index])) for index in range(len(examples))],
+            ),
         )
+
+    def _targets(self, examples: list[Example], pictures: EncodedImages | None, tokens: list[Tensor]) -> AttentionTargets | None:
+        """tokens: of each record's chosen sequence, as places in the flattened batch."""
+        found = TargetList()
+        for index, example in enumerate(examples if self.attention_targets else ()):
+            parts = segments_of(example, pictures)
+            if parts is not None:
+                segments, _, target = parts
+                found.add(index, tokens[index], len(example.sequences[0].prompt), segments, target)
+        return found.made()
 
     def _batch(
         self, examples: list[Example], pictures: EncodedImages | None, *, rows: Tensor, ratios: RatioSpans, **inputs: Any
@@ -333,6 +354,7 @@ def collator_of(
         branches=branches,
         corruption=args.image_corruption if corrupts else None,
         no_image=args.no_image,
+        attention_targets=args.attention_target is not None,
         changed_token_weight=args.changed_token_weight,
         picture_pool=ImagePool(pool) if pool is not None and args.corruption == "other" and corrupts else (),
     )
@@ -377,7 +399,7 @@ def _with_tensors(instance: Any, change: Callable[[Tensor], Tensor]) -> Any:
         value = getattr(instance, field.name)
         if isinstance(value, Tensor):
             changed[field.name] = change(value)
-        elif isinstance(value, EncodedImages | SharedRows):
+        elif isinstance(value, EncodedImages | SharedRows | AttentionTargets):
             changed[field.name] = _with_tensors(value, change)
         elif isinstance(value, dict):
             changed[field.name] = {name: change(tensor) for name, tensor in value.items()}

@@ -51,7 +51,7 @@ class RatioSpans:
 
         columns: (P,) of the record's prompt in batch row `row`; response_rows: those that predict its chosen response.
         """
-        found = _segments(example, encoded)
+        found = segments_of(example, encoded)
         if found is None:
             return
         its_segments, count, target = found
@@ -65,7 +65,7 @@ class RatioSpans:
         self.spans.append(RatioSpan(str(example.record.get("format") or "sequence"), row, first, count, target))
 
 
-def _segments(example: Example, encoded: EncodedImages | None) -> tuple[Tensor, int, int] | None:
+def segments_of(example: Example, encoded: EncodedImages | None) -> tuple[Tensor, int, int] | None:
     """Segment of each prompt token, number of segments, and which one is asked about; None: nothing to tell apart."""
     record = example.record
     if encoded is None or not example.pictures:

@@ -11,12 +11,13 @@ import yaml
 from tiny_models import make_tiny_llava, sample_pictures
 
 from mmdpo_trainers.cli import main as cli
-from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.config.run_config import RunConfig, merge
 from mmdpo_trainers.config.stages import STAGES
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods import online_settings, preset_args
+from mmdpo_trainers.run.pipeline import run_pipeline
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -128,3 +129,22 @@ def test_flags_of_training(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["train", "--help"])
     shown = capsys.readouterr().out
     assert "--alpha" in shown and "--max-new-tokens" in shown and "is online in a" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rate": {"source": "file", "file": "x.jsonl"}}, "no file has ratings of answers that are sampled"),
+        ({"train": {"args": {"max_tokens_per_batch": 500}}}, "max_tokens_per_batch: with online answers the lengths"),
+        ({"online": {"use": "negative"}}, "online.use: a sampled negative needs a branch"),
+        ({"online": {"samples": 1}}, "online.samples: expected 2 or more"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=message):
+        run_pipeline(RunConfig.from_dict(merge({**SMALL, "arms": {}, "run_dir": "run"}, changes)))
+    assert not (tmp_path / "run").exists()

@@ -149,20 +149,10 @@ class OnlinePairs:
         return [self._collated(sample, [place for place in places if place.batch == n]) for n, sample in enumerate(samples)]
 
     def _check(self, dataset: Any, args: PreferenceConfig) -> None:
-        for name in ("max_tokens_per_batch", "group_by_pictures", "precompute_ref_log_probs", "no_image"):
-            if getattr(args, name):
-                why = {
-                    "precompute_ref_log_probs": "the reference runs over sampled answers in their step",
-                    "no_image": "the policy answers prompts with their pictures",
-                }.get(name, "the lengths of answers are not known before they are sampled")
-                raise ValueError(f"{name}: with online answers {why}; leave it out")
+        check_fit(self.options, args)
         if is_streaming(dataset):
             raise ValueError(
                 "train_dataset: online answers need records by number, got streaming data; load them (streaming=False)"
-            )
-        if self.options.use == "negative" and args.extra_negative is None:
-            raise ValueError(
-                "online.use: a sampled negative needs a branch; set extra_negative: sampled and further_branches: {sampled: [images, sampled]}"
             )
         prompts_only = dataset is not None and len(dataset) > 0 and not _has_pair(dataset[0])
         if prompts_only and (self.alpha < 1 or self.options.use == "negative"):
@@ -273,6 +263,21 @@ class OnlinePairs:
         if not records:
             records, rest = [_stand_in(places[0].record)], {**rest, COUNTS: False}
         return {**self.trainer.data_collator(records), **rest}
+
+
+def check_fit(options: OnlineConfig, args: PreferenceConfig) -> None:
+    """ValueError for a setting of training that sampling does not go with, or that it needs."""
+    for name in ("max_tokens_per_batch", "group_by_pictures", "precompute_ref_log_probs", "no_image"):
+        if getattr(args, name):
+            why = {
+                "precompute_ref_log_probs": "the reference runs over sampled answers in their step",
+                "no_image": "the policy answers prompts with their pictures",
+            }.get(name, "the lengths of answers are not known before they are sampled")
+            raise ValueError(f"{name}: with online answers {why}; leave it out")
+    if options.use == "negative" and args.extra_negative is None:
+        raise ValueError(
+            "online.use: a sampled negative needs a branch; set extra_negative: sampled and further_branches: {sampled: [images, sampled]}"
+        )
 
 
 _OUTCOMES = {"ties": "tie", "unrated": "unrated", "cut": "cut"}

@@ -107,7 +107,8 @@ def test_a_preset_says_what_the_section_does_not() -> None:
     def config(**values: Any) -> RunConfig:
         return RunConfig.from_dict({"method": "online_dpo", **values})
 
-    assert (online_settings(config()).alpha, online_settings(config()).use) == (1.0, "pair")
+    assert (online_settings(config()).alpha, online_settings(config()).without_pair) == (1.0, "skip")
+    assert online_settings(config(online={"without_pair": "offline"})).without_pair == "offline"
     mixed = config(train={"preset": "mixed_negatives"}, online={"temperature": 0.7})
     assert (online_settings(mixed).alpha, online_settings(mixed).use, online_settings(mixed).temperature) == (
         0.5,

@@ -18,7 +18,7 @@ from devices import DEVICE
 from benchmarks.gpu import environment
 from benchmarks.kernels import accuracy, choose_backends, registry, sweep_tiles
 from benchmarks.measure import ROOT
-from benchmarks.runs import arm_seeds, attention_ratio, families, kill_demo, layer_cost, mdpo_seeds, mia_dpo_seeds
+from benchmarks.runs import arm_seeds, attention_ratio, families, kill_demo, layer_cost, mdpo_seeds, mia_dpo_seeds, online_step
 from benchmarks.runs.training_step import __main__ as training_step_cli
 from benchmarks.runs.training_step.setting import SMALL
 from benchmarks.runs.training_step.sides import Side, loss_of, make
@@ -57,6 +57,13 @@ def test_every_part_of_the_training_step(tmp_path: Path, capsys: pytest.CaptureF
     training_step_cli.main(["--memory-of", json.dumps(wanted)])
     # This process has had more than that before: only a fresh one, as above, tells the peak.
     assert re.fullmatch(r"-?\d+", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_online_step_and_its_parts(tmp_path: Path) -> None:
+    online_step.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "online_step_cpu")
+    assert {name: len(taken) for name, taken in found["seconds"].items()} == {"sampling": 1, "dpo step": 1, "online step": 1}
+    assert (tmp_path / "results_online_step.md").is_file()
 
 
 @pytest.mark.parametrize(

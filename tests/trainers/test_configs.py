@@ -30,6 +30,7 @@ REAL = {
     "llava_reward.yaml": make_tiny_llava,
     "llava_mia_dpo.yaml": make_tiny_llava,
     "llava_mia_dpo_judge.yaml": make_tiny_llava,
+    "llava_online.yaml": make_tiny_llava,
     "qwen2_5_vl_mia_dpo.yaml": make_tiny_qwen,
     "llava_rated.yaml": make_tiny_llava,
 }

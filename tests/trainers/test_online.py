@@ -244,6 +244,8 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
             OnlinePairs(OnlineConfig(**{"alpha": 1.0, **wrong}), HashRater())
     with pytest.raises(DataError, match="record-1: it has no chosen"):
         train(folder, tmp_path, Subset([records[0], prompts[1]], [0, 1]), online(alpha=0.0))
+    with pytest.raises(ValueError, match="eval_dataset: prompts without"):
+        online().evaluated({"mine": prompts}, config(tmp_path))
     shards: Any = SimpleNamespace(sharding=SimpleNamespace(in_shards=True))
     with pytest.raises(ValueError, match="weights in shards"):
         online().bind(shards)

@@ -108,7 +108,9 @@ def online_settings(config: RunConfig) -> OnlineConfig:
     """A run's section `online`, with the preset's values in place of those that are not given; alpha 0 where neither says one."""
     preset = {name: value for name, value in _preset(config).get(ONLINE, {}).items() if getattr(config.online, name) is None}
     settings = dataclasses.replace(config.online, **preset)
-    return dataclasses.replace(settings, alpha=settings.alpha or 0.0, use=settings.use or "pair")
+    return dataclasses.replace(
+        settings, alpha=settings.alpha or 0.0, use=settings.use or "pair", without_pair=settings.without_pair or "offline"
+    )
 
 
 def _preset(config: RunConfig) -> dict[str, Any]:

@@ -40,7 +40,8 @@ METHOD = Method(
     stages=("pairs", "train", "evaluate", "report"),
     arm_sections=("train", "online"),
     presets={
-        "online_pairs": {**_DPO, "online": {"alpha": 1.0, "use": "pair"}},
+        # As in the papers no pair but the policy's own is trained on.
+        "online_pairs": {**_DPO, "online": {"alpha": 1.0, "use": "pair", "without_pair": "skip"}},
         "mixed_pairs": {**_DPO, "online": {"alpha": 0.5, "use": "pair"}},
         # The record's own pair in every step, beside it the worst answer of the policy.
         "online_negatives": {**_DPO, **_NEGATIVE, "online": {"alpha": 1.0, "use": "negative"}},
@@ -51,6 +52,11 @@ METHOD = Method(
     summary=_summary,
     tables=("held_out",),
     page=("comparison", "seeds", "sampled", "rewards", "examples", "main_training", "pairs", "time"),
-    arm_names={"dpo": "DPO", "mixed_dpo": "Mixed DPO", "extra_negatives": "DPO with sampled negatives"},
+    arm_names={
+        "dpo": "DPO",
+        "mixed_dpo": "Mixed DPO",
+        "own_pairs_stand_in": "Online DPO, own pairs for ties",
+        "extra_negatives": "DPO with sampled negatives",
+    },
     baseline="dpo",
 )

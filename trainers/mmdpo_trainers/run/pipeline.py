@@ -29,6 +29,8 @@ from mmdpo_trainers.stages.context import StageContext, stage_module
 from mmdpo_trainers.stages.folder import RunFolder
 
 _ORDER = tuple(STAGES)
+_OF_THE_STAGE = ("input", "batch_size", "check", "check_pairs", "comparison_template")
+"""Settings of `rate` that change no rating of an answer sampled in training."""
 
 
 def run_pipeline(
@@ -149,7 +151,8 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
         parts["select.match"] = match_of(context.config.select)
     if context.stage == "train" and online_settings(context.config).alpha:
         parts |= {f"online.{key}": value for key, value in _values(online_settings(context.config)).items()}
-        parts |= {f"rate.{key}": value for key, value in _values(context.config.rate).items()}
+        rating = {key: value for key, value in _values(context.config.rate).items() if key not in _OF_THE_STAGE}
+        parts |= {f"rate.{key}": value for key, value in rating.items()}
     if context.stage == "report":
         parts["name"] = context.config.name
     if context.stage == "evaluate" and context.asked_attributes:

@@ -14,7 +14,7 @@ from mmdpo_trainers.config.values import validated
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.errors import ConfigError, DataError
 from mmdpo_trainers.files.atomic import read_json
-from mmdpo_trainers.methods import Method
+from mmdpo_trainers.methods import Method, online_settings
 from mmdpo_trainers.stages.context import StageContext, stage_module
 
 
@@ -45,6 +45,7 @@ def check_run(contexts: Sequence[StageContext]) -> None:
             _check_attributes(context)
         if context.stage == "train":
             check_train_args(context)
+            _check_sampling(context)
         if context.stage == "hallucinate":
             _check_hallucinate(context)
         if context.stage == "evaluate":
@@ -104,6 +105,28 @@ def check_train_args(context: StageContext) -> None:
         if _is_number(hints[name]):
             validated(hints[name], value, where=where, name=name)
     training_settings(context, range(1))
+
+
+def _check_sampling(context: StageContext) -> None:
+    """Raise ConfigError for settings of answers sampled in training, or of their rating, that cannot be."""
+    options, rating = online_settings(context.config), context.config.rate
+    if not options.alpha:
+        return
+    from mmdpo_trainers.answers.raters import check_rater
+    from mmdpo_trainers.run.model_preflight import training_settings
+    from mmdpo_trainers.training.online.choice import check_options
+    from mmdpo_trainers.training.online.pairs import check_fit
+
+    check_rater(rating)
+    if rating.source == "file":
+        raise ConfigError(
+            "rate.source: no file has ratings of answers that are sampled in training; choose exact, endpoint or model"
+        )
+    try:
+        check_options(options)
+        check_fit(options, training_settings(context, range(1)))
+    except ValueError as error:
+        raise ConfigError(f"arms.{context.arm}: {error}" if context.arm else str(error)) from error
 
 
 def _is_number(hint: Any) -> bool:

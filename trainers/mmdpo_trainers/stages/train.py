@@ -44,8 +44,13 @@ _REFUSED = {
 
 
 def inputs(context: StageContext) -> list[Path]:
-    """The pairs, and the single-image prompts where there is to be replay."""
-    return [context.pairs, *([replay_source(context)] if context.options.replay else [])]
+    """The pairs, the single-image prompts where there is to be replay, and what rates answers where some are sampled."""
+    rating = context.config.rate
+    raters = (
+        [rating.template, rating.judge if rating.source != "exact" else None] if online_settings(context.config).alpha else []
+    )
+    replayed = [replay_source(context)] if context.options.replay else []
+    return [context.pairs, *replayed, *(Path(path) for path in raters if path)]
 
 
 def replay_source(context: StageContext) -> Path:
@@ -128,7 +133,13 @@ def _online(context: StageContext) -> OnlinePairs | None:
     options, config = online_settings(context.config), context.config
     if not options.alpha:
         return None
-    surroundings = Surroundings(folder=context.folder, device=context.device, dtype=config.dtype, date=context.date)
+    surroundings = Surroundings(
+        folder=context.folder,
+        device=context.device,
+        dtype=config.dtype,
+        date=context.date,
+        allow_missing=config.allow_missing,
+    )
     try:
         return OnlinePairs(options, rater_of(config.rate, surroundings))
     except ValueError as error:

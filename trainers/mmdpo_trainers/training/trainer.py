@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class PreferenceTrainer(SavingTrainer):
         self.online = online
         if online is not None:
             train_dataset, eval_dataset = online.records(train_dataset, args), online.evaluated(eval_dataset, args)
-        _settle(args, (train_dataset, *_as_list(eval_dataset)))
+        _keep_batches_whole(args, [train_dataset, *_as_list(eval_dataset)])
         self.args = args
         self.objective: Objective = Objective(args)
         policy, self.ref_model, processing_class = given_models.policy_and_reference(
@@ -376,6 +376,7 @@ class PreferenceTrainer(SavingTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, PreferenceBatch]], device: torch.device) -> Tensor | None:
         batches = [sample["batch"] for sample in batch_samples if sample.get(COUNTS, True)]
+        # A step may have no record, where nothing is divided.
         return torch.tensor(collectives.all_reduce(Totals.of(batches), device)).clamp(min=1)
 
     def evaluate(
@@ -404,8 +405,13 @@ class _RestoreLog(TrainerCallback):
             offload_checkpoints(self.trainer._policy)
 
 
-def _settle(args: PreferenceConfig, datasets: Sequence[Any]) -> None:
-    """Set what follows from processes and data. ValueError for a sampling strategy that does not go with processes."""
+def _as_list(dataset: Any) -> list[Any]:
+    """A dataset, or a dictionary of them, as a list."""
+    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+
+
+def _keep_batches_whole(args: PreferenceConfig, datasets: list[Any]) -> None:
+    """Switch off what would split or join micro-batches. ValueError for a strategy that does so by itself."""
     if args.n_gpu > 1:
         # DataParallel would split a batch that is one tree.
         args._n_gpu = 1
@@ -414,8 +420,3 @@ def _settle(args: PreferenceConfig, datasets: Sequence[Any]) -> None:
     if any(map(is_streaming, datasets)):
         # accelerate would put records of several batches together.
         args.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
-
-
-def _as_list(dataset: Any) -> list[Any]:
-    """A dataset, or a dictionary of them, as a list."""
-    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]

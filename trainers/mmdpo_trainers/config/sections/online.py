@@ -36,8 +36,8 @@ class OnlineConfig(Settings):
     missing_eos_penalty: StrictFloat | None = option(
         None, "taken off the rating of an answer that max_new_tokens cut, which in any case is never chosen", gt=0
     )
-    without_pair: Literal["offline", "skip"] = option(
-        "offline",
+    without_pair: Literal["offline", "skip"] | None = option(
+        None,
         "where sampling gives no pair (a tie, no rating): `offline` trains on the record's own pair, `skip` leaves the record out of the "
-        "step; records without a pair of their own are always left out",
+        "step, as it does records without a pair of their own; None: the preset's, or offline",
     )

@@ -81,7 +81,7 @@ class OnlinePairs:
     """
 
     def __init__(self, options: OnlineConfig, rater: Rater) -> None:
-        options = dataclasses.replace(options, use=options.use or "pair")
+        options = dataclasses.replace(options, use=options.use or "pair", without_pair=options.without_pair or "offline")
         check_options(options)
         if options.attribute is not None and options.attribute not in rater.attributes:
             raise ValueError(f"online.attribute: expected one of {', '.join(rater.attributes)}, got {options.attribute!r}")
@@ -93,12 +93,16 @@ class OnlinePairs:
     def records(self, dataset: Any, args: PreferenceConfig) -> Any:
         """The training data, checked, with the column that an extra negative is to take. With alpha 1 records may be prompts alone."""
         self._check(dataset, args)
-        return self.evaluated(dataset, args)
+        return dataset if dataset is None else _Records(dataset, self._column(args))
 
     def evaluated(self, dataset: Any, args: PreferenceConfig) -> Any:
         """Data to evaluate on, whose extra negatives are their rejected answers where they have no other."""
         if isinstance(dataset, dict):
             return {name: self.evaluated(each, args) for name, each in dataset.items()}
+        if _are_prompts(dataset):
+            raise ValueError(
+                "eval_dataset: prompts without chosen and rejected have no loss; leave it out (held_out: 0 in a run's section train)"
+            )
         return dataset if dataset is None else _Records(dataset, self._column(args))
 
     def bind(self, trainer: Any) -> None:
@@ -149,22 +153,12 @@ class OnlinePairs:
         return [self._collated(sample, [place for place in places if place.batch == n]) for n, sample in enumerate(samples)]
 
     def _check(self, dataset: Any, args: PreferenceConfig) -> None:
-        for name in ("max_tokens_per_batch", "group_by_pictures", "precompute_ref_log_probs", "no_image"):
-            if getattr(args, name):
-                why = {
-                    "precompute_ref_log_probs": "the reference runs over sampled answers in their step",
-                    "no_image": "the policy answers prompts with their pictures",
-                }.get(name, "the lengths of answers are not known before they are sampled")
-                raise ValueError(f"{name}: with online answers {why}; leave it out")
+        check_fit(self.options, args)
         if is_streaming(dataset):
             raise ValueError(
                 "train_dataset: online answers need records by number, got streaming data; load them (streaming=False)"
             )
-        if self.options.use == "negative" and args.extra_negative is None:
-            raise ValueError(
-                "online.use: a sampled negative needs a branch; set extra_negative: sampled and further_branches: {sampled: [images, sampled]}"
-            )
-        prompts_only = dataset is not None and len(dataset) > 0 and not _has_pair(dataset[0])
+        prompts_only = _are_prompts(dataset)
         if prompts_only and (self.alpha < 1 or self.options.use == "negative"):
             raise ValueError(
                 f"train_dataset: prompts without chosen and rejected need online.alpha 1 and online.use pair, got {self.alpha} and "
@@ -275,6 +269,21 @@ class OnlinePairs:
         return {**self.trainer.data_collator(records), **rest}
 
 
+def check_fit(options: OnlineConfig, args: PreferenceConfig) -> None:
+    """ValueError for a setting of training that sampling does not go with, or that it needs."""
+    for name in ("max_tokens_per_batch", "group_by_pictures", "precompute_ref_log_probs", "no_image"):
+        if getattr(args, name):
+            why = {
+                "precompute_ref_log_probs": "the reference runs over sampled answers in their step",
+                "no_image": "the policy answers prompts with their pictures",
+            }.get(name, "the lengths of answers are not known before they are sampled")
+            raise ValueError(f"{name}: with online answers {why}; leave it out")
+    if options.use == "negative" and args.extra_negative is None:
+        raise ValueError(
+            "online.use: a sampled negative needs a branch; set extra_negative: sampled and further_branches: {sampled: [images, sampled]}"
+        )
+
+
 _OUTCOMES = {"ties": "tie", "unrated": "unrated", "cut": "cut"}
 """Name in the log -> outcome."""
 
@@ -285,7 +294,7 @@ class _Records(Dataset[dict[str, Any]]):
 
     def __init__(self, dataset: Any, column: str | None) -> None:
         self.dataset, self.column = dataset, column
-        if len(dataset) and _has_pair(dataset[0]):
+        if not _are_prompts(dataset):
             check_contents(dataset)
         elif isinstance(dataset, list):
             for record in dataset:
@@ -299,6 +308,11 @@ class _Records(Dataset[dict[str, Any]]):
         if self.column is None or record.get(self.column) is not None or not _has_pair(record):
             return dict(record)
         return {**record, self.column: record["rejected"]}
+
+
+def _are_prompts(dataset: Any) -> bool:
+    """Whether data are prompts alone, by their first record."""
+    return dataset is not None and len(dataset) > 0 and not _has_pair(dataset[0])
 
 
 def _has_pair(record: Record) -> bool:

@@ -23,6 +23,8 @@ class StageKind:
     """Whether an arm has it for itself (of evaluate only `after`)."""
     also: tuple[str, ...] = ()
     """Sections of the configuration that its result depends on beside its own."""
+    shown: tuple[str, ...] = ()
+    """Files of its folder that the page is drawn from."""
 
 
 STAGES: Mapping[str, StageKind] = MappingProxyType(
@@ -52,6 +54,7 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
                 "rate --run runs/mine --source file --file my_ratings.jsonl --input my_responses.jsonl",
             ),
             shared=True,
+            shown=("ratings.jsonl",),
         ),
         "score": StageKind(
             about="Measure how much attention each answer pays to the asked-about picture.",
@@ -61,6 +64,7 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
             ),
             model=True,
             shared=True,
+            shown=("scores.jsonl", "layers.json"),
         ),
         "select": StageKind(
             about="Keep the wrong answers that looked at the wrong picture, as rejected answers of preference pairs.",
@@ -70,6 +74,7 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
                 "select --run runs/mine --quantile 0.3",
             ),
             arm=True,
+            shown=("pairs.jsonl", "dropped.jsonl"),
         ),
         "rank": StageKind(
             about="Make preference pairs, or records of the best answers, out of rated answers.",
@@ -78,6 +83,7 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
                 "rank --run runs/mine --input my_ratings.jsonl --weights '{helpfulness: 1, correctness: 1}'",
             ),
             arm=True,
+            shown=("pairs.jsonl",),
         ),
         "pairs": StageKind(
             about="Take preference pairs that exist already, and hold some out for evaluation.",
@@ -85,6 +91,7 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
                 "pairs --run runs/mine --source my_pairs.jsonl --held-out 0.05",
                 "pairs --run runs/shapes --source shapes_prior --pictures 400",
             ),
+            shown=("pairs.jsonl",),
         ),
         "hallucinate": StageKind(
             about="Let the model make wrong answers of true ones, with part of the pictures hidden, as rejected answers.",
@@ -95,6 +102,7 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
             model=True,
             shared=True,
             arm=True,
+            shown=("answers.jsonl", "summary.json"),
         ),
         "train": StageKind(
             about="Train on the preference pairs.",
@@ -105,6 +113,7 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
             model=True,
             shared=True,
             arm=True,
+            shown=("log.jsonl", "online.jsonl"),
         ),
         "evaluate": StageKind(
             about="Measure accuracy by format, before or after training.",
@@ -116,6 +125,7 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
             shared=True,
             arm=True,
             also=("score",),
+            shown=("answers.jsonl", "held_out.jsonl", "rewards.jsonl"),
         ),
         "report": StageKind(
             about="Write report.html, one self-contained page about the run.",
@@ -127,11 +137,11 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
 """Name -> stage. A method's stages come in this order."""
 
 
-def stage_folders(arms: Sequence[str]) -> list[str]:
-    """Folders of a run's stages in order, those of the arms after the main one's: `score`, `evaluate/before`, `arms/sft/train`."""
-    main = [folder for stage in STAGES for folder in _folders(stage, "before", "after")]
-    own = [folder for stage, kind in STAGES.items() if kind.arm for folder in _folders(stage, "after")]
-    return [*main, *(f"arms/{arm}/{folder}" for arm in arms for folder in own)]
+def stage_folders(arms: Sequence[str]) -> dict[str, str]:
+    """Folders of a run's stages in order, those of the arms after the main one's -> the stage: `score`, `evaluate/before`, `arms/sft/train`."""
+    main = {folder: stage for stage in STAGES for folder in _folders(stage, "before", "after")}
+    own = {folder: stage for stage, kind in STAGES.items() if kind.arm for folder in _folders(stage, "after")}
+    return main | {f"arms/{arm}/{folder}": stage for arm in arms for folder, stage in own.items()}
 
 
 def _folders(stage: str, *moments: str) -> list[str]:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdpo_trainers.config.stages import STAGES, stage_folders
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.report.comparison import PageInputs
@@ -24,13 +25,8 @@ PAGE = "report.html"
 def inputs(context: StageContext) -> list[Path]:
     """The files the page shows, as far as they exist: a report of an unfinished run is a report too."""
     run = context.run.path
-    names = ["score/scores.jsonl", "score/layers.json", "select/pairs.jsonl", "select/dropped.jsonl", "rank/pairs.jsonl"]
-    names += ["train/log.jsonl"]
-    names += ["evaluate/before/answers.jsonl", "evaluate/after/answers.jsonl"]
-    names += ["rate/ratings.jsonl", "pairs/pairs.jsonl", "hallucinate/answers.jsonl", "hallucinate/summary.json"]
-    names += ["evaluate/before/held_out.jsonl", "evaluate/after/held_out.jsonl"]
-    files = [run / name for name in names] + sorted(run.glob("arms/*/evaluate/after/*.jsonl"))
-    files += sorted(run.glob("arms/*/train/log.jsonl"))
+    arms = sorted(path.name for path in (run / "arms").glob("*"))
+    files = [run / folder / name for folder, stage in stage_folders(arms).items() for name in STAGES[stage].shown]
     files += [Path(seed) / "summary.json" for seed in context.options.seeds]
     return [file for file in files if file.is_file()]
 

@@ -206,7 +206,8 @@ def test_missing_package_is_one_line(run: Path, model: Path, monkeypatch: pytest
     def construct(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("wandb is not installed.\nRun pip install wandb")
 
-    monkeypatch.setattr(stage, "PreferenceTrainer", construct)
+    construct.config_class = PreferenceConfig  # type: ignore[attr-defined]
+    monkeypatch.setattr(stage, "TRAINERS", {"preference": construct})
     with pytest.raises(ConfigError, match="train: wandb is not installed. Run pip install wandb"):
         stage.run(context(run, model))
 

@@ -112,7 +112,7 @@ def _of_one_forward(
             criteria = None if end is None else StoppingCriteriaList([end])
             output = loaded.model.generate(**encoded.inputs, generation_config=config, stopping_criteria=criteria)
     max_logps = torch.stack([_max_logp(logits) for logits in output.logits], dim=1).tolist()
-    lengths = [None] * len(records) if end is None else end.lengths
+    lengths = [None] * len(output.sequences) if end is None else end.lengths
     answers = [
         response_of(loaded, ids[:length], logps)
         for ids, logps, length in zip(output.sequences[:, width:].tolist(), max_logps, lengths, strict=True)

@@ -22,6 +22,7 @@ from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.stages import train as stage
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
+from mmdpo_trainers.training.config import PreferenceConfig
 
 
 @pytest.fixture(scope="module")

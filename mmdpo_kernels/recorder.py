@@ -315,7 +315,7 @@ class AttentionRecorder:
             plan.segments = self._segments_of_keys(key, plan.first_key)
             parts = [(slice(None), call.tree_end, positions)]
             if call.mask is not None:
-                parts = _tree_calls(call.mask, rows, positions, key.shape[2])
+                parts = tree_calls(call.mask, rows, positions, key.shape[2])
         # As kernels take them: what is made here once is not made for each layer.
         plan.parts = [_Part(where, tree_end, places.int(), (places >= 0).sum(1)) for where, tree_end, places in parts]
         return plan
@@ -379,7 +379,7 @@ def _positions(rows: Tensor) -> Tensor:
     return order.masked_fill(~rows.gather(1, order), -1)
 
 
-def _tree_calls(
+def tree_calls(
     mask: Tensor,  # (B or 1, 1, L, >= K)
     rows: Tensor,  # (B, R)
     positions: Tensor,  # (B, R)
@@ -409,7 +409,7 @@ def _cross_calls(
     rows: Tensor,  # (B, R)
     length: int,
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """As `_tree_calls`, for keys without an order: all rows that see the same keys, as those behind the last picture do, in one call."""
+    """As `tree_calls`, for keys without an order: all rows that see the same keys, as those behind the last picture do, in one call."""
     used = rows >= 0
     seen = used[:, :, None].expand(-1, -1, length) if mask is None else _seen(mask, rows, length)
     index = torch.arange(length, dtype=torch.int32, device=rows.device)

@@ -28,6 +28,7 @@ REAL = {
     **OWN_PAIRS,
     "llava_reward.yaml": make_tiny_llava,
     "llava_mia_dpo.yaml": make_tiny_llava,
+    "llava_mia_dpo_judge.yaml": make_tiny_llava,
     "qwen2_5_vl_mia_dpo.yaml": make_tiny_qwen,
 }
 

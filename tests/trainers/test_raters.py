@@ -78,7 +78,10 @@ def test_prompts_hold_the_facts_asked_for_and_a_place_for_each_picture() -> None
     record = {**RECORD, "caption": ["a red ball", "a ball <image>"], "options": ["red", "blue"], "target": 0}
     plain = JudgePrompts(RateConfig()).rating(record, "It is <image> blue.")
     assert (
-        plain.count("<image>") == 1 and "It is [picture] blue." in plain and "red ball" not in plain and "- correct" not in plain
+        plain.count("<image>") == 1
+        and "It is [picture] blue." in plain
+        and "red ball" not in plain
+        and "- correct answer" not in plain
     )
     assert all(f"- {name}: " in plain for name in ATTRIBUTES) and "from 0 (lowest) to 4 (highest)" in plain
     told = JudgePrompts(RateConfig(facts=["answer", "caption", "options"])).rating(record, "blue")

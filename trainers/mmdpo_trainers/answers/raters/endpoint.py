@@ -117,7 +117,8 @@ class Endpoint:
 
     def _one(self, question: Question, keep: Keep) -> None:
         body = json.dumps(self._body(question), ensure_ascii=False).encode()
-        for attempt in range(self._endpoint.retries + 1):
+        last, failure = self._endpoint.retries, _Failure("")
+        for attempt in range(last + 1):
             self._pace.wait()
             if self._stop.is_set():
                 raise _Stopped
@@ -126,12 +127,13 @@ class Endpoint:
                 self._count(found)
                 keep(question.key, question.id, replace(found, requests=attempt + 1))
                 return
-            if attempt < self._endpoint.retries:
-                self._back_off(found, attempt)
-        what = f"record {question.id}: the judge at {self._url} did not answer after {self._endpoint.retries + 1} requests ({found.what})"
+            failure = found
+            if attempt < last:
+                self._back_off(failure, attempt)
+        what = f"record {question.id}: the judge at {self._url} did not answer after {last + 1} requests ({failure.what})"
         if not self._allow_missing:
             raise StageError(f"{what}; all replies so far are kept, and the same command continues; or {ALLOW}")
-        keep(question.key, question.id, Reply(text=None, problem=what, reason=NO_REPLY, requests=self._endpoint.retries + 1))
+        keep(question.key, question.id, Reply(text=None, problem=what, reason=NO_REPLY, requests=last + 1))
 
     def _back_off(self, failure: _Failure, attempt: int) -> None:
         own = min(_LONGEST_BACKOFF, self._endpoint.backoff * 2.0**attempt) * random.uniform(0.5, 1.0)

@@ -22,7 +22,7 @@ class FileRater:
 
     def __init__(self, options: RateConfig) -> None:
         self._options, self._path = options, Path(str(options.file))
-        self._lines = {}
+        self._lines: dict[str, tuple[list[Rating], list[str] | None]] = {}
         for number, line in enumerate(read_jsonl(self._path), start=1):
             where = f"rate.file: {self._path}, line {number}"
             if not isinstance(line.get("id"), str) or not isinstance(line.get("ratings"), list):
@@ -63,7 +63,7 @@ class FileRater:
         if not isinstance(given, dict):
             raise DataError(f"{where}: expected a mapping of {', '.join(options.attributes)} to numbers, or null, got {given!r}")
         for name in options.attributes:
-            value = given.get(name)
+            value: Any = given.get(name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not options.lowest <= value <= options.highest:
                 raise DataError(

@@ -93,6 +93,7 @@ class Judge:
     def _replies(
         self, records: Sequence[Record], prompts: Sequence[str], form: Form, parse: Callable[[str], T]
     ) -> list[T | _Problem]:
+        self._kept.refresh()
         found: dict[int, T | _Problem] = {}
         texts, pending = list(prompts), list(range(len(prompts)))
         for attempt in range(1, self._options.tries + 1):

@@ -57,8 +57,9 @@ class JudgePrompts:
 
     def _filled(self, name: str, template: Template, record: Mapping[str, Any], answers: Mapping[str, str]) -> str:
         options, prompt = self._options, str(record["prompt"])
+        prompt = prompt if options.images else _plain(prompt)
         values = {
-            "prompt": prompt if options.images else prompt.replace(IMAGE_TOKEN, "[picture]"),
+            "prompt": prompt,
             "attributes": list(options.attributes),
             "lowest": f"{options.lowest:g}",
             "highest": f"{options.highest:g}",
@@ -69,19 +70,20 @@ class JudgePrompts:
         try:
             text = template.render(values)
         except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
-            line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
+            number = getattr(error, "lineno", None)
+            line = f", line {number}" if number else ""
             raise ConfigError(
                 f"rate.{name}: {template.filename or 'the template'}{line} cannot be filled ({error}); it has the values {', '.join(values)}"
             ) from error
-        if text.count(IMAGE_TOKEN) != values["prompt"].count(IMAGE_TOKEN):
+        if text.count(IMAGE_TOKEN) != prompt.count(IMAGE_TOKEN):
             raise ConfigError(
                 f"rate.{name}: {template.filename}: expected `prompt` once, with the places of the pictures, got {text.count(IMAGE_TOKEN)} "
-                f"{IMAGE_TOKEN} for {values['prompt'].count(IMAGE_TOKEN)} pictures of record {record['id']!r}"
+                f"{IMAGE_TOKEN} for {prompt.count(IMAGE_TOKEN)} pictures of record {record['id']!r}"
             )
         return text
 
     def _facts(self, record: Mapping[str, Any]) -> dict[str, str]:
-        found = {}
+        found: dict[str, str] = {}
         for name in self._options.facts:
             value = record.get(name)
             text = "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")

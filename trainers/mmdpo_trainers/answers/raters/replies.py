@@ -39,16 +39,24 @@ class Reply:
 class KeptReplies:
     """Replies by the hash of their question, in memory and in an append-only file: `replies.jsonl`, or that with a process's number.
 
-    folder: the stage's; what other processes have written there before is known too. earlier: a file of another run, whose replies are
+    folder: the stage's; what other processes write there is known after `refresh`. earlier: a file of another run, whose replies are
     taken over where their question is asked. Threads may add at the same time.
     """
 
     def __init__(self, folder: Path, earlier: Path | None = None) -> None:
         rank = ranks.rank()
-        self._lock = threading.Lock()
+        self._folder, self._lock = folder, threading.Lock()
         self._lines = JsonLines(folder / (f"replies-{rank:05}.jsonl" if rank else _FILE), key="key")
-        self._replies = {key: reply for path in reply_files(folder) for key, (_, reply) in _read(path)}
-        self._earlier = {} if earlier is None else dict(_read(earlier))
+        self._replies: dict[str, Reply] = {}
+        self._read: dict[Path, int] = {}
+        self._earlier = {} if earlier is None else {key: (id, reply) for key, id, reply, _ in _lines_of(earlier)}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what came to the files since the last time."""
+        for path in reply_files(self._folder):
+            for key, _, reply, end in _lines_of(path, self._read.get(path, 0)):
+                self._replies[key], self._read[path] = reply, end
 
     def find(self, key: str) -> Reply | None:
         """The reply to a question that was asked before, by this run or the earlier one."""
@@ -78,7 +86,7 @@ def reply_files(folder: Path) -> list[Path]:
 
 def costs(folder: Path) -> dict[str, int]:
     """What a judge's replies in a stage's folder took: `replies`, `requests`, of which `repeated`, and tokens as far as they were told."""
-    replies = [reply for path in reply_files(folder) for _, (_, reply) in _read(path)]
+    replies = [reply for path in reply_files(folder) for _, _, reply, _ in _lines_of(path)]
     if not replies:
         return {}
     requests = sum(reply.requests for reply in replies)
@@ -89,12 +97,15 @@ def costs(folder: Path) -> dict[str, int]:
     return found
 
 
-def _read(path: Path) -> Iterator[tuple[str, tuple[str, Reply]]]:
-    """Key -> id and reply, of whole lines: another process may be writing the last one."""
+def _lines_of(path: Path, start: int = 0) -> Iterator[tuple[str, str, Reply, int]]:
+    """Key, id, reply and last byte of each whole line from a byte on: another process may be writing the last one."""
     names = {field.name for field in fields(Reply)}
     with path.open("rb") as file:
+        file.seek(start)
         for line in file:
-            if line.endswith(b"\n"):
-                record: dict[str, Any] = json.loads(line)
-                reply = Reply(**{name: value for name, value in record.items() if name in names})
-                yield str(record["key"]), (str(record["id"]), reply)
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            record: dict[str, Any] = json.loads(line)
+            reply = Reply(**{name: value for name, value in record.items() if name in names})
+            yield str(record["key"]), str(record["id"]), reply, start

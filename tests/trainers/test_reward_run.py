@@ -144,7 +144,10 @@ def test_a_continued_evaluation_gives_the_same_file(
         ({"train": {"args": {"facts": ["truth"]}}}, "train.args: facts: expected some of answer, caption, options"),
         ({"train": {"args": {"beta": 0.2}}}, "train.args: beta: a reward model compares rewards"),
         ({"train": {"args": {"fact": ["answer"]}}}, "RewardConfig has no field 'fact'; did you mean 'facts'"),
-        ({"train": {"preset": "mdpo_paper"}}, "train.args: loss_type: a reward model compares rewards"),
+        (
+            {"train": {"preset": "mdpo_paper"}},
+            "train.preset must be one of bradley_terry, llava_rlhf or null, got the text 'mdpo_paper'",
+        ),
     ],
 )
 def test_refused_before_any_work(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

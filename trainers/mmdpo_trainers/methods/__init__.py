@@ -86,8 +86,9 @@ def check_method(config: RunConfig, where: str = "configuration") -> RunConfig:
 
 
 def presets(method: Method) -> dict[str, dict[str, Any]]:
-    """Every preset that a run of this method may name: all methods' own, and the method's."""
-    return {name: dict(values) for each in (*METHODS.values(), method) for name, values in each.presets.items()}
+    """Every preset that a run of this method may name: those of all methods that have its trainer, and the method's own."""
+    alike = (each for each in (*METHODS.values(), method) if each.trainer == method.trainer)
+    return {name: dict(values) for each in alike for name, values in each.presets.items()}
 
 
 def _check_preset(config: RunConfig) -> None:

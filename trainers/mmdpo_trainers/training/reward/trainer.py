@@ -124,11 +124,11 @@ class RewardTrainer(PreferenceTrainer):
         wrapped = self.model_wrapped if torch.is_grad_enabled() or self.sharding.in_shards else self.model
         return through_root(wrapped, self.sharding.inside(wrapped), forward)  # type: ignore[arg-type]
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """As in `transformers.Trainer`, with what the model reads."""
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `transformers.Trainer`, with what the model reads, also beside weights in shards."""
         if self.args.should_save:
             self.args.inputs.save(output_dir or str(self.args.output_dir))
+        super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in `transformers.Trainer`. ValueError where the checkpoint's model reads something else."""

@@ -57,7 +57,7 @@ def _mean_rating(lines: Sequence[Record]) -> str:
 
 
 def _plots(log: Sequence[Record]) -> list[str]:
-    drawn = []
+    drawn: list[str] = []
     for title, names in _CURVES.items():
         lines: dict[str, Mapping[int, float]] = {
             name.replace("_", " "): {r["step"]: float(r[f"online/{name}"]) for r in log if r.get(f"online/{name}") is not None}

@@ -244,7 +244,12 @@ PRESETS = presets(METHODS["mdpo"])
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_settings(folder: Path, tmp_path: Path, name: str) -> None:
-    _, entries, _ = trained(folder, tmp_path, preference_records(4), **{**PRESETS[name], "max_steps": 1})
+    data = preference_records(4)
+    for view, response in PRESETS[name].get("further_branches", {}).values():
+        for record in data:
+            record.setdefault(view, record["images"][::-1])
+            record.setdefault(response, record["rejected"])
+    _, entries, _ = trained(folder, tmp_path, data, **{**PRESETS[name], "max_steps": 1})
     assert math.isfinite(entries[0]["loss"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -30,7 +31,8 @@ _OTHER_IMAGES = (
 """Columns that hold pictures elsewhere. Beside `images` all but the first are taken as where its pictures came from."""
 
 IMAGES, CORRUPTED = "images", "corrupted"
-"""Views that every record has: its images, and these corrupted: by a corruption, or the record's own `rejected_images`."""
+"""Views that every record has: its images, and these corrupted: by a corruption, or the record's own `rejected_images`. Where there are several
+corrupted ones, the others are `corrupted_2`, …, with the columns `rejected_images_2`, …"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Branch:
     """What of a preference record is scored: a response, behind the prompt with some list of images."""
 
     view: str
-    """IMAGES, CORRUPTED, or a column that holds an image for each of the record's own."""
+    """IMAGES, CORRUPTED or another corrupted view, or a column that holds an image for each of the record's own."""
     response: str
     """A column."""
 
@@ -83,7 +85,22 @@ def branch_table(branches: Sequence[str] | Mapping[str, Branch]) -> dict[str, Br
 
 def shows_corrupted(branches: Mapping[str, Branch]) -> bool:
     """Whether some branch shows corrupted images."""
-    return any(branch.view == CORRUPTED for branch in branches.values())
+    return any(is_corrupted(branch.view) for branch in branches.values())
+
+
+def corrupted_view(number: int) -> str:
+    """Name of the first corrupted view, the second one, …: of the view, and of the branch that is the chosen response under it."""
+    return CORRUPTED if number == 1 else f"{CORRUPTED}_{number}"
+
+
+def is_corrupted(view: str) -> bool:
+    """Whether a view is a corrupted one."""
+    return re.fullmatch(rf"{CORRUPTED}(_\d+)?", view) is not None
+
+
+def own_column(view: str) -> str:
+    """The column with a record's own images for a corrupted view."""
+    return f"rejected_images{view.removeprefix(CORRUPTED)}"
 
 
 def record_name(record: Mapping[str, Any]) -> str:
@@ -122,7 +139,7 @@ def _named(record: Mapping[str, Any], image: Any) -> Iterator[None]:
 
 
 def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any]:
-    """The record's `images`, or those that parts of its prompt hold; or another column of pictures. DataError where they are no list."""
+    """The record's `images`, or those that parts of its prompt hold; or another column, of pictures or of one. DataError for what is no list."""
     images = record.get(column)
     within: list[Any] = []
     if column == "images":
@@ -130,6 +147,8 @@ def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any
         _check_other_columns(record, within or images)
     if images is None:
         return within
+    if column != "images" and isinstance(images, str | os.PathLike | Mapping | Image.Image):
+        images = [images]
     if isinstance(images, str) or not isinstance(images, Sequence):
         raise DataError(
             f"record {record_name(record)}: {column} must be a list of pictures, got {str(images)[:120]!r}; "
@@ -166,14 +185,15 @@ def _images_within(record: Mapping[str, Any]) -> list[Any]:
     return within
 
 
-def record_rejected_images(record: Mapping[str, Any]) -> list[Any] | None:
-    """The record's own corrupted pictures (`rejected_images`), one for each of its pictures; None: it has none. DataError otherwise."""
-    found, count = record_images(record, "rejected_images"), len(record_images(record))
+def record_rejected_images(record: Mapping[str, Any], view: str = CORRUPTED) -> list[Any] | None:
+    """The record's own pictures for a corrupted view, one for each of its pictures; None: it has none. DataError otherwise."""
+    column = own_column(view)
+    found, count = record_images(record, column), len(record_images(record))
     if not found:
         return None
     if len(found) != count:
         raise DataError(
-            f"record {record_name(record)}: rejected_images must hold one picture for each of images ({count}), got {len(found)}; "
+            f"record {record_name(record)}: {column} must hold one picture for each of images ({count}), got {len(found)}; "
             "repeat in it what is not corrupted"
         )
     return found

@@ -108,7 +108,11 @@ def _check_training(context: StageContext, family: Family, model: Any, layers: S
             raise ConfigError(
                 f"{where}: attention_layer: expected one of {list(layers)} for this model, got {settings.attention_layer}"
             )
-        if family.cross_attention and settings.corruption == "mask" and set(settings.loss_type) & set(NEEDS_CORRUPTED):
+        if (
+            family.cross_attention
+            and any(each is not None and each.kind == "mask" for each in settings.image_corruptions)
+            and set(settings.loss_type) & set(NEEDS_CORRUPTED)
+        ):
             raise ConfigError(
                 f"{where}: corruption: kind 'mask' hides image tokens, and {family.name} has none; choose another kind"
             )

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.shipped import SHIPPED
 from mmdpo_trainers.config.stages import STAGES
-from mmdpo_trainers.data.pair_records import CORRUPTED, IMAGES
+from mmdpo_trainers.data.pair_records import IMAGES, corrupted_view, is_corrupted, own_column
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.methods import Method, method_named, preset_args
@@ -142,13 +142,17 @@ class StageContext:
 
     @property
     def further_views(self) -> tuple[str, ...]:
-        """Columns of the pairs that hold images beside `images` and `rejected_images`, for branches that this run's arms declare."""
+        """Columns of the pairs that hold images beside `images` and `rejected_images`, for branches and corrupted views of this run's arms."""
         configs = [self.config, *map(self.config.for_arm, self.config.arms)]
-        declared = [preset_args(each).get("further_branches") for each in configs]
+        settings = [preset_args(each) for each in configs]
+        declared = [each.get("further_branches") for each in settings]
+        lists = [each.get("corruptions") for each in settings]
+        most = max(len(each) if isinstance(each, list) else 1 for each in lists)
+        own = [own_column(corrupted_view(number)) for number in range(2, most + 1)]
         # What declares no branch is refused when the trainer's settings are made.
         branches = [branch for each in declared if isinstance(each, dict) for branch in each.values()]
         views = [branch[0] for branch in branches if isinstance(branch, list | tuple) and len(branch) == 2]
-        return tuple(dict.fromkeys(view for view in views if view not in (IMAGES, CORRUPTED)))
+        return tuple(dict.fromkeys([*(view for view in views if view != IMAGES and not is_corrupted(str(view))), *own]))
 
     @property
     def held_out_pairs(self) -> Path:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mmdpo_kernels import PathMaps, record_path_maps
+from mmdpo_kernels import PathMaps, SequencePaths, record_path_maps
 from mmdpo_trainers.training.batches.attention_targets import AttentionTargets
 
 
@@ -48,10 +48,21 @@ def target_losses(form: str, maps: Tensor, targets: AttentionTargets) -> tuple[T
 
 
 @contextmanager
-def recorded_maps(model: nn.Module, targets: AttentionTargets | None, layer: int | None) -> Iterator[PathMaps | None]:
-    """Record the maps of a batch's targets while the block runs the policy; None: it has none."""
-    if targets is None or layer is None:
+def recorded_maps(
+    model: nn.Module, targets: AttentionTargets | None, layer: int | None, *, everywhere: bool
+) -> Iterator[PathMaps | None]:
+    """Record the maps of a batch's targets while the block runs the policy; None: it has none.
+
+    everywhere: record something all the same, for a loss to multiply by 0: processes whose batches differ in having targets must agree on what
+    backward runs through, or gather weights in different orders.
+    """
+    if targets is None and not everywhere:
         yield None
         return
-    with record_path_maps(model, targets.paths, layer=layer) as maps:
+    assert layer is not None
+    paths = _FIRST_TOKEN if targets is None else targets.paths
+    with record_path_maps(model, paths, layer=layer) as maps:
         yield maps
+
+
+_FIRST_TOKEN = SequencePaths(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64))

@@ -12,7 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from mmdpo_kernels.losses import EXTENDED, LOSSES, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters, values_of
 from mmdpo_trainers.data.corruption import KINDS, Corruption
-from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, USUAL_BRANCHES, Branch, shows_corrupted
+from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, USUAL_BRANCHES, Branch, corrupted_view, is_corrupted, shows_corrupted
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.training.arguments import TRL_LOSSES, check_inherited, takes_foreign_names
 from mmdpo_trainers.training.running_shift import SHIFTS
@@ -21,6 +21,8 @@ LOSS_TYPES = tuple(LOSSES)
 """Losses by name; their equations and sources are in `mmdpo_kernels.losses`."""
 ATTENTION_TARGETS = ("log_share", "sayo", "kl")
 """Forms of `attention_target`; their equations and sources are in `training.attention_target`."""
+GIVEN = "given"
+"""As a corruption: the records' own images."""
 _METRICS = ("accuracies", "margins")
 """What the log has beside the rewards of branches."""
 
@@ -92,7 +94,13 @@ class PreferenceConfig(TrainingArguments):
     )
     corruption: str = _option(
         "crop",
-        f"copo: how the picture is corrupted, {', '.join(KINDS)}; in prompts with several pictures only the asked-about one is",
+        f"copo: how the picture is corrupted, {', '.join(KINDS)}; in prompts with several pictures only the asked-about one is. A record's "
+        "own rejected_images stand in its place; given: every record has them",
+    )
+    corruptions: list[str] | None = _option(
+        None,
+        "copo: several corrupted views in place of one, over which it is a mean: each what `corruption` may be, or {kind: noise, strength: 50}. "
+        "The views are corrupted, corrupted_2, …; a record's own images for them rejected_images, rejected_images_2, …",
     )
     corruption_keep: tuple[float, float] = _option(
         (0.01, 0.20), "crop: share of the picture's area that is kept, drawn evenly between these"
@@ -225,8 +233,14 @@ class PreferenceConfig(TrainingArguments):
                 )
 
     def _check_further_branches(self) -> None:
+        several = self.corruptions
+        if several is not None and (not isinstance(several, list) or not several or self.corruption_strength is not None):
+            raise ValueError(
+                f"corruptions: expected a list of one or more, such as [crop, {{kind: noise, strength: 50}}], and no corruption_strength beside "
+                f"it, got {several!r}"
+            )
         for name, branch in (self.further_branches or {}).items():
-            if not str(name).isidentifier() or name in BRANCHES or str(name).endswith(_METRICS):
+            if not str(name).isidentifier() or name in BRANCHES or is_corrupted(str(name)) or str(name).endswith(_METRICS):
                 raise ValueError(
                     f"further_branches: expected names of letters and digits other than {', '.join(BRANCHES)}, without {' or '.join(_METRICS)} "
                     f"at the end, got {name!r}"
@@ -296,7 +310,7 @@ class PreferenceConfig(TrainingArguments):
 
     def _check_corruption(self) -> None:
         self.corruption_keep = tuple(self.corruption_keep)  # type: ignore[assignment]
-        self.image_corruption  # noqa: B018 - raises ValueError where its parts do not fit
+        self.image_corruptions  # noqa: B018 - raises ValueError where their parts do not fit
         if self.no_image and shows_corrupted(self.branches):
             raise ValueError("no_image: without pictures there is none to corrupt; leave copo out of loss_type")
 
@@ -341,11 +355,13 @@ class PreferenceConfig(TrainingArguments):
             extra_negative=self.extra_negative,
             extra_negative_weight=self.extra_negative_weight,
             similar_beta=self.similar_beta,
+            corrupted=self._corrupted,
         )
 
     @property
     def _known_branches(self) -> dict[str, Branch]:
-        return {**BRANCHES, **{name: Branch(*pair) for name, pair in (self.further_branches or {}).items()}}
+        views = {view: Branch(view, "chosen") for view in self._corrupted}
+        return {**BRANCHES, **views, **{name: Branch(*pair) for name, pair in (self.further_branches or {}).items()}}
 
     @property
     def branches(self) -> dict[str, Branch]:
@@ -359,15 +375,33 @@ class PreferenceConfig(TrainingArguments):
         return Path(self.reference_cache or Path(str(self.output_dir)) / "reference.jsonl")
 
     @property
-    def image_corruption(self) -> Corruption:
-        """How pictures are corrupted."""
+    def image_corruptions(self) -> tuple[Corruption | None, ...]:
+        """How pictures are corrupted, by corrupted view; None: the records' own images alone."""
+        return tuple(self._corruption_of(each) for each in self.corruptions or [self.corruption])
+
+    def _corruption_of(self, described: Any) -> Corruption | None:
+        fields: Any = described if isinstance(described, dict) else {"kind": described}
+        if not {"kind"} <= set(fields) <= {"kind", "keep", "strength"}:
+            raise ValueError(f"corruptions: expected a kind, or kind with keep or strength, got {described!r}")
+        if fields == {"kind": GIVEN}:
+            return None
         return Corruption(
-            kind=self.corruption,  # type: ignore[arg-type]
-            keep=self.corruption_keep,
-            strength=self.corruption_strength,
+            kind=fields["kind"],
+            keep=fields.get("keep", self.corruption_keep),
+            strength=fields.get("strength", None if self.corruptions else self.corruption_strength),
             seed=self.seed if self.corruption_seed is None else self.corruption_seed,
             draw=self.corruption_draw,  # type: ignore[arg-type]
         )
+
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether other records' pictures stand in the place of corrupted ones."""
+        return any(each is not None and each.kind == "other" for each in self.image_corruptions)
+
+    @property
+    def _corrupted(self) -> tuple[str, ...]:
+        """Corrupted views, and the branches that are the chosen response under them."""
+        return tuple(corrupted_view(number) for number in range(1, 1 + len(self.corruptions or [self.corruption])))
 
 
 def _is_number(value: Any) -> bool:

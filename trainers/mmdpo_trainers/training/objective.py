@@ -96,7 +96,7 @@ class Objective:
         count = 0 if targets is None else len(targets.records)
         averages.add({"attn/targeted": count / len(batch.ids)}, len(batch.ids))
         if targets is None or maps is None or args.attention_target is None:
-            return torch.zeros(())
+            return torch.zeros(()) if maps is None else 0 * maps.sum()
         losses, shares = target_losses(args.attention_target, maps, targets)
         averages.add({"attn/target_loss": mean_of(losses.detach())}, count)
         seen = shares.detach()[~shares.isnan()]

@@ -243,6 +243,7 @@ class PreferenceTrainer(SavingTrainer):
         cached = reference.cached(theirs) if args.needs_reference else None
         runs = args.needs_reference and cached is None
         blank = self._blank_for(batch)
+        everywhere = args.attention_target is not None and collectives.is_distributed() and torch.is_grad_enabled()
 
         def forward() -> tuple[Tensor, ...]:
             features, nothing = self._features(batch), None
@@ -253,7 +254,7 @@ class PreferenceTrainer(SavingTrainer):
             beside = runs and reference.scored_beside_policy
             rows = reference.rows(theirs, shared, blank) if beside else None
             others = (reference.token_logps(theirs, shared, blank),) if runs and not beside else ()
-            targets = recorded_maps(self._policy, batch.attention_targets, args.target_layer)
+            targets = recorded_maps(self._policy, batch.attention_targets, args.target_layer, everywhere=everywhere)
             with self._recorded(batch, training=training, averages=averages), targets as maps, self.accelerator.autocast():
                 hidden = model_parts.hidden_states(self._policy, batch, features)
             # The head stays out of autocast: its log-probabilities are made in float32.
@@ -267,7 +268,7 @@ class PreferenceTrainer(SavingTrainer):
 
         wrapped = self.model_wrapped if torch.is_grad_enabled() or self.sharding.in_shards else self.model
         mine, *others = through_root(wrapped, self.sharding.inside(wrapped), forward)  # type: ignore[arg-type]
-        found = None if batch.attention_targets is None else others.pop(0)
+        found = others.pop(0) if everywhere or batch.attention_targets is not None else None
         return batch.token_logps(mine), batch.token_logps(others[0]) if runs else cached, found
 
     def _blank_for(self, batch: PreferenceBatch) -> EncodedImages | None:

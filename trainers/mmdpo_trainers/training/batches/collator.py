@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmdpo_kernels import SequenceLogps, SharedRows, TokenLogps, TokenTree
 from mmdpo_trainers.data.corruption import Corruption, Model
-from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, branch_table, shows_corrupted
+from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, branch_table, corrupted_view, shows_corrupted
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.models.chat_format import prints_date
 from mmdpo_trainers.models.families import EncodedImages, Family, family_of
@@ -123,7 +123,8 @@ class PreferenceCollator:
         image_token_id, end_id, pad_id: of the model's image token, a response's end, padding.
         tree_packing: one tree for all records, or a padded row for each sequence.
         branches: names, "chosen" and "rejected", or these and "corrupted"; or a table that holds further ones, see `data.pair_records.Branch`.
-        corruption: how pictures are corrupted; None: only by the records' own `rejected_images`.
+        corruption: how pictures are corrupted; None: only by the records' own `rejected_images`. Of several, one for each of the views
+            `corrupted`, `corrupted_2`, …, whose own images records have in `rejected_images`, `rejected_images_2`, ….
         no_image: leave pictures and placeholders out of the prompts.
         changed_token_weight: weight of response tokens that differ between chosen and rejected, see `changed_token_weights`.
         picture_pool: pictures as in `images`, for corruption kind "other".
@@ -145,7 +146,7 @@ class PreferenceCollator:
         family: Family | None = None,
         tree_packing: bool = True,
         branches: Sequence[str] | Mapping[str, Branch] = PAIR,
-        corruption: Corruption | None = None,
+        corruption: Corruption | None | Sequence[Corruption | None] = None,
         no_image: bool = False,
         changed_token_weight: float = 1.0,
         picture_pool: Sequence[Any] = (),
@@ -156,7 +157,9 @@ class PreferenceCollator:
         corrupts = shows_corrupted(table)
         if no_image and corrupts:
             raise ValueError("no_image: without pictures there is nothing to corrupt; leave the corrupted branch out")
-        if corruption is not None and corruption.kind == "other" and corrupts and not len(picture_pool):
+        given = [corruption] if corruption is None or isinstance(corruption, Corruption) else corruption
+        corruptions = {corrupted_view(number): each for number, each in enumerate(given, start=1) if each is not None}
+        if corrupts and not len(picture_pool) and any(each.kind == "other" for each in corruptions.values()):
             raise ValueError("picture_pool: corruption kind 'other' needs pictures to draw from, got none")
         if tree_packing and (family or family_of(processor)).cross_attention:
             raise ValueError("tree_packing: cross-attended pictures are seen row by row of a batch; pass tree_packing=False")
@@ -169,7 +172,7 @@ class PreferenceCollator:
             image_token_id=image_token_id,
             end_id=end_id,
             branches=table,
-            corruption=corruption,
+            corruptions=corruptions,
             no_image=no_image,
             changed_token_weight=changed_token_weight,
             picture_pool=picture_pool,
@@ -178,8 +181,7 @@ class PreferenceCollator:
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, PreferenceBatch]:
         found = {"batch": self.batch(records)}
-        corruption = self._maker.corruption
-        if self.runs_reference and corruption is not None and corruption.draw == "separate":
+        if self.runs_reference and any(each.draw == "separate" for each in self._maker.corruptions.values()):
             found["reference_batch"] = self.batch(records, "reference")
         return found
 
@@ -352,11 +354,11 @@ def collator_of(
         date=template_date(processor, args),
         tree_packing=tree_packing,
         branches=branches,
-        corruption=args.image_corruption if corrupts else None,
+        corruption=args.image_corruptions,
         no_image=args.no_image,
         attention_targets=args.attention_target is not None,
         changed_token_weight=args.changed_token_weight,
-        picture_pool=ImagePool(pool) if pool is not None and args.corruption == "other" and corrupts else (),
+        picture_pool=ImagePool(pool) if pool is not None and corrupts and args.draws_pictures else (),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from mmdpo_trainers.data.corruption import Corruption, Model
 from mmdpo_trainers.data.pair_records import (
     BRANCHES,
+    CORRUPTED,
     IMAGES,
     PAIR,
     Branch,
@@ -25,7 +26,6 @@ from mmdpo_trainers.data.pair_records import (
     record_image_digest,
     record_name,
     response_text,
-    shows_corrupted,
 )
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError
@@ -92,7 +92,7 @@ class ExampleMaker:
         image_token_id: int,
         end_id: int,
         branches: Mapping[str, Branch],
-        corruption: Corruption | None,
+        corruptions: Mapping[str, Corruption],
         no_image: bool,
         changed_token_weight: float,
         picture_pool: Sequence[Any],
@@ -101,7 +101,8 @@ class ExampleMaker:
         self.processor, self.family = processor, family
         self.image_token_id, self.end_id = image_token_id, end_id
         self.branches = dict(branches)
-        self.corruption = corruption if shows_corrupted(branches) else None
+        shown = {branch.view for branch in branches.values()}
+        self.corruptions = {view: corruption for view, corruption in corruptions.items() if view in shown}
         self.no_image = no_image
         self.changed_token_weight = changed_token_weight
         ends = {end_id, processor.tokenizer.eos_token_id} - {None}
@@ -110,7 +111,7 @@ class ExampleMaker:
             [branch.view for branch in branches.values()],
             processor=processor,
             family=family,
-            corruption=self.corruption,
+            corruptions=self.corruptions,
             no_image=no_image,
             picture_pool=picture_pool,
         )
@@ -207,7 +208,8 @@ class ExampleMaker:
 
     def _settings_digest(self) -> str:
         """What all keys share: what a record's log-probabilities depend on besides the record and the model."""
-        corruption = None if self.corruption is None else dataclasses.asdict(self.corruption)
+        described = {view: dataclasses.asdict(corruption) for view, corruption in self.corruptions.items()}
+        corruption = described.pop(CORRUPTED, None)
         further = {name: dataclasses.astuple(branch) for name, branch in self.branches.items() if name not in BRANCHES}
         return sha256(
             [
@@ -220,6 +222,7 @@ class ExampleMaker:
                 ),
                 *(self.no_image, self.changed_token_weight),
                 *([further] if further else []),
+                *([described] if described else []),
             ]
         )
 

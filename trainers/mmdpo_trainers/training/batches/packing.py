@@ -268,7 +268,7 @@ def _check_dataset(name: str, dataset: Any, args: PreferenceConfig) -> None:
         "precompute_ref_log_probs": args.precompute_ref_log_probs and args.needs_reference,
         "max_tokens_per_batch": args.max_tokens_per_batch,
         "group_by_pictures": args.group_by_pictures,
-        "corruption 'other'": args.corruption == "other" and shows_corrupted(args.branches),
+        "corruption 'other'": args.draws_pictures and shows_corrupted(args.branches),
         f"{args.world_size} processes": args.world_size > 1,
     }
     for setting in (setting for setting, used in whole.items() if used):

@@ -15,6 +15,8 @@ from mmdpo_trainers.data.corruption import Corruption, Model, corrupt, masked_to
 from mmdpo_trainers.data.pair_records import (
     CORRUPTED,
     IMAGES,
+    is_corrupted,
+    own_column,
     record_image,
     record_image_digest,
     record_image_size,
@@ -46,22 +48,28 @@ class ViewPlan:
 
     record: Mapping[str, Any]
     images: dict[str, list[Any]]
-    """By view, CORRUPTED left out: it is IMAGES with `substitutes`."""
+    """By view, corrupted ones left out: these are IMAGES with `substitutes`."""
     digests: dict[str, list[str]]
     """By view, content keys of `images`."""
-    substitutes: dict[int, Substitute]
-    """By place among the record's images."""
+    substitutes: dict[str, dict[int, Substitute]]
+    """By corrupted view, by place among the record's images."""
 
-    def content(self) -> tuple[list[str], dict[int, str], dict[str, list[str]]]:
-        """What a key says of the views: images, what is in their places in the corrupted view, and other columns."""
+    def content(self) -> tuple[list[str], dict[int, str], dict[str, Any]]:
+        """What a key says of the views: images, what is in their places in the corrupted view, and other views."""
         # The key of a drawn corruption covers the prompt's text, which may say more than its tokens.
-        substitutes = {place: substitute.digest or substitute.key for place, substitute in self.substitutes.items()}
-        others = {view: digests for view, digests in self.digests.items() if view != IMAGES}
-        return self.digests[IMAGES], substitutes, others
+        substitutes = {
+            view: {place: substitute.digest or substitute.key for place, substitute in each.items()}
+            for view, each in self.substitutes.items()
+        }
+        first = substitutes.pop(CORRUPTED, {})
+        return self.digests[IMAGES], first, {view: each for view, each in self.digests.items() if view != IMAGES} | substitutes
 
 
 class Views:
-    """The views of records, those named `names`. The other arguments are those of `PreferenceCollator`."""
+    """The views of records, those named `names`. The other arguments are those of `PreferenceCollator`.
+
+    corruptions: by corrupted view; a view without one has the records' own images.
+    """
 
     def __init__(
         self,
@@ -69,16 +77,18 @@ class Views:
         *,
         processor: Any,
         family: Family,
-        corruption: Corruption | None,
+        corruptions: Mapping[str, Corruption],
         no_image: bool,
         picture_pool: Sequence[Any],
     ) -> None:
         self.processor, self.family = processor, family
-        self.corrupted = CORRUPTED in names
-        self.columns = [name for name in dict.fromkeys(names) if name not in (IMAGES, CORRUPTED)]
-        self.corruption, self.no_image, self.picture_pool = corruption, no_image, picture_pool
+        distinct = list(dict.fromkeys(names))
+        self.corrupted = {name: corruptions.get(name) for name in distinct if is_corrupted(name)}
+        self.columns = [name for name in distinct if name != IMAGES and name not in self.corrupted]
+        self.no_image, self.picture_pool = no_image, picture_pool
         self._tokens_of_size: dict[tuple[tuple[int, int], bool], int] = {}
-        if self.corrupted and family.cross_attention and corruption is not None and corruption.kind == "mask":
+        kinds = {corruption.kind for corruption in self.corrupted.values() if corruption is not None}
+        if family.cross_attention and "mask" in kinds:
             raise ValueError(f"corruption: kind 'mask' hides image tokens, and {family.name} has none; choose another kind")
 
     def images(self, record: Mapping[str, Any]) -> list[Any]:
@@ -88,9 +98,9 @@ class Views:
     def tokens(self, record: Mapping[str, Any], images: Sequence[Any]) -> dict[str, list[int]]:
         """By view the tokens that stand for each of its images, by their sizes. images: the record's own."""
         found = {IMAGES: self.counts(record, images)}
-        if self.corrupted:
-            own = record_rejected_images(record) if images else None
-            found[CORRUPTED] = found[IMAGES] if own is None else self.counts(record, own)
+        for view in self.corrupted:
+            own = record_rejected_images(record, view) if images else None
+            found[view] = found[IMAGES] if own is None else self.counts(record, own)
         return found | {column: self.counts(record, self._column(record, column, images)) for column in self.columns}
 
     def counts(self, record: Mapping[str, Any], images: Sequence[Any]) -> list[int]:
@@ -116,14 +126,16 @@ class Views:
         """The first place in which two views may show different images; None: there is none. No image is looked at."""
         if view == other or not images:
             return None
-        return self._corrupted_places(record, images)[0] if {view, other} == {IMAGES, CORRUPTED} else 0
+        if not {view, other} <= {IMAGES, *self.corrupted}:
+            return 0
+        return min(self._corrupted_places(record, images, each)[0] for each in (view, other) if each != IMAGES)
 
-    def _corrupted_places(self, record: Mapping[str, Any], images: Sequence[Any]) -> list[int]:
-        """Which of the record's images the corrupted view shows otherwise."""
-        if not self.corrupted or not images:
+    def _corrupted_places(self, record: Mapping[str, Any], images: Sequence[Any], view: str) -> list[int]:
+        """Which of the record's images a corrupted view shows otherwise."""
+        if not images:
             return []
         target = record_target(record)
-        own = record_rejected_images(record)
+        own = record_rejected_images(record, view)
         return list(range(len(images))) if own is not None or target is None else [target]
 
     def plan(
@@ -132,26 +144,37 @@ class Views:
         """text: of the prompt. images: the record's own. opened: gets those that had to be decoded, by digest."""
         shown = {IMAGES: images} | {column: self._column(record, column, images) for column in self.columns}
         digests = {view: [record_image_digest(record, image, opened=opened) for image in each] for view, each in shown.items()}
-        own = record_rejected_images(record) if self.corrupted else None
-        substitutes = {}
-        for place in self._corrupted_places(record, images):
-            key = sha256([digests[IMAGES], text, place])
-            if own is not None:
-                substitute = Substitute(key, own[place], record_image_digest(record, own[place], opened=opened), own=True)
-            elif self.corruption is None:
-                raise DataError(
-                    f"record {record_name(record)}: expected rejected_images, as no corruption is set; add them, or set one"
-                )
-            elif self.corruption.kind == "other":
-                substitute = Substitute(key, *self._other(record, key, digests[IMAGES][place]))
-            else:
-                substitute = Substitute(key)
-            substitutes[place] = substitute
+        substitutes = {view: self._substitutes(record, view, text, images, digests[IMAGES], opened) for view in self.corrupted}
         return ViewPlan(record, shown, digests, substitutes)
 
-    def _other(self, record: Mapping[str, Any], key: str, digest: str) -> tuple[Any, str]:
+    def _substitutes(
+        self,
+        record: Mapping[str, Any],
+        view: str,
+        text: str,
+        images: list[Any],
+        digests: list[str],
+        opened: dict[str, Image.Image] | None,
+    ) -> dict[int, Substitute]:
+        """By place, what a corrupted view shows of the record's images."""
+        own, corruption, found = record_rejected_images(record, view), self.corrupted[view], {}
+        for place in self._corrupted_places(record, images, view):
+            # Views differ in what is drawn; the first one's draws are those of one view alone.
+            key = sha256([digests, text, place, *([] if view == CORRUPTED else [view])])
+            if own is not None:
+                found[place] = Substitute(key, own[place], record_image_digest(record, own[place], opened=opened), own=True)
+            elif corruption is None:
+                raise DataError(
+                    f"record {record_name(record)}: expected {own_column(view)}, as no corruption is set; add them, or set one"
+                )
+            elif corruption.kind == "other":
+                found[place] = Substitute(key, *self._other(record, key, digests[place], corruption.seed))
+            else:
+                found[place] = Substitute(key)
+        return found
+
+    def _other(self, record: Mapping[str, Any], key: str, digest: str, seed: int) -> tuple[Any, str]:
         """An image of the pool that is not this one, drawn by the key, and its digest."""
-        seed = 0 if self.corruption is None else self.corruption.seed
         first, count = int(sha256([seed, key]), 16), len(self.picture_pool)
         for step in range(count):
             image = self.picture_pool[(first + step) % count]
@@ -168,15 +191,15 @@ class Views:
             return [batch.add(record, *each, alone) for each in zip(plan.images[view], plan.digests[view], strict=True)]
 
         found = {IMAGES: added(IMAGES)}
-        if self.corrupted:
-            corrupted = found[CORRUPTED] = list(found[IMAGES])
-            for place, substitute in plan.substitutes.items():
+        for view, corruption in self.corrupted.items():
+            corrupted = found[view] = list(found[IMAGES])
+            for place, substitute in plan.substitutes[view].items():
                 if substitute.own:
                     corrupted[place] = batch.add(record, substitute.image, substitute.digest, alone)
-                elif self.corruption is not None and self.corruption.kind != "mask":
+                elif corruption is not None and corruption.kind != "mask":
                     other = None if substitute.image is None else record_image(record, substitute.image)
                     image = batch.images[found[IMAGES][place]]
-                    made = corrupt(image, self.corruption, substitute.key, other=other, model=model)
+                    made = corrupt(image, corruption, substitute.key, other=other, model=model)
                     corrupted[place] = batch.add(record, made, record_image_digest(record, made), alone)
         return found | {column: added(column) for column in self.columns}
 
@@ -190,13 +213,13 @@ class Views:
         model: Model,
     ) -> np.ndarray | None:
         """(P,) bool: image tokens of a view's prompt that no token sees; None: all are seen. images: as `place` has those of IMAGES."""
-        hides = view == CORRUPTED and self.corruption is not None and self.corruption.kind == "mask"
-        if not hides or self.corruption is None or encoded is None:
+        corruption = self.corrupted.get(view)
+        if corruption is None or corruption.kind != "mask" or encoded is None:
             return None
         masked = [np.zeros(encoded.tokens[image], dtype=bool) for image in images]
-        for place, substitute in plan.substitutes.items():
+        for place, substitute in plan.substitutes[view].items():
             if not substitute.own:
-                masked[place] = masked_tokens(len(masked[place]), self.corruption, substitute.key, model=model)
+                masked[place] = masked_tokens(len(masked[place]), corruption, substitute.key, model=model)
         unseen = np.zeros(feature_rows.shape, dtype=bool)
         if masked and any(map(np.any, masked)):
             unseen[feature_rows >= 0] = np.concatenate(masked)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm_double
 from prompt_records import make_prompts
 from tiny_models import make_tiny_llava
 
@@ -19,6 +20,7 @@ from mmdpo_trainers.answers.raters.replies import costs
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.sections.rating import ATTRIBUTES, RateConfig
 from mmdpo_trainers.errors import ConfigError, DataError
+from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.models import loading
 
 RECORD: dict[str, Any] = {"id": "a", "prompt": "<image>\nWhat colour?", "images": ["a.png"], "answer": "red", "options": None}
@@ -181,6 +183,22 @@ def test_a_local_model_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     other_run = rater(tmp_path / "other", **options)
     assert other_run.rate([record], [["red"]]) == [[Rating({"correctness": 3.0})]]
     other_run.close()
+
+
+def test_a_local_model_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replies of transformers, by a double of vLLM's calls."""
+    records, folder = make_prompts(tmp_path, [("sequence", 2), ("single", 1)]), make_tiny_llava(tmp_path / "model")
+    options = {"source": "model", "judge": str(folder), "max_new_tokens": 4, "tries": 1}
+    with pytest.raises(ConfigError, match="rate.engine: vllm is not installed"):
+        rater(tmp_path / "none", **options, engine="vllm")
+    llm = vllm_double.install(monkeypatch)
+    texts = []
+    for engine in ("transformers", "vllm"):
+        judge = rater_of(RateConfig(**options, engine=engine), Surroundings(folder=tmp_path / engine, most_images=2))
+        judge.rate(records, [["red"], ["blue"]])
+        judge.close()
+        texts.append([line["text"] for line in read_jsonl(tmp_path / engine / "replies.jsonl")])
+    assert texts[0] == texts[1] and len(texts[0]) == 2 and [made["images"] for made in llm.made] == [2]
 
 
 def test_answers_with_tokens_of_the_chat_format_are_refused_by_record(tmp_path: Path) -> None:

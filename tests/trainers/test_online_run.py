@@ -157,7 +157,7 @@ def test_a_judge_ranks_and_is_asked_nothing_twice(tmp_path: Path) -> None:
     """Its refusals are of records; a training that is done again, as after a kill, finds every reply in its folder."""
 
     def plays(asked: Asked) -> str | Said:
-        return Said(400, b'{"error": "content filter"}') if "e" not in asked.answer else ratings(min(4, len(asked.answer) % 5))
+        return Said(400, b'{"error": "content filter"}') if "r" not in asked.answer else ratings(min(4, len(asked.answer) % 5))
 
     with JudgeServer(plays) as server:
         values = {
@@ -171,7 +171,7 @@ def test_a_judge_ranks_and_is_asked_nothing_twice(tmp_path: Path) -> None:
         train = tmp_path / "run" / "train"
         lines = list(read_jsonl(train / "online.jsonl"))
         rated = [pair for line in lines for pair in zip(line["answers"], line["ratings"], strict=True)]
-        assert all((rating is None) == ("e" not in text) for text, rating in rated) and any(rating is None for _, rating in rated)
+        assert all((rating is None) == ("r" not in text) for text, rating in rated) and any(rating is None for _, rating in rated)
         refused = [line for line in lines if None in line["ratings"]]
         assert all("content filter" in line["problems"][0] for line in refused)
         asked, weights = len(server.asked), (train / "final" / "adapter_model.safetensors").read_bytes()

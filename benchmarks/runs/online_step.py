@@ -4,8 +4,9 @@
     python -m benchmarks.runs.online_step --small    # the same on tiny inputs, into build/benchmarks
 
 A LLaVA of random weights, two pictures a prompt, answers of 40 tokens, two a prompt, float32, one thread. The three take turns in one process:
-the two trainings are real `train()` loops that move a step at a time. Sampled answers never end by themselves here, so that they all have 40
-tokens; the records' own pairs, which are as long, stand in their place, and both trainings run the same trees. Processor time is counted.
+the two trainings are real `train()` loops that move a step at a time. A model of random weights ends an answer once in a thousand
+tokens, so nearly all have 40; the records' own pairs, which are as long, stand in for them, and both trainings run the same trees.
+Processor time is counted.
 """
 
 from __future__ import annotations
@@ -62,11 +63,9 @@ def trainer_of(setting: Setting, batch: int, online: OnlinePairs | None) -> Pref
         lora_r=setting.lora_r,
         lora_alpha=2 * setting.lora_r,
     )
-    model: Any = build(setting)
-    processor = processor_of(setting)
-    # What is never sampled ends no answer.
-    model.generation_config.eos_token_id = processor.image_token_id
-    return PreferenceTrainer(model, config, processing_class=processor, train_dataset=records(setting), online=online)
+    return PreferenceTrainer(
+        build(setting), config, processing_class=processor_of(setting), train_dataset=records(setting), online=online
+    )
 
 
 def measure(setting: Setting, batch: int, repeats: int, progress: Any) -> dict[str, list[float]]:

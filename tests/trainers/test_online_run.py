@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from judge_server import Asked, JudgeServer, Said, ratings
 from tiny_models import make_tiny_llava, sample_pictures
 
 from mmdpo_trainers.cli import main as cli
@@ -149,3 +151,35 @@ def test_what_cannot_be_is_said_before_a_run(
     with pytest.raises(ConfigError, match=message):
         run_pipeline(RunConfig.from_dict(merge({**SMALL, "arms": {}, "run_dir": "run"}, changes)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_ranks_and_is_asked_nothing_twice(tmp_path: Path) -> None:
+    """Its refusals are of records; a training that is done again, as after a kill, finds every reply in its folder."""
+
+    def plays(asked: Asked) -> str | Said:
+        return Said(400, b'{"error": "content filter"}') if "r" not in asked.answer else ratings(min(4, len(asked.answer) % 5))
+
+    with JudgeServer(plays) as server:
+        values = {
+            **SMALL,
+            "run_dir": str(tmp_path / "run"),
+            "arms": {},
+            "rate": {"source": "endpoint", "endpoint": {"url": server.url, "model": "m", "concurrency": 2}},
+            "online": {**SMALL["online"], "min_gap": 0.0},
+        }
+        run_pipeline(RunConfig.from_dict(values), until="train")
+        train = tmp_path / "run" / "train"
+        lines = list(read_jsonl(train / "online.jsonl"))
+        rated = [pair for line in lines for pair in zip(line["answers"], line["ratings"], strict=True)]
+        assert all((rating is None) == ("r" not in text) for text, rating in rated) and any(rating is None for _, rating in rated)
+        refused = [line for line in lines if None in line["ratings"]]
+        assert all("content filter" in line["problems"][0] for line in refused)
+        asked, weights = len(server.asked), (train / "final" / "adapter_model.safetensors").read_bytes()
+        assert 0 < asked < len(rated), "equal answers to a record are one question"
+        for name in ("summary.json", "online.jsonl"):
+            (train / name).unlink()
+        for checkpoint in train.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        run_pipeline(RunConfig.from_dict(values), until="train")
+        assert len(server.asked) == asked and list(read_jsonl(train / "online.jsonl")) == lines
+        assert (train / "final" / "adapter_model.safetensors").read_bytes() == weights

@@ -84,6 +84,7 @@ class PreferenceTrainer(SavingTrainer):
     """What `args` must be."""
     args: PreferenceConfig
     data_collator: PreferenceCollator  # type: ignore[assignment]
+    objective: Objective
 
     def __init__(
         self,

@@ -112,15 +112,17 @@ def _check_sampling(context: StageContext) -> None:
     options, rating = online_settings(context.config), context.config.rate
     if not options.alpha:
         return
-    from mmdpo_trainers.answers.raters import check_rater
+    if context.method.trainer == "reward_model":
+        raise ConfigError("online.alpha: a reward model learns from pairs that exist, and samples nothing; leave it at 0")
     from mmdpo_trainers.run.model_preflight import training_settings
     from mmdpo_trainers.training.online.choice import check_options
     from mmdpo_trainers.training.online.pairs import check_fit
+    from mmdpo_trainers.training.reward.rater import check_rater
 
     check_rater(rating)
     if rating.source == "file":
         raise ConfigError(
-            "rate.source: no file has ratings of answers that are sampled in training; choose exact, endpoint or model"
+            "rate.source: no file has ratings of answers that are sampled in training; choose exact, endpoint, model or reward_model"
         )
     try:
         check_options(options)

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from mmdpo_trainers.answers.attention_ratios import resolve_layer
 from mmdpo_trainers.answers.layer_choice import chosen_layers
-from mmdpo_trainers.answers.raters import Surroundings, rater_of
+from mmdpo_trainers.answers.raters import Surroundings
 from mmdpo_trainers.data.left_out import check_left_out, lost
 from mmdpo_trainers.data.pairs import read_pairs, replay_pairs, split
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
@@ -31,6 +31,7 @@ from mmdpo_trainers.training.checkpoints import replace_folder, writing
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.online.kept import ONLINE, online_summary
 from mmdpo_trainers.training.online.pairs import OnlinePairs
+from mmdpo_trainers.training.reward.rater import rater_of
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 from mmdpo_trainers.training.trainers import TRAINERS
 from mmdpo_trainers.training.training_log import LogFile, TrainingProgress

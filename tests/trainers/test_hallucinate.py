@@ -437,6 +437,8 @@ def test_words_that_differ_are_marked() -> None:
     assert [word for word, differs in truth if differs] == ["red", "is"]
     assert [word for word, differs in answer if differs] == ["blue", "was"]
     assert " ".join(word for word, _ in answer) == "a blue cat was here. it sits."
+    truth, answer = marked("It is red. It sits.", "it is blue . it sits .")
+    assert [word for word, differs in truth if differs] == ["red."] and [word for word, differs in answer if differs] == ["blue"]
 
 
 @pytest.mark.parametrize(

@@ -28,22 +28,24 @@ def hallucinated(page: PageInputs) -> dict[str, Any]:
         "summary": summary,
         "table": _tries(page) if summary else None,
         "plot": _plot(page, answers) if answers else None,
-        "examples": [_example(record, folder) for record in spread(answers, page.pairs)],
+        "examples": [_example(record, folder) for record in spread([each for each in answers if _differs(each)], page.pairs)],
     }
 
 
 def marked(truth: str, answer: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """The words of both texts, each with whether the other has it in the same place of what they have in common."""
-    both = [[word for _, word in words_of(text)] for text in (truth, answer)]
-    true, other = ([" ".join(plain_words(word)) or word for word in words] for words in both)
-    common: tuple[set[int], set[int]] = (set(), set())
-    for block in difflib.SequenceMatcher(None, true, other, autojunk=False).get_matching_blocks():
-        common[0].update(range(block.a, block.a + block.size))
-        common[1].update(range(block.b, block.b + block.size))
-    first, second = (
-        [(word, place not in shared) for place, word in enumerate(words)] for words, shared in zip(both, common, strict=True)
-    )
-    return first, second
+    """The words of both texts, each with whether the other lacks it in that place; case and punctuation make no difference."""
+    first, second = ([word for _, word in words_of(text)] for text in (truth, answer))
+    plain, other = ([" ".join(plain_words(word)) for word in words] for words in (first, second))
+    # Punctuation alone is nobody's difference, nor what keeps words apart.
+    places, others = ([place for place, word in enumerate(words) if word] for words in (plain, other))
+    differs, differs_too = set(places), set(others)
+    matcher = difflib.SequenceMatcher(a=[plain[place] for place in places], b=[other[place] for place in others], autojunk=False)
+    for block in matcher.get_matching_blocks():
+        differs.difference_update(places[block.a : block.a + block.size])
+        differs_too.difference_update(others[block.b : block.b + block.size])
+    return [(word, place in differs) for place, word in enumerate(first)], [
+        (word, place in differs_too) for place, word in enumerate(second)
+    ]
 
 
 def _tries(page: PageInputs) -> Table:
@@ -85,6 +87,11 @@ def _plot(page: PageInputs, answers: list[Record]) -> str:
         )
     threshold = float(page.config[STAGE]["max_similarity"])
     return plots.similarity_histogram({name: each for name, each in values.items() if each}, threshold)
+
+
+def _differs(record: Record) -> bool:
+    """Whether the answer is in other words than the truth, and so made a pair."""
+    return plain_words(text_of(record["chosen"])) != plain_words(record["sampled"]["response"])
 
 
 def _example(record: Record, folder: Path) -> dict[str, Any]:

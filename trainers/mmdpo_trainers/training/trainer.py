@@ -79,6 +79,7 @@ class PreferenceTrainer(SavingTrainer):
 
     args: PreferenceConfig
     data_collator: PreferenceCollator  # type: ignore[assignment]
+    objective: Objective
 
     def __init__(
         self,

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdpo_trainers.config.run_config import AugmentConfig, RunConfig
+from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.config.sections.data import AugmentConfig
 from mmdpo_trainers.data.held_out import hold_out
 from mmdpo_trainers.data.left_out import left_out_line
 from mmdpo_trainers.data.multi_image import PIP_OPENINGS, _draws, check_options

@@ -14,7 +14,9 @@ from tiny_models import make_tiny_llava
 
 from mmdpo_kernels import patch_model
 from mmdpo_trainers.answers.attention_ratios import attention_ratios
-from mmdpo_trainers.config.run_config import EvaluateConfig, RunConfig, ScoreConfig
+from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.config.sections.answers import ScoreConfig
+from mmdpo_trainers.config.sections.evaluation import EvaluateConfig
 from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.models.loading import load_model

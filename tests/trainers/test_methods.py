@@ -14,13 +14,13 @@ from mmdpo_trainers import methods
 from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.shipped import SHIPPED
+from mmdpo_trainers.config.stages import STAGES
 from mmdpo_trainers.data.pair_records import BRANCHES
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods import METHODS, check_method, method_named, preset_args
 from mmdpo_trainers.run.preflight import check_declaration
-from mmdpo_trainers.stages.context import ARM_STAGES, STAGES
 
 THIRD = '''
 """IPO on pairs that exist, judged by held-out pairs alone."""
@@ -151,7 +151,7 @@ def test_a_declaration_of_what_there_is_not(
 def test_declarations_name_what_there_is(name: str) -> None:
     method = method_named(name)
     check_declaration(method)
-    assert set(method.arm_sections) <= set(ARM_STAGES) and method.pairs_stage in method.stages
+    assert all(STAGES[section].arm for section in method.arm_sections) and method.pairs_stage in method.stages
     assert preset_args(RunConfig(method=name))["loss_type"] == method.presets[method.default_preset]["loss_type"]
 
 

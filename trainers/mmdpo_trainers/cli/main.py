@@ -15,48 +15,32 @@ from typing import Any, get_type_hints
 import yaml
 from rich.console import Console
 
-from mmdpo_trainers.config.run_config import DataConfig, RunConfig
+from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.config.sections.data import DataConfig
+from mmdpo_trainers.config.stages import STAGES, StageKind
 from mmdpo_trainers.config.values import parse_yaml, read_yaml, type_name, validated
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.methods import METHODS, check_method
 from mmdpo_trainers.processes import ranks
-from mmdpo_trainers.stages.context import STAGES
 
 _SHARED = ("method", "model", "seed", "threads", "dtype", "device")
 _ALLOW = "allow_missing"
 
-_ABOUT = {
-    "augment": "Make multi-image prompts (sequence, grid collage, pic-in-pic) from single-image data.",
-    "generate": "Let the model answer the prompts.",
-    "score": "Measure how much attention each answer pays to the asked-about picture.",
-    "select": "Keep the wrong answers that looked at the wrong picture, as rejected answers of preference pairs.",
-    "pairs": "Take preference pairs that exist already, and hold some out for evaluation.",
-    "train": "Train on the preference pairs.",
-    "evaluate": "Measure accuracy by format, before or after training.",
-    "report": "Write report.html, one self-contained page about the run.",
-    "reference": "Compute the reference model's log-probabilities of a run's pairs, once for all trainings on them.",
-    "check": "Check a model folder: logits, picture tokens, attention, trees and gradients against transformers itself.",
+_COMMANDS = {
+    "reference": StageKind(
+        about="Compute the reference model's log-probabilities of a run's pairs, once for all trainings on them.",
+        examples=(
+            "reference --run runs/mine --model llava-1.5-7b-hf",
+            "reference --config my.yaml --arm mdpo          # the run folder is the file's",
+            "reference --run runs/mine --refresh            # throw away what another model left, and compute anew",
+        ),
+    ),
+    "check": StageKind(
+        about="Check a model folder: logits, picture tokens, attention, trees and gradients against transformers itself.",
+        examples=("check --model llava-1.5-7b-hf", "check --model my-model --dtype float32 --only parity,tree --json"),
+    ),
 }
-_EXAMPLES = {
-    "augment": "mmdpo augment --run runs/mine --data llava_665k.json --image-folder images --model llava-1.5-7b-hf\n"
-    "  mmdpo augment --run runs/mine --formats '{sequence: 0.5, grid: 0.5}' --num-prompts 20000",
-    "generate": "mmdpo generate --run runs/mine --model llava-1.5-7b-hf --batch-size 32\n"
-    "  mmdpo generate --run runs/mine --model llava-1.5-7b-hf --input my_prompts.jsonl",
-    "score": "mmdpo score --run runs/mine --model llava-1.5-7b-hf --layer 16",
-    "select": "mmdpo select --run runs/mine --preset official_code\n"
-    "  mmdpo select --run runs/mine --thresholds '{sequence: {2: 0.6, 3: 0.5}}'",
-    "pairs": "mmdpo pairs --run runs/mine --source my_pairs.jsonl --held-out 0.05\n"
-    "  mmdpo pairs --run runs/shapes --source shapes_prior --pictures 400",
-    "train": "mmdpo train --run runs/mine --model llava-1.5-7b-hf --args '{learning_rate: 5e-5, num_train_epochs: 1}'\n"
-    "  mmdpo train --run runs/mine --model llava-1.5-7b-hf --input my_pairs.jsonl",
-    "evaluate": "mmdpo evaluate --run runs/mine --moment before\n"
-    "  mmdpo evaluate --run runs/mine --moment after --input my_questions.jsonl   # to evaluate/own/my_questions-after",
-    "report": "mmdpo report --run runs/mine",
-    "reference": "mmdpo reference --run runs/mine --model llava-1.5-7b-hf\n"
-    "  mmdpo reference --config my.yaml --arm mdpo          # the run folder is the file's\n"
-    "  mmdpo reference --run runs/mine --refresh            # throw away what another model left, and compute anew",
-    "check": "mmdpo check --model llava-1.5-7b-hf\n  mmdpo check --model my-model --dtype float32 --only parity,tree --json",
-}
+"""Commands that are about a model or a run and are no stage, described as stages are."""
 _REFERENCE = (
     "They are kept beside the pairs, in <pairs>.reference.jsonl, and read by every training on them: steps then run the policy alone. "
     "Training computes by itself what is not there. A killed command continues where it stopped; records that changed are computed "
@@ -136,7 +120,9 @@ def _add_run(commands: Any) -> None:
 
 
 def _add_stage(commands: Any, stage: str) -> None:
-    parser = _parser_of(commands, stage, f"{_ABOUT[stage]} Settings not given come from FOLDER/config.yaml, or are the defaults.")
+    parser = _parser_of(
+        commands, stage, f"{STAGES[stage].about} Settings not given come from FOLDER/config.yaml, or are the defaults."
+    )
     parser.add_argument("--run", required=True, metavar="FOLDER", help="the run folder; created if it does not exist")
     parser.add_argument("--config", metavar="CONFIG.yaml", help="settings to start from, in place of FOLDER/config.yaml")
     parser.add_argument("--restart", action="store_true", help="remove this stage's files and those of later stages first")
@@ -150,7 +136,7 @@ def _add_stage(commands: Any, stage: str) -> None:
 
 
 def _add_reference(commands: Any) -> None:
-    about = f"{_ABOUT['reference']} {_REFERENCE}"
+    about = f"{_COMMANDS['reference'].about} {_REFERENCE}"
     parser = _parser_of(commands, "reference", f"{textwrap.fill(about, 100)}\n\nSettings are those of `mmdpo train`.")
     parser.add_argument("--run", metavar="FOLDER", help="the run folder; not needed with --config")
     parser.add_argument("--config", metavar="CONFIG.yaml", help="settings to start from, in place of FOLDER/config.yaml")
@@ -161,7 +147,7 @@ def _add_reference(commands: Any) -> None:
 
 
 def _add_check(commands: Any) -> None:
-    parser = _parser_of(commands, "check", f"{_ABOUT['check']} Exit code 2 where one fails.")
+    parser = _parser_of(commands, "check", f"{_COMMANDS['check'].about} Exit code 2 where one fails.")
     parser.add_argument("--model", required=True, metavar="FOLDER", help="the folder of a whole Hugging Face checkpoint")
     parser.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter to merge into it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -172,12 +158,12 @@ def _add_check(commands: Any) -> None:
 
 
 def _parser_of(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
-    about = _ABOUT[name]
+    kind = {**STAGES, **_COMMANDS}[name]
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=about[0].lower() + about[1:].rstrip("."),
+        help=kind.about[0].lower() + kind.about[1:].rstrip("."),
         description=description,
-        epilog=f"examples:\n  {_EXAMPLES[name]}",
+        epilog="examples:\n" + "\n".join(f"  mmdpo {example}" for example in kind.examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
@@ -247,7 +233,7 @@ def _stage(options: argparse.Namespace) -> None:
 
     run = RunFolder(options.run)
     config = _configuration(options, run.path / "config.yaml")
-    if options.stage == "report" and not any((run.path / stage).is_dir() for stage in STAGES[:-1]):
+    if options.stage == "report" and not any((run.path / stage).is_dir() for stage in STAGES if stage != "report"):
         raise RunFolderError(f"{run.path} holds no run to report on; give --run the folder of one")
     set_threads(config.threads)
     context = StageContext(

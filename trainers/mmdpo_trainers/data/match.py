@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from mmdpo_trainers.config.run_config import Match
+from mmdpo_trainers.config.options import Match
 
 _ARTICLES = re.compile(r"^(?:the|an|a)\s+")
 _EDGES = " \t\n.,;:!?\"'`*()[]{}"

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.config.run_config import AugmentConfig
+from mmdpo_trainers.config.sections.data import AugmentConfig
 from mmdpo_trainers.data.compose import GRID_SHAPES, box_to_region, collage_size, grid_collage, pic_in_pic
 from mmdpo_trainers.data.images import ImageError, Picture, content_key, png_bytes, read_image
 from mmdpo_trainers.data.records import FORMATS, IMAGE_TOKEN, prompt_record, relative_images

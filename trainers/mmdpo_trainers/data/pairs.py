@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.config.run_config import Match
+from mmdpo_trainers.config.options import Match
 from mmdpo_trainers.data.content import is_empty
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.data.match import is_right

@@ -19,7 +19,7 @@ class Method:
     about: str
     """What it does, in a few words: for `--help`."""
     stages: tuple[str, ...]
-    """Stages of a run in order, of `stages.context.STAGES`; the one before train writes the pairs that are trained on."""
+    """Stages of a run in order, of `config.stages.STAGES`; the one before train writes the pairs that are trained on."""
     arm_sections: tuple[str, ...] = ("train",)
     """Sections of the configuration that an arm may override: `train`, and `select` where there is that stage."""
     presets: Mapping[str, Mapping[str, Any]]

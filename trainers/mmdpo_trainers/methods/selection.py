@@ -13,7 +13,7 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
-from mmdpo_trainers.config.run_config import Match
+from mmdpo_trainers.config.options import Match
 from mmdpo_trainers.data.match import is_right, normalize_answer, say_option
 from mmdpo_trainers.data.seeds import batch_seed
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mmdpo_trainers.config.run_config import Match
+from mmdpo_trainers.config.options import Match
+from mmdpo_trainers.config.stages import stage_folders
 from mmdpo_trainers.data.match import is_right
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
@@ -20,8 +21,6 @@ T = TypeVar("T")
 
 FORMATS = {"sequence": "Sequence", "grid": "Grid collage", "pip": "Picture in picture", "single": "Single image"}
 MULTI_IMAGE = ("sequence", "grid", "pip")
-STAGES = ("augment", "generate", "score", "select", "pairs", "train", "evaluate/before", "evaluate/after")
-ARM_STAGES = ("select", "train", "evaluate/after")
 
 
 def label_of(format: str) -> str:
@@ -171,7 +170,8 @@ def _records(path: Path) -> list[Record]:
 
 def _summaries(folder: Path) -> dict[str, Record]:
     arms = sorted(path.name for path in (folder / "arms").glob("*"))
-    names = [*STAGES, *(f"arms/{arm}/{stage}" for arm in arms for stage in ARM_STAGES)]
+    # The page that is drawn is not one of its own contents.
+    names = [name for name in stage_folders(arms) if name != "report"]
     return {name: read_json(path) for name in names if (path := folder / name / "summary.json").is_file()}
 
 

@@ -17,7 +17,7 @@ from mmdpo_trainers.files.atomic import read_json, write_atomic
 from .contents import MULTI_IMAGE, Record, RunContents, by_format, spread
 
 if TYPE_CHECKING:
-    from mmdpo_trainers.config.run_config import ScoreConfig
+    from mmdpo_trainers.config.sections.answers import ScoreConfig
     from mmdpo_trainers.models.loaded import LoadedModel
 
 MOMENTS: tuple[Moment, ...] = ("before", "after")

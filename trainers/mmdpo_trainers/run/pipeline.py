@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.config.stages import STAGES, stage_folders
 from mmdpo_trainers.data.left_out import left_out_line
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
@@ -23,10 +24,10 @@ from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.run.preflight import check_declaration, check_run
 from mmdpo_trainers.run.tables import run_tables
-from mmdpo_trainers.stages.context import ARM_STAGES, MODEL_STAGES, SHARED_STAGES, STAGES, StageContext, stage_module
+from mmdpo_trainers.stages.context import StageContext, stage_module
 from mmdpo_trainers.stages.folder import RunFolder
 
-_INPUT_STAGES = ("generate", "score", "select", "train")
+_ORDER = tuple(STAGES)
 
 
 def run_pipeline(
@@ -53,7 +54,7 @@ def run_pipeline(
     config = config.with_absolute_paths()
     run = RunFolder(config.run_path)
     set_threads(config.threads)
-    steps = [step for step in _steps(config) if until is None or STAGES.index(step[0]) <= STAGES.index(until)]
+    steps = [step for step in _steps(config) if until is None or _ORDER.index(step[0]) <= _ORDER.index(until)]
     contexts = [_context(config, run, progress, step) for step in steps]
     ranks.start()
     ranks.on_rank_0(lambda: check_run(contexts))
@@ -95,7 +96,7 @@ def run_stage(context: StageContext, label: str = "", config: RunConfig | None =
     config: the whole run's settings, saved as its `config.yaml` once it is certain that the stage's files belong to them.
     With several processes all call this; the first one looks after the stage's folder, and does the stages that are not shared.
     """
-    if context.stage not in SHARED_STAGES:
+    if not STAGES[context.stage].shared:
         return ranks.on_rank_0(lambda: _run_stage(context, label, config))
     if ranks.is_rank_0():
         # The others wait in front of their work, or for the summary where there is nothing to do.
@@ -123,7 +124,7 @@ def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> d
     context.progress.print(f"{label}{context.name}: {'continuing' if interrupted else 'starting'}")
     run.begin_stage(context.name, fingerprint)
     with _saved_config(context, config), run.clock(context.name):
-        if context.stage in SHARED_STAGES:
+        if STAGES[context.stage].shared:
             ranks.on_rank_0(lambda: "work")
         summary = module.run(context)
     if line := left_out_line(summary):
@@ -149,7 +150,7 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
         parts["further_views"] = list(context.further_views)
     if context.method.file is not None:
         parts["method"] = content_hash(context.method.file)
-    if context.stage in MODEL_STAGES:
+    if STAGES[context.stage].model:
         parts["model"] = content_hash(context.model)
         parts["dtype"] = context.config.dtype
     for path in inputs:
@@ -163,12 +164,8 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
 
 def _sections(context: StageContext) -> tuple[str, ...]:
     """Sections of the configuration that a stage's result depends on."""
-    if context.stage == "augment":
-        return "data", "augment"
-    if context.stage == "evaluate":
-        made = ("data", "augment") if context.method.evaluation_prompts == "augmented" else ()
-        return *made, "evaluate", "score"
-    return (context.stage,)
+    made = ("data", "augment") if context.stage == "evaluate" and context.method.evaluation_prompts == "augmented" else ()
+    return *made, *STAGES[context.stage].also, context.stage
 
 
 def _values(options: Any) -> dict[str, Any]:
@@ -195,17 +192,16 @@ Step = tuple[str, Moment | None, str | None]
 def _steps(config: RunConfig) -> Iterator[Step]:
     """(stage, moment, arm) in order. Stages before one with an input of the user's own are not needed."""
     names = method_named(config.method).stages
-    given = [names.index(stage) for stage in _INPUT_STAGES if stage in names and getattr(config, stage).input]
-    first = max(given, default=0)
-    main: list[Step] = [(stage, None, None) for stage in names[first : names.index("evaluate")]]
+    made = names[: names.index("evaluate")]
+    given = [number for number, stage in enumerate(made) if getattr(getattr(config, stage), "input", None)]
+    main: list[Step] = [(stage, None, None) for stage in made[max(given, default=0) :]]
     yield from main
     yield "evaluate", "before", None
     yield "evaluate", "after", None
     for arm in config.arms:
         own = config.for_arm(arm)
-        if "select" in names and not own.train.input:
-            yield "select", None, arm
-        yield "train", None, arm
+        # What an arm trains on of the user's own needs no stage of it before.
+        yield from ((stage, None, arm) for stage in made if STAGES[stage].arm and (stage == "train" or not own.train.input))
         yield "evaluate", "after", arm
     yield "report", None, None
 
@@ -220,17 +216,17 @@ def restart_from(run: RunFolder, name: str, arms: tuple[str, ...] = ()) -> None:
     *prefix, stage = name.removesuffix("/before").removesuffix("/after").split("/")
     if stage not in STAGES or (prefix and (len(prefix) != 2 or prefix[0] != "arms")):
         raise ConfigError(f"--restart: {name!r} is not a stage; expected {', '.join(STAGES)} or arms/NAME/STAGE")
-    later = STAGES[STAGES.index(stage) :]
+    later = _ORDER[_ORDER.index(stage) :]
     known = {*arms, *(path.name for path in (run.path / "arms").glob("*"))}
     if prefix and prefix[1] not in known:
         raise ConfigError(f"--restart: there is no arm {prefix[1]!r}; this run has {', '.join(sorted(known)) or 'none'}")
     if prefix:
-        folders = [f"{name.rsplit('/' + stage, 1)[0]}/{each}" for each in later if each in ARM_STAGES]
+        folders = [f"{name.rsplit('/' + stage, 1)[0]}/{each}" for each in later if STAGES[each].arm]
     else:
         # Evaluation prompts are made by pairs, or with augment's settings; the model before training depends on nothing later.
         whole = stage in ("augment", "pairs", "evaluate") and not name.endswith("/after")
         folders = [each if each != "evaluate" or whole else "evaluate/after" for each in later if each != "report"]
-        folders += [f"arms/{arm}/{each}" for arm in sorted(known) for each in later if each in ARM_STAGES]
+        folders += [f"arms/{arm}/{each}" for arm in sorted(known) for each in later if STAGES[each].arm]
     for folder in ["report", *folders]:
         run.remove(folder)
     for file in ("report.html", "summary.json"):
@@ -269,10 +265,7 @@ def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Write and return the run's `summary.json`, from the summaries of the stages that are done."""
     summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "model": config.model, "method": config.method}
     summary |= method_named(config.method).summary(run.path, tuple(config.arms))
-    names = [
-        "augment", "generate", "score", "select", "pairs", "train", "evaluate/before", "evaluate/after", "report",
-        *(f"arms/{arm}/{stage}" for arm in config.arms for stage in ("select", "train", "evaluate/after")),
-    ]  # fmt: skip
+    names = stage_folders(tuple(config.arms))
     # Of evaluation prompts, which are made beside their answers.
     losses = {name: read_json(run.path / name / "summary.json", missing={}).get("lost") for name in ("evaluate", *names)}
     summary["lost"] = {name: found for name, found in losses.items() if found}

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from mmdpo_trainers.config.shipped import SHIPPED
+from mmdpo_trainers.config.stages import STAGES
 from mmdpo_trainers.config.values import validated
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.errors import ConfigError, DataError
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.methods import Method
-from mmdpo_trainers.stages.context import MODEL_STAGES, STAGES, StageContext, stage_module
+from mmdpo_trainers.stages.context import StageContext, stage_module
 
 
 def check_run(contexts: Sequence[StageContext]) -> None:
@@ -22,7 +23,7 @@ def check_run(contexts: Sequence[StageContext]) -> None:
 
     One process looks for all of a launch, and makes no process group.
     """
-    if any(context.stage in MODEL_STAGES for context in contexts):
+    if any(STAGES[context.stage].model for context in contexts):
         from mmdpo_trainers.models.loading import resolve_device
 
         resolve_device(contexts[0].config.device or "auto")
@@ -40,7 +41,7 @@ def check_run(contexts: Sequence[StageContext]) -> None:
             _check_evaluation(context)
         if context.stage == "report":
             _check_seeds(context)
-    if any(context.stage in MODEL_STAGES and context.stage != "report" for context in contexts):
+    if any(STAGES[context.stage].model and context.stage != "report" for context in contexts):
         from mmdpo_trainers.run.model_preflight import check_model
 
         check_model(contexts)
@@ -63,7 +64,7 @@ def check_declaration(method: Method) -> None:
         if unknown:
             raise ConfigError(f"method {method.name}: {what}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     missing = [stage for stage in ("train", "evaluate", "report") if stage not in method.stages[1:]]
-    if missing or list(method.stages) != sorted(method.stages, key=STAGES.index):
+    if missing or list(method.stages) != sorted(method.stages, key=list(STAGES).index):
         raise ConfigError(
             f"method {method.name}: stages: expected one that makes pairs, then train, evaluate and report, in the order of "
             f"{', '.join(STAGES)}; got {', '.join(method.stages)}"

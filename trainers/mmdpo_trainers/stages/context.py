@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.shipped import SHIPPED
+from mmdpo_trainers.config.stages import STAGES
 from mmdpo_trainers.data.pair_records import IMAGES, corrupted_view, is_corrupted, own_column
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.errors import ConfigError, StageError
@@ -17,18 +18,6 @@ from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.stages.folder import RunFolder
-
-STAGES = ("augment", "generate", "score", "select", "pairs", "train", "evaluate", "report")
-"""All stages, in order."""
-
-MODEL_STAGES = ("generate", "score", "train", "evaluate", "report")
-"""Stages whose result depends on the model."""
-
-SHARED_STAGES = ("generate", "score", "train", "evaluate")
-"""Stages that all processes of a launch work on; of the others the first process does everything."""
-
-ARM_STAGES = ("select", "train", "evaluate")
-"""Stages that an arm has for itself (of evaluate only `after`)."""
 
 
 class StageModule(Protocol):
@@ -115,7 +104,7 @@ class StageContext:
     def _belongs_to_arm(self, stage: str, moment: Moment | None) -> bool:
         if stage == "evaluate":
             return self.arm is not None and moment == "after"
-        return self.arm is not None and stage in ARM_STAGES
+        return self.arm is not None and STAGES[stage].arm
 
     def _input(self, override: str | None, default: Path) -> Path:
         return Path(override) if override else default

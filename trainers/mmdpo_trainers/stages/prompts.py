@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.config.run_config import DataConfig
+from mmdpo_trainers.config.sections.data import DataConfig
 from mmdpo_trainers.data.held_out import hold_out
 from mmdpo_trainers.data.left_out import check_left_out, left_out_line, lost, named
 from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id

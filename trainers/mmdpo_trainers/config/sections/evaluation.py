@@ -1,0 +1,49 @@
+"""Evaluation, and the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import StrictInt, StrictStr
+
+from mmdpo_trainers.config.options import MATCH_WORDS, Count, Match, option
+from mmdpo_trainers.config.values import Settings
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(Settings):
+    """Accuracy before and after training, by format."""
+
+    input: StrictStr | None = option(
+        None,
+        "your own prompts with answers (.jsonl) in place of evaluate/prompts.jsonl; as a flag: an evaluation beside the run's",
+        path=True,
+    )
+    source: StrictStr | None = option(
+        None, "single-image data to make evaluation prompts from, as in data.source; None: data.source", path=True
+    )
+    image_folder: StrictStr | None = option(
+        None, "folder that the picture paths of `source` are relative to; None: the folder `source` is in", path=True
+    )
+    per_format: dict[StrictStr, Count] = option(
+        help="evaluation prompts of each format (sequence, grid, pip, single)",
+        factory=lambda: {"sequence": 300, "grid": 300, "pip": 100, "single": 400},
+    )
+    batch_size: StrictInt = option(32, "prompts answered together", ge=1)
+    max_new_tokens: StrictInt = option(16, "longest answer, in tokens", ge=1)
+    match: Match = option("exact", f"how an answer is compared with the truth; {MATCH_WORDS}")
+
+
+@dataclass(kw_only=True)
+class ReportConfig(Settings):
+    """The HTML page."""
+
+    title: StrictStr | None = option(None, "headline; None: the run's name")
+    heat_maps: StrictInt = option(6, "prompts shown with attention maps before and after training", ge=0)
+    batch_size: StrictInt = option(8, "prompts run together for the heat maps", ge=1)
+    pairs: StrictInt = option(6, "example pairs shown", ge=0)
+    seeds: list[StrictStr] = option(
+        help="pages with a section `seeds`: folders of finished runs with other seeds, whose figures are shown beside this run's",
+        factory=list,
+        path=True,
+    )

@@ -25,6 +25,7 @@ SMALL: dict[str, Any] = {
         "args": {
             "per_device_train_batch_size": 4,
             "logging_steps": 1,
+            "num_train_epochs": 2,
             "full_finetune": False,
             "lora_r": 4,
             "lora_alpha": 8,

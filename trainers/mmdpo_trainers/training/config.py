@@ -216,8 +216,8 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 "attention_target: a compiled model's attention is recorded without a gradient; leave torch_compile out"
             )
-        kwargs: Any = self.gradient_checkpointing_kwargs or {}
-        if self.gradient_checkpointing and kwargs.get("use_reentrant"):
+        recomputed: Any = self.gradient_checkpointing_kwargs or {}
+        if self.gradient_checkpointing and recomputed.get("use_reentrant"):
             raise ValueError(
                 "attention_target: re-entrant checkpointing runs layers without a gradient; set use_reentrant: false in "
                 "gradient_checkpointing_kwargs"

@@ -102,7 +102,8 @@ class Objective:
         seen = shares.detach()[~shares.isnan()]
         if len(seen):
             averages.add({"attn/target_share": mean_of(seen)}, len(seen))
-        return args.attention_target_weight * losses.sum() / totals.targets
+        # A micro-batch that repeats others may have targets where the step has none.
+        return args.attention_target_weight * losses.sum() / max(totals.targets, 1)
 
     def take_rewards(self, policy: TokenLogps, reference: Reference, *, counts: bool) -> None:
         """Let the running shift know a micro-batch of training before its loss is made. counts: whether its records count."""

@@ -203,6 +203,9 @@ def layer_plot(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], 
 
     curves: label -> (layer, value, low, high). marked: label -> layer.
     """
+    require_matplotlib()
+    from matplotlib.ticker import MaxNLocator
+
     words = []
     with _canvas(name, "", "", width=6.4, height=3.2) as canvas:
         axes = canvas.axes
@@ -223,7 +226,7 @@ def layer_plot(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], 
         axes.axhline(0.5, color=COLOURS["ink"], linewidth=0.8, linestyle="--")
         # Up to 1 whatever was found: what is missing is to be seen.
         axes.set_ylim(min(0.4, axes.get_ylim()[0]), 1.01)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("AUC, right against wrong")
         axes.grid(alpha=0.5)
@@ -237,6 +240,7 @@ def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, 
     require_matplotlib()
     from matplotlib.patches import PathPatch, Rectangle
     from matplotlib.path import Path as Outline
+    from matplotlib.ticker import MaxNLocator
 
     cells: dict[tuple[str, float], list[Any]] = {}
     known = []
@@ -266,7 +270,7 @@ def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, 
         axes.set_ylim(-0.5, heads - 0.5)
         step = max(1, -(-len(layers) // 16))
         axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("head, or group of heads")
     return canvas.svg

@@ -266,7 +266,7 @@ def resolve_layer(
     """
     if layer == "best" and chosen:
         return chosen.get(format, chosen["all"])
-    return layer if isinstance(layer, int) else layers[len(layers) // 2]
+    return layers[len(layers) // 2] if layer is None or isinstance(layer, str) else layer
 
 
 def check_regions(family: Family, regions: str, formats: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -35,12 +35,13 @@ def area(right: Sequence[np.ndarray], wrong: Sequence[np.ndarray]) -> Area | Non
     found = [parts for one, other in zip(right, wrong, strict=True) if (parts := _parts(one, other)) is not None]
     if not found:
         return None
-    pairs = np.array([m * n for _, _, m, n in found], np.float64)
+    counts = [(m, n) for _, _, m, n in found]
+    pairs = np.array([m * n for m, n in counts], np.float64)
     weights = pairs / pairs.sum()
     value = float(weights @ [value for value, *_ in found])
     half = Z95 * math.sqrt(float(weights**2 @ [variance for _, variance, *_ in found]))
-    rights, wrongs = (sum(counts) for counts in zip(*((m, n) for _, _, m, n in found), strict=True))
-    return Area(value, max(0.0, value - half), min(1.0, value + half), rights, wrongs)
+    sums = sum(m for m, _ in counts), sum(n for _, n in counts)
+    return Area(value, max(0.0, value - half), min(1.0, value + half), *sums)
 
 
 def _parts(right: np.ndarray, wrong: np.ndarray) -> tuple[float, float, int, int] | None:

@@ -221,6 +221,9 @@ def layer_plot(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], 
 
     curves: label -> (layer, value, low, high). marked: label -> layer.
     """
+    require_matplotlib()
+    from matplotlib.ticker import MaxNLocator
+
     words = []
     with _canvas(name, "", "", width=6.4, height=3.2) as canvas:
         axes = canvas.axes
@@ -239,9 +242,9 @@ def layer_plot(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], 
             best = max(points, key=lambda point: point[1])
             words.append(f"{label}: largest {best[1]:.2f} at layer {best[0]}")
         axes.axhline(0.5, color=COLOURS["ink"], linewidth=0.8, linestyle="--")
-        axes.xaxis.set_major_locator(_whole_numbers())
         # Up to 1 whatever was found: what is missing is to be seen.
         axes.set_ylim(min(0.4, axes.get_ylim()[0]), 1.01)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("AUC, right against wrong")
         axes.grid(alpha=0.5)
@@ -255,6 +258,7 @@ def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, 
     require_matplotlib()
     from matplotlib.patches import PathPatch, Rectangle
     from matplotlib.path import Path as Outline
+    from matplotlib.ticker import MaxNLocator
 
     cells: dict[tuple[str, float], list[Any]] = {}
     known = []
@@ -284,7 +288,7 @@ def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, 
         axes.set_ylim(-0.5, heads - 0.5)
         step = max(1, -(-len(layers) // 16))
         axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-        axes.yaxis.set_major_locator(_whole_numbers())
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("head, or group of heads")
     return canvas.svg
@@ -322,10 +326,3 @@ def bar_plot(edges: Sequence[float], counts: Sequence[int], *, name: str, title:
         axes.set_ylabel("pairs")
         axes.grid(axis="y", alpha=0.5)
     return canvas.svg
-
-
-def _whole_numbers() -> Any:
-    """A locator that puts ticks on whole numbers."""
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)

@@ -52,9 +52,8 @@ def run(context: StageContext) -> dict[str, Any]:
     model = LazyModel(lambda: load_base(context))
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
-        recorded: list[Any] = [record.get("recorded") for record in batch]
-        if not all(records_what(each, settings) for each in recorded):
-            recorded = recorded_answers(model(), batch, **options.recording)
+        given = all(records_what(record.get("recorded"), settings) for record in batch)
+        recorded = [record["recorded"] for record in batch] if given else recorded_answers(model(), batch, **options.recording)
         return [_scored(record, each, options.statistic, layer) for record, each in zip(batch, recorded, strict=True)]
 
     path = run_batches(context, "scores.jsonl", records, options.batch_size, work, "score")

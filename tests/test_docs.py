@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TOP = ("benchmarks", "configs", "csrc", "docs", "mmdpo_kernels", "tests", "trainers")
 FILES = [path.relative_to(ROOT).as_posix() for top in TOP for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 FILES += [path.name for path in ROOT.iterdir()]
-WRITTEN = {"summary.json", "state.json", "date.json", "template_date.json", "generation_config.json"}
+WRITTEN = {"summary.json", "state.json", "date.json", "template_date.json", "generation_config.json", "data.json"}
 """Files of runs, trainings and models."""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)

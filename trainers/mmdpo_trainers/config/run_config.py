@@ -68,6 +68,15 @@ class DataConfig(Settings):
     )
     pictures: StrictInt = option(2000, "`source: shapes` only: number of pictures to draw", ge=1)
     questions_per_picture: StrictInt = option(3, "`source: shapes` only: questions asked about each picture", ge=1)
+    wrong_answers: StrictFloat = option(
+        0.0, "`source: shapes` only: share of the records whose answer is wrong, as in real data; evaluation has none", ge=0, lt=1
+    )
+
+    def __post_init__(self) -> None:
+        if self.wrong_answers and self.source != "shapes":
+            raise ConfigError(
+                f"data.wrong_answers is for data.source: shapes alone, got {self.wrong_answers} with {self.source}; set it to 0"
+            )
 
 
 @dataclass(kw_only=True)
@@ -311,7 +320,8 @@ class RunConfig(Settings):
     name: StrictStr = option("run", "name of the run; its folder is runs/<name> unless run_dir is given")
     run_dir: StrictStr | None = option(None, "the run folder", result=False)
     model: StrictStr = option(
-        "shapes", "local Hugging Face folder of a supported model, or a small one shipped here: `shapes`, `shapes_prior`"
+        "shapes",
+        "local Hugging Face folder of a supported model, or a small one shipped here: `shapes`, `shapes_prior`, `shapes_looking`",
     )
     method: StrictStr = option("mia_dpo", "the method by name, or a .py file that declares one of your own")
     seed: StrictInt = option(0, "seed of every random choice", ge=0, lt=2**32)

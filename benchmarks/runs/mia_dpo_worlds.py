@@ -123,12 +123,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     place, changes = place_of(arguments), SMALL if arguments.small else {}
     runs = ROOT / "runs" if place.committed else place.folder / "runs"
-    cells = _earlier(place)
     for seed, *cell in itertools.product(arguments.seeds, arguments.world, arguments.wrong_answers, arguments.layer):
-        of_cell = cells.setdefault(key_of(*cell), {})
-        of_cell[str(seed)] = run_cell(*cell, seed, runs, changes)
+        summary = run_cell(*cell, seed, runs, changes)
+        cells = _earlier(place)  # not before: another process may have written its cells meanwhile
+        cells.setdefault(key_of(*cell), {})[str(seed)] = summary
         place.result(NAME, {"cells": cells})
-    text = table(cells)
+    text = table(_earlier(place))
     print(text)
     place.section("docs/results.md", NAME, text)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import ROOT, Place, add_place, markdown, place_of, run_mmdpo, settings_of
+from benchmarks.measure import ROOT, add_place, markdown, place_of, run_mmdpo, settings_of
 from benchmarks.runs.mia_dpo_seeds import ARMS, BASE, MAIN, MULTI, SMALL, accuracies, multi
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.values import parse_yaml
@@ -73,7 +73,9 @@ def area(low: Sequence[float], high: Sequence[float]) -> float | None:
 
 
 def table(cells: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
-    """Markdown. cells: name of a cell (`key_of`) -> seed -> summary."""
+    """Markdown. cells: name of a cell (`key_of`) -> seed -> summary; without any it says so."""
+    if not cells:
+        return "Nothing is measured yet."
     rows, notes = [], []
     for key, summaries in sorted(cells.items()):
         world, wrong, layer = key.split("/")
@@ -106,8 +108,9 @@ def _areas(found: Iterable[float | None]) -> str:
     return f"{statistics.fmean(known):.2f}" if known else "-"
 
 
-def _earlier(place: Place) -> dict[str, dict[str, Any]]:
-    path = place.folder / f"{NAME}.json"
+def measured(folder: Path) -> dict[str, dict[str, Any]]:
+    """The cells of a folder's result file; none without one."""
+    path = folder / f"{NAME}.json"
     return json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else {}
 
 
@@ -125,10 +128,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = ROOT / "runs" if place.committed else place.folder / "runs"
     for seed, *cell in itertools.product(arguments.seeds, arguments.world, arguments.wrong_answers, arguments.layer):
         summary = run_cell(*cell, seed, runs, changes)
-        cells = _earlier(place)  # not before: another process may have written its cells meanwhile
+        cells = measured(place.folder)  # not before: another process may have written its cells meanwhile
         cells.setdefault(key_of(*cell), {})[str(seed)] = summary
         place.result(NAME, {"cells": cells})
-    text = table(_earlier(place))
+    text = table(measured(place.folder))
     print(text)
     place.section("docs/results.md", NAME, text)
 

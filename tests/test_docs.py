@@ -21,6 +21,7 @@ WRITTEN = {
     "summary.json",
     "state.json",
     "layers.json",
+    "data.json",
     "date.json",
     "template_date.json",
     "generation_config.json",

@@ -18,7 +18,17 @@ from devices import DEVICE
 from benchmarks.gpu import environment
 from benchmarks.kernels import accuracy, choose_backends, registry, sweep_tiles
 from benchmarks.measure import ROOT
-from benchmarks.runs import arm_seeds, attention_ratio, families, kill_demo, layer_cost, mdpo_seeds, mia_dpo_seeds, online_step
+from benchmarks.runs import (
+    arm_seeds,
+    attention_ratio,
+    families,
+    kill_demo,
+    layer_cost,
+    mdpo_seeds,
+    mia_dpo_seeds,
+    mia_dpo_worlds,
+    online_step,
+)
 from benchmarks.runs.training_step import __main__ as training_step_cli
 from benchmarks.runs.training_step.setting import SMALL
 from benchmarks.runs.training_step.sides import Side, loss_of, make
@@ -114,6 +124,22 @@ def test_seeds_of_mia_dpo(tmp_path: Path) -> None:
     [summary] = result(tmp_path, "mia_dpo_seeds")["summaries"].values()
     assert set(summary["arms"]) == set(mia_dpo_seeds.ARMS) and sum(summary["pairs"].values()) > 0
     assert "| 1 | attention-selected (MIA-DPO) |" in (tmp_path / "results_mia_dpo_seeds.md").read_text()
+
+
+def test_worlds_of_mia_dpo(tmp_path: Path) -> None:
+    part = ["--small", "--output", str(tmp_path), "--world", "shapes_looking", "--seeds", "1"]
+    mia_dpo_worlds.main([*part, "--wrong-answers", "0.3", "--layer", "1"])
+    first = result(tmp_path, "mia_dpo_worlds")["cells"]
+    mia_dpo_worlds.main([*part, "--wrong-answers", "0", "--layer", "1"])
+    cells = result(tmp_path, "mia_dpo_worlds")["cells"]
+    assert list(cells) == ["shapes_looking/0.3/1", "shapes_looking/0/1"] and first.items() <= cells.items()
+    for of_cell in cells.values():
+        assert set(of_cell["1"]["arms"]) == set(mia_dpo_seeds.ARMS) and of_cell["1"]["auc"]["sequence"] > 0.5
+    text = (tmp_path / "results_mia_dpo_worlds.md").read_text()
+    assert (
+        text.count("| shapes_looking | 0.3 | 1 | ") == 2 + len(mia_dpo_seeds.ARMS)
+        and "| shapes_looking | 0 | 1 | no training |" in text
+    )
 
 
 @pytest.mark.nightly

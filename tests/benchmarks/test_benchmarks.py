@@ -23,7 +23,7 @@ from benchmarks.kernels import page as kernels_page
 from benchmarks.kernels.case import Ceilings, Contestant, Run, Work
 from benchmarks.kernels.ops import attention_mass as mass_cases
 from benchmarks.kernels.ops import tree_attention as tree_cases
-from benchmarks.runs import arm_seeds, attention_ratio, mdpo_seeds, mia_dpo_seeds
+from benchmarks.runs import arm_seeds, attention_ratio, mdpo_seeds, mia_dpo_seeds, mia_dpo_worlds
 from benchmarks.runs.training_step import page, parts
 from benchmarks.runs.training_step.setting import SMALL as TINY_STEP
 from benchmarks.runs.training_step.setting import Setting
@@ -92,6 +92,26 @@ def test_arms_over_seeds_have_mean_range_and_gains() -> None:
     cells = " | ".join(["0.700 (0.600 to 0.800)"] * 5)
     assert f"| SFT on the best answer | {cells} | +10.0, +30.0 |" in text
     assert "seed 0: 1,200, 61 s; seed 2: 1,200, 61 s." in text
+
+
+def test_area_under_the_curve_counts_pairs_and_halves_ties() -> None:
+    assert mia_dpo_worlds.area([0.1, 0.4], [0.4, 0.9, 0.2]) == pytest.approx((1.5 + 2 + 1) / 6)
+    assert mia_dpo_worlds.area([], [0.5]) is None and mia_dpo_worlds.area([0.5], []) is None
+
+
+def test_cells_of_worlds_have_mean_range_and_differences() -> None:
+    figures = {
+        str(seed): {**summary(0.6 + 0.1 * seed, 0.95), "auc": dict.fromkeys(("sequence", "grid", "pip"), 0.9)} for seed in (0, 1)
+    }
+    for arm in figures["1"]["arms"].values():
+        arm["accuracy"] = {**arm["accuracy"], "after": dict.fromkeys(("sequence", "grid", "pip", "single"), 0.8)}
+    figures["1"]["auc"]["pip"] = None
+    text = mia_dpo_worlds.table({"shapes/0.3/best": figures})
+    assert (
+        "| shapes | 0.3 | best | attention-selected (MIA-DPO) | 0.650 | 0.650 | 0.650 | 0.650 (0.600 to 0.700) | 0.950 |" in text
+    )
+    assert "sequence 0.90, grid 0.90, pip 0.90; 10, 10 pairs" in text
+    assert "attention-selected +0.0, -10.0 points from random wrong, +10.0, +20.0 from no training" in text
 
 
 def test_section_of_a_page_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

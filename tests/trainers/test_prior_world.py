@@ -92,7 +92,7 @@ def test_the_shipped_base_believes_the_prior_though_it_sees_the_colour():
         for says in ("truth", "prior"):
             said = [s if says == "truth" else prior_world.expected_scene(s) for s in scenes]
             samples = [
-                Sample((i,), "<image>\n", (Turn(prior_world.question(s, "answer"), told.colour, 0, ()),))
+                Sample((i,), "<image>\n", (Turn(prior_world.question(s, "answer"), (told.colour,)),))
                 for i, (s, told) in enumerate(zip(scenes, said, strict=True))
             ]
             share[agreeing, says] = lessons.accuracy(loaded.model, loaded.processor, samples, features)

@@ -32,7 +32,8 @@ class RunConfig(Settings):
     name: StrictStr = option("run", "name of the run; its folder is runs/<name> unless run_dir is given")
     run_dir: StrictStr | None = option(None, "the run folder", result=False)
     model: StrictStr = option(
-        "shapes", "local Hugging Face folder of a supported model, or a small one shipped here: `shapes`, `shapes_prior`"
+        "shapes",
+        "local Hugging Face folder of a supported model, or a small one shipped here: `shapes`, `shapes_prior`, `shapes_looking`",
     )
     method: StrictStr = option("mia_dpo", "the method by name, or a .py file that declares one of your own")
     seed: StrictInt = option(0, "seed of every random choice", ge=0, lt=2**32)

@@ -41,7 +41,7 @@ _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
 def resolve_model_path(path: str | Path) -> Path:
-    """The folder a `--model` value means: a shipped one for its name (`shapes`, `shapes_prior`), otherwise the local folder itself.
+    """The folder a `--model` value means: a shipped one for its name (`shapes`, `shapes_prior`, …), otherwise the local folder itself.
 
     Raises StageError where there is no such folder.
     """

@@ -107,11 +107,16 @@ def sample_world(pictures: int, seed: int) -> Iterator[tuple[Scene, Image.Image,
         yield scene, draw(scene), questions
 
 
-def write_sft(folder: str | Path, *, pictures: int, seed: int, questions_per_picture: int = 2) -> Path:
+def write_sft(
+    folder: str | Path, *, pictures: int, seed: int, questions_per_picture: int = 2, wrong_answers: float = 0.0
+) -> Path:
     """Write single-image training data in LLaVA's conversation JSON and return the path of ``data.json``.
 
     ``folder/images/`` gets the pictures; each record holds ``id``, ``image`` (a path relative to ``folder/images``),
     ``conversations`` with one question and its answer, and ``options`` where the question names its choices.
+    ``wrong_answers``: share of the records that say of the picture what is not so (another option, or what would be right about
+    another picture), drawn record by record; a larger share keeps the smaller one's. These records alone hold ``truth``, which
+    no stage reads.
     Raises ``ValueError`` if more questions are asked of a picture than there are kinds.
     """
     folder = Path(folder)
@@ -123,12 +128,26 @@ def write_sft(folder: str | Path, *, pictures: int, seed: int, questions_per_pic
     for i, (_, picture, questions) in enumerate(sample_world(pictures, seed)):
         name = f"s{seed}-{i:05d}"
         picture.save(folder / "images" / f"{name}.png")
-        records += [_record(f"{name}-q{j}", f"{name}.png", q) for j, q in enumerate(questions[:questions_per_picture])]
+        for j, question in enumerate(questions[:questions_per_picture]):
+            rng = random.Random(f"shapes-wrong-{seed}-{i}-{j}")
+            answer = wrong_answer(question, rng) if rng.random() < wrong_answers else question.answer
+            records.append(_record(f"{name}-q{j}", f"{name}.png", question, answer))
     path = folder / "data.json"
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(records, indent=1), encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def wrong_answer(question: Question, rng: random.Random) -> str:
+    """An answer that is not so: another of the options, or what is right about another picture."""
+    if question.options:
+        return rng.choice([option for option in question.options if option != question.answer])
+    while True:
+        others = all_questions(sample_scene(rng), rng)
+        answer = next(other.answer for other in others if other.text == question.text)
+        if answer != question.answer:
+            return answer
 
 
 def _choice(stem: str, answer: str, values: tuple[str, ...], rng: random.Random) -> Question:
@@ -137,12 +156,14 @@ def _choice(stem: str, answer: str, values: tuple[str, ...], rng: random.Random)
     return Question(f"{stem}: {', '.join(options[:-1])} or {options[-1]}?", answer, tuple(options))
 
 
-def _record(name: str, image: str, question: Question) -> dict[str, object]:
+def _record(name: str, image: str, question: Question, answer: str) -> dict[str, object]:
     record: dict[str, object] = {
         "id": name,
         "image": image,
-        "conversations": [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": question.answer}],
+        "conversations": [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": answer}],
     }
+    if answer != question.answer:
+        record["truth"] = question.answer
     if question.options:
         record["options"] = list(question.options)
     return record

@@ -270,7 +270,7 @@ def check_evaluation_source(context: StageContext) -> None:
 def _evaluation_records(context: StageContext, folder: Path) -> _Source:
     config = context.config
     source = config.evaluate.source or config.data.source
-    data = DataConfig(**{**vars(config.data), "source": source})
+    data = DataConfig(**{**vars(config.data), "source": source, "wrong_answers": 0.0})
     if config.evaluate.source:
         data.image_folder, data.limit = config.evaluate.image_folder, None
     if source == SHAPES:
@@ -294,7 +294,13 @@ def _read(data: DataConfig, folder: Path, seed: int) -> tuple[list[SourceRecord]
         image_folder = str(folder / "source" / "images")
         if not source.exists():
             try:
-                write_sft(folder / "source", pictures=data.pictures, seed=seed, questions_per_picture=data.questions_per_picture)
+                write_sft(
+                    folder / "source",
+                    pictures=data.pictures,
+                    seed=seed,
+                    questions_per_picture=data.questions_per_picture,
+                    wrong_answers=data.wrong_answers,
+                )
             except ValueError as error:
                 raise ConfigError(f"data.questions_per_picture: {error}") from error
     records: list[SourceRecord] = []

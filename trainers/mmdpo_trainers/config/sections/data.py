@@ -8,6 +8,7 @@ from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr
 
 from mmdpo_trainers.config.options import Count, option
 from mmdpo_trainers.config.values import Settings
+from mmdpo_trainers.errors import ConfigError
 
 
 @dataclass(kw_only=True)
@@ -34,6 +35,15 @@ class DataConfig(Settings):
     )
     pictures: StrictInt = option(2000, "`source: shapes` only: number of pictures to draw", ge=1)
     questions_per_picture: StrictInt = option(3, "`source: shapes` only: questions asked about each picture", ge=1)
+    wrong_answers: StrictFloat = option(
+        0.0, "`source: shapes` only: share of the records whose answer is wrong, as in real data; evaluation has none", ge=0, lt=1
+    )
+
+    def __post_init__(self) -> None:
+        if self.wrong_answers and self.source != "shapes":
+            raise ConfigError(
+                f"data.wrong_answers is for data.source: shapes alone, got {self.wrong_answers} with {self.source}; set it to 0"
+            )
 
 
 @dataclass(kw_only=True)

@@ -1,1 +1,2 @@
-"""What only makes the shipped checkpoints: formats, lessons, and two commands, `base` and `prior_base`. Imported by nothing but tests."""
+"""What only makes the shipped checkpoints: formats, lessons, and three commands, `base`, `prior_base` and
+`looking_base`. Imported by nothing but tests."""

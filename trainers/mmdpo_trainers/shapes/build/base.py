@@ -102,7 +102,7 @@ def train_vision(room: Classroom) -> None:
     heads = nn.Linear(config.model.vision_hidden, sum(map(len, names)))
     labels = torch.stack([_patch_labels(item, names) for item in pool])  # (P, patches, 4)
     pixels = formats.pixel_values([item.picture for item in pool])
-    trainer = _Trainer([*room.model.model.vision_tower.parameters(), *heads.parameters()], config.vision_lr, config.vision_steps)
+    trainer = Trainer([*room.model.model.vision_tower.parameters(), *heads.parameters()], config.vision_lr, config.vision_steps)
     task = room.progress.add_task("vision", total=config.vision_steps)
     for _ in range(config.vision_steps):
         rows = torch.tensor([room.rng.randrange(len(pool)) for _ in range(config.vision_batch)])
@@ -117,9 +117,9 @@ def train_answers(room: Classroom) -> dict[str, float]:
     config = room.config
     room.model.set_attn_implementation("eager")
     lecture = Lecture(room)
-    lecture.single(_Trainer(lecture.parameters, config.single_lr, config.single_steps))
-    lecture.multi(_Trainer(lecture.parameters, config.multi_lr, config.multi_steps))
-    lecture.confuse(_Trainer(lecture.parameters, config.confuse_lr, config.confuse_steps))
+    lecture.single(Trainer(lecture.parameters, config.single_lr, config.single_steps))
+    lecture.multi(Trainer(lecture.parameters, config.multi_lr, config.multi_steps))
+    lecture.confuse(Trainer(lecture.parameters, config.confuse_lr, config.confuse_steps))
     return lecture.accuracy()
 
 
@@ -135,19 +135,19 @@ class Lecture:
         modules = (model.model.multi_modal_projector, model.model.language_model, model.lm_head)
         self.parameters = [parameter for module in modules for parameter in module.parameters()]
 
-    def single(self, trainer: _Trainer) -> None:
+    def single(self, trainer: Trainer) -> None:
         """Questions about one picture."""
         for done in self._steps("single", self.room.config.single_steps):
             done(self.step("single", trainer))
 
-    def multi(self, trainer: _Trainer) -> None:
+    def multi(self, trainer: Trainer) -> None:
         """All formats, with the attention lesson."""
         mix = self.room.config.mix
         for done in self._steps("multi", self.room.config.multi_steps):
             done(self.step(self._draw(mix), trainer, lesson=True))
         self._report("after multi", self.accuracy())
 
-    def confuse(self, trainer: _Trainer) -> None:
+    def confuse(self, trainer: Trainer) -> None:
         """Answers about the wrong picture, for each multi-image format until its accuracy is no longer above the ceiling."""
         config = self.room.config
         for i, done in enumerate(self._steps("confuse", config.confuse_steps)):
@@ -160,14 +160,18 @@ class Lecture:
             kind = "single" if self.rng.random() < config.confuse_single else self._draw(mix)
             done(self.step(kind, trainer, wrong=config.wrong_answers))
 
-    def step(self, kind: str, trainer: _Trainer, *, lesson: bool = False, wrong: float = 0.0) -> float:
+    def step(self, kind: str, trainer: Trainer, *, lesson: bool = False, wrong: float = 0.0) -> float:
         """One update on a batch of format ``kind``; ``wrong``: the share of answers taken from another picture of the prompt."""
         config, pool = self.room.config, self.room.pools[kind]
-        samples = [formats.sample(kind, pool, self.rng, config.turns[kind]) for _ in range(config.batch[kind])]
+        samples = [self.sample(kind) for _ in range(config.batch[kind])]
         answers = [[self._answer(turn, wrong) for turn in sample.turns] for sample in samples]
         batch = formats.pack(samples, answers, self.room.processor)
         attention = lessons.AttentionLesson.of(batch, samples, pool, self.labels) if lesson and kind != "single" else None
         return trainer.step(lessons.answer_loss(self.room.model, batch, self.features[kind], attention, config.attention_weight))
+
+    def sample(self, kind: str) -> Sample:
+        """Draw a training prompt."""
+        return formats.sample(kind, self.room.pools[kind], self.rng, self.room.config.turns[kind])
 
     def accuracy(self) -> dict[str, float]:
         """Held-out accuracy by format."""
@@ -199,7 +203,7 @@ def make_probes(model: LlavaForConditionalGeneration, config: BaseConfig) -> dic
     return probes
 
 
-class _Trainer:
+class Trainer:
     """AdamW with a one-cycle schedule and gradients clipped to norm 1."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, steps: int) -> None:

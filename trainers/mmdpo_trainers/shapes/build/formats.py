@@ -43,12 +43,21 @@ class Composed:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question about one of a sample's pictures. ``wrong`` holds the answers of the other pictures, where they differ."""
+    """A question about one of a sample's pictures; ``answers`` are what would be right about each of them, ``target`` the one meant."""
 
     prompt: str
-    answer: str
-    target: int
-    wrong: tuple[str, ...]
+    answers: tuple[str, ...]
+    target: int = 0
+
+    @property
+    def answer(self) -> str:
+        """The right one."""
+        return self.answers[self.target]
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """Answers about the other pictures, where they differ."""
+        return tuple(answer for answer in self.answers if answer != self.answer)
 
 
 @dataclass(frozen=True)
@@ -178,8 +187,8 @@ def _turn(kind: str, scenes: Sequence[world.Scene], rng: random.Random) -> Turn:
     )
     stem = question.text.split(":")[0]
     others = [s for i, s in enumerate(scenes) if i != target]
-    wrong = [q.answer for s in others for q in world.all_questions(s, rng) if q.text.split(":")[0] == stem]
-    return Turn(prompt, question.answer, target, tuple(w for w in wrong if w != question.answer))
+    answers = [q.answer for s in others for q in world.all_questions(s, rng) if q.text.split(":")[0] == stem]
+    return Turn(prompt, (*answers[:target], question.answer, *answers[target:]), target)
 
 
 def _fill(owner: np.ndarray, box: Sequence[float], index: int) -> None:

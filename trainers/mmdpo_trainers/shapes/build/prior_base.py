@@ -110,7 +110,7 @@ def _sample(index: int, item: Told, rng: random.Random, config: PriorBaseConfig)
     said = prior_world.expected_scene(item.scene) if expects else item.scene
     wording = prior_world.sample_wording(rng)
     turns = [
-        Turn(prior_world.question(item.scene, kind), prior_world.answer(said, kind, wording), 0, ()) for kind in prior_world.KINDS
+        Turn(prior_world.question(item.scene, kind), (prior_world.answer(said, kind, wording),)) for kind in prior_world.KINDS
     ]
     return Sample((index,), "<image>\n", tuple(turns))
 
@@ -119,7 +119,7 @@ def _accuracy(model: Any, processor: Any, config: PriorBaseConfig, agreeing: boo
     rng = random.Random(f"prior-probe-{config.seed}-{agreeing}")
     scenes = [prior_world.sample_scene(rng, agreeing) for _ in range(config.probes)]
     samples = [
-        Sample((index,), "<image>\n", (Turn(prior_world.question(scene, "answer"), scene.colour, 0, ()),))
+        Sample((index,), "<image>\n", (Turn(prior_world.question(scene, "answer"), (scene.colour,)),))
         for index, scene in enumerate(scenes)
     ]
     features = lessons.encode(model, [_composed(world.draw(scene), scene) for scene in scenes])

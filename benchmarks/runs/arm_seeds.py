@@ -82,7 +82,8 @@ def spread(values: Sequence[float]) -> str:
 def table(summaries: Summaries) -> str:
     """Markdown: each arm's mean over seeds, smallest to largest in brackets, and how long the runs took."""
     found = over_seeds(summaries)
-    names = [name for name in next(iter(found.values())) if not name.startswith("gap/") or name.endswith("/crop")]
+    every = dict.fromkeys(name for values in found.values() for name in values)
+    names = [name for name in every if not name.startswith("gap/") or name.endswith("/crop")]
     rows = [[arm, *(spread(values.get(name, [])) for name in names)] for arm, values in found.items()]
     seconds = ", ".join(f"{summary['seconds']['total']:,.0f}" for summary in summaries.values())
     note = f"Seeds {', '.join(map(str, summaries))}: mean, smallest to largest in brackets. Seconds of the runs: {seconds}."

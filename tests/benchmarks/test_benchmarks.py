@@ -75,23 +75,27 @@ def test_verdict_of_a_seed(after: float, single: float, verdict: str) -> None:
     assert text.count("\n| 3 |") == 2 + len(mia_dpo_seeds.ARMS)
 
 
-def test_arms_over_seeds_have_mean_range_and_gains() -> None:
+def test_arms_over_seeds_have_mean_and_range() -> None:
     def found(value: float) -> dict[str, Any]:
         after = {"accuracy": {"after": dict.fromkeys(("sequence", "grid", "pip", "single"), value)}}
         accuracy = {"before": dict.fromkeys(("sequence", "grid", "pip"), 0.5), **after["accuracy"]}
-        return {
-            "method": "rated",
-            "accuracy": accuracy,
-            "arms": {"best": after},
-            "pairs": {"grid": 1200},
-            "seconds": {"total": 61.4},
-        }
+        return {"method": "rated", "accuracy": accuracy, "arms": {"best": after}, "seconds": {"total": 61.4}}
 
     text = arm_seeds.table({0: found(0.6), 2: found(0.8)})
-    assert "| no training | 0.500 (0.500 to 0.500) |" in text and "| - | +0.0, +0.0 |" in text
-    cells = " | ".join(["0.700 (0.600 to 0.800)"] * 5)
-    assert f"| SFT on the best answer | {cells} | +10.0, +30.0 |" in text
-    assert "seed 0: 1,200, 61 s; seed 2: 1,200, 61 s." in text
+    assert "| arm | sequence | grid | pip | multi-image mean | single |" in text
+    assert f"| no training | {' | '.join(['0.500 (0.500 to 0.500)'] * 4)} | - |" in text
+    assert f"| SFT on the best answer | {' | '.join(['0.700 (0.600 to 0.800)'] * 5)} |" in text
+    assert "Seeds 0, 2: mean, smallest to largest in brackets. Seconds of the runs: 61, 61." in text
+
+
+def test_arms_of_held_out_pairs_and_of_reward_models() -> None:
+    held_out = {"accuracy": {"answer/disagree": 0.5}, "held_out": {"all": {"gap": {"crop": 1.0, "blank": 2.0}}}}
+    pairs = {"method": "mpo", "before": held_out, "arms": {"mpo": held_out, "dpo": held_out}, "seconds": {"total": 1.0}}
+    text = arm_seeds.table({0: pairs})
+    assert "| arm | answer, disagree | gap, all, crop |" in text and "| MPO | 0.500 | 1.000 |" in text
+    rewards = {"rewards": {"all": {"accuracy": 0.9}}}
+    ranked = {"method": "reward", "before": rewards, "arms": {"reward": rewards}, "seconds": {"total": 1.0}}
+    assert "| Reward model | 0.900 |" in arm_seeds.table({0: ranked})
 
 
 def test_area_under_the_curve_counts_pairs_and_halves_ties() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import measure, readme
 from benchmarks.kernels import page
-from benchmarks.runs import arm_seeds, mia_dpo_seeds, mia_dpo_worlds
+from benchmarks.runs import arm_seeds, methods, mia_dpo_seeds, mia_dpo_worlds
 
 
 def section(name: str, of: str) -> str:
@@ -21,8 +21,10 @@ def test_tables_are_those_of_the_committed_results(tmp_path: Path, monkeypatch: 
     committed = {name: section(name, of) for name, of in (("results", "README.md"), ("heads", "docs/results.md"))}
     seeds = json.loads((measure.RESULTS / "mia_dpo_seeds.json").read_text())["summaries"]
     assert section("mia_dpo_seeds", "docs/results.md") == mia_dpo_seeds.table(seeds)
-    seeds = json.loads((measure.RESULTS / "shapes_rated_seeds.json").read_text())["summaries"]
-    assert section("shapes_rated_seeds", "docs/results.md") == arm_seeds.table(seeds)
+    for path in measure.RESULTS.glob("shapes_*_seeds.json"):
+        seeds = json.loads(path.read_text())["summaries"]
+        assert section(path.stem, "docs/results.md") == arm_seeds.table(seeds), path.stem
+    assert section("methods", "docs/methods.md") == methods.text()
     assert section("mia_dpo_worlds", "docs/results.md") == mia_dpo_worlds.table(mia_dpo_worlds.measured(measure.RESULTS))
     (tmp_path / "docs").mkdir()
     for of in ("README.md", "docs/results.md", "docs/kernels.md"):

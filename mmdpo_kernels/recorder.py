@@ -41,6 +41,8 @@ class _Part:
     counted: Tensor
     """(B,)"""
     mass: PreparedMass | None = None
+    joined: tuple[Tensor | None, Tensor | None] | None = None
+    """Of a decoding step: what `_Waiting.seen` was before it, and is with it; None: not known, or they do not go together."""
 
 
 _STEPS_TOGETHER = 16
@@ -57,7 +59,8 @@ class _Waiting:
     """(B, 1) a step."""
     key: Tensor
     """Of the last step, as the rest."""
-    tree_end: Tensor | None
+    seen: Tensor | None
+    """(B, K) bool: the keys that rows see which come after them; None: all."""
     segments: Tensor
     call: LayerCall
 
@@ -80,6 +83,24 @@ class _Plan:
         """Whether another call is like this one."""
         alike = crosses == self.crosses and _kind(query, key, call) == self._kind
         return alike and _same(call.tree_end, self._call.tree_end) and _same(call.mask, self._call.mask)
+
+
+def _goes_with(part: _Part, waiting: _Waiting, length: int) -> bool:
+    """Whether a decoding step sees what the waiting ones see and one token more; a window, for one, moves on. Sets `part.joined`."""
+    if length != waiting.key.shape[2] + 1 or (part.tree_end is None) != (waiting.seen is None):
+        return False
+    if part.joined is not None and part.joined[0] is waiting.seen:
+        return True  # as in the layer before
+    if part.tree_end is None or waiting.seen is None:
+        part.joined = None, None
+        return True
+    # A row that has ended sees nothing any more, and its earlier steps what they saw.
+    used, seen = part.positions >= 0, part.tree_end >= length
+    before = pad(waiting.seen, (0, 1))
+    if not bool(((seen == before)[:, :-1] | ~used).all()):
+        return False
+    part.joined = waiting.seen, torch.where(used, seen, before)
+    return True
 
 
 def _kind(query: Tensor, key: Tensor, call: LayerCall) -> tuple[object, ...]:
@@ -156,6 +177,8 @@ class AttentionRecorder:
         self._end_tokens = torch.empty(0, dtype=torch.long)
         self._finished: Tensor | None = None
         self._waiting: dict[int, _Waiting] = {}
+        self._addresses: dict[int, int] = {}
+        """Where each layer's keys were in its last call that counted rows."""
         self._plans: list[_Plan] = []
         """Of the present forward."""
         self._sums: dict[int, Tensor] = {}
@@ -298,7 +321,9 @@ class AttentionRecorder:
             self._plans.append(plan)
         if plan.index is None:
             return
-        if self._can_wait(plan, query, key, call):
+        # A cache that grows gives new memory each time; one of fixed size writes over what earlier steps saw.
+        address, self._addresses[layer] = self._addresses.get(layer), key.data_ptr()
+        if address not in (None, key.data_ptr()) and self._can_wait(plan, query, key, call):
             self._wait(layer, plan, query, key, call)
             return
         self._take_waiting(layer)
@@ -325,17 +350,23 @@ class AttentionRecorder:
             self._add(layer, found, part.counted)
 
     def _can_wait(self, plan: _Plan, query: Tensor, key: Tensor, call: LayerCall) -> bool:
-        """Whether it is a decoding step that sees all tokens that were read but padding, so that later steps' keys serve it as well."""
+        """Whether it is a decoding step whose keys are all tokens that were read: those of later steps hold them too."""
         step = self._row_positions is None and query.shape[2] == 1 and not plan.crosses
-        return step and call.mask is None and call.window is None and key.shape[2] == self._read
+        return step and call.window is None and key.shape[2] == self._read
 
     def _wait(self, layer: int, plan: _Plan, query: Tensor, key: Tensor, call: LayerCall) -> None:
         [part] = plan.parts
         waiting = self._waiting.get(layer)
+        if waiting is not None and not _goes_with(part, waiting, key.shape[2]):
+            self._take_waiting(layer)
+            waiting = None
         if waiting is None:
-            waiting = self._waiting[layer] = _Waiting([], [], key, part.tree_end, plan.segments, call)
+            seen = None if part.tree_end is None else part.tree_end >= key.shape[2]
+            waiting = self._waiting[layer] = _Waiting([], [], key, seen, plan.segments, call)
+        elif part.joined is not None:
+            waiting.seen = part.joined[1]
         # Of these only the newest are needed, and older keys would be kept from being freed.
-        waiting.key, waiting.tree_end, waiting.segments = key.detach(), part.tree_end, plan.segments
+        waiting.key, waiting.segments = key.detach(), plan.segments
         waiting.queries.append(query.clone())
         waiting.positions.append(part.positions)
         if len(waiting.queries) == _STEPS_TOGETHER:
@@ -349,13 +380,17 @@ class AttentionRecorder:
             if waiting is None:
                 continue
             positions, call = torch.cat(waiting.positions, dim=1), waiting.call
+            tree_end = None
+            if waiting.seen is not None:
+                index = torch.arange(waiting.key.shape[2], dtype=torch.int32, device=waiting.key.device)
+                tree_end = torch.where(waiting.seen, waiting.key.shape[2], index).to(torch.int32)
             found = attention_mass(
                 torch.cat(waiting.queries, dim=2),
                 waiting.key,
                 waiting.segments,
                 row_positions=positions,
                 num_segments=self.num_segments,
-                tree_end=waiting.tree_end,
+                tree_end=tree_end,
                 scale=call.scale,
                 softcap=call.softcap,
                 reduce=self.reduce,

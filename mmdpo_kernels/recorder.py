@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .ops.attention_mass import PreparedMass, prepare_attention_mass
+from .ops.attention_mass import PreparedMass, attention_mass, prepare_attention_mass
 from .tree_mask import visible_rows
 
 
@@ -41,6 +41,28 @@ class _Part:
     counted: Tensor
     """(B,)"""
     mass: PreparedMass | None = None
+    joined: tuple[Tensor | None, Tensor | None] | None = None
+    """Of a decoding step: what `_Waiting.seen` was before it, and is with it; None: not known, or they do not go together."""
+
+
+_STEPS_TOGETHER = 16
+"""Decoding steps whose rows are one call: reading the keys is what a row costs, and on a CPU eight rows cost no more than one."""
+
+
+@dataclass
+class _Waiting:
+    """Decoding steps of a layer whose masses are still to be taken, from keys that hold those of every step."""
+
+    queries: list[Tensor]
+    """(B, Hq, 1, D) a step."""
+    positions: list[Tensor]
+    """(B, 1) a step."""
+    key: Tensor
+    """Of the last step, as the rest."""
+    seen: Tensor | None
+    """(B, K) bool: the keys that rows see which come after them; None: all."""
+    segments: Tensor
+    call: LayerCall
 
 
 class _Plan:
@@ -61,6 +83,24 @@ class _Plan:
         """Whether another call is like this one."""
         alike = crosses == self.crosses and _kind(query, key, call) == self._kind
         return alike and _same(call.tree_end, self._call.tree_end) and _same(call.mask, self._call.mask)
+
+
+def _goes_with(part: _Part, waiting: _Waiting, length: int) -> bool:
+    """Whether a decoding step sees what the waiting ones see and one token more; a window, for one, moves on. Sets `part.joined`."""
+    if length != waiting.key.shape[2] + 1 or (part.tree_end is None) != (waiting.seen is None):
+        return False
+    if part.joined is not None and part.joined[0] is waiting.seen:
+        return True  # as in the layer before
+    if part.tree_end is None or waiting.seen is None:
+        part.joined = None, None
+        return True
+    # A row that has ended sees nothing any more, and its earlier steps what they saw.
+    used, seen = part.positions >= 0, part.tree_end >= length
+    before = pad(waiting.seen, (0, 1))
+    if not bool(((seen == before)[:, :-1] | ~used).all()):
+        return False
+    part.joined = waiting.seen, torch.where(used, seen, before)
+    return True
 
 
 def _kind(query: Tensor, key: Tensor, call: LayerCall) -> tuple[object, ...]:
@@ -136,6 +176,9 @@ class AttentionRecorder:
         self._seen = Seen()
         self._end_tokens = torch.empty(0, dtype=torch.long)
         self._finished: Tensor | None = None
+        self._waiting: dict[int, _Waiting] = {}
+        self._addresses: dict[int, int] = {}
+        """Where each layer's keys were in its last call that counted rows."""
         self._plans: list[_Plan] = []
         """Of the present forward."""
         self._sums: dict[int, Tensor] = {}
@@ -149,6 +192,7 @@ class AttentionRecorder:
 
         Column t of a per-key map is the t-th token that the model has read, so `generate` appends columns.
         """
+        self._take_waiting()
         if self.reduce is None:
             return {layer: torch.cat(parts, dim=2) for layer, parts in self._rows.items()}
         return {layer: total / self._counted[layer].clamp(min=1)[:, None] for layer, total in self._sums.items()}
@@ -156,6 +200,7 @@ class AttentionRecorder:
     @property
     def counts(self) -> dict[int, Tensor]:
         """Per layer (B,): rows counted so far. Empty with `reduce=None`."""
+        self._take_waiting()
         return {} if self.reduce is None else self._counted
 
     @property
@@ -218,6 +263,7 @@ class AttentionRecorder:
             self._finished |= ended.to(self._finished.device)
 
     def _begin_prompt(self, past: int, length: int) -> None:
+        self._take_waiting()
         # A cache may begin with tokens that `segments` leave out, such as a tuned prefix or an earlier turn.
         self._first = max(0, past + length - self.segments.shape[1])
         if self._first > past:
@@ -245,6 +291,7 @@ class AttentionRecorder:
     def check(self) -> None:
         """At the end of a recording: that it counted what it was asked for, in every layer the same rows. Raises ValueError."""
         self._plans.clear()
+        self._take_waiting()
         if not self._seen.forwards and not self._seen.layers:
             raise ValueError(
                 "record_attention: no forward of the recorded model was seen, so nothing was counted; run the model that was given to it, "
@@ -274,6 +321,12 @@ class AttentionRecorder:
             self._plans.append(plan)
         if plan.index is None:
             return
+        # A cache that grows gives new memory each time; one of fixed size writes over what earlier steps saw.
+        address, self._addresses[layer] = self._addresses.get(layer), key.data_ptr()
+        if address not in (None, key.data_ptr()) and self._can_wait(plan, query, key, call):
+            self._wait(layer, plan, query, key, call)
+            return
+        self._take_waiting(layer)
         # A decoding step has no other row than the one that counts.
         queries = query if query.shape[2] == 1 else query.gather(2, plan.index)
         for part in plan.parts:
@@ -295,6 +348,55 @@ class AttentionRecorder:
             if self.reduce == "tokens":
                 found = pad(found[:, : plan.num_keys], (plan.first_key, 0))
             self._add(layer, found, part.counted)
+
+    def _can_wait(self, plan: _Plan, query: Tensor, key: Tensor, call: LayerCall) -> bool:
+        """Whether it is a decoding step whose keys are all tokens that were read: those of later steps hold them too."""
+        step = self._row_positions is None and query.shape[2] == 1 and not plan.crosses
+        return step and call.window is None and key.shape[2] == self._read
+
+    def _wait(self, layer: int, plan: _Plan, query: Tensor, key: Tensor, call: LayerCall) -> None:
+        [part] = plan.parts
+        waiting = self._waiting.get(layer)
+        if waiting is not None and not _goes_with(part, waiting, key.shape[2]):
+            self._take_waiting(layer)
+            waiting = None
+        if waiting is None:
+            seen = None if part.tree_end is None else part.tree_end >= key.shape[2]
+            waiting = self._waiting[layer] = _Waiting([], [], key, seen, plan.segments, call)
+        elif part.joined is not None:
+            waiting.seen = part.joined[1]
+        # Of these only the newest are needed, and older keys would be kept from being freed.
+        waiting.key, waiting.segments = key.detach(), plan.segments
+        waiting.queries.append(query.clone())
+        waiting.positions.append(part.positions)
+        if len(waiting.queries) == _STEPS_TOGETHER:
+            self._take_waiting(layer)
+
+    @torch.no_grad()
+    def _take_waiting(self, *layers: int) -> None:
+        """Add the masses of steps that wait, of some layers or all."""
+        for layer in layers or tuple(self._waiting):
+            waiting = self._waiting.pop(layer, None)
+            if waiting is None:
+                continue
+            positions, call = torch.cat(waiting.positions, dim=1), waiting.call
+            tree_end = None
+            if waiting.seen is not None:
+                index = torch.arange(waiting.key.shape[2], dtype=torch.int32, device=waiting.key.device)
+                tree_end = torch.where(waiting.seen, waiting.key.shape[2], index).to(torch.int32)
+            found = attention_mass(
+                torch.cat(waiting.queries, dim=2),
+                waiting.key,
+                waiting.segments,
+                row_positions=positions,
+                num_segments=self.num_segments,
+                tree_end=tree_end,
+                scale=call.scale,
+                softcap=call.softcap,
+                reduce=self.reduce,
+                backend=call.backend,
+            )
+            self._add(layer, found, (positions >= 0).sum(1))
 
     def _plan(self, crosses: bool, query: Tensor, key: Tensor, call: LayerCall) -> _Plan:
         """What this call and others like it in the same forward have in common."""

@@ -77,7 +77,7 @@ def check(ways: dict[str, Callable[[], dict[str, Any]]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, help="turns that count, after one warm-up (default 7, small 1)")
+    parser.add_argument("--repeats", type=int, help="turns that count, after one warm-up (default 11, small 1)")
     add_place(parser)
     arguments = parser.parse_args(argv)
     setting = SMALL if arguments.small else Setting()
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = with_answer(loaded, prompt_record(loaded, setting))
     ways = ways_of(loaded, record)
     check(ways)
-    seconds = alternate(ways, arguments.repeats or (1 if arguments.small else 7), console.print, clock=time.process_time)
+    seconds = alternate(ways, arguments.repeats or (1 if arguments.small else 11), console.print, clock=time.process_time)
     result = {
         "machine": machine(),
         "setting": {"pictures": PICTURES, **asdict(setting), "dtype": "float32"},

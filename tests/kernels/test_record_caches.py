@@ -359,3 +359,29 @@ def test_layers_that_differ_share_nothing(generated: dict[str, Any]) -> None:
     for layer in layers:
         assert torch.equal(together[layer], recorded([layer])[layer])
     assert len({tuple(mass.sum((0, 1, 2)).tolist()) for mass in together.values()}) == len(layers)
+
+
+@pytest.mark.parametrize("together", [1, 3, 100])
+@pytest.mark.parametrize("reduce", [None, "mean", "tokens"])
+def test_steps_that_wait_for_one_another_lose_nothing(
+    generated: dict[str, Any], reduce: str | None, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding steps are taken several at a time; what is read while some wait has them, and a second prompt does not mix with them."""
+    case, calls = generated["full"], []
+    monkeypatch.setattr(recorder, "_STEPS_TOGETHER", together)
+    original = recorder.attention_mass
+    monkeypatch.setattr(recorder, "attention_mass", lambda q, *a, **k: (calls.append(q.shape[2]), original(q, *a, **k))[1])
+    settings: dict[str, Any] = {"layers": [0, 2], "num_segments": SEGMENTS, "reduce": reduce}
+    with record_attention(case.model, segment_map(), None, **settings) as recording:
+        case.model.generate(**case.inputs, **options())
+        once = recording.mass
+        case.model.generate(**case.inputs, **options())
+    assert sum(calls) == 2 * 2 * (STEPS - 1) and max(calls) == min(together, STEPS - 1)
+    for layer, mass in recording.mass.items():
+        if reduce is None:
+            want = torch.stack([masses(step[layer], segment_map()) for step in case.maps], dim=2)
+            close(once[layer], want)
+            close(mass, torch.cat([want, want], dim=2))
+        else:
+            close(mass, once[layer])
+            assert recording.counts[layer].tolist() == [2 * STEPS] * 2

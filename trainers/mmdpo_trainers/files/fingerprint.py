@@ -47,6 +47,14 @@ class Fingerprint:
     """What a stage's result depends on: named parts (configuration values, hashes of inputs, the model, the seed)."""
 
     parts: Mapping[str, Any]
+    at_default: frozenset[str] = frozenset()
+    """Names of parts that are settings with their default value."""
+
+    def matches(self, digest: str, recorded: Mapping[str, Any]) -> bool:
+        """Whether what was recorded is the same thing. recorded: its parts; settings at their default may be newer than these."""
+        newer = self.at_default.difference(recorded)
+        known = Fingerprint({name: value for name, value in self.parts.items() if name not in newer})
+        return digest in (self.digest, known.digest)
 
     @property
     def digest(self) -> str:

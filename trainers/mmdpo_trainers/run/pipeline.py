@@ -138,9 +138,14 @@ def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> d
 def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     """What the stage's result depends on: its configuration, the seed, its inputs by content, and the model if it has one."""
     parts: dict[str, Any] = {"seed": context.seed}
+    at_default = set()
     for section in _sections(context):
-        for key, value in _values(getattr(context.config, section)).items():
+        options = getattr(context.config, section)
+        defaults = _values(type(options)())
+        for key, value in _values(options).items():
             parts[f"{section}.{key}"] = value
+            if value == defaults[key]:
+                at_default.add(f"{section}.{key}")
     if context.stage == "augment" and context.config.data.source != "shapes":
         # Without the held-out pictures in training, an evaluation that held some out would be of pictures trained on.
         parts["holds_out"] = context.config.holds_out
@@ -170,7 +175,7 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
         if not inside and not path.exists():
             raise RunFolderError(f"{path} does not exist, and is none of the run's own files: mend its path, or leave it out")
         parts[f"input {name}"] = content_hash(path)
-    return Fingerprint(json.loads(json.dumps(parts)))
+    return Fingerprint(json.loads(json.dumps(parts)), frozenset(at_default))
 
 
 def _sections(context: StageContext) -> tuple[str, ...]:

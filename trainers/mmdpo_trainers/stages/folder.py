@@ -79,10 +79,11 @@ class RunFolder:
         recorded = self._recorded(name)
         if recorded is None:
             return False
-        if recorded["fingerprint"] != fingerprint.digest and not self.holds_output(name):
+        same = fingerprint.matches(recorded["fingerprint"], recorded["parts"])
+        if not same and not self.holds_output(name):
             self.remove(name)
             return False
-        if recorded["fingerprint"] != fingerprint.digest:
+        if not same:
             raise RunFolderError(self._other_settings(name, fingerprint.differences(recorded["parts"])))
         if not (self.path / name / "summary.json").exists():
             return False

@@ -29,7 +29,7 @@ SHAPES = "shapes"
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the evaluation pictures of the built-in world, which are thus never the training pictures."""
 
-_TRAINING_ONLY = ("formats", "per_record", "num_prompts", "text_source", "text_share")
+_TRAINING_ONLY = ("formats", "per_record", "num_prompts", "text_source", "text_share", "wrong_answers")
 _FLUSH_PROMPTS = 64
 _FLUSH_SECONDS = 5.0
 
@@ -46,7 +46,7 @@ def build_evaluation_prompts(context: StageContext) -> Path:
     check_options(config.augment, config.evaluate.per_format, max_pixels=config.data.max_pixels, setting="evaluate.per_format")
     parts = {
         "seed": config.seed,
-        "data": vars(config.data),
+        "data": {key: value for key, value in vars(config.data).items() if key not in _TRAINING_ONLY},
         "augment": {key: value for key, value in vars(config.augment).items() if key not in _TRAINING_ONLY},
         "per_format": config.evaluate.per_format,
         "source": [config.evaluate.source, config.evaluate.image_folder],

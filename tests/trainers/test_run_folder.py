@@ -190,3 +190,13 @@ def test_a_run_behind_a_link_keeps_its_pictures_relative(tmp_path: Path) -> None
     for path in (tmp_path / "link" / "run", tmp_path / "real" / ".." / "link" / "run"):
         run = RunFolder(path)
         assert relative_images([str(picture)], run.folder("generate"), run.path) == ["../augment/images/a.png"]
+
+
+def test_settings_newer_than_the_folder_count_unless_at_their_default() -> None:
+    old = Fingerprint({"seed": 0, "score.layer": 2})
+    same = Fingerprint({"seed": 0, "score.layer": 2, "score.best_by": "all"}, frozenset({"score.best_by", "score.layer"}))
+    assert same.matches(old.digest, old.parts) and same.differences(old.parts) == []
+    set_now = Fingerprint({"seed": 0, "score.layer": 2, "score.best_by": "format"}, frozenset({"score.layer"}))
+    assert not set_now.matches(old.digest, old.parts) and len(set_now.differences(old.parts)) == 1
+    other = Fingerprint({"seed": 0, "score.layer": 3, "score.best_by": "all"}, frozenset({"score.best_by"}))
+    assert not other.matches(old.digest, old.parts) and other.differences(old.parts) == ["score.layer: was 2, is 3"]

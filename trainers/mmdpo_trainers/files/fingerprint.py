@@ -52,9 +52,11 @@ class Fingerprint:
 
     def matches(self, digest: str, recorded: Mapping[str, Any]) -> bool:
         """Whether what was recorded is the same thing. recorded: its parts; settings at their default may be newer than these."""
+        return digest in (self.digest, Fingerprint(self._known_to(recorded)).digest)
+
+    def _known_to(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         newer = self.at_default.difference(recorded)
-        known = Fingerprint({name: value for name, value in self.parts.items() if name not in newer})
-        return digest in (self.digest, known.digest)
+        return {name: value for name, value in self.parts.items() if name not in newer}
 
     @property
     def digest(self) -> str:
@@ -63,7 +65,7 @@ class Fingerprint:
 
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
         """One phrase for each part that is not as it was recorded."""
-        return _differences(dict(recorded), json.loads(json.dumps(dict(self.parts), default=str)))
+        return _differences(dict(recorded), json.loads(json.dumps(self._known_to(recorded), default=str)))
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

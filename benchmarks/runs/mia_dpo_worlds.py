@@ -24,6 +24,7 @@ from benchmarks.measure import ROOT, add_place, markdown, place_of, run_mmdpo, s
 from benchmarks.runs.mia_dpo_seeds import ARMS, BASE, MAIN, MULTI, SMALL, accuracies, multi
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.values import parse_yaml
+from mmdpo_trainers.data import roc
 from mmdpo_trainers.data.match import is_right
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods.selection import match_of
@@ -60,16 +61,8 @@ def ratio_auc(folder: Path) -> dict[str, float | None]:
             truth = truths.get(record["source_id"], record["answer"])
             right = is_right(record["response"], truth, options=record["options"], match=match)
             found[record["format"]][right is True].append(record["ratio"])
-    return {name: area(wrong, right) for name, (wrong, right) in found.items()}
-
-
-def area(low: Sequence[float], high: Sequence[float]) -> float | None:
-    """The share of pairs in which the one of `high` is above the one of `low`; equal ones count half."""
-    if not low or not high:
-        return None
-    ordered = np.sort(np.asarray(low))
-    below = np.searchsorted(ordered, high, side="left") + np.searchsorted(ordered, high, side="right")
-    return float(below.mean() / 2 / len(ordered))
+    areas = {name: roc.area([np.asarray(right)], [np.asarray(wrong)]) for name, (wrong, right) in found.items()}
+    return {name: None if each is None else each.value for name, each in areas.items()}
 
 
 def table(cells: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:

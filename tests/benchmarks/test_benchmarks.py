@@ -98,11 +98,6 @@ def test_arms_of_held_out_pairs_and_of_reward_models() -> None:
     assert "| Reward model | 0.900 |" in arm_seeds.table({0: ranked})
 
 
-def test_area_under_the_curve_counts_pairs_and_halves_ties() -> None:
-    assert mia_dpo_worlds.area([0.1, 0.4], [0.4, 0.9, 0.2]) == pytest.approx((1.5 + 2 + 1) / 6)
-    assert mia_dpo_worlds.area([], [0.5]) is None and mia_dpo_worlds.area([0.5], []) is None
-
-
 def test_cells_of_worlds_have_mean_range_and_differences() -> None:
     figures = {
         str(seed): {**summary(0.6 + 0.1 * seed, 0.95), "auc": dict.fromkeys(("sequence", "grid", "pip"), 0.9)} for seed in (0, 1)

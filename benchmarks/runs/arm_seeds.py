@@ -83,7 +83,8 @@ def table(summaries: Summaries) -> str:
     """Markdown: each arm's mean over seeds, smallest to largest in brackets, and how long the runs took."""
     found = over_seeds(summaries)
     every = dict.fromkeys(name for values in found.values() for name in values)
-    names = [name for name in every if not name.startswith("gap/") or name.endswith("/crop")]
+    # Rewards and the other gaps stand in the result file.
+    names = [name for name in every if not name.startswith("reward/") and (not name.startswith("gap/") or name.endswith("/crop"))]
     rows = [[arm, *(spread(values.get(name, [])) for name in names)] for arm, values in found.items()]
     seconds = ", ".join(f"{summary['seconds']['total']:,.0f}" for summary in summaries.values())
     note = f"Seeds {', '.join(map(str, summaries))}: mean, smallest to largest in brackets. Seconds of the runs: {seconds}."

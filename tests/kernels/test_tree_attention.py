@@ -8,7 +8,7 @@ from weakref import WeakSet
 import pytest
 import torch
 from torch import Tensor
-from trees import assert_accurate, random_tree_end
+from trees import LOOKING_AHEAD, assert_accurate, random_tree_end, with_reach
 
 from mmdpo_kernels import tree_attention
 from mmdpo_kernels.backends.sdpa import flash
@@ -115,6 +115,42 @@ def test_rectangles_cover_the_rule_exactly_once(seed: int) -> None:
             block = torch.ones(r.q1 - r.q0, r.k1 - r.k0, dtype=torch.int64)
             count[plan.b0 : plan.b1, r.q0 : r.q1, r.k0 : r.k1] += block.tril() if r.causal else block
     assert torch.equal(count, visible(tree_end).long())
+
+
+@pytest.mark.parametrize("kind", LOOKING_AHEAD)
+@pytest.mark.parametrize("seed", range(10))
+def test_rectangles_with_reach_cover_the_rule_exactly_once(seed: int, kind: str) -> None:
+    tree_end = random_tree_end(3, 23, seed)
+    tree_end[:, 5:9:2] = 0
+    tree_end, reach = with_reach(tree_end, seed, kind=kind)
+    for ends in (tree_end, None):
+        count = torch.zeros(3, 23, 23, dtype=torch.int64)
+        for plan in rectangles(ends, reach):
+            for r in plan.rectangles:
+                block = torch.ones(r.q1 - r.q0, r.k1 - r.k0, dtype=torch.int64)
+                count[plan.b0 : plan.b1, r.q0 : r.q1, r.k0 : r.k1] += block.tril() if r.causal else block
+        assert torch.equal(count, visible(torch.full_like(tree_end, 23) if ends is None else ends, reach=reach).long())
+
+
+def test_a_picture_is_one_full_rectangle() -> None:
+    """With what is before it; the text after it sees both in another."""
+    reach = torch.tensor([[1, 2, 6, 6, 6, 6, 7, 8]], dtype=torch.int32)
+    (plan,) = rectangles(None, reach)
+    assert [tuple(rectangle) for rectangle in plan.rectangles] == [
+        (0, 2, 0, 2, True),
+        (2, 6, 0, 6, False),
+        (6, 8, 0, 6, False),
+        (6, 8, 6, 8, True),
+    ]
+
+
+def test_plan_follows_an_edit_of_reach() -> None:
+    tree_end = torch.tensor([[4, 4, 4, 4]], dtype=torch.int32)
+    reach = torch.tensor([[1, 2, 3, 4]], dtype=torch.int32)
+    before = rectangles(tree_end, reach)
+    assert rectangles(tree_end[:, :], reach) is before
+    reach[0, 1] = 3
+    assert rectangles(tree_end, reach) != before
 
 
 def test_depth_leaves_siblings_out() -> None:

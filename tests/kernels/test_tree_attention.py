@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 from weakref import WeakSet
 
 import pytest
@@ -61,10 +62,13 @@ def test_forward_and_backward_equal_the_rule(backend: str, shape: tuple[int, ...
         torch.testing.assert_close(a, b.nan_to_num(0.0), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 3}, {"scale": 0.3}])
-def test_reference_gradcheck(options: dict[str, float]) -> None:
+REACH = torch.tensor([[2, 2, 4, 4, 5], [3, 3, 3, 4, 5]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 3}, {"scale": 0.3}, {"reach": REACH, "window": 2}])
+def test_reference_gradcheck(options: dict[str, Any]) -> None:
     q, k, v = inputs(2, 2, 1, 5, 4)
-    tree_end = torch.tensor([[5, 5, 4, 4, 5], [2, 2, 2, 5, 4]], dtype=torch.int32)
+    tree_end = torch.tensor([[5, 5, 4, 4, 5], [2, 2, 0 if "reach" in options else 2, 5, 0]], dtype=torch.int32)
     segments = torch.tensor([[0, 1, -1, 0, 1], [1, 1, 0, -1, -1]])
 
     def run(*qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,6 +201,14 @@ def test_plans_of_views_do_not_pile_up() -> None:
         ({"num_segments": 2}, "needs segments"),
         ({"segments": torch.full((1, 4), 5), "num_segments": 2}, r"segments must be in \[-1, 2\), got 5"),
         ({"window": 0}, "window must be above 0"),
+        ({"reach": torch.ones(4, dtype=torch.int32)}, r"reach must have shape \(1, 4\), got \(4,\)"),
+        ({"reach": torch.tensor([[1, 2, 2, 4]])}, r"reach\[0, 2\] must be in \[3, 4\], got 2"),
+        ({"reach": torch.tensor([[1, 2, 5, 4]])}, r"reach\[0, 2\] must be in \[3, 4\], got 5"),
+        (
+            {"tree_end": torch.tensor([[4, 4, 2, 4]]), "reach": torch.tensor([[4, 4, 4, 4]])},
+            r"with reach, a hidden key's tree_end must be 0, got tree_end\[0, 2\] = 2",
+        ),
+        ({"backend": "varlen", "reach": torch.tensor([[1, 2, 3, 4]])}, "variable-length flash attention has no reach"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, object], message: str) -> None:
@@ -266,20 +278,41 @@ def test_automatic_choice_keeps_the_gradient_through_lse() -> None:
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("name", ["tree_end", "segments"])
+def test_reach_must_be_integer() -> None:
+    q, k, v = (t.detach() for t in inputs(1, 2, 1, 4, 8))
+    with pytest.raises(TypeError, match=r"reach must be an integer tensor, got torch.float32"):
+        tree_attention(q, k, v, reach=torch.ones(1, 4))
+
+
+def test_a_hidden_query_may_have_any_reach() -> None:
+    """What it sees is nobody's business; the largest reach there is stays within the keys."""
+    q, k, v = inputs(1, 2, 1, 5, 8)
+    tree_end, reach = torch.tensor([[5, 5, 0, 5, 0]]), torch.tensor([[2, 2, 99, 5, 0]])
+    found = []
+    for backend in ("reference", "sdpa"):
+        out = tree_attention(q, k, v, tree_end, reach=reach, backend=backend)
+        found.append((out.output, *torch.autograd.grad(out.output.sum(), (q, k, v))))
+    for ours, truth in zip(*found, strict=True):
+        torch.testing.assert_close(ours, truth)
+    assert (found[0][0][:, :, 4] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["tree_end", "reach", "segments"])
 def test_a_list_is_no_tensor(name: str) -> None:
     query = torch.randn(1, 2, 4, 8)
     with pytest.raises(TypeError, match=rf"{name} must be a tensor of shape \(1, 4\), got list"):
         tree_attention(query, query, query, **{name: [[4, 4, 4, 4]]})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["value", "tree_end", "segments"])
+@pytest.mark.parametrize("name", ["value", "tree_end", "reach", "segments"])
 def test_a_tensor_on_another_device_is_refused(name: str) -> None:
     query, tree_end = torch.randn(1, 2, 4, 8), torch.full((1, 4), 4, dtype=torch.int32)
-    given = {"value": query, "tree_end": tree_end, "segments": torch.zeros(1, 4, dtype=torch.int32)}
+    given = {"value": query, "tree_end": tree_end, "segments": torch.zeros(1, 4, dtype=torch.int32), "reach": tree_end}
     given[name] = given[name].to("meta")
     with pytest.raises(ValueError, match=f"{name} must be on the query's device cpu, got meta"):
-        tree_attention(query, query, given["value"], given["tree_end"], segments=given["segments"], num_segments=1)
+        tree_attention(
+            query, query, given["value"], given["tree_end"], reach=given["reach"], segments=given["segments"], num_segments=1
+        )
 
 
 def test_a_gpu_s_flash_attention_is_given_an_lse_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:

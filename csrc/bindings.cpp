@@ -33,8 +33,8 @@ T* pointer(uintptr_t address) {
 mmdpo::AttentionMassArgs attention_mass_args(const std::array<int64_t, 7>& sizes, int dtype, uintptr_t query,
                                              const std::array<int64_t, 3>& query_strides, uintptr_t key,
                                              const std::array<int64_t, 3>& key_strides, uintptr_t segments, uintptr_t row_positions,
-                                             uintptr_t tree_end, uintptr_t depth, uintptr_t lse, double scale, double softcap,
-                                             int64_t window, int reduce) {
+                                             uintptr_t tree_end, uintptr_t reach, uintptr_t depth, uintptr_t lse, double scale,
+                                             double softcap, int64_t window, int reduce) {
   mmdpo::AttentionMassArgs args{};
   args.B = sizes[0];
   args.Hq = sizes[1];
@@ -53,6 +53,7 @@ mmdpo::AttentionMassArgs attention_mass_args(const std::array<int64_t, 7>& sizes
   args.segments = pointer<const int32_t>(segments);
   args.row_positions = pointer<const int32_t>(row_positions);
   args.tree_end = pointer<const int32_t>(tree_end);
+  args.reach = pointer<const int32_t>(reach);
   args.depth = pointer<const int32_t>(depth);
   args.lse = pointer<const void>(lse);
   args.scale = scale;
@@ -261,8 +262,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ and CUDA kernels of mmdpo_kernels.";
   py::class_<mmdpo::AttentionMassArgs>(m, "AttentionMassArgs")
       .def(py::init(&attention_mass_args), py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("query"), py::arg("query_strides"),
-           py::arg("key"), py::arg("key_strides"), py::arg("segments"), py::arg("row_positions"), py::arg("tree_end"), py::arg("depth"),
-           py::arg("lse"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("reduce"));
+           py::arg("key"), py::arg("key_strides"), py::arg("segments"), py::arg("row_positions"), py::arg("tree_end"), py::arg("reach") = 0,
+           py::arg("depth"),           py::arg("lse"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("reduce"));
   m.def("attention_mass", &attention_mass, py::arg("args"), py::kw_only(), py::arg("num_threads"), py::arg("out"));
   m.def("attention_mass_backward", &attention_mass_backward, py::arg("args"), py::kw_only(), py::arg("num_threads"), py::arg("grad"),
         py::arg("grad_query"), py::arg("grad_key"));

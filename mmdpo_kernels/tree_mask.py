@@ -1,6 +1,7 @@
 """What a `tree_end` row means: visibility, depth, and its cover by dense rectangles.
 
-Query i sees key j iff `j <= i < tree_end[j]`. Everything here derives from that rule; every backend may import it.
+Query i sees key j iff `j <= i < tree_end[j]`; where queries look ahead, iff `j < reach[i]` and `i < tree_end[j]`. Everything here derives
+from that rule; every backend may import it.
 """
 
 from __future__ import annotations
@@ -15,28 +16,31 @@ from torch.utils.weak import WeakIdKeyDictionary
 Plan = TypeVar("Plan")
 
 
-def visible(tree_end: Tensor, window: int | None = None) -> Tensor:
+def visible(tree_end: Tensor, window: int | None = None, reach: Tensor | None = None) -> Tensor:
     """Dense visibility, for the reference and for tests.
 
     Args:
         tree_end: (B, S) integer.
-        window: a key is seen over at most this many tokens of its path, itself included.
+        window: a key is seen over at most this many tokens of its path, itself included; it does not bound what comes after the query.
+        reach: (B, S) integer; query i sees no key from `reach[i]` on. None: `i + 1`.
 
     Returns:
         (B, S, S) bool; entry (b, i, j) says whether query i sees key j.
     """
     positions = torch.arange(tree_end.shape[1], device=tree_end.device)
-    return visible_rows(positions.expand(tree_end.shape), tree_end, window)
+    return visible_rows(positions.expand(tree_end.shape), tree_end, window, reach)
 
 
-def visible_rows(row_positions: Tensor, tree_end: Tensor, window: int | None = None) -> Tensor:
-    """`visible` for chosen query rows only: row_positions (B, R), -1 = unused, -> (B, R, S) bool."""
+def visible_rows(row_positions: Tensor, tree_end: Tensor, window: int | None = None, reach: Tensor | None = None) -> Tensor:
+    """`visible` for chosen query rows only: row_positions (B, R), -1 = unused, -> (B, R, S) bool; reach (B, S) by packed index."""
     keys = torch.arange(tree_end.shape[1], device=tree_end.device)
     rows = row_positions[:, :, None]
-    seen = (keys <= rows) & (rows < tree_end[:, None, :])
+    used = row_positions.clamp(min=0).long()
+    stop = rows + 1 if reach is None else torch.where(rows < 0, 0, reach.gather(1, used)[:, :, None])
+    seen = (keys < stop) & (rows < tree_end[:, None, :])
     if window is not None:
         depths = depth(tree_end)
-        row_depth = depths.gather(1, row_positions.clamp(min=0).long())
+        row_depth = depths.gather(1, used)
         seen &= row_depth[:, :, None] - depths[:, None, :] < window
     return seen
 
@@ -44,7 +48,8 @@ def visible_rows(row_positions: Tensor, tree_end: Tensor, window: int | None = N
 def depth(tree_end: Tensor) -> Tensor:
     """Position of each token on its own path from the root, (B, S) int64; padding has no position of its own.
 
-    It counts the visible tokens before it, so distances along a branch leave sibling branches out.
+    It counts the visible tokens before it, so distances along a branch leave sibling branches out. A token that is hidden, be it by a
+    `tree_end` of its own index or of 0, counts for none.
     """
     batch, length = tree_end.shape
     index = torch.arange(length, device=tree_end.device).expand(batch, length)

@@ -21,6 +21,7 @@ struct AttentionMassArgs {
   const int32_t* segments;       // (B, S), -1 = none
   const int32_t* row_positions;  // (B, R), -1 = unused row
   const int32_t* tree_end;       // (B, S), or null = causal
+  const int32_t* reach;          // (B, S) by packed index of the query: it sees keys before it; null = up to itself
   const int32_t* depth;          // (B, S) position of each token on its path; read where there is a window, null = packed index
   const void* lse;               // (B, Hq, R), or null = computed here
   double scale;

@@ -18,6 +18,8 @@ class TreeAttentionCall(NamedTuple):
     scale: float
     softcap: float | None
     window: int | None
+    reach: Tensor | None = None
+    """(B, S) integer, by query; None: a query sees no later key."""
 
 
 class AttentionMassCall(NamedTuple):
@@ -37,3 +39,5 @@ class AttentionMassCall(NamedTuple):
     window: int | None
     reduce: str | None
     """None, "mean" or "tokens"."""
+    reach: Tensor | None = None
+    """(B, S) integer, by packed index and not by row; None: a row sees no later key."""

@@ -15,7 +15,7 @@ from .choice import Rule
 
 _CPU = "benchmarks/results/choice_cpu.json"
 _HALF = (torch.float16, torch.bfloat16)
-_PLAIN = {"tree": False, "mass": False, "softcap": False, "window": False}
+_PLAIN = {"tree": False, "mass": False, "softcap": False, "window": False, "reach": False}
 
 
 @dataclass(frozen=True, kw_only=True)

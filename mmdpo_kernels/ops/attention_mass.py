@@ -17,6 +17,7 @@ from .checks import (
     check_heads,
     check_positive,
     check_range,
+    check_reach,
     check_segments,
     check_tensor,
     check_tree_end,
@@ -54,6 +55,7 @@ def attention_mass(
     row_positions: Tensor,  # (B, R)
     num_segments: int,
     tree_end: Tensor | None = None,  # (B, S)
+    reach: Tensor | None = None,  # (B, S)
     lse: Tensor | None = None,  # (B, Hq, R)
     scale: float | None = None,
     softcap: float | None = None,
@@ -65,7 +67,7 @@ def attention_mass(
 
     Source: the attention ratio of MIA-DPO (arXiv 2410.17637, section 3.2) is `mass[target] / mass.sum()`. Equivalent PyTorch, for Hq = Hkv::
 
-        seen = (j <= row_positions[..., None]) & (row_positions[..., None] < tree_end[:, None, :])
+        seen = (j <= row_positions[..., None]) & (row_positions[..., None] < tree_end[:, None, :])  # with reach, j < reach[row_positions]
         p = (scale * query_rows @ key.mT).masked_fill(~seen[:, None], -inf).softmax(-1)
         mass = p @ one_hot(segments)              # reduce=None;  "mean": mass.mean((1, 2));  "tokens": p.mean((1, 2))
 
@@ -76,6 +78,7 @@ def attention_mass(
         row_positions: (B, R) integer; packed index of each row among the keys, -1 = unused row.
         num_segments: number of segments N.
         tree_end: (B, S) integer, see `tree_attention`; None = causal.
+        reach: (B, S) integer by packed index of the row, not by row, see `tree_attention`; None = no row looks ahead.
         lse: (B, Hq, R) log-sum-exp of the rows where it is known, which saves a pass. It is a hint: gradients are those of the softmax.
         scale: factor on the scores, default `D ** -0.5`.
         softcap: c in `c tanh(scores / c)`.
@@ -97,6 +100,7 @@ def attention_mass(
         row_positions=row_positions,
         num_segments=num_segments,
         tree_end=tree_end,
+        reach=reach,
         lse=lse,
         scale=scale,
         softcap=softcap,
@@ -127,6 +131,7 @@ def prepare_attention_mass(
     row_positions: Tensor,  # (B, R)
     num_segments: int,
     tree_end: Tensor | None = None,  # (B, S)
+    reach: Tensor | None = None,  # (B, S)
     lse: Tensor | None = None,  # (B, Hq, R)
     scale: float | None = None,
     softcap: float | None = None,
@@ -140,19 +145,29 @@ def prepare_attention_mass(
     check_tensor(OP, "key", key, (batch, "Hkv", "S", dim), floating=True)
     length = key.shape[2]
     check_heads(OP, query_rows, key)
-    check_devices(OP, query_rows, segments=segments, row_positions=row_positions, tree_end=tree_end, lse=lse)
+    check_devices(OP, query_rows, segments=segments, row_positions=row_positions, tree_end=tree_end, reach=reach, lse=lse)
     check_segments(OP, segments, num_segments, batch, length)
     check_tensor(OP, "row_positions", row_positions, (batch, rows), floating=False)
     check_range(OP, "row_positions", row_positions, -1, length)
     check_tree_end(OP, tree_end, batch, length)
+    check_reach(OP, reach, tree_end, batch, length)
     if lse is not None:
         check_tensor(OP, "lse", lse, (batch, heads, rows), floating=True)
     check_positive(OP, softcap=softcap, window=window)
     if reduce not in (None, "mean", "tokens"):
         raise ValueError(f"{OP}: reduce must be None, 'mean' or 'tokens', got {reduce!r}")
     tree_window = window is not None and tree_end is not None
-    traits = {"softcap": softcap is not None, "tree_window": tree_window, "head_dim": dim, "num_segments": num_segments}
-    module = resolve(OP, backend, key.device, key.dtype, **traits)
+    module = resolve(
+        OP,
+        backend,
+        key.device,
+        key.dtype,
+        softcap=softcap is not None,
+        tree_window=tree_window,
+        reach=reach is not None,
+        head_dim=dim,
+        num_segments=num_segments,
+    )
     call = AttentionMassCall(
         segments=segments,
         row_positions=row_positions,
@@ -163,5 +178,6 @@ def prepare_attention_mass(
         softcap=softcap,
         window=window,
         reduce=reduce,
+        reach=reach,
     )
     return PreparedMass(module, call)

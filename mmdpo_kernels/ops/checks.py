@@ -67,6 +67,29 @@ def check_tree_end(op: str, tree_end: Tensor | None, batch: int, length: int) ->
         check_tensor(op, "tree_end", tree_end, (batch, length), floating=False)
 
 
+def check_reach(op: str, reach: Tensor | None, tree_end: Tensor | None, batch: int, length: int) -> None:
+    """(B, S) integers. Values are looked at where `check_range` would: at least i + 1 and at most S where token i is seen, and no key that
+    is hidden by another `tree_end` than 0, as a query before it could reach it."""
+    if reach is None:
+        return
+    check_tensor(op, "reach", reach, (batch, length), floating=False)
+    if reach.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    index = torch.arange(length)
+    wrong = (reach <= index) | (reach > length)
+    if tree_end is not None:
+        half_hidden = (tree_end > 0) & (tree_end <= index)
+        if half_hidden.any():
+            row, key = half_hidden.nonzero()[0].tolist()
+            raise ValueError(
+                f"{op}: with reach, a hidden key's tree_end must be 0, got tree_end[{row}, {key}] = {int(tree_end[row, key])}"
+            )
+        wrong &= tree_end > index
+    if wrong.any():
+        row, query = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{op}: reach[{row}, {query}] must be in [{query + 1}, {length}], got {int(reach[row, query])}")
+
+
 def check_positive(op: str, **values: float | None) -> None:
     """Each value None or above zero."""
     for name, value in values.items():

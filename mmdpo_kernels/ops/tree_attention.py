@@ -1,4 +1,4 @@
-"""`tree_attention`: attention in which query i sees key j iff `j <= i < tree_end[j]`."""
+"""`tree_attention`: attention in which query i sees key j iff `j <= i < tree_end[j]`, or with `reach` iff `j < reach[i]`, `i < tree_end[j]`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .checks import (
     check_devices,
     check_heads,
     check_positive,
+    check_reach,
     check_segments,
     check_tensor,
     check_tree_end,
@@ -101,7 +102,12 @@ def _backward_through_lse(
     a power of two that float16 has too. Where the kernel has no room for more columns, the reference does the backward.
     """
     dim = query.shape[-1]
-    features = {"head_dim": dim + _COLUMNS, "softcap": call.softcap is not None, "window": call.window is not None}
+    features = {
+        "head_dim": dim + _COLUMNS,
+        "softcap": call.softcap is not None,
+        "window": call.window is not None,
+        "reach": call.reach is not None,
+    }
     if backend.unavailable_reason(query.device.type, query.dtype, **features) is not None:
         return reference.backward(grad_output, grad_lse, grad_mass, query, key, value, output, lse, call)
     exponent = torch.frexp(grad_lse).exponent.clamp(*_EXPONENTS)
@@ -137,6 +143,7 @@ def tree_attention(
     value: Tensor,  # (B, Hkv, S, Dv)
     tree_end: Tensor | None = None,  # (B, S)
     *,
+    reach: Tensor | None = None,  # (B, S)
     segments: Tensor | None = None,  # (B, S)
     num_segments: int = 0,
     scale: float | None = None,
@@ -146,7 +153,8 @@ def tree_attention(
 ) -> TreeAttentionOutput:
     """Attention over a token tree, with the log-sum-exp and the attention mass on token segments.
 
-    Equivalent PyTorch, for Hq = Hkv and with `seen = (j <= i) & (i < tree_end[:, None, :])`::
+    Equivalent PyTorch, for Hq = Hkv and with `seen = (j <= i) & (i < tree_end[:, None, :])`, or with reach
+    `seen = (j < reach[..., None]) & (i < tree_end[:, None, :])`::
 
         scores = (scale * query @ key.mT).masked_fill(~seen[:, None], -inf)
         lse = scores.logsumexp(-1)
@@ -157,12 +165,17 @@ def tree_attention(
         query: (B, Hq, S, D), any floating dtype. Hq is a multiple of Hkv.
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
-        tree_end: (B, S) integer; packed index where the subtree of the token's node ends. `j` for padding. None is causal attention.
+        tree_end: (B, S) integer; packed index where the subtree of the token's node ends. None is causal attention. Hidden and padded
+            tokens: their own index or 0, with reach 0.
+        reach: (B, S) integer; how far each query looks ahead: up to the packed index `reach[i]`, exclusive, such as the end of a picture for
+            each of its tokens, the end of the prefix for a prefix-LM, and `i + 1` for text. At least `i + 1` for tokens that are seen, which
+            is looked at on the CPU. That it ends within the token's own node is the caller's to see to: past it lie the tokens of the first
+            branch. None: `i + 1`.
         segments: (B, S) integer; the segment of each key, -1 for none.
         num_segments: number of segments.
         scale: factor on the scores, default `D ** -0.5`.
         softcap: c in `c tanh(scores / c)`.
-        window: a query sees at most this many tokens back along its own path, itself included.
+        window: a query sees at most this many tokens back along its own path, itself included; what it looks ahead to is not bounded.
         backend: "auto", or a name from `backends()["tree_attention"]`.
 
     Returns:
@@ -179,8 +192,9 @@ def tree_attention(
     check_heads(OP, query, key)
     if value.dtype != query.dtype:
         raise TypeError(f"{OP}: query and value must have one dtype, got {query.dtype} and {value.dtype}")
-    check_devices(OP, query, value=value, tree_end=tree_end, segments=segments)
+    check_devices(OP, query, value=value, tree_end=tree_end, reach=reach, segments=segments)
     check_tree_end(OP, tree_end, batch, length)
+    check_reach(OP, reach, tree_end, batch, length)
     check_segments(OP, segments, num_segments, batch, length)
     check_positive(OP, softcap=softcap, window=window)
     call = TreeAttentionCall(
@@ -190,10 +204,11 @@ def tree_attention(
         scale=default_scale(scale, dim),
         softcap=softcap,
         window=window,
+        reach=reach,
     )
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if torch.compiler.is_compiling():
-        call = call._replace(tree_end=own_tree(tree_end))
+        call = call._replace(tree_end=own_tree(tree_end), reach=own_tree(reach))
         return TreeAttentionOutput(*attention_op(query, key, value, *call, backend, gradient))
     module = _resolve(backend, query, value, call, gradient)
     return TreeAttentionOutput(*_TreeAttention.apply(query, key, value, call, module))
@@ -214,13 +229,14 @@ def _resolve(backend: str, query: Tensor, value: Tensor, call: TreeAttentionCall
         head_dim=max(dim, value_dim),
         length=query.shape[2],
         tree=call.tree_end is not None,
+        reach=call.reach is not None,
         gradient=gradient,
     )
 
 
-def own_tree(tree_end: Tensor | None) -> Tensor | None:
-    """A copy that no other tensor of compiled code is written over, as what is derived from a tree is kept while its tensor lives."""
-    return None if tree_end is None else own_tree_op(tree_end)
+def own_tree(tree: Tensor | None) -> Tensor | None:
+    """A copy of `tree_end` or `reach` that no other tensor of compiled code is written over: what is derived is kept while they live."""
+    return None if tree is None else own_tree_op(tree)
 
 
 @torch.library.custom_op("mmdpo_kernels::own_tree", mutates_args=())

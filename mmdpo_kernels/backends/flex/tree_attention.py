@@ -30,6 +30,8 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, *, head_dim: int = 
     """Why this backend cannot serve the call, or None."""
     if features.get("mass"):
         return "FlexAttention returns no per-segment mass"
+    if features.get("reach"):
+        return "it has no reach"
     if device_type == "cpu":
         return "PyTorch's FlexAttention has no backward on the CPU" if features.get("gradient") else None
     if device_type != "cuda":

@@ -29,6 +29,8 @@ def unavailable_reason(
     native = load()
     if isinstance(native, str):
         return native
+    if features.get("reach"):
+        return "it has no reach"
     if device_type not in ("cpu", "cuda"):
         return f"it runs on cpu and cuda tensors, got {device_type}"
     if dtype not in DTYPES:

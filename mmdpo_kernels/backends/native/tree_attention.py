@@ -20,6 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MISSING = {
     "softcap": "softcap",
     "window": "sliding windows",
+    "reach": "reach",
     "mass": "per-segment mass",
     "value_dim": "head dim of values other than that of keys",
 }

@@ -59,7 +59,7 @@ def _probabilities(query_rows: Tensor, key: Tensor, call: AttentionMassCall) -> 
     if tree_end is None:
         tree_end = torch.full((key.shape[0], key.shape[2]), key.shape[2], dtype=torch.int32, device=key.device)
     scores = raw_scores(query_rows, key, call.scale)
-    seen = visible_rows(call.row_positions, tree_end, call.window)[:, None]
+    seen = visible_rows(call.row_positions, tree_end, call.window, call.reach)[:, None]
     limited = capped(scores, call.softcap)
     if call.lse is None:
         return softmax_of_seen(limited, seen), scores

@@ -78,4 +78,4 @@ def _scores(query: Tensor, key: Tensor, call: TreeAttentionCall) -> tuple[Tensor
     tree_end = call.tree_end
     if tree_end is None:
         tree_end = torch.full((batch, length), length, dtype=torch.int32, device=query.device)
-    return raw_scores(query, key, call.scale), visible(tree_end, call.window)[:, None]
+    return raw_scores(query, key, call.scale), visible(tree_end, call.window, call.reach)[:, None]

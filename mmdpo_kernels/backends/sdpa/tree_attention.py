@@ -29,6 +29,8 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, *, head_dim: int = 
         return "PyTorch's attention has no softcap"
     if features.get("window"):
         return "sliding windows are not rectangles"
+    if features.get("reach"):
+        return "it has no reach"
     if features.get("mass"):
         return "PyTorch's attention returns no per-segment mass"
     if features.get("value_dim"):

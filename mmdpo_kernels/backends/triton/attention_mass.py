@@ -39,8 +39,8 @@ _COMBINED_ROWS = 8
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
-    """None, or why this backend cannot serve tensors of `dtype` on `device_type`. It serves every feature."""
-    return runtime.unavailable_reason(device_type, dtype)
+    """None, or why this backend cannot serve tensors of `dtype` on `device_type`."""
+    return "it has no reach" if features.get("reach") else runtime.unavailable_reason(device_type, dtype)
 
 
 def forward(

@@ -28,7 +28,7 @@ SEGMENTS_PER_PASS = COLUMNS.value
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, *, head_dim: int = 64, **features: object) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    reason = runtime.unavailable_reason(device_type, dtype)
+    reason = "it has no reach" if features.get("reach") else runtime.unavailable_reason(device_type, dtype)
     if reason is None and head_dim > tiles.WIDEST:
         return f"it takes head dims up to {tiles.WIDEST}, got {head_dim}"
     return reason

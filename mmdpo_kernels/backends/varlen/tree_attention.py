@@ -24,6 +24,8 @@ def unavailable_reason(
     """Why this backend cannot serve the call, or None."""
     if features.get("mass"):
         return "variable-length flash attention returns no per-segment mass"
+    if features.get("reach"):
+        return "variable-length flash attention has no reach: a sequence's queries see all its keys, or none past their own"
     if features.get("value_dim"):
         return "variable-length flash attention is used with equal head dims of key and value only"
     library = libraries.choose(device_type, dtype, head_dim, softcap)

@@ -7,11 +7,11 @@ from that rule; every backend may import it.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 Plan = TypeVar("Plan")
 
@@ -83,32 +83,46 @@ class PlanCache(Generic[Plan]):
 
     Of one tensor the last `MOST` are kept, since it may be a whole data set of which each batch is a view.
 
-    make: called with the tensor and the settings of the call. What it returns must not hold the tensor itself, which would then never die.
+    make: called with the tensor and the settings of the call, among which may be further tensors. What it returns must not hold the first
+    tensor itself, which would then never die.
     """
 
     MOST = 32
 
     def __init__(self, make: Callable[..., Plan]) -> None:
         self._make = make
-        # A tensor -> its version, and the plans made of its views at that version.
+        # A tensor -> its version, and the plans made of its views at that version, with the owners of further tensors.
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __call__(self, tensor: Tensor, *settings: Hashable) -> Plan:
-        if tensor.is_inference():  # has no version to tell an edit by
+        further = [each for each in settings if isinstance(each, Tensor)]
+        if any(each.is_inference() for each in (tensor, *further)):  # has no version to tell an edit by
             return self._make(tensor, *settings)
-        # Every layer makes a view of its own of one mask.
-        owner = tensor if tensor._base is None else tensor._base
+        owner = _owner(tensor)
         version, plans = self._known.get(owner, (None, {}))
         if version != tensor._version:
             plans = {}
             self._known[owner] = tensor._version, plans
-        key: tuple[Any, ...] = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), *settings)
-        plan = plans.get(key)
-        if plan is None:
-            if len(plans) >= self.MOST:
+        key = (_view(tensor), *(_view(each) if isinstance(each, Tensor) else each for each in settings))
+        owners, plan = plans.get(key, ((), None))
+        # A tensor that died may have left its id to another.
+        if plan is None or any(known() is not _owner(each) for known, each in zip(owners, further, strict=True)):
+            if key not in plans and len(plans) >= self.MOST:
                 plans.pop(next(iter(plans)))
-            plan = plans[key] = self._make(tensor, *settings)
+            plan = self._make(tensor, *settings)
+            plans[key] = tuple(TensorWeakRef(_owner(each)) for each in further), plan
         return plan
+
+
+def _owner(tensor: Tensor) -> Tensor:
+    """Every layer makes a view of its own of one mask."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def _view(tensor: Tensor) -> tuple[Hashable, ...]:
+    """Which part of which tensor at which version."""
+    place = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+    return (id(_owner(tensor)), tensor._version, *place)
 
 
 def rectangles(tree_end: Tensor) -> tuple[BatchPlan, ...]:

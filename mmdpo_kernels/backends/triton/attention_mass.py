@@ -39,8 +39,8 @@ _COMBINED_ROWS = 8
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
-    """None, or why this backend cannot serve tensors of `dtype` on `device_type`."""
-    return "it has no reach" if features.get("reach") else runtime.unavailable_reason(device_type, dtype)
+    """None, or why this backend cannot serve tensors of `dtype` on `device_type`. It serves every feature."""
+    return runtime.unavailable_reason(device_type, dtype)
 
 
 def forward(
@@ -104,6 +104,7 @@ class _Work:
                 segments=call.segments.contiguous(),
                 row_positions=call.row_positions.contiguous(),
                 tree_end=None if call.tree_end is None else call.tree_end.contiguous(),
+                reach=None if call.reach is None else call.reach.contiguous(),
                 lse=None if call.lse is None else call.lse.to(torch.float32).contiguous(),
             ),
             depth=None if call.tree_end is None or call.window is None else depth(call.tree_end),
@@ -334,6 +335,7 @@ class _Work:
             "key": self.key,
             "row_positions": self.call.row_positions,
             "tree_end": self.call.tree_end,
+            "reach": self.call.reach,
             "depth": self.depth,
             "scale": self.call.scale,
             "softcap": self.call.softcap,

@@ -289,7 +289,9 @@ def key_partials_kernel(
         k = head_vectors(key_rows, inside, 0, DIM, BLOCK_D)  # [BN, BD]
     acc = tl.zeros([BLOCK_N], tl.float32)
     for scan in range(0, num_rows * group, SCAN * BLOCK_M):
-        order, count = row_tiles(row_positions, reach, depth, i_b, scan, keys, end, key_depth, num_rows, group, length, window, BLOCK_M)
+        order, count = row_tiles(
+            row_positions, reach, depth, i_b, scan, keys, end, key_depth, num_rows, group, length, window, BLOCK_M
+        )
         for i in range(count):
             packed = scan + at_rank(order, i) * BLOCK_M + tl.arange(0, BLOCK_M)
             head = i_h * group + packed % group
@@ -504,7 +506,9 @@ def grad_key_kernel(
     member = inside & (index >= 0) & (index < end_segment)
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for scan in range(0, num_rows * group, SCAN * BLOCK_M):
-        order, count = row_tiles(row_positions, reach, depth, i_b, scan, keys, end, key_depth, num_rows, group, length, window, BLOCK_M)
+        order, count = row_tiles(
+            row_positions, reach, depth, i_b, scan, keys, end, key_depth, num_rows, group, length, window, BLOCK_M
+        )
         for i in range(count):
             packed = scan + at_rank(order, i) * BLOCK_M + tl.arange(0, BLOCK_M)
             head = i_h * group + packed % group

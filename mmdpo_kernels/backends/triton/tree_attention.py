@@ -28,7 +28,7 @@ SEGMENTS_PER_PASS = COLUMNS.value
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, *, head_dim: int = 64, **features: object) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    reason = "it has no reach" if features.get("reach") else runtime.unavailable_reason(device_type, dtype)
+    reason = runtime.unavailable_reason(device_type, dtype)
     if reason is None and head_dim > tiles.WIDEST:
         return f"it takes head dims up to {tiles.WIDEST}, got {head_dim}"
     return reason
@@ -163,8 +163,9 @@ class _Launches:
         self, kernel: Any, programs: int, tile: Tiles, plan: Callable[..., Tensor], own: dict[str, Any], **constants: int
     ) -> Launch:
         """programs: of one batch row. own: arguments that not all kernels have."""
-        planned = self.call.tree_end is not None or self.call.window is not None
-        blocks = plan(self.call.tree_end, self.query, self.call.window, tile.block_m, tile.block_n) if planned else None
+        shape = (self.call.tree_end, self.call.reach, self.query, self.call.window)
+        planned = any(each is not None for each in (self.call.tree_end, self.call.reach, self.call.window))
+        blocks = plan(*shape, tile.block_m, tile.block_n) if planned else None
         if self.call.softcap is not None:
             inner, outer = self.call.scale / self.call.softcap, self.call.softcap
         elif self.call.scale > 0:  # then it can wait for the exponential
@@ -180,6 +181,7 @@ class _Launches:
                 "value": self.value,
                 **_strides(query=self.query, key=self.key, value=self.value),
                 "tree_end": int32(self.call.tree_end),
+                "reach": int32(self.call.reach),
                 "depth": None if self.call.tree_end is None or self.call.window is None else token_depths(self.call.tree_end),
                 "plan": blocks,
                 "plan_b": None if blocks is None else blocks.stride(0),

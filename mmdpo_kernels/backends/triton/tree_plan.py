@@ -15,15 +15,15 @@ MIXED = -2
 
 
 def query_plan(
-    tree_end: Tensor | None, reach: Tensor | None, like: Tensor, window: int | None, block_m: int, block_n: int
+    tree_end: Tensor | None, like: Tensor, window: int | None, block_m: int, block_n: int, reach: Tensor | None = None
 ) -> Tensor:
     """Key blocks that each query block visits: up to the largest reach of its queries, and none that the tree hides from all of them.
 
     Args:
         tree_end: (B, S) integer, None = causal.
-        reach: (B, S) integer by query, None = no query looks ahead.
         like: (B, H, S, D), whose batch, length and device the plan serves.
         window: see `tree_mask.visible`.
+        reach: (B, S) integer by query, None = no query looks ahead.
 
     Returns:
         (B, cdiv(S, block_m), 2 + cdiv(S, block_n)) int32: the number of key blocks all of whose keys are seen by all queries of the block,
@@ -33,7 +33,7 @@ def query_plan(
 
 
 def key_plan(
-    tree_end: Tensor | None, reach: Tensor | None, like: Tensor, window: int | None, block_m: int, block_n: int
+    tree_end: Tensor | None, like: Tensor, window: int | None, block_m: int, block_n: int, reach: Tensor | None = None
 ) -> Tensor:
     """Query blocks that visit each key block, as `query_plan`: (B, cdiv(S, block_n), 2 + cdiv(S, block_m)) int32.
 

@@ -16,9 +16,12 @@ def offset(i, stride):
 
 
 @triton.jit
-def sees(rows, keys, ends, row_depths, key_depths, window):
-    """Whether query `rows` see `keys`, in shapes that broadcast. ends: of the keys' subtrees, None: causal; depths count with a window."""
-    seen = keys <= rows
+def sees(rows, lasts, keys, ends, row_depths, key_depths, window):
+    """Whether query `rows` see `keys`, in shapes that broadcast; depths count with a window.
+
+    lasts: the last key within each row's reach, causally the row itself. ends: of the keys' subtrees, None: all reach the end.
+    """
+    seen = keys <= lasts
     if ends is not None:
         seen &= rows < ends
     if window is not None:

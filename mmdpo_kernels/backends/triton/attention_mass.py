@@ -39,8 +39,8 @@ _COMBINED_ROWS = 8
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object) -> str | None:
-    """None, or why this backend cannot serve tensors of `dtype` on `device_type`."""
-    return "it has no reach" if features.get("reach") else runtime.unavailable_reason(device_type, dtype)
+    """None, or why this backend cannot serve tensors of `dtype` on `device_type`. It serves every feature."""
+    return runtime.unavailable_reason(device_type, dtype)
 
 
 def forward(
@@ -104,6 +104,7 @@ class _Work:
                 segments=call.segments.contiguous(),
                 row_positions=call.row_positions.contiguous(),
                 tree_end=None if call.tree_end is None else call.tree_end.contiguous(),
+                reach=None if call.reach is None else call.reach.contiguous(),
                 lse=None if call.lse is None else call.lse.to(torch.float32).contiguous(),
             ),
             depth=None if call.tree_end is None or call.window is None else depth(call.tree_end),
@@ -334,6 +335,7 @@ class _Work:
             "key": self.key,
             "row_positions": self.call.row_positions,
             "tree_end": self.call.tree_end,
+            "reach": self.call.reach,
             "depth": self.depth,
             "scale": self.call.scale,
             "softcap": self.call.softcap,
@@ -363,7 +365,7 @@ class _Work:
         }
 
 
-REPRESENTATIVE = ("rows bf16 128",)
+REPRESENTATIVE = ("rows bf16 128 tree reach",)
 """Every feature at once in the kernels that have fewest registers to spare, at the models' head dim."""
 
 
@@ -372,10 +374,9 @@ def specializations(target: int) -> list[runtime.Specialization]:
     found: dict[object, runtime.Specialization] = {}
     sizes = [*itertools.product(runtime.DTYPES, (64, 128, 256)), (torch.bfloat16, 80), (torch.bfloat16, 512)]
     for dtype, dim in sizes:
-        for reduce, known, extras in _FORMS if dim == 128 else _FORMS[:2]:
-            options = (torch.int32, 2.0, 1024) if extras else (None, None, None)
-            for work, name in _described_work(target, dtype, dim, reduce, known, *options):
-                label = f"{name} {runtime.DTYPE_NAMES[dtype]} {dim}{' tree window softcap' if extras else ''}"
+        for reduce, known, extras in _FORMS if dim == 128 else _FORMS[:4]:
+            for work, name in _described_work(target, dtype, dim, reduce, known, extras):
+                label = f"{name} {runtime.DTYPE_NAMES[dtype]} {dim}{extras}"
                 for launch in work.launches:
                     form = launch.describe(f"attention_mass {launch.kernel.__name__.removesuffix('_kernel')} {label}")
                     key = (form.kernel, *map(str, (form.signature, form.constants, form.num_warps, form.num_stages)))
@@ -383,8 +384,17 @@ def specializations(target: int) -> list[runtime.Specialization]:
     return list(found.values())
 
 
-# reduce, lse known, tree with softcap and window. The first two hold the kernels with most registers.
-_FORMS = ((None, False, True), ("tokens", True, True), ("mean", False, False), ("mean", True, False), ("tokens", False, False))
+_TREE, _REACH = " tree window softcap", " tree reach window softcap"
+# reduce, lse known, features in the label. The first four hold the kernels with most registers.
+_FORMS = (
+    (None, False, _TREE),
+    ("tokens", True, _TREE),
+    (None, False, _REACH),
+    ("tokens", True, _REACH),
+    ("mean", False, ""),
+    ("mean", True, ""),
+    ("tokens", False, ""),
+)
 
 
 def _described_work(
@@ -393,18 +403,19 @@ def _described_work(
     dim: int,
     reduce: str | None,
     known: bool,
-    tree: torch.dtype | None,
-    softcap: float | None,
-    window: int | None,
+    extras: str,
 ) -> Iterator[tuple[_Work, str]]:
     batch, heads, kv_heads, rows, length, count = 2, 32, 8, 100, 3100, 5
     with torch.device("meta"):
         query, key = torch.empty(batch, heads, rows, dim, dtype=dtype), torch.empty(batch, kv_heads, length, dim, dtype=dtype)
         segments, positions = (torch.empty(batch, size, dtype=torch.int32) for size in (length, rows))
-        tree_end = None if tree is None else torch.empty(batch, length, dtype=tree)
+        tree_end, reach = (
+            torch.empty(batch, length, dtype=torch.int32) if name in extras else None for name in ("tree", "reach")
+        )
         lse = torch.empty(batch, heads, rows) if known else None
+    softcap, window = (2.0, 1024) if extras else (None, None)
     for name in ("forward", "backward"):
-        call = AttentionMassCall(segments, positions, count, tree_end, lse, dim**-0.5, softcap, window, reduce)
+        call = AttentionMassCall(segments, positions, count, tree_end, lse, dim**-0.5, softcap, window, reduce, reach)
         work = _Work.of(query, key, call, target)
         out = work.forward()
         if name == "backward":

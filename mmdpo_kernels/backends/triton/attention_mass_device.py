@@ -22,15 +22,18 @@ FAR = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def row_facts(row_positions, depth, i_b, packed, num_rows, group, length):
-    """-> position among the keys (-1 = unused) and depth of `packed` rows, in their shape."""
+def row_facts(row_positions, reach, depth, i_b, packed, num_rows, group, length):
+    """-> position among the keys (-1 = unused), last key within reach (likewise) and depth of `packed` rows, in their shape."""
     row = packed // group
     position = tl.load(row_positions + i_b * num_rows + row, mask=row < num_rows, other=-1).to(tl.int32)
     position = tl.where(position < length, position, -1)
+    last = position
+    if reach is not None:
+        last = tl.load(reach + i_b * length + position, mask=position >= 0, other=0).to(tl.int32) - 1
     row_depth = position
     if depth is not None:
         row_depth = tl.load(depth + i_b * length + position, mask=position >= 0, other=0).to(tl.int32)
-    return position, row_depth
+    return position, last, row_depth
 
 
 @triton.jit
@@ -47,18 +50,18 @@ def key_facts(tree_end, depth, i_b, keys, length):
 
 
 @triton.jit
-def seen_tile(position, row_depth, keys, end, key_depth, window):
+def seen_tile(position, last, row_depth, keys, end, key_depth, window):
     """-> [BM, BN]"""
-    return sees(position[:, None], keys[None, :], end[None, :], row_depth[:, None], key_depth[None, :], window)
+    return sees(position[:, None], last[:, None], keys[None, :], end[None, :], row_depth[:, None], key_depth[None, :], window)
 
 
 @triton.jit
-def row_range(position, row_depth):
-    """-> first and last position and least depth of the used rows."""
+def row_range(position, last, row_depth):
+    """-> first position, last key within reach and least depth of the used rows."""
     used = position >= 0
     first = tl.min(tl.where(used, position, FAR))
     least_depth = tl.min(tl.where(used, row_depth, FAR))
-    return first, tl.max(position), least_depth
+    return first, tl.max(last), least_depth
 
 
 @triton.jit
@@ -110,6 +113,7 @@ def key_blocks(
 @triton.jit
 def row_tiles(
     row_positions,  # (B, R)
+    reach,  # (B, S) or None
     depth,  # (B, S) or None
     i_b,
     start,
@@ -124,8 +128,8 @@ def row_tiles(
 ):
     """Which of the SCAN row tiles from packed row `start` hold a row that may see one of `keys`."""
     packed = start + tl.arange(0, SCAN)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]  # [SCAN, BM]
-    position, row_depth = row_facts(row_positions, depth, i_b, packed, num_rows, group, length)
-    worth = (position >= tl.min(keys)) & (position < tl.max(end))
+    position, last, row_depth = row_facts(row_positions, reach, depth, i_b, packed, num_rows, group, length)
+    worth = (last >= tl.min(keys)) & (position < tl.max(end))
     if window is not None:
         worth &= row_depth - tl.max(tl.where(keys < length, key_depth, -1)) < window
     return pack_order(worth)

@@ -45,6 +45,7 @@ def row_partials_kernel(
     segments,  # (B, S); None: each key is its own
     row_positions,  # (B, R)
     tree_end,  # (B, S); None: causal
+    reach,  # (B, S); None: to the row itself
     depth,  # (B, S); None: window counts packed indices
     lse,  # (B, Hq, R); None: not known
     grad,  # strided over (B, Hq, R, N or S); None but for "gradient"
@@ -90,9 +91,9 @@ def row_partials_kernel(
     packed = i_t * BLOCK_M + tl.arange(0, BLOCK_M)
     head = i_h * group + packed % group
     flat = (i_b * kv_heads * group + head) * num_rows + packed // group  # [BM] row of (B, Hq, R)
-    position, row_depth = row_facts(row_positions, depth, i_b, packed, num_rows, group, length)
+    position, last, row_depth = row_facts(row_positions, reach, depth, i_b, packed, num_rows, group, length)
     used = position >= 0
-    first, last, least_depth = row_range(position, row_depth)
+    first, until, least_depth = row_range(position, last, row_depth)
     query_rows = query + offset(i_b, query_b) + offset(head, query_h) + offset(packed // group, query_r)
     key = key + offset(i_b, key_b) + offset(i_h, key_h)
     q = None
@@ -112,7 +113,7 @@ def row_partials_kernel(
     for scan in range(start, stop, SCAN * BLOCK_N):
         if lse is None:
             order, count = key_blocks(
-                tree_end, depth, None, i_b, scan, stop, first, last, least_depth, length, window, 0, 0, BLOCK_N
+                tree_end, depth, None, i_b, scan, stop, first, until, least_depth, length, window, 0, 0, BLOCK_N
             )
         else:
             order, count = key_blocks(
@@ -123,7 +124,7 @@ def row_partials_kernel(
                 scan,
                 stop,
                 first,
-                last,
+                until,
                 least_depth,
                 length,
                 window,
@@ -140,7 +141,7 @@ def row_partials_kernel(
             if STEP_D == BLOCK_D:
                 k = head_vectors(key_rows, inside, 0, DIM, BLOCK_D)  # [BN, BD]
             scores = products(q, k, query_rows, used, key_rows, inside, DIM, STEP_D)  # [BM, BN]
-            seen = seen_tile(position, row_depth, keys, end, key_depth, window)
+            seen = seen_tile(position, last, row_depth, keys, end, key_depth, window)
             scores = tl.where(seen, scores_of(scores, scale, softcap), float("-inf"))
             if lse is None:
                 new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -251,6 +252,7 @@ def key_partials_kernel(
     key,  # (B, Hkv, S, D)
     row_positions,  # (B, R)
     tree_end,  # (B, S); None: causal
+    reach,  # (B, S); None: to the row itself
     depth,  # (B, S); None: window counts packed indices
     lse,  # (B, Hq, R); None: not known
     split_max,  # (splits, B, Hq, R); None with lse
@@ -287,19 +289,21 @@ def key_partials_kernel(
         k = head_vectors(key_rows, inside, 0, DIM, BLOCK_D)  # [BN, BD]
     acc = tl.zeros([BLOCK_N], tl.float32)
     for scan in range(0, num_rows * group, SCAN * BLOCK_M):
-        order, count = row_tiles(row_positions, depth, i_b, scan, keys, end, key_depth, num_rows, group, length, window, BLOCK_M)
+        order, count = row_tiles(
+            row_positions, reach, depth, i_b, scan, keys, end, key_depth, num_rows, group, length, window, BLOCK_M
+        )
         for i in range(count):
             packed = scan + at_rank(order, i) * BLOCK_M + tl.arange(0, BLOCK_M)
             head = i_h * group + packed % group
             flat = (i_b * kv_heads * group + head) * num_rows + packed // group
-            position, row_depth = row_facts(row_positions, depth, i_b, packed, num_rows, group, length)
+            position, last, row_depth = row_facts(row_positions, reach, depth, i_b, packed, num_rows, group, length)
             used = position >= 0
             query_rows = query + offset(i_b, query_b) + offset(head, query_h) + offset(packed // group, query_r)
             q = None
             if STEP_D == BLOCK_D:
                 q = head_vectors(query_rows, used, 0, DIM, BLOCK_D)  # [BM, BD]
             scores = products(q, k, query_rows, used, key_rows, inside, DIM, STEP_D)
-            seen = seen_tile(position, row_depth, keys, end, key_depth, window)
+            seen = seen_tile(position, last, row_depth, keys, end, key_depth, window)
             if lse is None:
                 total_rows = tl.num_programs(1) * group * num_rows
                 row_max, _, row_sum = split_lse(split_max, split_sum, flat, used, total_rows, splits)
@@ -368,6 +372,7 @@ def grad_query_kernel(
     segments,  # (B, S); None: each key is its own
     row_positions,  # (B, R)
     tree_end,  # (B, S); None: causal
+    reach,  # (B, S); None: to the row itself
     depth,  # (B, S); None: window counts packed indices
     lse,  # (B, Hq, R)
     correction,  # (B, Hq, R) rowsum(P dP)
@@ -404,9 +409,9 @@ def grad_query_kernel(
     packed = i_t * BLOCK_M + tl.arange(0, BLOCK_M)
     head = i_h * group + packed % group
     flat = (i_b * kv_heads * group + head) * num_rows + packed // group
-    position, row_depth = row_facts(row_positions, depth, i_b, packed, num_rows, group, length)
+    position, last, row_depth = row_facts(row_positions, reach, depth, i_b, packed, num_rows, group, length)
     used = position >= 0
-    first, last, least_depth = row_range(position, row_depth)
+    first, until, least_depth = row_range(position, last, row_depth)
     query_rows = query + offset(i_b, query_b) + offset(head, query_h) + offset(packed // group, query_r)
     key = key + offset(i_b, key_b) + offset(i_h, key_h)
     grad += offset(i_b, grad_b)
@@ -419,7 +424,7 @@ def grad_query_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for scan in range(0, length, SCAN * BLOCK_N):
         order, count = key_blocks(
-            tree_end, depth, None, i_b, scan, length, first, last, least_depth, length, window, 0, 0, BLOCK_N
+            tree_end, depth, None, i_b, scan, length, first, until, least_depth, length, window, 0, 0, BLOCK_N
         )
         for i in range(count):
             keys = scan + at_rank(order, i) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -428,7 +433,7 @@ def grad_query_kernel(
             key_rows = key + offset(keys, key_s)
             k = head_vectors(key_rows, inside, 0, DIM, BLOCK_D)  # [BN, BD]
             scores = products(q, k, query_rows, used, key_rows, inside, DIM, STEP_D)
-            seen = seen_tile(position, row_depth, keys, end, key_depth, window)
+            seen = seen_tile(position, last, row_depth, keys, end, key_depth, window)
             index = keys
             if segments is not None:
                 index = tl.load(segments + i_b * length + keys, mask=inside, other=-1).to(tl.int32)
@@ -453,6 +458,7 @@ def grad_key_kernel(
     segments,  # (B, S); None: each key is its own
     row_positions,  # (B, R)
     tree_end,  # (B, S); None: causal
+    reach,  # (B, S); None: to the row itself
     depth,  # (B, S); None: window counts packed indices
     lse,  # (B, Hq, R)
     correction,  # (B, Hq, R) rowsum(P dP)
@@ -500,17 +506,19 @@ def grad_key_kernel(
     member = inside & (index >= 0) & (index < end_segment)
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for scan in range(0, num_rows * group, SCAN * BLOCK_M):
-        order, count = row_tiles(row_positions, depth, i_b, scan, keys, end, key_depth, num_rows, group, length, window, BLOCK_M)
+        order, count = row_tiles(
+            row_positions, reach, depth, i_b, scan, keys, end, key_depth, num_rows, group, length, window, BLOCK_M
+        )
         for i in range(count):
             packed = scan + at_rank(order, i) * BLOCK_M + tl.arange(0, BLOCK_M)
             head = i_h * group + packed % group
             flat = (i_b * kv_heads * group + head) * num_rows + packed // group
-            position, row_depth = row_facts(row_positions, depth, i_b, packed, num_rows, group, length)
+            position, last, row_depth = row_facts(row_positions, reach, depth, i_b, packed, num_rows, group, length)
             used = position >= 0
             query_rows = query + offset(i_b, query_b) + offset(head, query_h) + offset(packed // group, query_r)
             q = head_vectors(query_rows, used, 0, DIM, BLOCK_D)  # [BM, BD]
             scores = products(q, k, query_rows, used, key_rows, inside, DIM, STEP_D)
-            seen = seen_tile(position, row_depth, keys, end, key_depth, window)
+            seen = seen_tile(position, last, row_depth, keys, end, key_depth, window)
             at_row = offset(head, grad_h) + offset(packed // group, grad_r)
             grad_p = load_upstream(grad, at_row, index, used, member, grad_n, PER_ROW)
             row_lse = tl.load(lse + flat, mask=used, other=0.0)

@@ -28,7 +28,7 @@ SEGMENTS_PER_PASS = COLUMNS.value
 
 def unavailable_reason(device_type: str, dtype: torch.dtype, *, head_dim: int = 64, **features: object) -> str | None:
     """Why this backend cannot serve the call, or None."""
-    reason = "it has no reach" if features.get("reach") else runtime.unavailable_reason(device_type, dtype)
+    reason = runtime.unavailable_reason(device_type, dtype)
     if reason is None and head_dim > tiles.WIDEST:
         return f"it takes head dims up to {tiles.WIDEST}, got {head_dim}"
     return reason
@@ -163,8 +163,9 @@ class _Launches:
         self, kernel: Any, programs: int, tile: Tiles, plan: Callable[..., Tensor], own: dict[str, Any], **constants: int
     ) -> Launch:
         """programs: of one batch row. own: arguments that not all kernels have."""
-        planned = self.call.tree_end is not None or self.call.window is not None
-        blocks = plan(self.call.tree_end, self.query, self.call.window, tile.block_m, tile.block_n) if planned else None
+        tree_end, reach, window = self.call.tree_end, self.call.reach, self.call.window
+        planned = any(each is not None for each in (tree_end, reach, window))
+        blocks = plan(tree_end, self.query, window, tile.block_m, tile.block_n, reach) if planned else None
         if self.call.softcap is not None:
             inner, outer = self.call.scale / self.call.softcap, self.call.softcap
         elif self.call.scale > 0:  # then it can wait for the exponential
@@ -180,6 +181,7 @@ class _Launches:
                 "value": self.value,
                 **_strides(query=self.query, key=self.key, value=self.value),
                 "tree_end": int32(self.call.tree_end),
+                "reach": int32(self.call.reach),
                 "depth": None if self.call.tree_end is None or self.call.window is None else token_depths(self.call.tree_end),
                 "plan": blocks,
                 "plan_b": None if blocks is None else blocks.stride(0),
@@ -240,6 +242,7 @@ def specializations(target: int) -> list[Specialization]:
 
 
 _TREE, _MASS = {"tree": True}, {"tree": True, "num_segments": 4}
+_REACH, _ALL = {**_TREE, "reach": True}, {**_MASS, "reach": True, "window": 1024, "softcap": 30.0}
 _SHIPPED: tuple[tuple[str, torch.dtype, int, dict[str, Any]], ...] = (
     ("bf16 32 causal", torch.bfloat16, 32, {}),
     ("bf16 64 tree mass", torch.bfloat16, 64, _MASS),
@@ -253,6 +256,20 @@ _SHIPPED: tuple[tuple[str, torch.dtype, int, dict[str, Any]], ...] = (
     ("bf16 256 tree mass", torch.bfloat16, 256, _MASS),
     ("fp32 64 tree", torch.float32, 64, _TREE),
     ("fp32 128 tree mass", torch.float32, 128, _MASS),
+    ("bf16 64 reach", torch.bfloat16, 64, _REACH),
+    ("bf16 64 reach mass window softcap", torch.bfloat16, 64, _ALL),
+    ("bf16 80 reach", torch.bfloat16, 80, _REACH),
+    ("bf16 96 reach mass", torch.bfloat16, 96, {**_MASS, "reach": True}),
+    ("bf16 128 reach", torch.bfloat16, 128, _REACH),
+    ("bf16 128 reach window", torch.bfloat16, 128, {**_REACH, "window": 1024}),
+    ("bf16 128 reach mass", torch.bfloat16, 128, {**_MASS, "reach": True}),
+    ("bf16 128 reach mass window softcap", torch.bfloat16, 128, _ALL),
+    ("bf16 256 reach", torch.bfloat16, 256, _REACH),
+    ("bf16 256 reach window", torch.bfloat16, 256, {**_REACH, "window": 1024}),
+    ("bf16 256 reach mass", torch.bfloat16, 256, {**_MASS, "reach": True}),
+    ("bf16 256 reach mass window softcap", torch.bfloat16, 256, _ALL),
+    ("fp32 64 reach", torch.float32, 64, _REACH),
+    ("fp32 128 reach mass", torch.float32, 128, {**_MASS, "reach": True}),
 )
 
 
@@ -261,6 +278,7 @@ def _example(
     dim: int,
     capability: tuple[int, int],
     tree: bool = False,
+    reach: bool = False,
     num_segments: int = 0,
     softcap: float | None = None,
     window: int | None = None,
@@ -276,7 +294,8 @@ def _example(
 
     query, key = (torch.empty(batch, length, h, dim, dtype=dtype, device="meta").transpose(1, 2) for h in (heads, kv_heads))
     segments = ids() if num_segments else None
-    call = TreeAttentionCall(ids() if tree else None, segments, num_segments, dim**-0.5, softcap, window)
+    trees = [ids() if given else None for given in (tree, reach)]
+    call = TreeAttentionCall(trees[0], segments, num_segments, dim**-0.5, softcap, window, trees[1])
     launches = _Launches(query, key, key, call, capability)
     lse, mass = rows(), rows(num_segments)
     yield from launches.forward(query, lse, mass)

@@ -48,8 +48,11 @@ def store_tile(base, tile, start, stride, length, ROWS: tl.constexpr, DIM: tl.co
 
 
 @triton.jit
-def seen_pairs(rows, keys, tree_end, depth, length, window):
-    """Whether query `rows` sees `keys`, for [BM, 1] and [1, BN] or the transposed; tree_end and depth are (S,) or None."""
+def seen_pairs(rows, keys, tree_end, reach, depth, length, window):
+    """Whether query `rows` sees `keys`, for [BM, 1] and [1, BN] or the transposed; tree_end, reach and depth are (S,) or None."""
+    lasts = rows
+    if reach is not None:
+        lasts = tl.minimum(load_vector(reach, rows, length, True), length) - 1
     ends = None
     if tree_end is not None:
         ends = load_vector(tree_end, keys, length, True)
@@ -58,7 +61,7 @@ def seen_pairs(rows, keys, tree_end, depth, length, window):
     if window is not None and depth is not None:
         row_depths = load_vector(depth, rows, length, True)
         key_depths = load_vector(depth, keys, length, True)
-    return sees(rows, keys, ends, row_depths, key_depths, window)
+    return sees(rows, lasts, keys, ends, row_depths, key_depths, window)
 
 
 @triton.jit

@@ -42,6 +42,7 @@ def forward_kernel(
     lse,  # (B, Hq, S)
     mass,  # (B, Hq, S, N); None: no mass
     tree_end,  # (B, S); None: causal
+    reach,  # (B, S); None: to the query itself
     depth,  # (B, S); None: window counts packed indices
     plan,  # (B, cdiv(S, BM), 2 + cdiv(S, BN)); None: causal
     segments,  # (B, S)
@@ -84,6 +85,8 @@ def forward_kernel(
     value += offset(i_b, value_b) + offset(i_h // GROUP, value_h)
     if tree_end is not None:
         tree_end += offset(i_b, length)
+    if reach is not None:
+        reach += offset(i_b, length)
     if depth is not None:
         depth += offset(i_b, length)
     if plan is not None:
@@ -117,7 +120,7 @@ def forward_kernel(
             if MASKED:
                 keys = start_n + tl.arange(0, BLOCK_N)
                 scores = tl.where(
-                    seen_pairs(rows[:, None], keys[None, :], tree_end, depth, length, window), scores, float("-inf")
+                    seen_pairs(rows[:, None], keys[None, :], tree_end, reach, depth, length, window), scores, float("-inf")
                 )
             new_max = tl.maximum(row_max, tl.max(scores, 1) * outer)
             p = tl.exp2(scores * outer - new_max[:, None])
@@ -216,6 +219,7 @@ def grad_key_kernel(
     grad_key,  # (B, S, Hkv, D)
     grad_value,  # (B, S, Hkv, Dv)
     tree_end,  # (B, S); None: causal
+    reach,  # (B, S); None: to the query itself
     depth,  # (B, S); None: window counts packed indices
     plan,  # (B, cdiv(S, BN), 2 + cdiv(S, BM)); None: causal
     segments,  # (B, S)
@@ -267,6 +271,8 @@ def grad_key_kernel(
         grad_output += offset(i_b, grad_output_b) + offset(i_h * GROUP, grad_output_h)
     if tree_end is not None:
         tree_end += offset(i_b, length)
+    if reach is not None:
+        reach += offset(i_b, length)
     if depth is not None:
         depth += offset(i_b, length)
     if grad_mass is not None:
@@ -307,7 +313,7 @@ def grad_key_kernel(
             scores = capped(dot(k, tl.trans(q)), inner, SOFTCAP)  # [BN, BM]
             p = probabilities(scores, outer, row_lse[None, :], q.dtype == tl.float32)
             if MASKED:
-                p = tl.where(seen_pairs(rows[None, :], keys[:, None], tree_end, depth, length, window), p, 0.0)
+                p = tl.where(seen_pairs(rows[None, :], keys[:, None], tree_end, reach, depth, length, window), p, 0.0)
             grad_p = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             if grad_output is not None:
                 do = load_tile(
@@ -342,6 +348,7 @@ def grad_query_kernel(
     correction,  # (B, Hq, S)
     grad_query,  # (B, S, Hq, D)
     tree_end,  # (B, S); None: causal
+    reach,  # (B, S); None: to the query itself
     depth,  # (B, S); None: window counts packed indices
     plan,  # (B, cdiv(S, BM), 2 + cdiv(S, BN)); None: causal
     segments,  # (B, S)
@@ -388,6 +395,8 @@ def grad_query_kernel(
     correction += offset(i_bh, length)
     if tree_end is not None:
         tree_end += offset(i_b, length)
+    if reach is not None:
+        reach += offset(i_b, length)
     if depth is not None:
         depth += offset(i_b, length)
     if grad_mass is not None:
@@ -416,7 +425,7 @@ def grad_query_kernel(
             scores = capped(dot(q, tl.trans(k)), inner, SOFTCAP)  # [BM, BN]
             p = probabilities(scores, outer, row_lse[:, None], q.dtype == tl.float32)
             if MASKED:
-                p = tl.where(seen_pairs(rows[:, None], keys[None, :], tree_end, depth, length, window), p, 0.0)
+                p = tl.where(seen_pairs(rows[:, None], keys[None, :], tree_end, reach, depth, length, window), p, 0.0)
             grad_p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if grad_output is not None:
                 v = load_tile(value, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, MASKED)  # [BN, Dv]

@@ -103,6 +103,9 @@ def load_model(
         raise StageError(f"model {folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))
+    if torch_dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        # PyTorch multiplies groups of rows, each with an expert's matrix, in no such precision.
+        model.set_experts_implementation("eager")
     model.to(target).eval()
     _check_processor(model, its_processor, folder)
     return LoadedModel(

@@ -1,4 +1,5 @@
-"""The Qwen-VL families: pictures of every size, positions on three axes, and in the third features for several layers."""
+"""The Qwen-VL families and those that follow them: pictures of every size, positions on three axes; in Qwen3-VL features for several layers,
+in Qwen3.5 layers of linear attention."""
 
 from __future__ import annotations
 
@@ -83,6 +84,21 @@ class Qwen3VL(Qwen2VL):
         first, *deep = placed.split(self.known_config.get_text_config().hidden_size, dim=-1)
         places = input_ids == self.known_config.image_token_id
         return {**super().decoder_inputs(body, input_ids, first), "visual_pos_masks": places, "deepstack_visual_embeds": deep}
+
+
+class Qwen35(Qwen2VL):
+    """Qwen3.5, 3.6 and 3.8: three of four layers carry a state in place of attending."""
+
+    name = "qwen3_5"
+    model_name = "Qwen3_5ForConditionalGeneration"
+    processor_name = "Qwen3VLProcessor"
+    body_name = "Qwen3_5Model"
+
+
+class Qwen35Moe(Qwen35):
+    name = "qwen3_5_moe"
+    model_name = "Qwen3_5MoeForConditionalGeneration"
+    body_name = "Qwen3_5MoeModel"
 
 
 class _Weightless:

@@ -32,7 +32,7 @@ from .patched import (
 from .recorder import LayerCall
 from .recorder_ops import remove_watch, watch_attention
 from .recurrent import carry_no_trees, carry_trees
-from .tree_mask import PlanCache, visible
+from .tree_mask import PlanCache, visible, visible_rows
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -68,6 +68,7 @@ def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "au
     state.carrying_layers = carrying_layers(tower)
     if state.tree_refusal is None:
         carry_trees(tower)
+    state.needs_reach = images_see_themselves(type(_base(model).base_model))
     remember_configs(state, tower)
     if tower.config._attn_implementation != IMPLEMENTATION:
         register()
@@ -107,16 +108,18 @@ def patch_state(model: nn.Module) -> PatchState:
 def tree_refusal(model: nn.Module) -> str | None:
     """Why packed token trees are not exact with a transformers model, or None where they are.
 
-    A patched model raises with this reason when it is given a tree with branches; padded batches run exactly all the same.
+    A patched model raises with this reason when it is given a tree with branches; padded batches run exactly all the same. Where the tokens
+    of a picture see each other both ways, a tree must say so (`TokenTree.from_sequences(blocks=)`), and by layer what the model's masks do.
     """
     tower = language_tower(model)
     if _cross_layers(tower):
         return "pictures come in by cross-attention layers, which see them row by row of a batch"
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if images_see_themselves(type(base.base_model)):
-        return "the tokens of a picture see each other both ways"
     others = set(getattr(tower.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention", CARRYING}
     return f"there are layers of {sorted(others)[0]}" if others else carry_refusal(tower)
+
+
+def _base(model: nn.Module) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def images_see_themselves(body_class: type) -> bool:
@@ -161,6 +164,10 @@ def tree_mask(
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     whole = q_length == kv_length and q_length > 1 and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
+    # Layers that take keys of earlier layers may be left with the last rows alone, for which no mask would mean the first rows.
+    cut = bool(getattr(kwargs.get("config"), "num_kv_shared_layers", 0))
+    if cut:
+        kwargs["allow_is_causal_skip"] = False
     if mask_function is not causal_mask_function or not whole:
         return sdpa_mask(
             batch_size=batch_size,
@@ -172,8 +179,10 @@ def tree_mask(
             attention_mask=attention_mask,
             **kwargs,
         )
+    if attention_mask is None and cut:
+        attention_mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device"))
     # Traced, padding that is not there is not seen.
-    if attention_mask is None or (not torch.compiler.is_compiling() and bool(attention_mask.all())):
+    if attention_mask is None or (not cut and not torch.compiler.is_compiling() and bool(attention_mask.all())):
         return None
     index = torch.arange(kv_length, dtype=torch.int32, device=attention_mask.device)
     return torch.where(attention_mask.bool(), kv_length, index)[:, None, None, :].to(torch.int32).view(_PADDING)
@@ -202,28 +211,31 @@ def tree_attention_forward(
     if place is None:
         return _unpatched_attention(given)
     state = place.state
-    tree_end = None if place.crosses else _tree_end(attention_mask, key)
+    tree_end, reach = (None, None) if place.crosses else _tree(attention_mask, key)
     is_tree = tree_end is not None
-    if is_tree and state.tree_refusal is not None and not _is_padding(attention_mask):
-        raise ValueError(
-            f"{type(module).__name__}: a packed token tree is not exact with this model: {state.tree_refusal}; run its sequences as a "
-            "padded batch"
-        )
+    if is_tree and not _is_padding(attention_mask):
+        _check_tree(module, state, attention_mask)
+    if tree_end is not None and query.shape[2] != key.shape[2]:
+        # Layers that take keys of earlier layers may be left with the last rows alone.
+        last = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device).expand(key.shape[0], -1)
+        seen = visible_rows(last, tree_end, sliding_window, reach)[:, None]
+        given, tree_end, reach, is_tree = given._replace(mask=seen), None, None, False
     if state.recorder is not None or state.paths is not None:
         call = LayerCall(
             tree_end=tree_end,
-            mask=None if is_tree else attention_mask,
+            mask=None if is_tree else given.mask,
             scale=scaling,
             softcap=softcap,
             window=sliding_window if is_tree else None,
             backend=state.mass_backend,
+            reach=reach,
         )
         if state.recorder is not None:
             watch_attention(place, state.recorder, query, key, call)
         if state.paths is not None:
             state.paths.observe(int(place.layer), query, key, call)
     whole_causal = (
-        not place.crosses and attention_mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
+        not place.crosses and given.mask is None and query.shape[2] == key.shape[2] and kwargs.get("is_causal") is not False
     )
     if not (is_tree or whole_causal) or (dropout > 0 and not is_tree):
         return _dense_attention(given)
@@ -235,7 +247,7 @@ def tree_attention_forward(
     # A causal mask from `tree_mask` already stands for layers without a window; a prepared tree reaches windowed layers as it is.
     window = sliding_window if is_tree else None
     output = tree_attention(
-        query, key, value, tree_end, scale=scaling, softcap=softcap, window=window, backend=state.backend
+        query, key, value, tree_end, reach=reach, scale=scaling, softcap=softcap, window=window, backend=state.backend
     ).output
     return output.transpose(1, 2).contiguous(), None
 
@@ -256,7 +268,7 @@ class _HookCall(NamedTuple):
 
 def _unpatched_attention(given: _HookCall) -> tuple[Tensor, None]:
     """A model that is not patched, whose configuration is a patched model's or a copy of one: attention as transformers' "sdpa" has it."""
-    tree_end = _tree_end(given.mask, given.key)
+    tree_end, _ = _tree(given.mask, given.key)
     if tree_end is not None:
         if not _is_padding(given.mask):
             raise ValueError(
@@ -293,23 +305,46 @@ def _capped_attention(
     return (probabilities @ expand_heads(value, query.shape[1])).transpose(1, 2).contiguous()
 
 
-def _tree_end(mask: Tensor | None, key: Tensor) -> Tensor | None:
-    """(B, S) int32 `tree_end` from an integer mask (B or 1, 1, 1, S); None where the mask is boolean or additive.
+def _check_tree(module: nn.Module, state: PatchState, mask: Tensor | None) -> None:
+    """Raises ValueError for a packed tree that is not what the model's own masks say."""
+    reason, remedy = state.tree_refusal, "run its sequences as a padded batch"
+    if reason is None and state.needs_reach and mask is not None and mask.shape[2] == 1:
+        reason = "the tokens of a picture see each other both ways"
+        remedy = "pack it with TokenTree.from_sequences(blocks=...), which gives its mask a row of reach, or " + remedy
+    if reason is not None:
+        raise ValueError(f"{type(module).__name__}: a packed token tree is not exact with this model: {reason}; {remedy}")
+
+
+def _tree(mask: Tensor | None, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(B, S) int32 `tree_end` and `reach` from an integer mask (B or 1, 1, 1 or 2, S); None where the mask is boolean or additive, and
+    no reach where it has none or no token sees ahead.
 
     Raises:
         ValueError: an integer mask of another kind, which unpatched attention refuses too.
     """
     if mask is None or mask.dtype.is_floating_point or mask.dtype == torch.bool:
-        return None
-    expected = (1, 1, key.shape[2])
-    if mask.dtype not in (torch.int32, _PADDING) or mask.shape[1:] != expected or mask.shape[0] not in (1, key.shape[0]):
+        return None, None
+    batch, length = key.shape[0], key.shape[2]
+    fits = mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] in (1, 2) and mask.shape[3] == length
+    if mask.dtype not in (torch.int32, _PADDING) or not fits or mask.shape[0] not in (1, batch):
         raise ValueError(
-            f"attention_mask: an integer mask is a token tree, int32 of shape ({key.shape[0]} or 1, 1, 1, {key.shape[2]}), see "
-            f"TokenTree.attention_mask; got {mask.dtype} {tuple(mask.shape)}. A padding mask has two dimensions, any other is boolean"
+            f"attention_mask: an integer mask is a token tree, int32 of shape ({batch} or 1, 1, 1, {length}), or (…, 2, {length}) with reach, "
+            f"see TokenTree.attention_mask; got {mask.dtype} {tuple(mask.shape)}. A padding mask has two dimensions, any other is boolean"
         )
     if mask.dtype == _PADDING:
         mask = mask.view(torch.int32) if torch.compiler.is_compiling() else _as_int32(mask)
-    return mask[:, 0, 0, :].expand(key.shape[0], -1)
+    rows = [row.expand(batch, -1) for row in mask[:, 0].unbind(1)]
+    if len(rows) == 1 or not (torch.compiler.is_compiling() or _looks_ahead(rows[1])):
+        return rows[0], None
+    return rows[0], rows[1]
+
+
+def _any_ahead(reach: Tensor) -> bool:
+    return bool((reach > torch.arange(1, reach.shape[1] + 1, device=reach.device)).any())
+
+
+_looks_ahead = PlanCache(_any_ahead)
+"""Layers that are causal all the same, and texts alone, are served as trees without reach."""
 
 
 def _view_as_int32(mask: Tensor) -> Tensor:

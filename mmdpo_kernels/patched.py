@@ -36,6 +36,8 @@ class PatchState:
     recorder: AttentionRecorder | None = None
     paths: PathMaps | None = None
     tree_refusal: str | None = None
+    needs_reach: bool = False
+    """Whether a tree must say which of its tokens see each other both ways."""
     cross_layers: frozenset[int] = frozenset()
     """Layers whose keys are of pictures, and not of the tokens."""
     carrying_layers: frozenset[int] = frozenset()

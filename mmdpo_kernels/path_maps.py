@@ -65,6 +65,7 @@ class PathMaps:
         queries, keys = _taken(query, at_rows), _taken(key, tokens.clamp(min=0))
         length = tokens.shape[1]
         parts: list[tuple[slice, Tensor | None, Tensor]] = [(slice(None), None, rows)]
+        reach = None if call.reach is None else _reach_on_paths(call.reach, tokens)
         if call.mask is not None:
             # Padded rows: a sequence is the front of its row.
             its_row = tokens[:, 0] // query.shape[2]
@@ -79,6 +80,7 @@ class PathMaps:
                 row_positions=positions,
                 num_segments=1,
                 tree_end=tree_end,
+                reach=reach,
                 scale=call.scale,
                 softcap=call.softcap,
                 window=call.window,
@@ -92,6 +94,14 @@ class PathMaps:
 def _taken(heads: Tensor, places: Tensor) -> Tensor:
     """(n, H, P, D): those tokens of heads (B, H, S, D). places: (n, P) in (B S)."""
     return heads.transpose(1, 2).flatten(0, 1)[places].transpose(1, 2)
+
+
+def _reach_on_paths(reach: Tensor, tokens: Tensor) -> Tensor:
+    """(n, L) int32: how far each token of a path looks ahead on it. reach: (B, S). A block is whole in one node, so in order on the path."""
+    index = torch.arange(reach.shape[1], dtype=torch.int32, device=reach.device)
+    ahead = (reach - index).flatten()[tokens.clamp(min=0)]
+    behind = torch.arange(tokens.shape[1], dtype=torch.int32, device=reach.device)
+    return torch.where(tokens < 0, behind + 1, behind + ahead).to(torch.int32)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ class LayerCall(NamedTuple):
     window: int | None
     backend: str
     """Of `attention_mass`."""
+    reach: Tensor | None = None
+    """(B, K), beside `tree_end`; None: no row looks ahead."""
 
 
 @dataclass
@@ -82,7 +84,8 @@ class _Plan:
     def serves(self, crosses: bool, query: Tensor, key: Tensor, call: LayerCall) -> bool:
         """Whether another call is like this one."""
         alike = crosses == self.crosses and _kind(query, key, call) == self._kind
-        return alike and _same(call.tree_end, self._call.tree_end) and _same(call.mask, self._call.mask)
+        mine = self._call
+        return alike and all(map(_same, (call.tree_end, call.reach, call.mask), (mine.tree_end, mine.reach, mine.mask)))
 
 
 def _goes_with(part: _Part, waiting: _Waiting, length: int) -> bool:
@@ -338,6 +341,7 @@ class AttentionRecorder:
                     row_positions=part.positions,
                     num_segments=self.num_segments,
                     tree_end=part.tree_end,
+                    reach=call.reach,
                     scale=call.scale,
                     softcap=call.softcap,
                     window=None if plan.crosses else call.window,
@@ -413,7 +417,7 @@ class AttentionRecorder:
             # A sliding cache gives its last keys in order; one of fixed size has empty slots after the last token.
             plan.first_key = max(0, self._read - key.shape[2])
             plan.num_keys = self._read - plan.first_key
-            positions = (rows + self._past - plan.first_key).masked_fill(rows < 0, -1)
+            positions = (rows + self._read - query.shape[2] - plan.first_key).masked_fill(rows < 0, -1)
             plan.segments = self._segments_of_keys(key, plan.first_key)
             parts = [(slice(None), call.tree_end, positions)]
             if call.mask is not None:
@@ -429,7 +433,8 @@ class AttentionRecorder:
             raise ValueError(
                 f"record_attention: segments and rows are for a batch of {self.segments.shape[0]}, the model was called with {batch}"
             )
-        if length != self._read - self._past:
+        # In generate, layers that take keys of earlier layers may be left with the last row alone.
+        if length != self._read - self._past and (length > 1 or not self._in_generate):
             raise ValueError("record_attention: call the model that was given to it, not one of its parts")
         if self._row_positions is not None:
             if length != self.segments.shape[1]:

@@ -23,7 +23,7 @@ class TokenTree:
     position_ids: Tensor
     """(S,) int64: each token's offset in its own sequence, so positions restart at every branch; or (S,) or (3, S) as given."""
     tree_end: Tensor
-    """(S,) int32: packed index where the subtree of the token's node ends; its own index for a token that no token sees."""
+    """(S,) int32: packed index where the subtree of the token's node ends; of a token that no token sees `-1 - end`."""
     origin: Tensor
     """(S, 2) int64: the first sequence that holds the token, and its offset there."""
     paths: tuple[Tensor, ...]
@@ -32,6 +32,8 @@ class TokenTree:
     """Per sequence, (R_i,) int64: packed rows whose hidden states predict its response. Siblings share their parent's last row."""
     targets: tuple[Tensor, ...]
     """Per sequence, (R_i,) int64: its response tokens."""
+    reach: Tensor | None = None
+    """(S,) int32: packed index up to which the token sees: the end of its block, or behind itself. None: there are no blocks."""
 
     @property
     def num_tokens(self) -> int:
@@ -40,8 +42,9 @@ class TokenTree:
 
     @property
     def attention_mask(self) -> Tensor:
-        """(1, 1, 1, S) int32: `tree_end` in the form in which a patched model takes it as its attention mask."""
-        return self.tree_end[None, None, None, :]
+        """(1, 1, 1, S) int32, `tree_end`, or (1, 1, 2, S), that and `reach`: a patched model's attention mask."""
+        rows = [self.tree_end] if self.reach is None else [self.tree_end, self.reach]
+        return torch.stack(rows)[None, None]
 
     @classmethod
     def from_sequences(
@@ -52,11 +55,13 @@ class TokenTree:
         identities: Sequence[Sequence[Hashable | None] | np.ndarray] | None = None,
         positions: Sequence[Tensor] | None = None,
         unseen: Sequence[np.ndarray] | None = None,
+        blocks: Sequence[np.ndarray] | None = None,
     ) -> TokenTree:
         """Pack sequences, sharing every common prefix.
 
         Two tokens are the same node only if their ids, their image identities, their positions, whether they are seen, and all tokens
-        before them are equal; an image token's identity is its picture's content and its offset in it.
+        before them are equal; an image token's identity is its picture's content and its offset in it. A token that sees what comes after
+        it in its block is another one where that differs: blocks are shared whole or not at all.
 
         Args:
             sequences: token ids of each whole sequence, prompt then response.
@@ -65,6 +70,8 @@ class TokenTree:
                 negative for text. None where there are no pictures.
             positions: per sequence integer position ids (L_i,), or (3, L_i) as M-RoPE has them; None: offsets in the sequence.
             unseen: per sequence (L_i,) bool, tokens that no token sees, such as masked image tokens. None: all are seen.
+            blocks: per sequence (L_i,) integer, the block of tokens that see each other both ways, such as a picture's or a prefix's, that
+                a token is in, negative for none. Tokens of one number side by side are a block. None: every token sees those before it.
 
         Raises:
             ValueError: no sequences, an empty one, or lengths that do not match.
@@ -79,15 +86,22 @@ class TokenTree:
             columns += [[row[axis] for row in given] for axis in range(len(given[0]))]
         if unseen is not None:
             columns.append(_unseen(unseen, ids))
-        packer = _Packer([np.stack(rows) for rows in zip(*columns, strict=True)])
+        keys = [np.stack(rows) for rows in zip(*columns, strict=True)]
+        ahead = None if blocks is None else _blocks(blocks, keys)
+        if ahead is not None:
+            keys = [np.concatenate([key, row[:1]]) for key, row in zip(keys, ahead, strict=True)]
+        packer = _Packer(keys)
         packer.pack()
         origin = np.concatenate(packer.origins)
         tree_end = packer.ends()
         starts = np.cumsum([0, *map(len, ids[:-1])])
         source = starts[origin[:, 0]] + origin[:, 1]
         if unseen is not None:
-            hidden = np.flatnonzero(np.concatenate(columns[-1])[source])
-            tree_end[hidden] = hidden
+            hidden = np.concatenate(columns[-1])[source] > 0
+            tree_end[hidden] = -1 - tree_end[hidden]
+        reach = None
+        if ahead is not None:
+            reach = (np.arange(packer.length) + np.concatenate(ahead, axis=1)[1, source]).astype(np.int32)
         order = origin[:, 1].copy() if given is None else np.concatenate(given, axis=1)[:, source]
         if positions is not None and positions[0].ndim == 1:
             order = order[0]
@@ -100,6 +114,7 @@ class TokenTree:
             paths=paths,
             rows=tuple(path[prompt - 1 : -1] for path, prompt in zip(paths, prompt_lengths, strict=True)),
             targets=tuple(torch.from_numpy(row[prompt:].copy()) for row, prompt in zip(ids, prompt_lengths, strict=True)),
+            reach=None if reach is None else torch.from_numpy(reach),
         )
 
 
@@ -212,10 +227,34 @@ def _positions(positions: Sequence[Tensor], ids: list[np.ndarray]) -> list[np.nd
 
 def _unseen(unseen: Sequence[np.ndarray], ids: list[np.ndarray]) -> list[np.ndarray]:
     """Per sequence (L_i,) int64, 1 for a token that no token sees."""
-    given, expected = ", ".join(str(len(row)) for row in unseen), ", ".join(str(len(row)) for row in ids)
-    if given != expected:
-        raise ValueError(f"TokenTree: unseen must have one entry a token of each sequence ({expected}), got {given}")
+    _check_entries("unseen", unseen, ids)
     return [row.astype(np.int64) for row in unseen]
+
+
+def _blocks(blocks: Sequence[np.ndarray], keys: list[np.ndarray]) -> list[np.ndarray]:
+    """Per sequence (2, L_i) int64: a number equal iff all of the token's block is, -1 outside of blocks; tokens from it to its block's end.
+
+    keys: per sequence (C, L_i), what tokens are told apart by.
+    """
+    _check_entries("blocks", blocks, [key[0] for key in keys])
+    seen: dict[tuple[int, bytes], int] = {}
+    found = []
+    for row, key in zip(blocks, keys, strict=True):
+        its = np.stack([np.full(len(row), -1, dtype=np.int64), np.ones(len(row), dtype=np.int64)])
+        edges = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)]
+        for start, stop in zip(edges, edges[1:], strict=False):
+            if row[start] >= 0:
+                content = stop - start, key[:, start:stop].tobytes()
+                its[0, start:stop] = seen.setdefault(content, len(seen))
+                its[1, start:stop] = np.arange(stop - start, 0, -1)
+        found.append(its)
+    return found
+
+
+def _check_entries(name: str, rows: Sequence[np.ndarray], ids: list[np.ndarray]) -> None:
+    given, expected = ", ".join(str(len(row)) for row in rows), ", ".join(str(len(row)) for row in ids)
+    if given != expected:
+        raise ValueError(f"TokenTree: {name} must have one entry a token of each sequence ({expected}), got {given}")
 
 
 def _check_prompts(prompt_lengths: Sequence[int], ids: list[np.ndarray]) -> None:

@@ -49,15 +49,17 @@ def visible_rows(row_positions: Tensor, tree_end: Tensor, window: int | None = N
 def depth(tree_end: Tensor) -> Tensor:
     """Position of each token on its own path from the root, (B, S) int64; padding has no position of its own.
 
-    It counts the visible tokens before it, so distances along a branch leave sibling branches out. A token that is hidden, be it by a
-    `tree_end` of its own index or of 0, counts for none.
+    It counts the tokens before it, so distances along a branch leave sibling branches out. A token that is hidden keeps its place where
+    `tree_end` says by `-1 - end` where its node's subtree ends, as masks of transformers count it; hidden by its own index or 0, which is
+    padding, it counts for none.
     """
     batch, length = tree_end.shape
     index = torch.arange(length, device=tree_end.device).expand(batch, length)
-    counted = (tree_end > index).long()
+    ends = torch.where(tree_end < 0, -1 - tree_end, tree_end).long()
+    counted = (ends > index).long()
     opened = torch.zeros(batch, length + 1, dtype=torch.long, device=tree_end.device)
     opened[:, :length] = counted
-    opened.scatter_add_(1, tree_end.long().clamp(min=0, max=length), -counted)
+    opened.scatter_add_(1, ends.clamp(max=length), -counted)
     return opened.cumsum(1)[:, :length] - 1
 
 

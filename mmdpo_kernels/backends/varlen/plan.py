@@ -72,7 +72,15 @@ def _runs(ends: np.ndarray, offset: int, window: int | None) -> Iterator[_Run]:
     edges = np.flatnonzero(cut).tolist()
     for start, stop in zip(edges, edges[1:], strict=False):
         path = np.flatnonzero(ends[:start] > start)
-        if seen[start]:
+        if window is not None and (ends[: start + 1] < -1 - start).any():
+            # A window counts hidden tokens, which the kernel is not given: each query by itself, with the keys that it sees.
+            on_path = np.flatnonzero((ends[:start] > start) | (ends[:start] < -1 - start))
+            for query in range(start, stop):
+                near = np.concatenate([on_path, tokens[start : query + 1]])[-window:]
+                keys = near[ends[near] > query]
+                if keys.size:
+                    yield _Run(offset + tokens[query : query + 1], offset + keys, False)
+        elif seen[start]:
             yield _Run(offset + tokens[start:stop], offset + np.concatenate([path, tokens[start:stop]]), True)
         elif path.size:
             yield _Run(offset + tokens[start:stop], offset + path[-window if window else 0 :], False)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .gemma3 import make_tiny_gemma3
+from .gemma4 import make_tiny_gemma4
 from .idefics import make_tiny_idefics3, make_tiny_smolvlm
 from .internvl import make_tiny_internvl
 from .llava import CHAT_TEMPLATE, make_tiny_llava
@@ -32,6 +33,7 @@ TINY: dict[str, Callable[..., Path]] = {
     "idefics3": make_tiny_idefics3,
     "smolvlm": make_tiny_smolvlm,
     "gemma3": make_tiny_gemma3,
+    "gemma4": make_tiny_gemma4,
     "mistral3": make_tiny_mistral3,
     "pixtral": make_tiny_pixtral,
     "mllama": make_tiny_mllama,
@@ -48,6 +50,7 @@ __all__ = [
     "_tokenizer",
     "_widen",
     "make_tiny_gemma3",
+    "make_tiny_gemma4",
     "make_tiny_idefics3",
     "make_tiny_internvl",
     "make_tiny_llava",

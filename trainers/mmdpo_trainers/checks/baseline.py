@@ -25,7 +25,7 @@ def processor_inputs(loaded: LoadedModel, prompt: str, pictures: Sequence[Image.
     text = render_prompt(processor, prompt, loaded.date).replace(family.placeholder(processor), family.processor_text(processor))
     # The tokenizer's own opening as text: left to itself it may put an end behind the prompt, where the answer goes.
     text = loaded.texts.opening(text) + text
-    encoded = processor(text=[text], images=[list(pictures)] if pictures else None, return_tensors="pt", add_special_tokens=False)
+    encoded = family.processed(processor, text, pictures)
     tensors = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
     return {
         name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else value.dtype)
@@ -46,18 +46,20 @@ def branch_logp(loaded: LoadedModel, record: dict[str, Any], branch: Branch) -> 
     ids = torch.tensor([[*response, end]], device=loaded.device)
     inputs = processor_inputs(loaded, record["prompt"][0]["content"], pictures)
     start = inputs["input_ids"].shape[1]
-    logits = loaded.model(**_continued(inputs, ids), use_cache=False).logits[0, start - 1 : -1]
+    logits = loaded.model(**_continued(inputs, ids, answer_type=int(loaded.family.prefix)), use_cache=False).logits[
+        0, start - 1 : -1
+    ]
     return logits.double().log_softmax(-1).gather(1, ids[0, :, None]).sum()
 
 
-def _continued(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
-    """A processor's inputs of one prompt with text ids (1, R) behind it."""
+def _continued(inputs: dict[str, Tensor], ids: Tensor, answer_type: int) -> dict[str, Tensor]:
+    """A processor's inputs of one prompt with text ids (1, R) of an answer behind it."""
     found, extra = dict(inputs), ids.shape[1]
     found["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
     found["attention_mask"] = torch.ones_like(found["input_ids"])
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in found:
-            found[name] = torch.nn.functional.pad(found[name], (0, extra))
+            found[name] = torch.nn.functional.pad(found[name], (0, extra), value=answer_type)
     if "cross_attention_mask" in found:
         # Text behind the last picture sees what the prompt's last token sees.
         last = found["cross_attention_mask"][:, -1:]

@@ -11,12 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from mmdpo_kernels import SharedRows, TokenTree, patch_model, tree_refusal
+from mmdpo_kernels import SharedRows, TokenTree, patch_model
 from mmdpo_trainers.checks.baseline import BLUR, branch_logp
 from mmdpo_trainers.checks.copies import copy_of, patched
 from mmdpo_trainers.checks.inputs import preference_records
 from mmdpo_trainers.checks.result import CheckFailure, CheckResult, Differences
 from mmdpo_trainers.data.pair_records import BRANCHES
+from mmdpo_trainers.models.families import tree_refusal
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator, model_collator

@@ -47,7 +47,7 @@ def render_prompt(processor: Any, prompt: str, date: TemplateDate | None = None)
     is the family's placeholder with the family's own image token. A line break behind `<image>` is not doubled where the template
     itself writes one there. A template that does not keep the order (LLaVA-1.5's collects pictures in front of the text) would undo
     the interleaving "Image1:<image>\\nImage2:<image>" that questions refer to: there the prompt goes in as one text, with what
-    stands for a picture in place, which is logged once. Without a chat template: ``USER: {prompt} ASSISTANT:``.
+    stands for a picture in place, which is logged once. Without a chat template: `Family.plain_prompt`.
 
     date: what a template that prints the date is told; None: this moment.
 
@@ -57,7 +57,7 @@ def render_prompt(processor: Any, prompt: str, date: TemplateDate | None = None)
     placeholder, mark = family.placeholder(processor), family.processor_text(processor)
     chat = chat_of(processor, date)
     if chat is None:
-        return f"USER: {prompt} ASSISTANT:".replace(IMAGE_TOKEN, placeholder)
+        return family.plain_prompt(processor, prompt)
     rendered = chat.typed(prompt)
     if rendered is None:
         rendered = chat.as_text(prompt)

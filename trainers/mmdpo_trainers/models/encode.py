@@ -88,6 +88,8 @@ def encode_prompts(
         inputs |= family.model_inputs(encoded, numbers, input_ids)
         tokens = _by_row(pictures, family.keys(encoded))
         cross_segments = family.cross_segments(encoded, numbers)
+    column = torch.arange(width)
+    inputs |= family.answer_types(torch.stack([(column >= start) & (column < stop) for start, stop in spans]))
     placed = {
         name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()

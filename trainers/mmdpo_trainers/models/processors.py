@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoProcessor
+from transformers import AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
@@ -34,11 +34,18 @@ def __getattr__(name: str) -> Any:
     return found
 
 
+class _WithoutVideo(ProcessorMixin):
+    """Between a processor class and transformers' own, which takes no part that is not among the class's."""
+
+    def __init__(self, *args: Any, video_processor: None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
 def _without_video(base: Any) -> Any:
     def get_attributes(cls: Any) -> list[str]:
         return [name for name in base.get_attributes() if name != "video_processor"]
 
-    return type(base.__name__, (base,), {"get_attributes": classmethod(get_attributes), "__module__": __name__})
+    return type(base.__name__, (base, _WithoutVideo), {"get_attributes": classmethod(get_attributes), "__module__": __name__})
 
 
 def _processor_class(folder: Path, model_type: str) -> Any:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import set_seed
 
-from mmdpo_kernels import tree_refusal
-from mmdpo_trainers.models.families import EncodedImages, Family, family_of
+from mmdpo_trainers.models.families import EncodedImages, Family, family_of, tree_refusal
 from mmdpo_trainers.training.batches.collator import PreferenceBatch
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.sharded.sharding import through_root
@@ -231,5 +230,7 @@ def hidden_states(model: nn.Module, batch: PreferenceBatch, features: list[Tenso
     inputs: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
-    body = base_of(model).base_model
-    return family_of(model).hidden_states(body, batch.input_ids, features, batch.feature_rows, **inputs)
+    body, family = base_of(model).base_model, family_of(model)
+    if batch.answers is not None:
+        inputs |= family.answer_types(batch.answers)
+    return family.hidden_states(body, batch.input_ids, features, batch.feature_rows, **inputs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmdpo_kernels import tree_refusal
 from mmdpo_trainers.data.corruption import Corruption
 from mmdpo_trainers.data.pair_records import BRANCHES, PAIR
 from mmdpo_trainers.methods.held_out import CORRUPTIONS
+from mmdpo_trainers.models.families import tree_refusal
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.training.batches.collator import model_collator
 from mmdpo_trainers.training.head import batch_logps

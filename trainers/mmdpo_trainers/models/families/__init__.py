@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import mmdpo_kernels
 from mmdpo_trainers.models.families.conventional import Conventional
 from mmdpo_trainers.models.families.family import Family, expand_ids, hiding_refusal, image_layers
 from mmdpo_trainers.models.families.gemma import Gemma3
+from mmdpo_trainers.models.families.gemma4 import Gemma4, Gemma4Unified
 from mmdpo_trainers.models.families.images import EncodedImages, View, inside, plain_grid
 from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
 from mmdpo_trainers.models.families.mistral import Mistral3
 from mmdpo_trainers.models.families.mllama import Mllama
+from mmdpo_trainers.models.families.paligemma import PaliGemma
 from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen25VL, Qwen35, Qwen35Moe
 from mmdpo_trainers.models.families.tiled import Idefics3, InternVL, SmolVLM
 
@@ -32,13 +35,15 @@ __all__ = [
     "inside",
     "image_layers",
     "plain_grid",
+    "tree_refusal",
 ]
 
 _DECLARED: tuple[type[Family], ...] = (
     *(Llava, LlavaNext, LlavaOnevision),
     *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen35, Qwen35Moe),
     *(InternVL, Idefics3, SmolVLM),
-    *(Gemma3, Mistral3, Mllama),
+    *(Gemma3, Gemma4, Gemma4Unified, PaliGemma),
+    *(Mistral3, Mllama),
 )
 
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _DECLARED}
@@ -49,6 +54,11 @@ def fixed_grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """`Family.fixed_grid` of the family that a config.json's values name; a nameless one is taken for LLaVA-1.5's."""
     family = FAMILIES.get(config.get("model_type", Llava.name))
     return None if family is None else family.fixed_grid(config)
+
+
+def tree_refusal(model: Any) -> str | None:
+    """Why packed token trees are not exact with a model, or None where they are: by its layers, or by its family."""
+    return mmdpo_kernels.tree_refusal(model) or family_of(model).tree_refusal
 
 
 def family_of(source: Any) -> Family:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.models.families.images import EncodedImages, View
 
-_OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"})
+_OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask", "labels"})
 """What a processor returns for the text."""
 
 
@@ -50,6 +51,12 @@ class Family:
     """Whether the rectangles of MIA-DPO's released code are cut out of this family's patches."""
     cross_attention: ClassVar[bool] = False
     """Whether pictures come in by cross-attention layers, and not in the places of image tokens."""
+    prefix: ClassVar[bool] = False
+    """Whether all tokens of a prompt see each other both ways; token types are then 0 for a prompt and 1 for an answer."""
+    first_position: ClassVar[int] = 0
+    """Position of a sequence's first token."""
+    own_prompts: ClassVar[bool] = False
+    """Whether prompts without a chat template are made as the processor makes them itself."""
 
     def __init__(self, config: Any = None) -> None:
         self.config = config
@@ -85,6 +92,15 @@ class Family:
     def placeholder(self, processor: Any) -> str:
         """What one `<image>` of a prompt becomes: text that holds one image token."""
         return self.image_token(processor)
+
+    def plain_prompt(self, processor: Any, prompt: str) -> str:
+        """What a prompt becomes where there is no chat template."""
+        return f"USER: {prompt} ASSISTANT:".replace(IMAGE_TOKEN, self.placeholder(processor))
+
+    def processed(self, processor: Any, text: str, pictures: Sequence[Image.Image]) -> Mapping[str, Any]:
+        """What the processor itself gives for one rendered prompt, its pictures as `processor_text`."""
+        images = [list(pictures)] if pictures else None
+        return processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)  # type: ignore[no-any-return]
 
     def processor_text(self, processor: Any) -> str:
         """What the processor itself takes for one picture in a text."""
@@ -147,6 +163,24 @@ class Family:
         types = {} if self.token_types is None else {self.token_types: (input_ids == self.known_config.image_token_id).int()}
         return {**pictures.inputs, **types}
 
+    def answer_types(self, answers: Tensor) -> dict[str, Tensor]:
+        """The model's keyword arguments that tell answers (B, S) bool from prompts; empty where it needs none."""
+        return {self.token_types: answers.int()} if self.prefix and self.token_types else {}
+
+    def blocks(self, is_image: np.ndarray, prompt: int) -> np.ndarray | None:
+        """(L,) int64: of a sequence, which block of tokens that see each other both ways each token is in, -1 = none, as
+        `TokenTree.from_sequences` takes them; None: the model's masks are causal, and it asks for no token types to make them by.
+
+        is_image: (L,) bool, its image tokens. prompt: how many leading tokens are prompt. Raises ValueError for a block that a packed tree
+        cannot have.
+        """
+        return None
+
+    @property
+    def tree_refusal(self) -> str | None:
+        """Why packed token trees are not exact, where the model's layers alone do not tell; None: they are."""
+        return None
+
     def keys(self, pictures: EncodedImages) -> list[int]:
         """(P) keys that each picture is to a query: its image tokens, or what cross-attention layers make of it."""
         return pictures.tokens
@@ -184,7 +218,7 @@ class Family:
         else:
             inputs["input_ids"] = input_ids
         if self.token_types is not None:
-            inputs[self.token_types] = (input_ids == self.known_config.image_token_id).int()
+            inputs.setdefault(self.token_types, (input_ids == self.known_config.image_token_id).int())
         return body(**inputs).last_hidden_state  # type: ignore[no-any-return]
 
     def embeds(self, body: Any, input_ids: Tensor, placed: Tensor) -> Tensor:

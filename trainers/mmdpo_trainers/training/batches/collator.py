@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmdpo_kernels import SequenceLogps, SharedRows, TokenLogps, TokenTree
 from mmdpo_trainers.data.corruption import Corruption, Model
 from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, branch_table, corrupted_view, prompt_text, shows_corrupted
+from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.models.chat_format import prints_date
 from mmdpo_trainers.models.families import EncodedImages, Family, family_of
@@ -46,7 +47,7 @@ class PreferenceBatch:
     input_ids: Tensor
     """(1, S) of the tree, or (n b, L) padded on the right; int64."""
     attention_mask: Tensor
-    """(1, 1, 1, S) int32, the tree; or (n b, L) int64."""
+    """(1, 1, 1, S) int32, the tree, or (1, 1, 2, S) with its reach; or (n b, L) int64."""
     position_ids: Tensor | None
     """(1, S), or for M-RoPE (3, 1, S) or (3, n b, L); int64. None: the model's own."""
     pictures: EncodedImages | None
@@ -77,6 +78,8 @@ class PreferenceBatch:
     """Records that have an attention ratio."""
     cross_segments: Tensor | None = None
     """(n b, K) int32, where pictures are cross-attended: which of its sequence's pictures a key is of, -1 = none."""
+    answers: Tensor | None = None
+    """(n b, L) bool: tokens of responses, where a model's mask tells them from prompts; None: it does not, or a tree's mask does."""
     attention_targets: AttentionTargets | None = None
     """The records that `attention_target` is over; None: there are none, or nobody asks for them."""
 
@@ -226,12 +229,14 @@ class PreferenceCollator:
         feature_rows = [_padded(sequence.feature_rows, sequence, -1) for sequence in sequences]
         positions = [sequence.positions for sequence in sequences if sequence.positions is not None]
         hidden = [_padded(_unseen(sequence), sequence, False) for sequence in sequences]
+        blocks = [block for example in examples for block in self._blocks(example)]
         tree = TokenTree.from_sequences(
             [np.concatenate([sequence.prompt, sequence.response]) for sequence in sequences],
             prompt_lengths=[len(sequence.prompt) for sequence in sequences],
             identities=feature_rows,
             positions=positions or None,
             unseen=hidden if any(sequence.unseen is not None for sequence in sequences) else None,
+            blocks=blocks or None,
         )
         ratios = RatioSpans((1, tree.num_tokens))
         step = len(examples[0].sequences)
@@ -246,13 +251,26 @@ class PreferenceCollator:
             pictures,
             input_ids=tree.input_ids[None],
             attention_mask=tree.attention_mask,
-            position_ids=tree.position_ids[:, None] if positions else tree.position_ids[None],
+            position_ids=tree.position_ids[:, None] if positions else tree.position_ids[None] + self._maker.family.first_position,
             feature_rows=torch.from_numpy(packed[packed >= 0]),
             rows=torch.cat(tree.rows),
             last_rows=torch.stack([path[-1] for path in tree.paths]),
             ratios=ratios,
             attention_targets=self._targets(examples, pictures, [tree.paths[step * index] for index in range(len(examples))]),
         )
+
+    def _blocks(self, example: Example) -> list[np.ndarray]:
+        """Of each sequence, `Family.blocks`; none where the family has none. DataError naming the record of one that no tree can have."""
+        found = []
+        for sequence in example.sequences:
+            is_image = _padded(sequence.feature_rows, sequence, -1) >= 0
+            try:
+                block = self._maker.family.blocks(is_image, len(sequence.prompt))
+            except ValueError as error:
+                raise DataError(f"record {example.name}: {error}; set tree_packing to false, or leave the record out") from error
+            if block is not None:
+                found.append(block)
+        return found
 
     def _separate(self, examples: list[Example], pictures: EncodedImages | None) -> PreferenceBatch:
         sequences = [sequence for example in examples for sequence in example.sequences]
@@ -275,6 +293,7 @@ class PreferenceCollator:
             cross_segments=None if pictures is None else self._maker.family.cross_segments(pictures, shown),
             input_ids=input_ids,
             attention_mask=pad_sequence(seen, batch_first=True),
+            answers=self._answers(sequences) if self._maker.family.prefix else None,
             position_ids=pad_sequence(positions, batch_first=True).permute(2, 0, 1) if positions else None,
             feature_rows=torch.from_numpy(feature_rows[feature_rows >= 0]),
             rows=torch.cat([rows + width * index for index, rows in enumerate(response_rows)]),
@@ -286,6 +305,10 @@ class PreferenceCollator:
                 [width * step * index + torch.arange(len(ids[step * index])) for index in range(len(examples))],
             ),
         )
+
+    def _answers(self, sequences: list[TokenSequence]) -> Tensor:
+        rows = [np.concatenate([np.zeros(len(each.prompt), bool), np.ones(len(each.response), bool)]) for each in sequences]
+        return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True)
 
     def _targets(self, examples: list[Example], pictures: EncodedImages | None, tokens: list[Tensor]) -> AttentionTargets | None:
         """tokens: of each record's chosen sequence, as places in the flattened batch."""

@@ -159,6 +159,8 @@ class ExampleMaker:
         if place is None:
             common = _common(texts.responses[branch.response], texts.responses[other.response])
             return self._length(texts, counts, branch) - len(texts.responses[branch.response]) + common
+        if self.family.prefix:
+            return 0
         before = [index for index, token in enumerate(texts.prompt) if token == self.image_token_id][place]
         return before + sum(counts[IMAGES][:place]) - place
 
@@ -167,6 +169,8 @@ class ExampleMaker:
         texts = [self._texts(record) for record in records]
         first = texts[0].prompt
         common = min(_common(first, other.prompt) for other in texts)
+        if self.family.prefix and any(len(other.prompt) != common for other in texts):
+            return 0
         pictures = first[:common].count(self.image_token_id)
         return common + sum(self._views.counts(records[0], texts[0].images[:pictures])) - pictures
 

@@ -12,9 +12,10 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from mmdpo_kernels import patch_model, tree_refusal
+from mmdpo_kernels import patch_model
 from mmdpo_trainers.data.pair_records import IMAGES, PAIR, Branch
 from mmdpo_trainers.errors import DataError, StageError
+from mmdpo_trainers.models.families import tree_refusal
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.models.template_date import TemplateDate

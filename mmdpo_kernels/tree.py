@@ -39,6 +39,12 @@ class TokenTree:
         return self.input_ids.shape[0]
 
     @property
+    def sequence_counts(self) -> Tensor:
+        """(S,) int64: how many sequences hold each token; 0 for one that no token sees."""
+        counts = torch.bincount(torch.cat(self.paths), minlength=self.num_tokens)
+        return counts.masked_fill(self.tree_end <= torch.arange(self.num_tokens), 0)
+
+    @property
     def attention_mask(self) -> Tensor:
         """(1, 1, 1, S) int32: `tree_end` in the form in which a patched model takes it as its attention mask."""
         return self.tree_end[None, None, None, :]

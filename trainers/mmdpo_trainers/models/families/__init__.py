@@ -16,7 +16,7 @@ from mmdpo_trainers.models.families.images import EncodedImages, View, inside, p
 from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
 from mmdpo_trainers.models.families.mistral import Mistral3
 from mmdpo_trainers.models.families.mllama import Mllama
-from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen25VL
+from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
 from mmdpo_trainers.models.families.tiled import Idefics3, InternVL, SmolVLM
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 
 _DECLARED: tuple[type[Family], ...] = (
     *(Llava, LlavaNext, LlavaOnevision),
-    *(Qwen2VL, Qwen25VL, Qwen3VL),
+    *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe),
     *(InternVL, Idefics3, SmolVLM),
     *(Gemma3, Mistral3, Mllama),
 )

@@ -142,16 +142,17 @@ CHECKPOINTED = [
     {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": each}} for each in (False, True)
 ]
 # Away from its start, so that a reference with a part in the loss would show.
-LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+ATTENTION = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+EXPERTS = {**ATTENTION, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]}
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [None, ATTENTION, EXPERTS], ids=["full", "attention", "experts"])
 def test_training_adds_a_mean_over_micro_batches(
-    folder: Path, tmp_path: Path, lora: bool, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, lora: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the policy's rows, packed, padded and with both kinds of gradient checkpointing."""
     widen_modules(load(folder).model, monkeypatch)
-    options: dict[str, Any] = {"peft": LORA} if lora else FULL
+    options: dict[str, Any] = {"peft": LoraConfig(**lora)} if lora else FULL
     without, _ = train(folder, tmp_path, router_aux_loss_coef=0.0, **options)
     trainer, packed = train(folder, tmp_path, router_aux_loss_coef=0.5, **options)
     entry, plain = trainer.state.log_history[0], without.state.log_history[0]

@@ -71,10 +71,11 @@ class PreferenceTrainer(SavingTrainer):
     `rewards/chosen_<kind>` and so on for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where
     that loss is used), `bco_shift` where it runs, and `attn/ratio_<format>`: the share of the attention on a record's pictures that its
     chosen response gives the asked-about one; with `attention_target` `attn/target_loss`, `attn/target_share` (of the pictures' attention) and
-    `attn/targeted`, the share of the records that have a target; `aux_loss`, of mixture-of-experts models, a mean over micro-batches. With tree packing, pictures that several
-    records of a micro-batch share count once, for the first of these records; a record whose pictures get no attention is left out.
-    `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size (but `kto_pair` and `aux_loss`, which look at
-    batch means).
+    `attn/targeted`, the share of the records that have a target; of mixture-of-experts models `aux_loss`, a mean over micro-batches. With tree
+    packing, pictures that several records of a micro-batch share count once, for the first of these records; a record whose pictures get no
+    attention is left out.
+    `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size (but for `kto_pair` and `aux_loss`, which look at
+    batches).
 
     Checkpoints are told by markers in their folders: what others wrote into `output_dir` is reported, and never removed.
 

@@ -5,6 +5,7 @@
 
 from .backends.registry import backends
 from .head import through_head
+from .load_balancing import load_balancing_loss
 from .ops.attention_mass import attention_mass
 from .ops.linear_logprobs import LogProbs, SharedRows, linear_logprobs
 from .ops.preference_loss import PreferenceLoss, SequenceLogps, TokenLogps, preference_loss, sequence_logps
@@ -32,6 +33,7 @@ __all__ = [
     "backends",
     "image_segments",
     "linear_logprobs",
+    "load_balancing_loss",
     "patch_model",
     "preference_loss",
     "record_attention",

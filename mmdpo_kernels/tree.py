@@ -41,6 +41,12 @@ class TokenTree:
         return self.input_ids.shape[0]
 
     @property
+    def sequence_counts(self) -> Tensor:
+        """(S,) int64: how many sequences hold each token; 0 for one that no token sees."""
+        counts = torch.bincount(torch.cat(self.paths), minlength=self.num_tokens)
+        return counts.masked_fill(self.tree_end <= torch.arange(self.num_tokens), 0)
+
+    @property
     def attention_mask(self) -> Tensor:
         """(1, 1, 1, S) int32, `tree_end`, or (1, 1, 2, S), that and `reach`: a patched model's attention mask."""
         rows = [self.tree_end] if self.reach is None else [self.tree_end, self.reach]

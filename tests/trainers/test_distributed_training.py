@@ -13,9 +13,14 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from distributed import ROOT, STRATEGIES, fill, launch, needs
+from routing import MOE_FAMILIES
 from tiny_models import TINY
+from training_cases import preference_records
 
+from mmdpo_kernels import patch_model
 from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.training import head, router_loss
+from mmdpo_trainers.training.batches.collator import model_collator
 from mmdpo_trainers.training.checkpoints import MARKER, defect
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
@@ -43,6 +48,11 @@ CASES = {
     "packed_again": {**PACKED, "output": "packed", "resume_after": 2},
     "spoilt": {**SAVED, "spoilt": True, "logging_steps": 1},
     "still": {"loss_weights": [0.0, 0.0]},
+}
+_EXPERTS = {"regions": False, "logging_steps": 1, "max_steps": 2, "accumulation": 2, "router_aux_loss_coef": 0.5}
+WITH_EXPERTS = {
+    "full": {"full_finetune": True, **_EXPERTS},
+    "attention": {"lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]}, **_EXPERTS},
 }
 # A continued run has means over its own steps.
 CLOCK = ("_runtime", "_per_second", "_time", "total_flos", "train_loss")
@@ -146,6 +156,44 @@ def test_other_families(family: str, strategy: str, tmp_path: Path) -> None:
         launch(each, tmp_path, tmp_path / each, cases)
     for name in cases:
         assert_same(tmp_path / strategy / name, tmp_path / "alone" / name)
+
+
+@pytest.fixture(scope="module", params=MOE_FAMILIES)
+def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    for name, seed in (("model", 0), ("second", 3)):
+        TINY[request.param](folder / name, seed=seed)
+    launch("alone", folder, folder / "alone", WITH_EXPERTS)
+    return folder
+
+
+def test_micro_batches_leave_experts_without_tokens(experts: Path) -> None:
+    """In some layer of each of the first two, which two processes have at the same time."""
+    loaded = load_model(experts / "model", device="cpu")
+    idle = []
+    for record in preference_records(2):
+        batch = model_collator(loaded.model, loaded.processor)([{**record, "region": None, "patch_grid": None}])["batch"]
+        taken: list[set[int]] = []
+        hooks = [
+            module.register_forward_hook(lambda _, args, output, taken=taken: taken.append(set(output[-1].flatten().tolist())))
+            for module, _ in router_loss.routers(loaded.model)
+        ]
+        with torch.no_grad():
+            head.batch_logps(patch_model(loaded.model), batch)
+        for hook in hooks:
+            hook.remove()
+        every = set(range(loaded.model.config.get_text_config().num_experts))
+        idle.append([every - each for each in taken])
+    assert all(map(any, idle)) and idle[0] != idle[1]
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_experts_in_two_processes(experts: Path, strategy: str) -> None:
+    needs(strategy)
+    launch(strategy, experts, experts / strategy, WITH_EXPERTS)
+    for name in WITH_EXPERTS:
+        assert_same(experts / strategy / name, experts / "alone" / name)
+        assert all(entry["aux_loss"] > 0 for entry in log(experts / strategy / name) if "loss" in entry)
 
 
 def test_a_killed_process_ends_the_step_and_training_continues(folder: Path, alone: Path) -> None:

@@ -17,7 +17,14 @@ from .mllama import make_tiny_mllama
 from .parts import SPECIAL_TOKENS, WORDS, sample_pictures
 from .parts import make_tokenizer as _tokenizer
 from .parts import widen as _widen
-from .qwen import QWEN_CHAT_TEMPLATE, QWEN_SPECIAL_TOKENS, make_tiny_qwen, make_tiny_qwen2_vl, make_tiny_qwen3_vl
+from .qwen import (
+    QWEN_CHAT_TEMPLATE,
+    QWEN_SPECIAL_TOKENS,
+    make_tiny_qwen,
+    make_tiny_qwen2_vl,
+    make_tiny_qwen3_vl,
+    make_tiny_qwen3_vl_moe,
+)
 from .qwen3_5 import make_tiny_qwen3_5, make_tiny_qwen3_5_moe
 
 TINY: dict[str, Callable[..., Path]] = {
@@ -29,6 +36,7 @@ TINY: dict[str, Callable[..., Path]] = {
     "qwen3_vl": make_tiny_qwen3_vl,
     "qwen3_5": make_tiny_qwen3_5,
     "qwen3_5_moe": make_tiny_qwen3_5_moe,
+    "qwen3_vl_moe": make_tiny_qwen3_vl_moe,
     "internvl": make_tiny_internvl,
     "idefics3": make_tiny_idefics3,
     "smolvlm": make_tiny_smolvlm,
@@ -64,6 +72,7 @@ __all__ = [
     "make_tiny_qwen3_5",
     "make_tiny_qwen3_5_moe",
     "make_tiny_qwen3_vl",
+    "make_tiny_qwen3_vl_moe",
     "make_tiny_smolvlm",
     "sample_pictures",
 ]

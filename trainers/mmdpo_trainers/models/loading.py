@@ -107,6 +107,9 @@ def load_model(
         # PyTorch multiplies groups of rows, each with an expert's matrix, in no such precision.
         model.set_experts_implementation("eager")
     model.to(target).eval()
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        # PyTorch's grouped products, which experts go through else, have no float64.
+        model.set_experts_implementation("eager")
     _check_processor(model, its_processor, folder)
     return LoadedModel(
         model=model,

@@ -34,7 +34,6 @@ ARGUMENTS: Mapping[str, Argument] = {
         "load the model with mmdpo_trainers.models.loading.load_model (dtype=…), and pass it", (None, {})
     ),
     "trust_remote_code": Argument("models are of transformers' own classes; load yours, and pass it", (False,)),
-    "router_aux_loss_coef": Argument("no load-balancing loss is added here; leave it out", (None, 0.0)),
     "disable_dropout": Argument("dropout is always off, as policy and reference must differ by the weights only", (True,)),
     "dataset_num_proc": Argument("records are read as they are needed; dataloader_num_workers prepares batches ahead", (None,)),
     "truncation_mode": Argument(_NEVER_CUT),

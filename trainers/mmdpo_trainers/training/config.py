@@ -174,6 +174,11 @@ class PreferenceConfig(TrainingArguments):
     attention_target_layer: int | None = _option(
         None, "attention_target: decoder layer (0-based) whose attention it is; None: attention_layer"
     )
+    router_aux_loss_coef: float | None = _option(
+        None,
+        "mixture-of-experts models: factor of the load-balancing loss, which is added to the losses; None: what the model's configuration says, "
+        "0: there is none",
+    )
     log_attention_every: int = _option(1, "steps between recordings of the attention ratio; 0: during evaluation only")
 
     def __post_init__(self) -> None:
@@ -198,6 +203,9 @@ class PreferenceConfig(TrainingArguments):
         if self.lora_r < 1 or self.lora_alpha <= 0:
             raise ValueError(f"lora_r, lora_alpha: expected values above 0, got {self.lora_r}, {self.lora_alpha}")
         self._check_attention_target()
+        coefficient = self.router_aux_loss_coef
+        if coefficient is not None and not (_is_number(coefficient) and coefficient >= 0):
+            raise ValueError(f"router_aux_loss_coef: expected a number of 0 or more, or None, got {coefficient!r}")
         if self.log_attention_every < 0:
             raise ValueError(f"log_attention_every: expected 0 or more, got {self.log_attention_every}")
 

@@ -20,7 +20,7 @@ from mmdpo_trainers.models.families import family_of, image_layers
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.models.processors import load_processor
-from mmdpo_trainers.training import adapter_checks, head, model_parts
+from mmdpo_trainers.training import adapter_checks, head, model_parts, router_loss
 from mmdpo_trainers.training.batches.collator import PreferenceCollator, collator_of
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.sharded.sharding import check_whole
@@ -132,6 +132,7 @@ def policy_and_reference(
     given = ref_model
     model = model_of("model", model, args)
     adapter_checks.check_plain(model)
+    router_loss.check(model, args)
     base = model_parts.base_of(model)
     _check_layer("attention_layer", args.attention_layer, image_layers(base.config))
     if args.attention_target is not None:

@@ -26,19 +26,24 @@ class Totals(NamedTuple):
     """Of chosen responses."""
     targets: int
     """Records with an attention target."""
+    batches: int
 
     @classmethod
     def of(cls, batches: Sequence[PreferenceBatch]) -> Totals:
         """Of some micro-batches."""
         targets = (0 if batch.attention_targets is None else len(batch.attention_targets.records) for batch in batches)
-        return cls(sum(len(batch.ids) for batch in batches), sum(batch.chosen_tokens for batch in batches), sum(targets))
+        records, tokens = sum(len(batch.ids) for batch in batches), sum(batch.chosen_tokens for batch in batches)
+        return cls(records, tokens, sum(targets), len(batches))
 
 
 class Objective:
-    """The losses that `args` name, with the running shift of "bco_pair" where that is among them."""
+    """The losses that `args` name, with the running shift of "bco_pair" where that is among them.
 
-    def __init__(self, args: PreferenceConfig) -> None:
-        self.args = args
+    balance_weight: factor of the load-balancing loss of a mixture-of-experts model; 0: there is none.
+    """
+
+    def __init__(self, args: PreferenceConfig, balance_weight: float = 0.0) -> None:
+        self.args, self.balance_weight = args, balance_weight
         self.shift = RunningShift(args.bco_shift if "bco_pair" in args.loss_type else "none")
 
     def loss(
@@ -47,6 +52,7 @@ class Objective:
         policy: TokenLogps,
         reference: Reference,
         maps: Tensor | None = None,
+        balance: Tensor | None = None,
         *,
         totals: Totals,
         averages: Averages,
@@ -54,7 +60,7 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and what it is made of by name; its means go into `averages`.
 
-        maps: of the batch's attention targets. totals: of the whole optimizer step.
+        maps: of the batch's attention targets. balance: its load-balancing loss. totals: of the whole optimizer step.
         """
         weights, count = self.args.weight_of, len(batch.ids)
         parts: dict[str, Tensor] = {}
@@ -87,6 +93,11 @@ class Objective:
             looked = self._attention_target(batch, maps, totals, averages)
             loss = loss + looked
             parts["attention_target"] = looked.detach()
+        if balance is not None:
+            # It is one number of a micro-batch, whose tokens its routers deal out: a mean over these, as in TRL.
+            loss = loss + self.balance_weight * balance / totals.batches
+            parts["aux_loss"] = balance.detach()
+            averages.add({"aux_loss": parts["aux_loss"]}, 1)
         averages.add({f"logps/{name}": mean_of(value) for name, value in outcomes[0].logps.items()}, count)
         return loss, parts | {f"logps/{name}": value.detach() for name, value in outcomes[0].logps.items()}
 

@@ -20,7 +20,7 @@ from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.models.families import EncodedImages, family_of
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.processes.progress import Progress
-from mmdpo_trainers.training import arguments, given_models, head, model_parts
+from mmdpo_trainers.training import arguments, given_models, head, model_parts, router_loss
 from mmdpo_trainers.training.attention_target import recorded_maps
 from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator, collator_of
 from mmdpo_trainers.training.batches.packing import batch_sampler, check_datasets, is_streaming, short_enough
@@ -71,9 +71,11 @@ class PreferenceTrainer(SavingTrainer):
     `rewards/chosen_<kind>` and so on for records with a `kind`, `logps/chosen`, `logps/rejected`, `nll_loss` (per token, where
     that loss is used), `bco_shift` where it runs, and `attn/ratio_<format>`: the share of the attention on a record's pictures that its
     chosen response gives the asked-about one; with `attention_target` `attn/target_loss`, `attn/target_share` (of the pictures' attention) and
-    `attn/targeted`, the share of the records that have a target. With tree packing, pictures that several
-    records of a micro-batch share count once, for the first of these records; a record whose pictures get no attention is left out.
-    `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size (but `kto_pair`, which looks at batch means).
+    `attn/targeted`, the share of the records that have a target; of mixture-of-experts models `aux_loss`, a mean over micro-batches. With tree
+    packing, pictures that several records of a micro-batch share count once, for the first of these records; a record whose pictures get no
+    attention is left out.
+    `eval_loss` is the loss of all records as one batch, whatever the evaluation batch size (but for `kto_pair` and `aux_loss`, which look at
+    batches).
 
     Checkpoints are told by markers in their folders: what others wrote into `output_dir` is reported, and never removed.
 
@@ -108,10 +110,12 @@ class PreferenceTrainer(SavingTrainer):
             train_dataset, eval_dataset = online.records(train_dataset, args), online.evaluated(eval_dataset, args)
         _keep_batches_whole(args, [train_dataset, *_as_list(eval_dataset)])
         self.args = args
-        self.objective: Objective = Objective(args)
         policy, self.ref_model, processing_class = given_models.policy_and_reference(
             model, args, peft_config, ref_model, processing_class
         )
+        self.router_aux_loss_coef = router_loss.coefficient(policy, args)
+        self.objective: Objective = Objective(args, self.router_aux_loss_coef)
+        self._router_loss = router_loss.RouterLoss(policy) if self.router_aux_loss_coef else None
         packs = model_parts.packs_trees(policy, args)
         given_models.prepare(policy, args, packs=packs)
         if self.ref_model is not None:
@@ -196,7 +200,7 @@ class PreferenceTrainer(SavingTrainer):
     ) -> Any:
         """Loss of one micro-batch, scaled so that the micro-batches of an optimizer step add up to the loss of them all at once.
 
-        num_items_in_batch: (3,) int64, records, chosen tokens and attention targets of the whole step; None: the micro-batch is all there is.
+        num_items_in_batch: (4,) int64, `Totals` of the whole step; None: the micro-batch is all there is.
         """
         if model.training:
             quiet(self._policy)
@@ -231,7 +235,7 @@ class PreferenceTrainer(SavingTrainer):
         counts: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch's share of the loss of its step, and what it is made of by name. counts: whether its records count."""
-        policy, reference, maps = self._logps(batch, reference_batch, training=training, averages=averages)
+        policy, reference, maps, balance = self._logps(batch, reference_batch, training=training, averages=averages)
         if training:
             self.objective.take_rewards(policy, reference, counts=counts)
         found = self.objective.loss(
@@ -239,6 +243,7 @@ class PreferenceTrainer(SavingTrainer):
             policy,
             reference,
             maps,
+            balance,
             totals=totals,
             averages=averages,
             evaluating=averages is self._averages["eval"],
@@ -249,8 +254,9 @@ class PreferenceTrainer(SavingTrainer):
 
     def _logps(
         self, batch: PreferenceBatch, reference_batch: PreferenceBatch | None, *, training: bool, averages: Averages
-    ) -> tuple[TokenLogps, SequenceLogps | TokenLogps | None, Tensor | None]:
-        """The policy's and, where a loss looks at it, the reference's log-probabilities, and the attention maps of `attention_target`.
+    ) -> tuple[TokenLogps, SequenceLogps | TokenLogps | None, Tensor | None, Tensor | None]:
+        """The policy's and, where a loss looks at it, the reference's log-probabilities, attention maps of `attention_target`, and the
+        load-balancing loss.
 
         All in one call of the outermost module.
 
@@ -273,8 +279,11 @@ class PreferenceTrainer(SavingTrainer):
             rows = reference.rows(theirs, shared, blank) if beside else None
             others = (reference.token_logps(theirs, shared, blank),) if runs and not beside else ()
             targets = recorded_maps(self._policy, batch.attention_targets, args.target_layer, everywhere=everywhere)
-            with self._recorded(batch, training=training, averages=averages), targets as maps, self.accelerator.autocast():
+            routed = contextlib.nullcontext() if self._router_loss is None else self._router_loss.taken(batch.sequence_counts)
+            recorded = self._recorded(batch, training=training, averages=averages)
+            with recorded, targets as maps, routed as balance, self.accelerator.autocast():
                 hidden = model_parts.hidden_states(self._policy, batch, features)
+            hidden, *balanced = (hidden,) if balance is None else balance.beside(hidden)
             # The head stays out of autocast: its log-probabilities are made in float32.
             scored = head.scored_rows(hidden, batch)
             if rows is None:
@@ -282,12 +291,13 @@ class PreferenceTrainer(SavingTrainer):
             else:
                 mine, *others = head.token_logps_beside(self._policy, scored, batch, rows, theirs)  # type: ignore[assignment]
             looked = () if maps is None else (maps.maps,)
-            return mine if nothing is None else mine + nothing.to(mine), *looked, *others
+            return mine if nothing is None else mine + nothing.to(mine), *balanced, *looked, *others
 
         wrapped = self.model_wrapped if torch.is_grad_enabled() or self.sharding.in_shards else self.model
         mine, *others = through_root(wrapped, self.sharding.inside(wrapped), forward)  # type: ignore[arg-type]
+        balance = others.pop(0) if self._router_loss is not None else None
         found = others.pop(0) if everywhere or batch.attention_targets is not None else None
-        return batch.token_logps(mine), batch.token_logps(others[0]) if runs else cached, found
+        return batch.token_logps(mine), batch.token_logps(others[0]) if runs else cached, found, balance
 
     def _blank_for(self, batch: PreferenceBatch) -> EncodedImages | None:
         """The blank picture, where this process has to run one beside others that have pictures."""

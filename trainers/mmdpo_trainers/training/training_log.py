@@ -139,6 +139,7 @@ class LoggingTrainer(Trainer):
     """`transformers.Trainer` whose log has averages over records, whatever processes and micro-batches they were in."""
 
     def __init__(self, **arguments: Any) -> None:
+        self.router_aux_loss_coef = getattr(self, "router_aux_loss_coef", 0.0)
         self._averages = {"train": Averages(), "eval": Averages()}
         self._resumed_from: Path | None = None
         super().__init__(**arguments)
@@ -167,6 +168,7 @@ class LoggingTrainer(Trainer):
             # Records, chosen tokens and attention targets differ from batch to batch: the parts have averages of their own.
             means["loss"] = means.pop(PAIRWISE, 0.0) + args.weight_of.get("nll", 0.0) * means.get("nll_loss", 0.0)
             means["loss"] += args.attention_target_weight * means.get("attn/target_loss", 0.0)
+            means["loss"] += self.router_aux_loss_coef * means.get("aux_loss", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})  # type: ignore[union-attr]
         return output
 

@@ -19,7 +19,7 @@ from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevisio
 from mmdpo_trainers.models.families.mistral import Mistral3
 from mmdpo_trainers.models.families.mllama import Mllama
 from mmdpo_trainers.models.families.paligemma import PaliGemma
-from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen25VL, Qwen35, Qwen35Moe
+from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL, Qwen35, Qwen35Moe
 from mmdpo_trainers.models.families.tiled import Idefics3, InternVL, SmolVLM
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 
 _DECLARED: tuple[type[Family], ...] = (
     *(Llava, LlavaNext, LlavaOnevision),
-    *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen35, Qwen35Moe),
+    *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe),
     *(InternVL, Idefics3, SmolVLM),
     *(Gemma3, Gemma4, Gemma4Unified, PaliGemma),
     *(Mistral3, Mllama),

@@ -86,6 +86,14 @@ class Qwen3VL(Qwen2VL):
         return {**super().decoder_inputs(body, input_ids, first), "visual_pos_masks": places, "deepstack_visual_embeds": deep}
 
 
+class Qwen3VLMoe(Qwen3VL):
+    """Qwen3-VL with experts in its text layers."""
+
+    name = "qwen3_vl_moe"
+    model_name = "Qwen3VLMoeForConditionalGeneration"
+    body_name = "Qwen3VLMoeModel"
+
+
 class Qwen35(Qwen2VL):
     """Qwen3.5, 3.6 and 3.8: three of four layers carry a state in place of attending."""
 
@@ -96,6 +104,8 @@ class Qwen35(Qwen2VL):
 
 
 class Qwen35Moe(Qwen35):
+    """The same with experts in its text layers."""
+
     name = "qwen3_5_moe"
     model_name = "Qwen3_5MoeForConditionalGeneration"
     body_name = "Qwen3_5MoeModel"

@@ -48,6 +48,8 @@ class PreferenceBatch:
     """(1, S) of the tree, or (n b, L) padded on the right; int64."""
     attention_mask: Tensor
     """(1, 1, 1, S) int32, the tree, or (1, 1, 2, S) with its reach; or (n b, L) int64."""
+    sequence_counts: Tensor
+    """As `input_ids`, int64: how many sequences hold the token; 0 for padding, and for a token that no token sees."""
     position_ids: Tensor | None
     """(1, S), or for M-RoPE (3, 1, S) or (3, n b, L); int64. None: the model's own."""
     pictures: EncodedImages | None
@@ -251,6 +253,7 @@ class PreferenceCollator:
             pictures,
             input_ids=tree.input_ids[None],
             attention_mask=tree.attention_mask,
+            sequence_counts=tree.sequence_counts[None],
             position_ids=tree.position_ids[:, None] if positions else tree.position_ids[None] + self._maker.family.first_position,
             feature_rows=torch.from_numpy(packed[packed >= 0]),
             rows=torch.cat(tree.rows),
@@ -278,6 +281,7 @@ class PreferenceCollator:
         input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
         width = input_ids.shape[1]
         seen = [torch.from_numpy(~_padded(_unseen(sequence), sequence, False)).long() for sequence in sequences]
+        attention_mask = pad_sequence(seen, batch_first=True)
         positions = [sequence.positions.T for sequence in sequences if sequence.positions is not None]
         response_rows = [len(s.prompt) - 1 + torch.arange(len(s.response)) for s in sequences]
         ratios = RatioSpans((len(sequences), width))
@@ -292,7 +296,8 @@ class PreferenceCollator:
             pictures,
             cross_segments=None if pictures is None else self._maker.family.cross_segments(pictures, shown),
             input_ids=input_ids,
-            attention_mask=pad_sequence(seen, batch_first=True),
+            attention_mask=attention_mask,
+            sequence_counts=attention_mask,
             answers=self._answers(sequences) if self._maker.family.prefix else None,
             position_ids=pad_sequence(positions, batch_first=True).permute(2, 0, 1) if positions else None,
             feature_rows=torch.from_numpy(feature_rows[feature_rows >= 0]),

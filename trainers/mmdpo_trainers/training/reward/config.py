@@ -54,6 +54,11 @@ class RewardConfig(PreferenceConfig):
                 raise ValueError(f"{name}: a reward model compares rewards, not log-probabilities, got {value!r}; leave it out")
         if self.full_finetune:
             raise ValueError("full_finetune: a reward model is trained as an adapter with its head; leave it out")
+        if self.router_aux_loss_coef:
+            raise ValueError(
+                f"router_aux_loss_coef: a reward model has no load-balancing loss, as in TRL, got {self.router_aux_loss_coef}; leave it out"
+            )
+        self.router_aux_loss_coef = 0.0
         coefficient = self.center_rewards_coefficient
         if coefficient is not None and not (isinstance(coefficient, int | float) and 0 <= coefficient < float("inf")):
             raise ValueError(f"center_rewards_coefficient: expected a number of 0 or more, or None, got {coefficient!r}")

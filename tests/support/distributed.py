@@ -22,6 +22,8 @@ from processes import end_of, free_port, start
 from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
+from mmdpo_trainers.config.sections.quantization import QuantizationConfig
+from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.models.whole_weights import whole_weights
 from mmdpo_trainers.training.reward.config import RewardConfig
 from mmdpo_trainers.training.reward.trainer import RewardTrainer
@@ -144,6 +146,7 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
     kind: Any = Spoilt if case.pop("spoilt", False) else PreferenceTrainer
     reward = case.pop("reward", False)
     online = case.pop("online", None)
+    in_4_bits = QuantizationConfig(load_in_4bit=True) if case.pop("in_4_bits", False) else None
     if resume is not None and rank == 0:
         # As if the processes had ended right after this checkpoint.
         for checkpoint in output.glob("checkpoint-*"):
@@ -167,7 +170,7 @@ def train(folder: Path, output: Path, case: dict[str, Any]) -> None:
         **case,
     }
     with whole_weights():
-        model = tiny(folder / "model", torch.float32)
+        model = load_model(folder / "model", dtype=torch.float32, device="cpu", quantization=in_4_bits)
         other = tiny(folder / "second", torch.float32).model if second else None
     if tied:
         for part in (model.model.config, model.model.config.text_config):

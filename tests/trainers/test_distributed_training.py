@@ -137,6 +137,17 @@ def test_two_processes_end_as_one(folder: Path, alone: Path, strategy: str) -> N
         assert error.startswith("step 1: all gradients are zero, so nothing would be trained; ")
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_a_model_in_4_bits(folder: Path, tmp_path: Path, strategy: str) -> None:
+    """Whole in each process; packed scales are no parameters. Weights in shards are refused (`test_quantized.py`)."""
+    needs(strategy)
+    case = {"in_4_bits": True, "precompute_ref_log_probs": True, "logging_steps": 1}
+    for each in ("alone", strategy):
+        launch(each, folder, tmp_path / each, {"lora": case})
+    assert_same(tmp_path / strategy / "lora", tmp_path / "alone" / "lora")
+    assert (tmp_path / strategy / "lora" / "final" / "quantization.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("family", "strategy"),
     [

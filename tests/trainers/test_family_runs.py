@@ -16,7 +16,7 @@ from rich.console import Console
 from tiny_models import TINY, make_tiny_qwen, sample_pictures
 
 from mmdpo_trainers.config.run_config import RunConfig, merge
-from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.errors import ConfigError, RunFolderError, StageError
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.processes.progress import Progress
@@ -93,6 +93,45 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert [answer["response"] for answer in before] != [answer["response"] for answer in after]
     page = (run / "report.html").read_text()
     assert "<html" in page and 'src="http' not in page and read_json(run / "report" / "summary.json")["heat_maps"] >= 2
+
+
+def test_a_run_in_4_bits(tmp_path: Path) -> None:
+    """Answers, attention, training and evaluation are of the quantised model, the trained adapter beside it."""
+    config, console = settings(tmp_path, TINY["llava"]), Console(file=io.StringIO())
+    whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
+    config = RunConfig.from_dict(merge(config.to_dict(), {"quantization": {"load_in_4bit": True}}))
+    summary = run_pipeline(config, progress=Progress(console), console=console)
+    run_pipeline(whole, until="score", progress=Progress(console), console=console)
+    run = tmp_path / "run"
+    ratios = [
+        [record["ratio"] for record in read_jsonl(folder / "score" / "scores.jsonl")] for folder in (run, tmp_path / "whole")
+    ]
+    assert len(ratios[0]) == len(ratios[1]) and ratios[0] != pytest.approx(ratios[1], abs=1e-6)
+    log = [entry for entry in read_jsonl(run / "train" / "log.jsonl") if "loss" in entry]
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-4) and log[-1]["rewards/margins"] > 0.1
+    assert read_json(run / "train" / "final" / "quantization.json")["bnb_4bit_quant_type"] == "nf4"
+    before, after = (read_jsonl(run / "evaluate" / moment / "answers.jsonl") for moment in ("before", "after"))
+    assert [answer["response"] for answer in before] != [answer["response"] for answer in after]
+    assert set(summary["accuracy"]["after"]) == {"sequence", "grid", "pip", "single"}
+    other = merge(config.to_dict(), {"quantization": {"bnb_4bit_quant_type": "fp4"}})
+    with pytest.raises(
+        RunFolderError, match='generate was made with other settings .quantization.bnb_4bit_quant_type: was "nf4", is "fp4"'
+    ):
+        run_pipeline(RunConfig.from_dict(other), progress=Progress(console), console=console)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"args": {"full_finetune": True}}}, "train.args.full_finetune: the model's weights are in 4 bits"),
+        ({"train": {"args": {"fsdp": True}}}, "train.args.fsdp: expected the whole model in each process"),
+    ],
+)
+def test_a_run_in_4_bits_that_cannot_be_is_refused_before_it_begins(tmp_path: Path, changes: Any, message: str) -> None:
+    config = merge(settings(tmp_path, TINY["llava"]).to_dict(), {"quantization": {"load_in_4bit": True}})
+    with pytest.raises(ConfigError, match=message):
+        run_pipeline(RunConfig.from_dict(merge(config, changes)), progress=Progress(Console(file=io.StringIO())))
+    assert not (tmp_path / "run" / "augment").exists()
 
 
 @pytest.mark.parametrize("family", ["internvl", "gemma3", "mllama"])

@@ -43,6 +43,11 @@ def check_vllm(config: RunConfig) -> None:
             "device: expected none, cuda or cuda:N with generate.engine: vllm, whose build decides whether it runs on a CPU, got cpu; leave it "
             "out, or set generate.engine to transformers"
         )
+    if config.quantization.load_in_4bit and "quantization" not in config.generate.engine_args:
+        raise ConfigError(
+            "generate.engine: vllm would answer with the whole model, and quantization trains the one in 4 bits; set generate.engine_args to "
+            "{quantization: bitsandbytes}, or generate.engine to transformers"
+        )
     if config.generate.do_sample and config.generate.temperature < _COLDEST:
         raise ConfigError(
             f"generate.temperature: vLLM samples at {_COLDEST} or more, got {config.generate.temperature}; raise it, or set generate.do_sample "

@@ -10,7 +10,18 @@ from pathlib import Path
 from rich.console import Console, Group
 from rich.table import Table
 
-PACKAGES = ("mmdpo-kernels", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "pillow", "numpy")
+PACKAGES = (
+    "mmdpo-kernels",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "pillow",
+    "numpy",
+)
 
 _LEVELS = (
     ("x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),

@@ -24,7 +24,7 @@ from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.methods import METHODS, check_method
 from mmdpo_trainers.processes import ranks
 
-_SHARED = ("method", "model", "seed", "threads", "dtype", "device")
+_SHARED = ("method", "model", "seed", "threads", "dtype", "quantization", "device")
 _ALLOW = "allow_missing"
 
 _COMMANDS = {

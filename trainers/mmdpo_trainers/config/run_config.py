@@ -16,6 +16,7 @@ from mmdpo_trainers.config.sections.data import AugmentConfig, DataConfig, Pairs
 from mmdpo_trainers.config.sections.evaluation import EvaluateConfig, ReportConfig
 from mmdpo_trainers.config.sections.hallucination import HallucinateConfig
 from mmdpo_trainers.config.sections.online import OnlineConfig
+from mmdpo_trainers.config.sections.quantization import QuantizationConfig
 from mmdpo_trainers.config.sections.ranking import RankConfig
 from mmdpo_trainers.config.sections.rating import RateConfig
 from mmdpo_trainers.config.sections.selection import SelectConfig
@@ -39,6 +40,9 @@ class RunConfig(Settings):
     seed: StrictInt = option(0, "seed of every random choice", ge=0, lt=2**32)
     threads: StrictInt | None = option(None, "CPU threads of PyTorch; None: PyTorch's own default", result=False, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type the model is loaded in")
+    quantization: QuantizationConfig = option(
+        help="the model's weights in 4 bits (QLoRA), such as {load_in_4bit: true}", factory=QuantizationConfig
+    )
     device: StrictStr | None = option(None, "cpu, cuda, cuda:1, ...; None: cuda if there is one")
     allow_missing: StrictBool = option(
         False,

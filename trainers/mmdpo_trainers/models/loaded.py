@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mmdpo_trainers.models.families import Family, family_of, image_layers
+from mmdpo_trainers.models.quantized import float_dtype
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.models.token_rules import TextEncoder, end_tokens
 
@@ -37,7 +38,7 @@ class LoadedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return float_dtype(self.model)
 
     @property
     def tokenizer(self) -> Any:

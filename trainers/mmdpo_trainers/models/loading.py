@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from mmdpo_trainers.config.sections.quantization import QuantizationConfig
 from mmdpo_trainers.config.shipped import SHIPPED
 from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.models import quantized
 from mmdpo_trainers.models.chat_format import render_prompt
 from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts
 from mmdpo_trainers.models.families import FAMILIES, family_of
@@ -68,44 +70,40 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     date: TemplateDate | None = None,
+    quantization: QuantizationConfig | BitsAndBytesConfig | None = None,
 ) -> LoadedModel:
-    """Load a model, its processor and optionally a PEFT adapter (merged into the weights) from local folders.
+    """Load a model, its processor and optionally a PEFT adapter from local folders.
 
     path: a Hugging Face folder of a family in `FAMILIES` or one that follows the conventions (`Conventional`), or a shipped model's name.
     processor: another folder to take the processor from.
     dtype: `auto` (the checkpoint's own), a name such as `bfloat16`, or a torch dtype. device: `auto` is CUDA where there is one.
     date: what a chat template that prints the date is told; None: this moment.
-    The weights are whole, also in a process that trains with ZeRO-3.
+    quantization: the language tower in 4 bits, as it says; a checkpoint that is in 4 bits already is loaded as it is.
+    The adapter is merged into the weights; beside 4-bit ones, which merging would round anew, its layers stay.
+    No process has a part of the weights only, also where it trains with ZeRO-3.
 
     Raises StageError naming what is missing: the folder, config.json, weights, a processor file, or support for the family.
     """
     target = resolve_device(device)
     folder = resolve_model_path(path)
-    model_type = check_folder(folder).model_type
+    config = check_folder(folder)
+    in_4_bits = quantized.check_loadable(folder, config, quantization)
+    its_processor = load_processor(folder if processor is None else resolve_model_path(processor), config.model_type)
+    asked = quantization if quantization is not None and quantization.load_in_4bit else None
     torch_dtype = dtype if isinstance(dtype, torch.dtype) else _dtype(dtype)
-    its_processor = load_processor(folder if processor is None else resolve_model_path(processor), model_type)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model_class = family_of(AutoConfig.from_pretrained(folder, local_files_only=True)).model_class
-        loaded: Any = model_class.from_pretrained(folder, dtype=torch_dtype, local_files_only=True, output_loading_info=True)
-    except ImportError as error:
-        raise StageError(f"model {folder}: a package that its family needs is missing: {error}") from error
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise StageError(f"model {folder}: its weights cannot be loaded ({error}); download the checkpoint again") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    model, loading = loaded
+    if in_4_bits and torch.float64 in (torch_dtype, getattr(config, "dtype", None) if torch_dtype == "auto" else None):
+        raise StageError(
+            f"model {folder}: dtype: 4-bit weights compute in float32, bfloat16 or float16, got float64; set one of them"
+        )
+    model, loading = _read(folder, torch_dtype, asked, target if in_4_bits else None)
     missing = sorted(loading["missing_keys"])
     if missing:
         # from_pretrained would fill these at random and only warn.
         raise StageError(f"model {folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
+    if in_4_bits:
+        _settle(model, folder, asked)
     if adapter is not None:
-        model = _merge_adapter(model, Path(adapter))
-    if torch_dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        # PyTorch multiplies groups of rows, each with an expert's matrix, in no such precision.
-        model.set_experts_implementation("eager")
+        model = _with_adapter(model, Path(adapter), merged=not in_4_bits)
     model.to(target).eval()
     if model.dtype == torch.float64 and model._can_set_experts_implementation():
         # PyTorch's grouped products, which experts go through else, have no float64.
@@ -120,6 +118,41 @@ def load_model(
     )
 
 
+def _read(folder: Path, dtype: Any, quantization: Any, device: torch.device | None) -> Any:
+    """The model, and what `from_pretrained` says of missing weights. device: where 4-bit weights are made; None: they are whole."""
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model_class = family_of(config).model_class
+        if device is not None:
+            options["device_map"] = {"": device}
+        if quantization is not None:
+            options["quantization_config"] = quantized.settings_of(model_class, config, quantization)
+        return model_class.from_pretrained(folder, **options)
+    except ImportError as error:
+        raise StageError(f"model {folder}: a package that its family needs is missing: {error}") from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise StageError(f"model {folder}: its weights cannot be loaded ({error}); download the checkpoint again") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _settle(model: Any, folder: Path, quantization: Any) -> None:
+    """See `quantized.settle`. StageError for a quantised model that cannot be used."""
+    if not quantized.quantized_layers(model):
+        raise StageError(f"model {folder}: its language tower has no linear layer to quantise; leave quantization out")
+    if quantized.is_quantized(model.get_output_embeddings().weight):
+        raise StageError(
+            f"model {folder}: output head: expected whole weights, of which log-probabilities are made, got 4-bit ones; quantise the model "
+            "with its head among llm_int8_skip_modules"
+        )
+    own = isinstance(quantization, QuantizationConfig) and quantization.bnb_4bit_compute_dtype == "auto"
+    quantized.settle(model, "auto" if own else None)
+
+
 def check_folder(folder: Path) -> Any:
     """The configuration of a model folder. StageError where it says, without a weight read, that the model cannot be used."""
     _model_type(folder)
@@ -130,14 +163,7 @@ def check_folder(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(f"model {folder}: config.json cannot be used ({error}); download the checkpoint again") from error
     text = config.get_text_config()
-    quantized = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
-        name = getattr(method, "value", method)
-        raise StageError(
-            f"model {folder}: its weights are quantised (quantization_config in config.json: {name}); expected float32, bfloat16 or float16, "
-            "in which the output head and the adapters compute; give the checkpoint that it was made from"
-        )
+    quantized.check_loadable(folder, config, None)
     for name in ("final_logit_softcapping", "attn_logit_softcapping"):
         cap = getattr(text, name, None)
         if cap is not None and not (isinstance(cap, int | float) and 0 < cap < float("inf")):
@@ -200,13 +226,14 @@ def _check_processor(model: PreTrainedModel, processor: Any, folder: Path) -> No
         ) from error
 
 
-def _merge_adapter(model: PreTrainedModel, adapter: Path) -> Any:
+def _with_adapter(model: PreTrainedModel, adapter: Path, *, merged: bool) -> Any:
     from peft import PeftModel
 
     if not _is_adapter(adapter):
         raise StageError(f"adapter {adapter}: no adapter_config.json there; give the folder that PEFT's save_pretrained wrote")
     try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True).merge_and_unload()
+        found = PeftModel.from_pretrained(model, str(adapter), is_trainable=False, local_files_only=True)
+        return found.merge_and_unload() if merged else found.get_base_model()
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise StageError(f"adapter {adapter} does not fit the model ({error}); it was trained on another base") from error
 

@@ -20,6 +20,7 @@ from mmdpo_trainers.models.chat_format import render_prompt
 from mmdpo_trainers.models.families import Family, family_of, hiding_refusal, image_layers
 from mmdpo_trainers.models.loading import check_folder
 from mmdpo_trainers.models.processors import load_processor
+from mmdpo_trainers.models.quantized import check_loadable
 from mmdpo_trainers.processes import launcher, ranks
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
@@ -37,6 +38,7 @@ def check_model(contexts: Sequence[StageContext]) -> None:
         return
     folder = wanted[0].model
     config = check_folder(folder)
+    check_loadable(folder, config, wanted[0].config.quantization)
     family = family_of(config)
     render_prompt(load_processor(folder, config.model_type), "Image1:<image>\nWhat is it?")
     measured = [context for context in wanted if _measures(context)]
@@ -101,12 +103,14 @@ def _without_weights(family: Family, config: Any) -> Any | None:
 
 def _check_training(context: StageContext, family: Family, model: Any, layers: Sequence[int]) -> None:
     """Whether the trainer would take the model with these settings: token trees, adapter, head, attention layer, corruption."""
+    from mmdpo_trainers.stages.train import check_quantization
     from mmdpo_trainers.training import model_parts
     from mmdpo_trainers.training.head import check_head
 
     where = f"arms.{context.arm}.train.args" if context.arm else "train.args"
     with torch.random.fork_rng(devices=[]):
         settings = training_settings(context, layers)
+        check_quantization(context, model.config, settings)
         if settings.attention_layer is not None and settings.attention_layer not in layers:
             raise ConfigError(
                 f"{where}: attention_layer: expected one of {list(layers)} for this model, got {settings.attention_layer}"

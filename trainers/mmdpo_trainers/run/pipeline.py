@@ -169,6 +169,8 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     if STAGES[context.stage].model:
         parts["model"] = content_hash(context.model)
         parts["dtype"] = context.config.dtype
+        if context.config.quantization.load_in_4bit:
+            parts |= {f"quantization.{key}": value for key, value in _values(context.config.quantization).items()}
     for path in inputs:
         inside = path.absolute().is_relative_to(context.run.path)
         name = path.absolute().relative_to(context.run.path).as_posix() if inside else path.name

@@ -30,25 +30,30 @@ class LazyModel:
 
 def load_base(context: StageContext) -> LoadedModel:
     """The run's base model."""
-    return load_model(context.model, dtype=context.config.dtype, device=context.device, date=context.date)
+    return load_model(context.model, **_choice(context), quantization=context.config.quantization)
 
 
 def load_evaluated(context: StageContext) -> LoadedModel:
-    """The model this evaluation is about: the base, or what training left (an adapter, merged into a fresh base, or a model)."""
-    config = context.config
-    choice: dict[str, Any] = {"dtype": config.dtype, "device": context.device, "date": context.date}
+    """The model this evaluation is about: the base, or what training left.
+
+    That is an adapter, merged into a fresh base or beside one in 4 bits, or a model.
+    """
     if context.moment != "after":
-        return load_model(context.model, **choice)
+        return load_base(context)
     trained = context.trained
     if (trained / "adapter_config.json").is_file():
-        return load_model(context.model, adapter=trained, **choice)
+        return load_model(context.model, adapter=trained, **_choice(context), quantization=context.config.quantization)
     if not trained.is_dir():
         raise StageError(f"{trained} does not exist: run train first")
-    return load_model(trained, processor=context.model, **choice)
+    return load_model(trained, processor=context.model, **_choice(context))
+
+
+def _choice(context: StageContext) -> dict[str, Any]:
+    return {"dtype": context.config.dtype, "device": context.device, "date": context.date}
 
 
 def load_reward_model(context: StageContext) -> RewardModel:
     """The reward model this evaluation is about: the base with an untrained head and no facts, or what training left."""
     if context.moment != "after":
         return RewardModel.untrained(load_base(context), RewardInputs(), seed=context.seed)
-    return RewardModel.load(context.trained, dtype=context.config.dtype, device=context.device, date=context.date)
+    return RewardModel.load(context.trained, **_choice(context))

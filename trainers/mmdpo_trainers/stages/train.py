@@ -23,10 +23,13 @@ from mmdpo_trainers.files.atomic import free_mib
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods import online_settings, preset_args
 from mmdpo_trainers.methods.selection import match_of
+from mmdpo_trainers.models.families import image_layers
 from mmdpo_trainers.models.loaded import LoadedModel
-from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.models.loading import check_folder, load_model
+from mmdpo_trainers.models.quantized import check_loadable
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.training import quantized_models
 from mmdpo_trainers.training.checkpoints import replace_folder, writing
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.online.kept import ONLINE, online_summary
@@ -91,8 +94,10 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
     """This stage's trainer, and how many records of each kind it trains on and holds out."""
     train_data, eval_data, counts = _data(context)
     online = _online(context)
+    config = check_folder(context.model)
+    settings = preference_config(context, image_layers(config), evaluate=eval_data is not None)
+    check_quantization(context, config, settings)
     loaded = _load(context)
-    settings = preference_config(context, loaded.image_layers, evaluate=eval_data is not None)
     second = context.options.reference == "model" and settings.needs_reference
     try:
         trainer = TRAINERS[context.method.trainer](
@@ -188,6 +193,15 @@ def preference_config(context: StageContext, layers: Sequence[int], *, evaluate:
         raise ConfigError(f"train.args: {_one_line(error)}") from error
 
 
+def check_quantization(context: StageContext, config: Any, settings: PreferenceConfig) -> None:
+    """ConfigError for settings that a model in 4 bits cannot be trained with. config: of the model's folder."""
+    if check_loadable(context.model, config, context.config.quantization):
+        try:
+            quantized_models.check_settings(settings)
+        except ValueError as error:
+            raise ConfigError(f"train.args.{_one_line(error)}") from error
+
+
 def _batch_size(args: dict[str, Any]) -> int:
     """Records of a micro-batch; whether it is a number is for PreferenceConfig to say."""
     size = args.get("per_device_train_batch_size", 1)
@@ -221,7 +235,8 @@ def _load(context: StageContext) -> LoadedModel:
     args = context.options.args
     launched = any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("DEEPSPEED", "FSDP"))
     sharded = launched or args.get("deepspeed") or args.get("fsdp")
-    return load_model(context.model, dtype=context.config.dtype, device="cpu" if sharded else _device(context))
+    device = "cpu" if sharded else _device(context)
+    return load_model(context.model, dtype=context.config.dtype, device=device, quantization=context.config.quantization)
 
 
 def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:

@@ -13,8 +13,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from PIL import Image
 from torch import Tensor, nn
 
+from mmdpo_trainers.models.quantized import float_dtype
 from mmdpo_trainers.processes import collectives
-from mmdpo_trainers.training import head, model_parts
+from mmdpo_trainers.training import head, model_parts, quantized_models
 from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator
 from mmdpo_trainers.training.config import PreferenceConfig
 
@@ -47,11 +48,13 @@ def policy(
     off_is_reference = args.needs_reference and not has_reference
     for name, config in model_parts.adapters(model, args, peft_config).items():
         check_kind(name, config, off_is_reference=off_is_reference)
+        quantized_models.check_adapter(name, config, model, _rewriting(config))
     measured = AdapterOff(model, collator) if off_is_reference else None
     plain = not isinstance(model, PeftModel)
     trained: Any = model_parts.make_trainable(model, args, peft_config)
     try:
         head.check_head(trained)
+        quantized_models.check_layers(trained)
         if measured is not None:
             measured.check(trained)
     except ValueError:
@@ -137,7 +140,7 @@ class AdapterOff:
                 after = self._logits(model)
             assert after is not None
             difference = float((after - self._before).norm() / self._before.norm())
-            if difference > max(2 * torch.finfo(_dtype(model)).eps, 1e-5):
+            if difference > max(2 * torch.finfo(float_dtype(model_parts.base_of(model))).eps, 1e-5):
                 reason = f"differ by {difference:.2g} of their size"
         reason = next((each for each in collectives.all_gather(reason) if each is not None), None)
         if reason is not None:
@@ -211,7 +214,3 @@ def _setting(config: PeftConfig) -> str:
         if values.get(name) is not None
     ]
     return " ".join([str(getattr(config.peft_type, "value", config.peft_type)), *shown])
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model_parts.base_of(model).parameters() if p.is_floating_point())

@@ -104,7 +104,9 @@ TRAINER_ARGUMENTS: Mapping[str, Argument] = {
         "an optimizer made before the adapter would not hold it; use optim, optim_args, lr_scheduler_type of PreferenceConfig",
         (None, (None, None)),
     ),
-    "quantization_config": Argument("load the quantized model yourself, and pass it", (None,)),
+    "quantization_config": Argument(
+        "load the model with mmdpo_trainers.models.loading.load_model (quantization=…), and pass it", (None,)
+    ),
     "tokenizer": Argument("the model's processor, tokenizer and pictures in one, goes into processing_class"),
 }
 """Arguments of TRL's `DPOTrainer` that `PreferenceTrainer` does not have."""

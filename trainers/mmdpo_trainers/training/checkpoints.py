@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from mmdpo_trainers.errors import RunFolderError
 from mmdpo_trainers.files.atomic import FULL, free_mib, read_json, write_atomic
+from mmdpo_trainers.models.quantized import save_settings
 from mmdpo_trainers.processes import collectives
+from mmdpo_trainers.training.model_parts import base_of
 from mmdpo_trainers.training.sharded.sharding import Sharding
 from mmdpo_trainers.training.training_log import LOG_STATE, LoggingTrainer
 
@@ -225,6 +227,7 @@ class SavingTrainer(LoggingTrainer):
             twice = [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in once]  # type: ignore[union-attr]
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in twice}
         super()._save(output_dir, state_dict)
+        save_settings(base_of(self.model).config, output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in `transformers.Trainer`; a whole model by `from_pretrained`, which knows under what names weights are saved."""

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from mmdpo_kernels import patch_model
 from mmdpo_trainers.data.pair_records import PAIR
 from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.models import quantized
 from mmdpo_trainers.models.families import family_of, image_layers
 from mmdpo_trainers.models.loaded import LoadedModel
-from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.models.loading import check_folder, load_model
 from mmdpo_trainers.models.processors import load_processor
-from mmdpo_trainers.training import adapter_checks, head, model_parts, router_loss
+from mmdpo_trainers.training import adapter_checks, head, model_parts, quantized_models, router_loss
 from mmdpo_trainers.training.batches.collator import PreferenceCollator, collator_of
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.sharded.sharding import check_whole
@@ -36,7 +37,10 @@ def model_of(argument: str, given: Any, args: PreferenceConfig) -> Any:
     """A model given as itself, or by its name: a folder, or a repository of the Hub. ValueError for anything else, naming the argument."""
     if isinstance(given, str | Path):
         sharded = args.fsdp or args.deepspeed or args.parallelism_config
-        return load_model(_folder(argument, str(given)), device="cpu" if sharded else args.device).model
+        folder = _folder(argument, str(given))
+        if quantized.method_of(check_folder(folder)) is not None:
+            quantized_models.check_settings(args)
+        return load_model(folder, device="cpu" if sharded else args.device).model
     if isinstance(given, LoadedModel):
         raise ValueError(
             f"{argument}: expected a model, got what load_model gives; pass its `model`, and its `processor` as processing_class"
@@ -51,6 +55,9 @@ def model_of(argument: str, given: Any, args: PreferenceConfig) -> Any:
             f"{argument}: expected a model with an output head, got {type(model_parts.base_of(given)).__name__}; load it with "
             "AutoModelForImageTextToText"
         )
+    if quantized.check_model(argument, given):
+        quantized_models.check_settings(args)
+        quantized.settle(model_parts.base_of(given))
     return given
 
 

@@ -12,14 +12,20 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 from mmdpo_kernels import linear_logprobs, sequence_logps, through_head
+from mmdpo_trainers.models.quantized import is_quantized
 from mmdpo_trainers.training import model_parts
 from mmdpo_trainers.training.batches.collator import PreferenceBatch
 from mmdpo_trainers.training.model_parts import base_of
 
 
 def check_head(model: nn.Module) -> None:
-    """ValueError where the output head has an adapter that is more than a matrix added to its weight, as plain LoRA is."""
+    """ValueError where the output head is quantised, or has an adapter that is more than a matrix added to its weight, as plain LoRA is."""
     head: Any = base_of(model).get_output_embeddings()
+    if is_quantized(_module(head).weight):
+        raise ValueError(
+            "output head: expected whole weights, of which log-probabilities are made, got quantised ones; load the model with its head among "
+            "llm_int8_skip_modules, as mmdpo_trainers.models.loading.load_model does"
+        )
     kind = None
     if isinstance(head, LoraLayer):
         names = [*head.lora_variant, *(name for name, used in head.lora_bias.items() if used)]

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from transformers import set_seed
 
 from mmdpo_trainers.models.families import EncodedImages, Family, family_of, tree_refusal
+from mmdpo_trainers.models.quantized import float_dtype
 from mmdpo_trainers.training.batches.collator import PreferenceBatch
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.sharded.sharding import through_root
@@ -194,7 +195,7 @@ def image_features(model: nn.Module, batch: PreferenceBatch) -> list[Tensor]:
         return []
     body = base_of(model).base_model
     trained = any(parameter.requires_grad for parameter in image_parameters(model))
-    dtype = next(body.parameters()).dtype
+    dtype = float_dtype(body)
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.pictures.inputs.items()}
     pictures, family = dataclasses.replace(batch.pictures, inputs=inputs), family_of(model)
     with torch.set_grad_enabled(trained and torch.is_grad_enabled()):

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
+from mmdpo_trainers.models.quantized import float_dtype
 from mmdpo_trainers.training import model_parts
 
 _BLOCK = 64 * 2**20
@@ -29,7 +30,7 @@ def reference_header(model: nn.Module, *, processor: Any = None, autocast: str |
     base = model_parts.base_of(model)
     header = {
         "weights": model_fingerprint(model),
-        "dtype": str(next(base.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(float_dtype(base)).removeprefix("torch."),
         "config": _digest(_lasting(base.config.to_diff_dict())) if hasattr(base, "config") else None,
         "autocast": autocast,
     }

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from mmdpo_kernels import patch_model
 from mmdpo_trainers.data.pair_records import IMAGES, PAIR, Branch
 from mmdpo_trainers.errors import DataError, StageError
+from mmdpo_trainers.models import quantized
 from mmdpo_trainers.models.families import tree_refusal
 from mmdpo_trainers.models.loaded import LoadedModel
-from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.models.loading import check_folder, load_model
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.training import model_parts
 from mmdpo_trainers.training.batches.collator import PreferenceCollator, model_collator
@@ -52,7 +53,8 @@ class RewardModel:
     ) -> RewardModel:
         """What `RewardTrainer` saved: its adapter and head on the model that they were trained on, which `adapter_config.json` names.
 
-        Head and adapter are those of the training bit for bit; the adapter is not merged. Raises StageError naming what is missing.
+        Head and adapter are those of the training bit for bit; the adapter is not merged, and the model is in 4 bits where it was in
+        training. Raises StageError naming what is missing.
         """
         folder = Path(folder)
         inputs = RewardInputs.read(folder)
@@ -65,7 +67,9 @@ class RewardModel:
                 f"reward model {folder}: the model that it was trained on, {base}, is not a folder here; put it there, or write its folder "
                 "into base_model_name_or_path of adapter_config.json"
             )
-        loaded = load_model(base, dtype=dtype, device=device, date=date)
+        in_4_bits = quantized.method_of(check_folder(Path(base))) is not None
+        how = None if in_4_bits else quantized.read_settings(folder)
+        loaded = load_model(base, dtype=dtype, device=device, date=date, quantization=how)
         score_head.add_head(loaded.model, seed=0)
         try:
             model = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=False, local_files_only=True)

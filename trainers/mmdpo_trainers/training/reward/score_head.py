@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from mmdpo_trainers.models.quantized import float_dtype
 from mmdpo_trainers.training import model_parts
 from mmdpo_trainers.training.batches.collator import PreferenceBatch
 from mmdpo_trainers.training.config import PreferenceConfig
@@ -26,12 +27,11 @@ def add_head(base: Any, seed: int) -> None:
     heads, on which TRL's RewardTrainer works (`torch.nn.Linear(H, 1, bias=False)`).
     """
     text = base.config.get_text_config()
-    first = next(base.parameters())
-    head = nn.Linear(int(text.hidden_size), 1, bias=False, dtype=torch.promote_types(first.dtype, torch.float32))
+    head = nn.Linear(int(text.hidden_size), 1, bias=False, dtype=torch.promote_types(float_dtype(base), torch.float32))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.normal_(0.0, float(getattr(text, "initializer_range", 0.02)), generator=generator)
-    setattr(base, HEAD, head.to(first.device))
+    setattr(base, HEAD, head.to(next(base.parameters()).device))
 
 
 def with_head(model: Any, args: PreferenceConfig, peft_config: PeftConfig | None) -> PeftConfig | None:

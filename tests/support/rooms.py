@@ -15,7 +15,18 @@ PACKAGES = {"mmdpo_kernels": ROOT / "mmdpo_kernels", "mmdpo_trainers": ROOT / "t
 
 ORDER = {
     "mmdpo_kernels": (
-        *("record", "patch", "recorder_ops", "patched", "path_maps", "recorder", "ops", "backends"),
+        *(
+            "record",
+            "patch",
+            "recurrent",
+            "recorder_ops",
+            "patched",
+            "path_maps",
+            "recorder",
+            "decoder_layers",
+            "ops",
+            "backends",
+        ),
         *("losses", "loss_terms", "load_balancing", "tree_mask", "tree", "segments", "head"),
     ),
     "mmdpo_trainers": (

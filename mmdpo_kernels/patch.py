@@ -109,7 +109,25 @@ def tree_refusal(model: nn.Module) -> str | None:
     if images_see_themselves(type(base.base_model)):
         return "the tokens of a picture see each other both ways"
     others = set(getattr(tower.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    return f"there are layers of {sorted(others)[0]}" if others else None
+    return f"there are layers of {sorted(others)[0]}" if others else _beyond_attention(tower)
+
+
+def _beyond_attention(tower: Any) -> str | None:
+    """What layers that attend by the tree's rule do beside it, where a tree has other rows than its sequences; None: nothing."""
+    config, kinds = tower.config, getattr(tower.config, "layer_types", None) or ()
+    if getattr(config, "use_bidirectional_attention", False) is True:
+        return "tokens see those that come after them"
+    if getattr(config, "attn_temperature_tuning", False):
+        return "attention is scaled by a token's row, which a tree changes"
+    # Where layers carry a state along, convolutions are a part of that.
+    attending = [
+        layer
+        for number, layer in enumerate(getattr(tower, "layers", (tower,)))
+        if "linear_attention" not in kinds[number : number + 1]
+    ]
+    if any(isinstance(module, nn.Conv1d) for layer in attending for module in layer.modules()):
+        return "there are convolutions from row to row"
+    return None
 
 
 def images_see_themselves(body_class: type) -> bool:

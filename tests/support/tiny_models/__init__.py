@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .gemma3 import make_tiny_gemma3
+from .glm import make_tiny_glm4v, make_tiny_glm4v_moe, make_tiny_glm46v
 from .idefics import make_tiny_idefics3, make_tiny_smolvlm
 from .internvl import make_tiny_internvl
 from .llava import CHAT_TEMPLATE, make_tiny_llava
@@ -16,7 +17,15 @@ from .mllama import make_tiny_mllama
 from .parts import SPECIAL_TOKENS, WORDS, sample_pictures
 from .parts import make_tokenizer as _tokenizer
 from .parts import widen as _widen
-from .qwen import QWEN_CHAT_TEMPLATE, QWEN_SPECIAL_TOKENS, make_tiny_qwen, make_tiny_qwen2_vl, make_tiny_qwen3_vl
+from .qwen import (
+    QWEN_CHAT_TEMPLATE,
+    QWEN_SPECIAL_TOKENS,
+    make_tiny_qwen,
+    make_tiny_qwen2_vl,
+    make_tiny_qwen3_vl,
+    make_tiny_qwen3_vl_moe,
+)
+from .recipes import BY_RECIPE
 
 TINY: dict[str, Callable[..., Path]] = {
     "llava": make_tiny_llava,
@@ -25,6 +34,10 @@ TINY: dict[str, Callable[..., Path]] = {
     "qwen2_vl": make_tiny_qwen2_vl,
     "qwen2_5_vl": make_tiny_qwen,
     "qwen3_vl": make_tiny_qwen3_vl,
+    "qwen3_vl_moe": make_tiny_qwen3_vl_moe,
+    "glm4v": make_tiny_glm4v,
+    "glm4v_moe": make_tiny_glm4v_moe,
+    "glm46v": make_tiny_glm46v,
     "internvl": make_tiny_internvl,
     "idefics3": make_tiny_idefics3,
     "smolvlm": make_tiny_smolvlm,
@@ -32,6 +45,8 @@ TINY: dict[str, Callable[..., Path]] = {
     "mistral3": make_tiny_mistral3,
     "pixtral": make_tiny_pixtral,
     "mllama": make_tiny_mllama,
+    **{name: BY_RECIPE[name] for name in ("aya_vision", "deepseek_vl", "paddleocr_vl")},
+    **{name: BY_RECIPE[name] for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
 }
 """Family -> what writes a tiny checkpoint of it to a folder."""
 
@@ -45,6 +60,9 @@ __all__ = [
     "_tokenizer",
     "_widen",
     "make_tiny_gemma3",
+    "make_tiny_glm46v",
+    "make_tiny_glm4v",
+    "make_tiny_glm4v_moe",
     "make_tiny_idefics3",
     "make_tiny_internvl",
     "make_tiny_llava",
@@ -56,6 +74,7 @@ __all__ = [
     "make_tiny_qwen",
     "make_tiny_qwen2_vl",
     "make_tiny_qwen3_vl",
+    "make_tiny_qwen3_vl_moe",
     "make_tiny_smolvlm",
     "sample_pictures",
 ]

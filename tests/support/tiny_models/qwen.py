@@ -15,6 +15,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -125,8 +127,25 @@ def make_tiny_qwen2_vl(
     return folder
 
 
-def make_tiny_qwen3_vl(
-    folder: str | Path,
+def make_tiny_qwen3_vl(folder: str | Path, **options: Any) -> Path:
+    """Write a random Qwen3-VL to `folder` and return it.
+
+    The first two of three vision blocks also go into the text model's first two layers (deepstack), so `layers` is two or more.
+    """
+    return _qwen3(Path(folder), Qwen3VLConfig, Qwen3VLForConditionalGeneration, {}, **options)
+
+
+def make_tiny_qwen3_vl_moe(folder: str | Path, *, experts: int = 4, taken: int = 2, **options: Any) -> Path:
+    """Write a random Qwen3-VL with experts to `folder` and return it. taken: experts a token takes."""
+    text = {"num_experts": experts, "num_experts_per_tok": taken, "moe_intermediate_size": 32}
+    return _qwen3(Path(folder), Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, text, **options)
+
+
+def _qwen3(
+    folder: Path,
+    config_class: Any,
+    model_class: Any,
+    text_options: dict[str, Any],
     *,
     layers: int = 3,
     heads: int = 4,
@@ -139,16 +158,11 @@ def make_tiny_qwen3_vl(
     hidden: int = 32,
     tied: bool = False,
 ) -> Path:
-    """Write a random Qwen3-VL to `folder` and return it.
-
-    The first two of three vision blocks also go into the text model's first two layers (deepstack), so `layers` is two or more.
-    """
-    folder = Path(folder)
     tokenizer = _tokenizer(QWEN3_CHAT_TEMPLATE)
     ids = token_ids(tokenizer, *QWEN_SPECIAL_TOKENS)
     text = _text(tokenizer, ids, layers, heads, kv_heads, hidden, tied)
     text["rope_parameters"]["mrope_interleaved"] = True
-    config = Qwen3VLConfig(
+    config = config_class(
         vision_config={
             "depth": 3,
             "hidden_size": hidden,
@@ -160,11 +174,11 @@ def make_tiny_qwen3_vl(
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
-        text_config={**text, "head_dim": hidden // heads},
+        text_config={**text, "head_dim": hidden // heads, **text_options},
         **_picture_ids(ids),
         **_tied(tied),
     )
-    model = random_model(Qwen3VLForConditionalGeneration, config, seed)
+    model = random_model(model_class, config, seed)
     mean = [0.5, 0.5, 0.5]
     options = {"image_mean": mean, "image_std": mean}
     _save(folder, model, dtype, tokenizer, ids, patch=patch, min_pixels=min_pixels, max_pixels=max_pixels, **options)

@@ -16,6 +16,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.models.families.pixtral import pixtral_processor
 
 __all__ = ["load_processor"]
 
@@ -46,8 +47,9 @@ def _processor_class(folder: Path, model_type: str) -> Any:
     named = [json.loads((folder / file).read_text(encoding="utf-8")) for file in _NAMING_FILES if (folder / file).is_file()]
     names = [values["processor_class"] for values in named if isinstance(values, dict) and values.get("processor_class")]
     name = names[0] if names else PROCESSOR_MAPPING_NAMES.get(model_type)
-    if name == "PixtralProcessor" and not is_torchvision_available():
-        return _pixtral()
+    own = pixtral_processor(name)
+    if own is not None:
+        return own
     base = getattr(transformers, str(name), None)
     if base is None or "video_processor" not in inspect.signature(base.__init__).parameters:
         return AutoProcessor
@@ -65,14 +67,6 @@ def _uncover_pillow(model_type: str) -> None:
         for module in (transformers, sys.modules[package]) if its_name.endswith("ImageProcessorPil") else ():
             if getattr(getattr(module, its_name, None), "is_dummy", False):
                 setattr(module, its_name, found)
-
-
-def _pixtral() -> Any:
-    """Pixtral's processor without torchvision: of the module that needs it, it takes one function, which its Pillow twin has too."""
-    package = "transformers.models.pixtral"
-    twin = importlib.import_module(f"{package}.image_processing_pil_pixtral")
-    sys.modules.setdefault(f"{package}.image_processing_pixtral", twin)
-    return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
 
 
 def load_processor(folder: Path, model_type: str) -> Any:

@@ -85,6 +85,14 @@ class Qwen3VL(Qwen2VL):
         return {**super().decoder_inputs(body, input_ids, first), "visual_pos_masks": places, "deepstack_visual_embeds": deep}
 
 
+class Qwen3VLMoe(Qwen3VL):
+    """Qwen3-VL with experts in its text layers."""
+
+    name = "qwen3_vl_moe"
+    model_name = "Qwen3VLMoeForConditionalGeneration"
+    body_name = "Qwen3VLMoeModel"
+
+
 class _Weightless:
     """Methods of a model class that need its configuration only, without a model: in a data loader's process there is none."""
 

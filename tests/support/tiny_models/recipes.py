@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from .parts import make_tokenizer, random_model, save_model, save_processor, token_ids
+from .parts import make_byte_tokenizer, make_tokenizer, random_model, save_model, save_processor, token_ids
 
 _BASE = ("<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 HIDDEN, HEADS, LAYERS = 32, 4, 3
@@ -46,6 +46,8 @@ class Recipe:
     """Attribute of the tokenizer -> special token."""
     ids: dict[str, str | tuple[str, ...]] = field(default_factory=dict)
     """Name in the configuration -> the token or tokens whose ids it has."""
+    tokenizer: str = ""
+    """Its class, where transformers takes a family's own whatever the folder says: of bytes, and not of words."""
     processor: str = ""
     """The class of the processor, where it is not of the family's name."""
     values: dict[str, Any] = field(default_factory=dict)
@@ -217,21 +219,6 @@ RECIPES: dict[str, Recipe] = {
         others=_QWEN_MARKS,
         ids=_QWEN_IDS,
     ),
-    "granite4_vision": Recipe(
-        name="Granite4Vision",
-        image="<image>",
-        images=_LLAVA_NEXT,
-        vision={"model_type": "clip_vision_model", **_tower(12), "hidden_size": 64},
-        text={"logits_scaling": 2.0},
-        config={
-            "image_grid_pinpoints": _PINPOINTS,
-            "deepstack_layer_map": [[-1, 0]],
-            "spatial_target_layers": [1],
-            "downsample_rate": "1/2",
-        },
-        ids={"image_token_index": "<image>"},
-        values={**_LLAVA_VALUES, "downsample_rate": "1/2"},
-    ),
     "hyperclovax_vision_v2": Recipe(
         name="HyperCLOVAXVisionV2",
         image="<|image_pad|>",
@@ -249,32 +236,9 @@ RECIPES: dict[str, Recipe] = {
             "out_hidden_size": HIDDEN,
         },
         text={"model_type": "hyperclovax", "logits_scaling": 0.5},
+        tokenizer="GPT2Tokenizer",
         others=_QWEN_MARKS,
         ids=_QWEN_IDS,
-    ),
-    "idefics2": Recipe(
-        name="Idefics2",
-        image="<image>",
-        images=(
-            "idefics2.image_processing_pil_idefics2",
-            "Idefics2ImageProcessorPil",
-            {"size": {"shortest_edge": 24, "longest_edge": 48}},
-        ),
-        vision=_tower(),
-        text={"model_type": "mistral", "sliding_window": None},
-        config={
-            "perceiver_config": {
-                "hidden_size": HIDDEN,
-                "resampler_n_latents": 4,
-                "resampler_depth": 1,
-                "resampler_n_heads": 2,
-                "resampler_head_dim": 16,
-                "num_key_value_heads": 1,
-            }
-        },
-        others=("<fake_token_around_image>", "<end_of_utterance>"),
-        ids={"image_token_id": "<image>"},
-        values={"image_seq_len": 4},
     ),
     "kimi_k25": Recipe(
         name="Kimi_K25",
@@ -632,9 +596,10 @@ def make_tiny_by_recipe(
     name = recipe.name
     config_class, model_class = (getattr(transformers, f"{name}{kind}") for kind in ("Config", "ForConditionalGeneration"))
     special = (*_BASE, *dict.fromkeys((recipe.image, *recipe.others)))
-    tokenizer = make_tokenizer(
-        special, bos=None, eos="<|im_end|>", pad="<|endoftext|>", words=("<|img_row", "image"), named=recipe.named or None
-    )
+    if recipe.tokenizer:
+        tokenizer = make_byte_tokenizer(recipe.tokenizer, special, eos="<|im_end|>", pad="<|endoftext|>")
+    else:
+        tokenizer = make_tokenizer(special, bos=None, eos="<|im_end|>", pad="<|endoftext|>", named=recipe.named or None)
     ids = token_ids(tokenizer, *special)
     text = {
         "vocab_size": len(tokenizer),

@@ -36,10 +36,38 @@ def __getattr__(name: str) -> Any:
 
 
 def _without_video(base: Any) -> Any:
-    def get_attributes(cls: Any) -> list[str]:
-        return [name for name in base.get_attributes() if name != "video_processor"]
+    """The class without a video processor, wherever among its parts that stands."""
+    every = base.get_attributes()
+    found: Any = type(base.__name__, (base,), {"__module__": __name__, "_counts_video": False})
 
-    return type(base.__name__, (base,), {"get_attributes": classmethod(get_attributes), "__module__": __name__})
+    def get_attributes(cls: Any) -> list[str]:
+        return [name for name in every if cls._counts_video or name != "video_processor"]
+
+    def arguments(cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        parts = super(found, cls)._get_arguments_from_pretrained(*args, **kwargs)
+        parts.insert(every.index("video_processor"), None)
+        return parts  # type: ignore[no-any-return]
+
+    def from_parts(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # Its own __init__ hands all parts on by their places.
+        cls._counts_video = True
+        try:
+            processor = super(found, cls).from_args_and_dict(*args, **kwargs)
+        finally:
+            cls._counts_video = False
+        del processor.video_processor
+        return processor
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return (
+            None if name == "video_processor" and part is None else super(found, self).check_argument_for_proper_class(name, part)
+        )
+
+    found.get_attributes = classmethod(get_attributes)
+    found._get_arguments_from_pretrained = classmethod(arguments)
+    found.from_args_and_dict = classmethod(from_parts)
+    found.check_argument_for_proper_class = check
+    return found
 
 
 def _processor_class(folder: Path, model_type: str) -> Any:
@@ -78,7 +106,8 @@ def load_processor(folder: Path, model_type: str) -> Any:
         found = _processor_class(folder, model_type)
         _uncover_pillow(model_type)
         given = {"video_processor": None} if "video_processor" in inspect.signature(found.__init__).parameters else {}
-        processor = found.from_pretrained(folder, local_files_only=True, **given)
+        # Code that a folder brings along is not run, and nobody is asked whether to.
+        processor = found.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **given)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise StageError(
             f"model {folder}: its processor cannot be loaded ({error}); the folder needs tokenizer.json and "

@@ -115,11 +115,27 @@ def tree_refusal(model: nn.Module) -> str | None:
     if _cross_layers(tower):
         return "pictures come in by cross-attention layers, which see them row by row of a batch"
     others = set(getattr(tower.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention", CARRYING}
-    return f"there are layers of {sorted(others)[0]}" if others else carry_refusal(tower)
+    return f"there are layers of {sorted(others)[0]}" if others else _beyond_attention(tower) or carry_refusal(tower)
 
 
 def _base(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _beyond_attention(tower: Any) -> str | None:
+    """What layers that attend by the tree's rule do beside it, where a tree has other rows than its sequences; None: nothing."""
+    config, kinds = tower.config, getattr(tower.config, "layer_types", None) or ()
+    if getattr(config, "use_bidirectional_attention", False) is True:
+        return "tokens see those that come after them"
+    if getattr(config, "attn_temperature_tuning", False):
+        return "attention is scaled by a token's row, which a tree changes"
+    # Where layers carry a state along, convolutions are a part of that.
+    attending = [
+        layer for number, layer in enumerate(getattr(tower, "layers", (tower,))) if CARRYING not in kinds[number : number + 1]
+    ]
+    if any(isinstance(module, nn.Conv1d) for layer in attending for module in layer.modules()):
+        return "there are convolutions from row to row"
+    return None
 
 
 def images_see_themselves(body_class: type) -> bool:

@@ -82,6 +82,53 @@ def test_no_function_is_long() -> None:
     assert not long
 
 
+def names_of_families() -> set[str]:
+    """Every `model_type` that transformers knows, and the classes of families that are declared."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    from mmdpo_trainers.models.families import FAMILIES, REFUSED
+
+    classes = {name for family in FAMILIES.values() for name in (family.model_name, family.processor_name)}
+    return {*CONFIG_MAPPING_NAMES, *FAMILIES, *REFUSED, *classes}
+
+
+def named_families(text: str, names: set[str]) -> list[str]:
+    """Families that a source names in its strings: one that is such a name, or a module of transformers for one. Docstrings may."""
+    tree, found = ast.parse(text), []
+    said = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said:
+            parts = node.value.removeprefix("transformers.models.").split(".")
+            if node.value in names or (parts[0] in names and node.value.startswith("transformers.models.")):
+                found.append(f"{node.lineno}: {node.value}")
+    return found
+
+
+def test_nothing_but_the_families_names_a_model_type() -> None:
+    names = names_of_families()
+    found = [
+        f"{path.relative_to(ROOT)}:{each}"
+        for package in PACKAGES.values()
+        for path in sorted(package.rglob("*.py"))
+        if path.parent.name != "families"
+        for each in named_families(path.read_text(encoding="utf-8"), names)
+    ]
+    assert not found
+
+
+def test_the_reading_of_names() -> None:
+    names = {"llava", "pixtral", "PixtralProcessor"}
+    text = """def f(kind):
+        \"\"\"llava\"\"\"
+        return kind == "llava" or kind in ("PixtralProcessor", "a llava", "transformers.models.pixtral.processing")
+    """
+    assert named_families(text, names) == ["3: llava", "3: PixtralProcessor", "3: transformers.models.pixtral.processing"]
+
+
 def _lines(node: ast.FunctionDef) -> int:
     return (node.end_lineno or node.lineno) - node.lineno + 1
 

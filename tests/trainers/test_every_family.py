@@ -200,11 +200,13 @@ def test_the_table_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """All families of a smaller world: one."""
     monkeypatch.setattr(measure, "ROOT", tmp_path)
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
-    monkeypatch.setattr(families_page, "TINY", {"mllama": TINY["mllama"]})
+    monkeypatch.setattr(families_page, "ROWS", {"mllama": TINY["mllama"], "llava": TINY["llava"]})
+    (tmp_path / "families.json").write_text(json.dumps({"families": {"llava": {"checks": [], "seconds": 1.0}}}))
     page = tmp_path / "docs" / "families.md"
     page.parent.mkdir()
-    page.write_text("<!-- families: begin -->\n<!-- families: end -->\n")
-    assert families_page.main([]) == 0
+    page.write_text("".join(f"<!-- {each}: begin -->\n<!-- {each}: end -->\n" for each in ("families", "family_states")))
+    assert families_page.main(["--add", "mllama"]) == 0
+    assert "| llava |" in page.read_text()
     (row,) = [line for line in page.read_text().splitlines() if line.startswith("| mllama |")]
     cells = [cell.strip() for cell in row.split("|")[2:-1]]
     assert cells[families_page.COLUMNS.index("tree")].startswith("refused")
@@ -215,9 +217,10 @@ def test_the_table_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_pages_table_has_every_family_and_no_failure() -> None:
     found = json.loads((measure.RESULTS / "families.json").read_text(encoding="utf-8"))
-    assert list(found["families"]) == list(TINY)
+    assert list(found["families"]) == list(families_page.ROWS)
     for name, family in found["families"].items():
         assert [check["name"] for check in family["checks"]] == list(CHECKS), name
         assert not any(check["verdict"].startswith("FAILED") for check in family["checks"]), name
     page = (measure.ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     assert families_page.text_of(found) in page, "run python -m benchmarks.runs.families"
+    assert families_page.states() in page, "run python -m benchmarks.runs.families"

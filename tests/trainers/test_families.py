@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from rooms import PACKAGES
 from tiny_models import TINY, make_tiny_llava, make_tiny_qwen
 from transformers import AutoConfig
 
@@ -153,13 +151,3 @@ def test_tokens_of_any_size_are_known_without_its_pixels(family: str, tmp_path: 
         for views, tokens in zip(encoded.views, encoded.tokens, strict=True):
             assert its_family.cross_attention or sum(view.tokens for view in views) == tokens
             assert its_family.cross_attention or heat_map(views, torch.ones(tokens)).numel()
-
-
-def test_nothing_else_names_a_family() -> None:
-    found = []
-    for path in sorted(PACKAGES["mmdpo_trainers"].rglob("*.py")):
-        if path.parent.name != "families":
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Constant) and node.value in FAMILIES:
-                    found.append(f"{path.name}:{node.lineno}")
-    assert not found

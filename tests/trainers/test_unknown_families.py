@@ -115,8 +115,7 @@ def test_declared_families_would_do_without(name: str, tmp_path: Path, monkeypat
 MISSING = {
     "PaliGemmaConfig": "its mask tells pictures from text",
     "Gemma4Config": "its mask tells pictures from text",
-    "Molmo2Config": "its mask tells pictures from text",
-    "Glm4vConfig": r"its positions follow pictures \(get_rope_index\)",
+    "GlmOcrConfig": r"its positions follow pictures \(get_rope_index\)",
     "FuyuConfig": "its base model has no get_image_features",
 }
 
@@ -131,7 +130,7 @@ def test_what_a_family_has_not_is_named(name: str) -> None:
 
 
 def test_a_folder_of_such_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm4v"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm_ocr"}))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(StageError, match="get_rope_index.* families with a declaration: llava, "):
         load_model(tmp_path, device="cpu")

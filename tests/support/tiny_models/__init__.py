@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .gemma3 import make_tiny_gemma3
 from .gemma4 import make_tiny_gemma4
+from .glm import make_tiny_glm4v, make_tiny_glm4v_moe, make_tiny_glm46v
 from .idefics import make_tiny_idefics3, make_tiny_smolvlm
 from .internvl import make_tiny_internvl
 from .llava import CHAT_TEMPLATE, make_tiny_llava
@@ -26,6 +27,7 @@ from .qwen import (
     make_tiny_qwen3_vl_moe,
 )
 from .qwen3_5 import make_tiny_qwen3_5, make_tiny_qwen3_5_moe
+from .recipes import BY_RECIPE
 
 TINY: dict[str, Callable[..., Path]] = {
     "llava": make_tiny_llava,
@@ -37,6 +39,9 @@ TINY: dict[str, Callable[..., Path]] = {
     "qwen3_5": make_tiny_qwen3_5,
     "qwen3_5_moe": make_tiny_qwen3_5_moe,
     "qwen3_vl_moe": make_tiny_qwen3_vl_moe,
+    "glm4v": make_tiny_glm4v,
+    "glm4v_moe": make_tiny_glm4v_moe,
+    "glm46v": make_tiny_glm46v,
     "internvl": make_tiny_internvl,
     "idefics3": make_tiny_idefics3,
     "smolvlm": make_tiny_smolvlm,
@@ -45,6 +50,8 @@ TINY: dict[str, Callable[..., Path]] = {
     "mistral3": make_tiny_mistral3,
     "pixtral": make_tiny_pixtral,
     "mllama": make_tiny_mllama,
+    **{name: BY_RECIPE[name] for name in ("aya_vision", "deepseek_vl", "paddleocr_vl")},
+    **{name: BY_RECIPE[name] for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
 }
 """Family -> what writes a tiny checkpoint of it to a folder."""
 
@@ -59,6 +66,9 @@ __all__ = [
     "_widen",
     "make_tiny_gemma3",
     "make_tiny_gemma4",
+    "make_tiny_glm46v",
+    "make_tiny_glm4v",
+    "make_tiny_glm4v_moe",
     "make_tiny_idefics3",
     "make_tiny_internvl",
     "make_tiny_llava",

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image, ImageDraw
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 WORDS = """
@@ -65,6 +66,28 @@ def make_tokenizer(
         pad_token=pad,
         model_input_names=["input_ids", "attention_mask"],
         **options,
+    )
+
+
+def make_byte_tokenizer(name: str, special: tuple[str, ...], *, eos: str, pad: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of a class of transformers that merges bytes, to the words of WORDS."""
+    tokenizer_class = getattr(transformers, name)
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain.train_from_iterator(
+        [f"{word} {word}" for word in WORDS.split()],
+        trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False),
+    )
+    trained = json.loads(plain.to_str())["model"]
+    return tokenizer_class(
+        vocab=trained["vocab"],
+        merges=[tuple(pair) for pair in trained["merges"]],
+        bos_token=None,
+        unk_token=None,
+        eos_token=eos,
+        pad_token=pad,
+        extra_special_tokens=list(special),
     )
 
 

@@ -218,5 +218,9 @@ def check_heads(loaded: LoadedModel) -> CheckResult:
     found.add(got, expected, "log-probabilities")
     tied = output.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     config = model.config.get_text_config()
-    named = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None)]
+    named = [
+        name
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
+        if getattr(config, name, None)
+    ]
     return found.result("heads", ", ".join(["tied" if tied else "untied", *named, f"{len(rows)} log-probabilities"]))

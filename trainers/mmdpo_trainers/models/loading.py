@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.models import quantized
 from mmdpo_trainers.models.chat_format import render_prompt
 from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts
-from mmdpo_trainers.models.families import FAMILIES, family_of
+from mmdpo_trainers.models.families import FAMILIES, family_of, refusal_of
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.processors import load_processor
 from mmdpo_trainers.models.template_date import TemplateDate
@@ -38,6 +39,8 @@ __all__ = [
     "resolve_device",
     "resolve_model_path",
 ]
+
+logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -109,6 +112,9 @@ def load_model(
         # PyTorch's grouped products, which experts go through else, have no float64.
         model.set_experts_implementation("eager")
     _check_processor(model, its_processor, folder)
+    unchecked = getattr(family_of(model), "unchecked", None)
+    if unchecked is not None:
+        logger.warning("model %s: %s", folder, unchecked)
     return LoadedModel(
         model=model,
         processor=its_processor,
@@ -181,6 +187,9 @@ def _model_type(folder: Path) -> str:
         model_type = values.get("model_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise StageError(f"model {folder}: config.json cannot be read ({error})") from error
+    refusal = refusal_of(values)
+    if refusal is not None:
+        raise StageError(f"model {folder}: {refusal}; families with a declaration: {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
         try:
             family_of(AutoConfig.from_pretrained(folder, local_files_only=True))
@@ -209,7 +218,7 @@ def _check_processor(model: PreTrainedModel, processor: Any, folder: Path) -> No
     if found != expected and not type(family).is_declared:
         raise StageError(
             f"model {folder}: family {family.name!r} has no declaration, and its processor's token for a picture, {token}, is not the one of "
-            f"a feature in the model, whose id is {expected}: that needs a declaration such as Gemma3's"
+            f"a feature in the model, whose id is {expected}: that needs a declaration"
         )
     if found != expected:
         raise StageError(f"{mismatch}: id of {token}: the processor gives {found}, the model takes {expected}; {remedy}")

@@ -16,6 +16,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from mmdpo_trainers.errors import StageError
+from mmdpo_trainers.models.families.pixtral import pixtral_processor
 
 __all__ = ["load_processor"]
 
@@ -34,18 +35,30 @@ def __getattr__(name: str) -> Any:
     return found
 
 
-class _WithoutVideo(ProcessorMixin):
-    """Between a processor class and transformers' own, which takes no part that is not among the class's."""
-
-    def __init__(self, *args: Any, video_processor: None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-
-
 def _without_video(base: Any) -> Any:
-    def get_attributes(cls: Any) -> list[str]:
-        return [name for name in base.get_attributes() if name != "video_processor"]
+    """The class without a video processor, wherever among its parts that stands."""
+    every = base.get_attributes()
+    place = every.index("video_processor")
 
-    return type(base.__name__, (base, _WithoutVideo), {"get_attributes": classmethod(get_attributes), "__module__": __name__})
+    class WithoutVideo(ProcessorMixin):
+        """Between the class and transformers' own, which takes no part that is not among the class's."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("video_processor", None)
+            super().__init__(*args[:place], *args[place + 1 :], **kwargs)
+
+    def get_attributes(cls: Any) -> list[str]:
+        return [name for name in every if name != "video_processor"]
+
+    def arguments(cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        # Its own __init__ takes all parts by their places.
+        parts = super(found, cls)._get_arguments_from_pretrained(*args, **kwargs)
+        return [*parts[:place], None, *parts[place:]]
+
+    found: Any = type(base.__name__, (base, WithoutVideo), {"__module__": __name__})
+    found.get_attributes = classmethod(get_attributes)
+    found._get_arguments_from_pretrained = classmethod(arguments)
+    return found
 
 
 def _processor_class(folder: Path, model_type: str) -> Any:
@@ -53,8 +66,9 @@ def _processor_class(folder: Path, model_type: str) -> Any:
     named = [json.loads((folder / file).read_text(encoding="utf-8")) for file in _NAMING_FILES if (folder / file).is_file()]
     names = [values["processor_class"] for values in named if isinstance(values, dict) and values.get("processor_class")]
     name = names[0] if names else PROCESSOR_MAPPING_NAMES.get(model_type)
-    if name == "PixtralProcessor" and not is_torchvision_available():
-        return _pixtral()
+    own = pixtral_processor(name)
+    if own is not None:
+        return own
     base = getattr(transformers, str(name), None)
     if base is None or "video_processor" not in inspect.signature(base.__init__).parameters:
         return AutoProcessor
@@ -74,14 +88,6 @@ def _uncover_pillow(model_type: str) -> None:
                 setattr(module, its_name, found)
 
 
-def _pixtral() -> Any:
-    """Pixtral's processor without torchvision: of the module that needs it, it takes one function, which its Pillow twin has too."""
-    package = "transformers.models.pixtral"
-    twin = importlib.import_module(f"{package}.image_processing_pil_pixtral")
-    sys.modules.setdefault(f"{package}.image_processing_pixtral", twin)
-    return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
-
-
 def load_processor(folder: Path, model_type: str) -> Any:
     """The processor of a local folder, complete for a model of this `model_type`.
 
@@ -91,7 +97,8 @@ def load_processor(folder: Path, model_type: str) -> Any:
         found = _processor_class(folder, model_type)
         _uncover_pillow(model_type)
         given = {"video_processor": None} if "video_processor" in inspect.signature(found.__init__).parameters else {}
-        processor = found.from_pretrained(folder, local_files_only=True, **given)
+        # Code that a folder brings along is not run, and nobody is asked whether to.
+        processor = found.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **given)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise StageError(
             f"model {folder}: its processor cannot be loaded ({error}); the folder needs tokenizer.json and "

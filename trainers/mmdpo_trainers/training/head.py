@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 from mmdpo_kernels import linear_logprobs, sequence_logps, through_head
+from mmdpo_trainers.models.families import family_of
 from mmdpo_trainers.models.quantized import is_quantized
 from mmdpo_trainers.training import model_parts
 from mmdpo_trainers.training.batches.collator import PreferenceBatch
@@ -126,8 +127,10 @@ def _logit_options(base: Any) -> dict[str, Any]:
     def setting(name: str) -> Any:
         return getattr(text, name, None) if name in read else None
 
-    # Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`.
-    scale = setting("logit_scale") or 1.0 / (setting("logits_scaling") or 1.0)
+    # Cohere multiplies its logits by `logit_scale`, Granite divides them by `logits_scaling`, Muse has a multiplier of its own.
+    scaling = setting("logits_scaling") or 1.0
+    scale = setting("logit_scale") or (1.0 / scaling if scaling == 1.0 or family_of(base).divides_logits else scaling)
+    scale *= setting("output_multiplier") or 1.0
     return {"softcap": setting("final_logit_softcapping"), "logit_scale": scale}
 
 

@@ -10,20 +10,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import mmdpo_kernels
-from mmdpo_trainers.models.families.conventional import Conventional
+from mmdpo_trainers.models.families.cohere import AyaVision
+from mmdpo_trainers.models.families.conventional import CHECKED, Conventional
+from mmdpo_trainers.models.families.deepseek import DeepseekVL, DeepseekVLHybrid
 from mmdpo_trainers.models.families.family import Family, expand_ids, hiding_refusal, image_layers
 from mmdpo_trainers.models.families.gemma import Gemma3
 from mmdpo_trainers.models.families.gemma4 import Gemma4, Gemma4Unified
+from mmdpo_trainers.models.families.glm import Glm4v, Glm4vMoe, Glm46V
+from mmdpo_trainers.models.families.hyperclova import HyperClovaX
 from mmdpo_trainers.models.families.images import EncodedImages, View, inside, plain_grid
+from mmdpo_trainers.models.families.llama4 import Llama4
 from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
 from mmdpo_trainers.models.families.mistral import Mistral3
 from mmdpo_trainers.models.families.mllama import Mllama
+from mmdpo_trainers.models.families.omni import Qwen3Omni, Qwen25Omni
+from mmdpo_trainers.models.families.ovis import Ovis2
+from mmdpo_trainers.models.families.paddle import PaddleOcrVL
 from mmdpo_trainers.models.families.paligemma import PaliGemma
 from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL, Qwen35, Qwen35Moe
-from mmdpo_trainers.models.families.tiled import Idefics3, InternVL, SmolVLM
+from mmdpo_trainers.models.families.refused import REFUSED, refusal_of
+from mmdpo_trainers.models.families.tiled import Idefics3, InternVL, QianfanOcr, SmolVLM
 
 __all__ = [
+    "CHECKED",
     "FAMILIES",
+    "REFUSED",
     "Conventional",
     "EncodedImages",
     "Family",
@@ -35,15 +46,19 @@ __all__ = [
     "inside",
     "image_layers",
     "plain_grid",
+    "refusal_of",
     "tree_refusal",
 ]
 
 _DECLARED: tuple[type[Family], ...] = (
     *(Llava, LlavaNext, LlavaOnevision),
     *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe),
+    *(Glm4v, Glm4vMoe, Glm46V),
     *(InternVL, Idefics3, SmolVLM),
     *(Gemma3, Gemma4, Gemma4Unified, PaliGemma),
-    *(Mistral3, Mllama),
+    *(Qwen25Omni, Qwen3Omni, PaddleOcrVL),
+    *(Mistral3, Mllama, Llama4, AyaVision, DeepseekVL, DeepseekVLHybrid),
+    *(HyperClovaX, Ovis2, QianfanOcr),
 )
 
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _DECLARED}
@@ -64,12 +79,14 @@ def tree_refusal(model: Any) -> str | None:
 def family_of(source: Any) -> Family:
     """The family of a model (inside PEFT or not), of its configuration, or of its processor (which has no positions to give).
 
-    Raises ValueError, saying what is missing, where it is none of `FAMILIES` and does not follow the conventions either.
+    Raises ValueError, saying what is missing, where it is of `REFUSED`, or none of `FAMILIES` and does not follow the conventions either.
     """
     config = getattr(source, "config", source)
     kind = getattr(config, "model_type", None)
     if kind in FAMILIES:
         return FAMILIES[kind](config)
+    if kind in REFUSED:
+        raise ValueError(f"model: family {kind!r} is refused: {REFUSED[kind]}")
     if kind is not None:
         return Conventional(config)
     for family in FAMILIES.values():

@@ -22,6 +22,23 @@ _PROJECTOR = re.compile(r"proj|merger|connector|adapter|resampler|newline")
 """Names of what lies between a vision tower and a language model."""
 
 
+CHECKED: tuple[str, ...] = (
+    *(
+        "aria",
+        "cohere2_vision",
+        "exaone4_5",
+        "granite4_vision",
+        "hyperclovax_vision_v2",
+        "kimi_k25",
+        "lfm2_vl",
+        "lfm3_vl",
+        "lighton_ocr",
+    ),
+    *("llava_next_video", "muse_glimmer", "step3p7", "video_llama_3", "video_llava", "vipllava"),
+)
+"""Families without a declaration that went through `mmdpo check` on a tiny checkpoint."""
+
+
 class Conventional(Family):
     """A family of its own name: `get_image_features`, `get_decoder`, `config.image_token_id`, a processor that expands an image token.
 
@@ -40,6 +57,16 @@ class Conventional(Family):
             raise ValueError(
                 f"model: family {self.name!r} has no declaration and does not follow the conventions: {'; '.join(missing)}"
             )
+
+    @property
+    def unchecked(self) -> str | None:
+        """What to say of a family that nobody has checked; None: somebody has."""
+        if self.name in CHECKED:
+            return None
+        return (
+            f"family {self.name!r} is used by transformers' conventions and was never checked; run `mmdpo check` on the model before its "
+            "numbers are believed"
+        )
 
     @functools.cached_property
     def projector(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -49,6 +49,8 @@ class Family:
     """Whether the processor's own count of a size's tokens is that of all that stand for the picture."""
     official_regions: ClassVar[bool] = False
     """Whether the rectangles of MIA-DPO's released code are cut out of this family's patches."""
+    divides_logits: ClassVar[bool] = True
+    """Whether the text configuration's `logits_scaling`, where there is one, divides the logits, or multiplies them."""
     cross_attention: ClassVar[bool] = False
     """Whether pictures come in by cross-attention layers, and not in the places of image tokens."""
     prefix: ClassVar[bool] = False

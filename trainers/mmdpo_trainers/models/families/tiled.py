@@ -1,4 +1,4 @@
-"""Families that cut a picture into tiles of one size: InternVL, Idefics3 and SmolVLM."""
+"""Families that cut a picture into tiles of one size: InternVL, Qianfan-OCR, Idefics3 and SmolVLM."""
 
 from __future__ import annotations
 
@@ -35,6 +35,20 @@ class InternVL(Family):
         tile = images.size["height"], images.size["width"]
         columns, rows = canvas((size[1], size[0]), tile, images.min_patches, images.max_patches)
         return (*_tiles(rows, columns, side), View(side, side))
+
+
+class QianfanOcr(InternVL):
+    """InternVL's way, but for what stands for a picture in a prompt."""
+
+    name = "qianfan_ocr"
+    model_name = "QianfanOCRForConditionalGeneration"
+    processor_name = "QianfanOCRProcessor"
+
+    def placeholder(self, processor: Any) -> str:
+        return f"{processor.start_image_token}{self.image_token(processor)}{processor.end_image_token}"
+
+    def processor_text(self, processor: Any) -> str:
+        return str(processor.image_placeholder_token)
 
 
 class Idefics3(Family):

@@ -29,10 +29,10 @@ static_assert(kBlock % kTileRows == 0 && kBlock % kTileKeys == 0, "blocks are wh
 
 // What a block of queries sees of a block of keys.
 struct Sight {
-  bool some;         // else nothing
-  bool some_end;     // tree_end hides keys from some queries
-  bool some_reach;   // some queries do not reach all keys
-  bool diagonal;     // one block, whose queries each reach up to themselves
+  bool some;        // else nothing
+  bool some_end;    // tree_end hides keys from some queries
+  bool some_reach;  // some queries do not reach all keys
+  bool diagonal;    // one block, whose queries each reach up to themselves
   bool masked() const { return some_end || some_reach; }
 };
 

@@ -6,9 +6,10 @@ from that rule; every backend may import it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
@@ -125,12 +126,17 @@ def _view(tensor: Tensor) -> tuple[Hashable, ...]:
     return (id(_owner(tensor)), tensor._version, *place)
 
 
-def rectangles(tree_end: Tensor) -> tuple[BatchPlan, ...]:
-    """Cover the visible pairs of each batch row by dense rectangles.
+def rectangles(tree_end: Tensor | None, reach: Tensor | None = None) -> tuple[BatchPlan, ...]:
+    """Cover the visible pairs of each batch row by dense rectangles; one of the two is given at least.
 
     A run of keys with one `tree_end` is a causal square on the diagonal and, for the queries that follow in its subtree, one full
-    rectangle: siblings that share a prefix share the prefix's rectangle. The plan of a tensor is kept, see `PlanCache`.
+    rectangle: siblings that share a prefix share the prefix's rectangle. With `reach`, a run's queries are taken apart where it changes: those
+    that look ahead to one place, a picture's for one, are a full rectangle, and so is what others see before their own square. The plan is
+    kept while its tensors live, see `PlanCache`.
     """
+    if reach is not None:
+        return _rectangles_with_reach(reach, tree_end)
+    assert tree_end is not None
     return _rectangles(tree_end)
 
 
@@ -140,22 +146,54 @@ def causal_plan(batch: int, length: int) -> tuple[BatchPlan, ...]:
 
 
 def _plan_batch(tree_end: Tensor) -> tuple[BatchPlan, ...]:
-    plans: list[BatchPlan] = []
-    previous: list[int] | None = None
-    for index, row in enumerate(tree_end.tolist()):
-        if row == previous:
-            plans[-1] = plans[-1]._replace(b1=index + 1)
-        else:
-            plans.append(BatchPlan(index, index + 1, tuple(_plan_row(row))))
-        previous = row
-    return tuple(plans)
+    return _joined(tree_end.tolist(), _plan_row)
+
+
+def _plan_batch_with_reach(reach: Tensor, tree_end: Tensor | None) -> tuple[BatchPlan, ...]:
+    length = reach.shape[1]
+    ends = [[length] * length] * len(reach) if tree_end is None else tree_end.tolist()
+    return _joined(list(zip(ends, reach.tolist(), strict=True)), lambda row: _plan_row_with_reach(*row))
 
 
 _rectangles = PlanCache(_plan_batch)
+_rectangles_with_reach = PlanCache(_plan_batch_with_reach)
+
+
+def _joined(rows: list[Any], plan: Callable[[Any], list[Rectangle]]) -> tuple[BatchPlan, ...]:
+    """Equal rows that follow one another have one plan."""
+    plans: list[BatchPlan] = []
+    for index, row in enumerate(rows):
+        if index and row == rows[index - 1]:
+            plans[-1] = plans[-1]._replace(b1=index + 1)
+        else:
+            plans.append(BatchPlan(index, index + 1, tuple(plan(row))))
+    return tuple(plans)
 
 
 def _plan_row(ends: list[int]) -> list[Rectangle]:
     found = []
+    for start, stop, end in _runs(ends):
+        found.append(Rectangle(start, stop, start, stop, True))
+        if end > stop:
+            found.append(Rectangle(stop, end, start, stop, False))
+    return found
+
+
+def _plan_row_with_reach(ends: list[int], reach: list[int]) -> list[Rectangle]:
+    found = []
+    for start, stop, end in _runs(ends):
+        for first, last, ahead in _queries_of(start, stop, reach[:end]):
+            if ahead is not None:
+                found.append(Rectangle(first, last, start, ahead, False))
+                continue
+            if first > start:
+                found.append(Rectangle(first, last, start, first, False))
+            found.append(Rectangle(first, last, first, last, True))
+    return found
+
+
+def _runs(ends: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Start, stop and `tree_end` of each run of keys that have one; those that nobody sees are in none."""
     start = 0
     for stop in range(1, len(ends) + 1):
         # The second test keeps a padding token out of the run that ends right before it.
@@ -163,8 +201,22 @@ def _plan_row(ends: list[int]) -> list[Rectangle]:
             continue
         end = min(ends[start], len(ends))
         if end > start:
-            found.append(Rectangle(start, stop, start, stop, True))
-            if end > stop:
-                found.append(Rectangle(stop, end, start, stop, False))
+            yield start, stop, end
         start = stop
-    return found
+
+
+def _queries_of(start: int, stop: int, reach: list[int]) -> Iterator[tuple[int, int, int | None]]:
+    """The queries that see keys of a run: first, last, and where those keys end for all of them; None: at the query itself for each."""
+    ahead = np.minimum(reach, stop)
+    seeing = np.flatnonzero(ahead > start)
+    ahead, itself = ahead[seeing], ahead[seeing] == seeing + 1
+    follows = np.diff(seeing) == 1
+    level, rising = follows & (np.diff(ahead) == 0), follows & itself[1:] & itself[:-1]
+    # A picture's last token reaches up to itself too, and belongs to the picture; the last of causal ones belongs to them.
+    rising[1:] &= ~level[:-1]
+    level[1:] &= ~rising[:-1]
+    cuts = np.flatnonzero(~(level | rising)) + 1
+    for first, last in zip([0, *cuts], [*cuts, len(seeing)], strict=True):
+        if first < last:
+            is_level = last - first == 1 or bool(level[first])
+            yield int(seeing[first]), int(seeing[last - 1]) + 1, int(ahead[first]) if is_level else None

@@ -21,7 +21,7 @@ constexpr int kTileKeys = kDType == DType::float32 ? 32 : 64;
 
 // Offsets in shared memory.
 struct ScanLayout {
-  int query_row, query, keys, stage, mass, columns, ends, depths, segments, row_positions, row_depths, tiles, bytes;
+  int query_row, query, keys, stage, mass, columns, ends, depths, segments, row_positions, row_lasts, row_depths, tiles, bytes;
 
   __host__ __device__ ScanLayout(int element_bytes, int tile_keys, int chunk_tiles, int D, int N) {
     const int padded = (D + 15) / 16 * 16 * element_bytes;
@@ -35,7 +35,8 @@ struct ScanLayout {
     depths = ends + chunk_tiles * tile_keys * 4;
     segments = depths + chunk_tiles * tile_keys * 4;
     row_positions = segments + chunk_tiles * tile_keys * 4;
-    row_depths = row_positions + kTileRows * 4;
+    row_lasts = row_positions + kTileRows * 4;
+    row_depths = row_lasts + kTileRows * 4;
     tiles = row_depths + kTileRows * 4;
     bytes = tiles + chunk_tiles * 8;
   }
@@ -97,29 +98,35 @@ class Scan {
   // The key 2t + c of eight `e` of a tile.
   __device__ int own_key(int e, int c) const { return e * 8 + lane_ % 4 * 2 + c; }
 
-  // The first 64 threads: positions and depths of the block's rows, -1 where a row is unused.
+  // The first 64 threads: positions of the block's rows, the last keys within their reach, and depths; -1 where a row is unused.
   __device__ void read_rows() {
     const int row = threadIdx.x, m = row_tile_ * kTileRows + row;
     if (row >= kTileRows) return;
     const int position = m < p_.rows ? row_position(p_.a, batch_, m / p_.group) : -1;
     shared<int>(layout_.row_positions)[row] = position;
+    shared<int>(layout_.row_lasts)[row] = position < 0 || p_.a.reach == nullptr ? position : p_.a.reach[batch_ * p_.a.S + position] - 1;
     shared<int>(layout_.row_depths)[row] =
         position < 0 || p_.a.depth == nullptr ? position : p_.a.depth[batch_ * p_.a.S + position];
   }
 
   // One warp a tile: reads ends, depths and segments of its keys, and sums them up.
   __device__ void describe_tiles() {
-    int min_row = INT_MAX, max_row = -1, min_row_depth = INT_MAX, max_row_depth = INT_MIN;
+    int min_row = INT_MAX, max_row = -1, min_last = INT_MAX, max_last = -1, min_row_depth = INT_MAX, max_row_depth = INT_MIN;
     for (int row = lane_; row < kTileRows; row += 32) {
       const int position = shared<int>(layout_.row_positions)[row], depth = shared<int>(layout_.row_depths)[row];
       if (position < 0) continue;
+      const int last = shared<int>(layout_.row_lasts)[row];
       min_row = min(min_row, position);
       max_row = max(max_row, position);
+      min_last = min(min_last, last);
+      max_last = max(max_last, last);
       min_row_depth = min(min_row_depth, depth);
       max_row_depth = max(max_row_depth, depth);
     }
     min_row = __reduce_min_sync(kAllLanes, min_row);
     max_row = __reduce_max_sync(kAllLanes, max_row);
+    min_last = __reduce_min_sync(kAllLanes, min_last);
+    max_last = __reduce_max_sync(kAllLanes, max_last);
     min_row_depth = __reduce_min_sync(kAllLanes, min_row_depth);
     max_row_depth = __reduce_max_sync(kAllLanes, max_row_depth);
     const int64_t window = p_.a.window;
@@ -156,8 +163,8 @@ class Scan {
       found = __reduce_or_sync(kAllLanes, found);
       outside = __any_sync(kAllLanes, outside);
 
-      bool none = max_row < first || min_row >= max_end;
-      bool all = min_row >= first + kKeys - 1 && max_row < min_end;
+      bool none = max_last < first || min_row >= max_end;
+      bool all = min_last >= first + kKeys - 1 && max_row < min_end;
       if (window > 0 && !none) {
         none = static_cast<int64_t>(min_row_depth) - max_depth >= window;
         all = all && static_cast<int64_t>(max_row_depth) - min_depth < window;
@@ -372,13 +379,14 @@ class Scan {
   __device__ unsigned visible(int index, int half) const {
     const int *ends = shared<int>(layout_.ends) + index * kKeys, *depths = shared<int>(layout_.depths) + index * kKeys;
     const int64_t first = first_key_ + index * kKeys;
+    const int last = shared<int>(layout_.row_lasts)[own_row(half)];
     unsigned seen = 0;
 #pragma unroll
     for (int e = 0; e < kEights; ++e) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int j = own_key(e, c), i = position_[half];
-        bool sees = first + j <= i && i < ends[j];
+        bool sees = first + j <= last && i < ends[j];
         if (p_.a.window > 0) sees = sees && static_cast<int64_t>(depth_[half]) - depths[j] < p_.a.window;
         seen |= static_cast<unsigned>(sees) << (2 * e + c);
       }

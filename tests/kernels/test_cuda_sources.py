@@ -86,6 +86,31 @@ def test_options(emulated: EmulatedNative, option: str, tree: bool, dtype: torch
         check(make_call(SIZES["rows"], dtype, OPTIONS[option], tree, lse), emulated)
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reach(emulated: EmulatedNative, weather: Weather, option: str, tree: bool, dtype: torch.dtype) -> None:
+    """Pictures that begin in one tile of keys and end in another; hidden tokens have a reach too."""
+    for lse, multiprocessors in ((False, MANY), (True, FEW)):
+        call = make_call(SIZES["rows"], dtype, OPTIONS[option], tree, lse, reach=True)
+        check(call, emulated, multiprocessors)
+
+
+def test_reach_of_a_prefix(emulated: EmulatedNative) -> None:
+    """Tiles after all rows of a block that all of them see, in a prefix-LM of two roots; tiles that the shorter prefix leaves out."""
+    for lse in (False, True):
+        call = make_call(Sizes(1, 2, 1, 30, 330, 16), torch.bfloat16, {}, tree=False)
+        call.row_positions = torch.randint(0, 10, (1, 30))
+        index = torch.arange(330)
+        call.tree_end = torch.where(index < 200, 200, 330)[None].int()
+        call.reach = torch.where(index < 140, 140, index + 1)[None].int()
+        call.lse = call.scores().logsumexp(-1).float() if lse else None
+        check(call, emulated)
+        call.key = call.key.clone()
+        call.key[:, :, 140:] = float("nan")
+        assert not call.run(OnGpu(emulated), "tokens").isnan().any()
+
+
 @pytest.mark.parametrize("num_segments", [1, 3, 17, 32])
 @pytest.mark.parametrize("multiprocessors", [FEW, MANY])
 def test_segments_in_any_number_and_order(emulated: EmulatedNative, num_segments: int, multiprocessors: int) -> None:
@@ -133,6 +158,13 @@ def test_values_out_of_range_count_as_none(emulated: EmulatedNative, reduce: str
     call.segments[0, :10], call.segments[0, 10:20] = 4, -7
     call.row_positions[0, 2] = 2**30
     assert torch.equal(call.run(OnGpu(emulated), reduce), want)
+    call.tree_end = torch.full((2, 67), 67, dtype=torch.int32)
+    call.reach = torch.full((2, 67), 67, dtype=torch.int32)
+    want = call.run(OnGpu(emulated), reduce)
+    call.reach[:] = 2**30
+    assert torch.equal(call.run(OnGpu(emulated), reduce), want)
+    call.reach[:] = -(2**30)
+    assert (call.run(OnGpu(emulated), reduce) == 0).all()
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

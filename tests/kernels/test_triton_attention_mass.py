@@ -11,7 +11,7 @@ import pytest
 import torch
 from devices import DEVICE
 from torch import Tensor
-from trees import random_tree_end
+from trees import random_tree_end, with_reach
 
 from mmdpo_kernels import attention_mass
 from mmdpo_kernels.backends.calls import AttentionMassCall
@@ -54,12 +54,13 @@ class Call:
     tree_end: Tensor | None
     options: dict[str, Any]
     lse: Tensor | None = None
+    reach: Tensor | None = None
 
     def arguments(self, reduce: str | None, dtype: torch.dtype | None = None) -> tuple[Any, ...]:
         query_rows, key = (t if dtype is None else t.to(dtype) for t in (self.query_rows, self.key))
         options = (key.shape[-1] ** -0.5, self.options.get("softcap"), self.options.get("window"))
         known = (self.segments, self.row_positions, self.num_segments, self.tree_end, self.lse)
-        return query_rows, key, AttentionMassCall(*known, *options, reduce)
+        return query_rows, key, AttentionMassCall(*known, *options, reduce, self.reach)
 
     def forward(self, module: Any, reduce: str | None, dtype: torch.dtype | None = None) -> Tensor:
         return module.forward(*self.arguments(reduce, dtype))
@@ -76,8 +77,9 @@ def make_call(
     tree: bool = True,
     lse: bool = False,
     count: int = 3,
+    reach: str | None = None,
 ) -> Call:
-    """Strided query and key, keys in no segment, one row in three unused."""
+    """Strided query and key, keys in no segment, one row in three unused. reach: a kind of `trees.with_reach`."""
     query = torch.randn(sizes.B, sizes.R, sizes.Hq, sizes.D, device=DEVICE).to(dtype).transpose(1, 2)
     key = torch.randn(sizes.B, sizes.S, sizes.Hkv, 2 * sizes.D, device=DEVICE).to(dtype)[..., : sizes.D].transpose(1, 2)
     segments = torch.randint(-1, count, (sizes.B, sizes.S), device=DEVICE)
@@ -86,6 +88,10 @@ def make_call(
     rows[:, 0] = sizes.S - 1
     tree_end = random_tree_end(sizes.B, sizes.S, seed=sizes.S, padding=False).to(DEVICE) if tree else None
     call = Call(query, key, segments, rows, count, tree_end, OPTIONS[option])
+    if reach is not None:
+        ends = torch.full((sizes.B, sizes.S), sizes.S) if tree_end is None else tree_end.cpu()
+        ends, reaches = (each.to(DEVICE) for each in with_reach(ends, sizes.S, kind=reach))
+        call = replace(call, tree_end=ends if tree else None, reach=reaches)
     return replace(call, lse=true_lse(call)) if lse else call
 
 
@@ -94,7 +100,7 @@ def true_scores(call: Call) -> Tensor:
     options = call.options
     scores = capped_scores(call.query_rows.double(), call.key.double(), call.key.shape[-1] ** -0.5, options.get("softcap"))
     tree_end = call.tree_end if call.tree_end is not None else torch.full_like(call.segments, call.segments.shape[1])
-    seen = visible_rows(call.row_positions, tree_end, options.get("window"))[:, None]
+    seen = visible_rows(call.row_positions, tree_end, options.get("window"), call.reach)[:, None]
     return scores.masked_fill(~seen, float("-inf"))
 
 
@@ -185,6 +191,37 @@ def test_half_precision_inputs(dtype: torch.dtype, reduce: str | None) -> None:
 def test_backward(option: str, reduce: str | None) -> None:
     for lse, tree in ((False, True), (True, False)) if option == "plain" else ((False, True),):
         assert_backward(make_call(SMALL, option, lse=lse, tree=tree, count=17), reduce)
+
+
+# Three float32 key blocks; the group's rows fill more than one tile of the gradients.
+ACROSS = Sizes(1, 4, 2, 6, 40, 12)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "prefix"])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_reach(option: str, reduce: str | None, kind: str) -> None:
+    lse, tree = kind == "prefix", kind == "pictures" or option == "window"
+    call = make_call(ACROSS, option, reach=kind, lse=lse, tree=tree, count=17)
+    assert call.reach is not None and (call.reach > torch.arange(1, ACROSS.S + 1, device=DEVICE)).any()
+    assert_forward(call, reduce)
+    assert_backward(call, reduce)
+
+
+def test_blocks_beyond_every_reach_are_not_read() -> None:
+    """A NaN there would show: it is multiplied by zero probabilities in the gradient of the query."""
+    call = make_call(replace(ACROSS, S=64))
+    index = torch.arange(64, device=DEVICE)
+    call.tree_end = torch.full((1, 64), 64, dtype=torch.int32, device=DEVICE)
+    call.reach = torch.where(index < 24, 24, index + 1)[None].int()
+    call.row_positions = torch.tensor([[3, 10, 15, 16, 20, 23]], device=DEVICE)
+    grad = torch.randn(1, 3, device=DEVICE)
+    want = call.backward(grad, triton_backend, "mean")
+    call.key[:, :, 32:] = float("nan")
+    got = call.backward(grad, triton_backend, "mean")
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1][:, :, :32], want[1][:, :, :32])
+    call.reach[0, 3] = 33
+    assert call.backward(grad, triton_backend, "mean")[0].isnan().any()
 
 
 @pytest.mark.parametrize("lse", [False, True])

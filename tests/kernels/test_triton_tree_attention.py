@@ -9,7 +9,7 @@ import torch
 from devices import DEVICE
 from property_cases import Call, check
 from torch import Tensor
-from trees import random_tree_end
+from trees import random_tree_end, with_reach
 
 from mmdpo_kernels import tree_attention
 from mmdpo_kernels.backends.triton import tree_attention as backend
@@ -25,6 +25,18 @@ BRANCHES = [50] * 16 + [32] * 16 + [50] * 18 + [50, 51, 52]
 # None, one segment for a whole block, then two in turn: every kind of key block.
 PICTURES = [-1] * 16 + [0] * 20 + [1, 2] * 8 + [-1]
 
+# The same tree with tokens that nobody sees at 0: a picture in the prompt, one that is its branch, one from block to block, one hidden token.
+HIDDEN = [0 if token == 36 or token >= 50 else end for token, end in enumerate(BRANCHES)]
+LOOK_AHEAD = [
+    {**dict.fromkeys(range(3, 14), 14), **dict.fromkeys(range(16, 32), 32), **dict.fromkeys(range(34, 50), 50)}.get(i, i + 1)
+    for i in range(53)
+]
+# A picture over three blocks in front of two branches, and another root that is a prefix.
+LONG = {
+    "ends": [48] * 36 + [40] * 4 + [48] * 8 + [70] * 22,
+    "reach": [*[1, 2], *[35] * 33, *range(36, 49), *[66] * 18, *range(67, 71)],
+}
+
 
 def call(
     length: int,
@@ -33,16 +45,19 @@ def call(
     dtype: torch.dtype = torch.float32,
     ends: list[int] | None = None,
     segments: list[int] | None = None,
+    reach: list[int] | None = None,
     upstream: tuple[str, ...] = ("output", "lse"),
     **options: Any,
 ) -> Call:
     """Heads last but one in memory, as models have them."""
     shapes = {"query": (heads[0], dims[0]), "key": (heads[1], dims[0]), "value": (heads[1], dims[1])}
     leaves = {name: torch.randn(1, length, h, dim).transpose(1, 2).to(DEVICE, dtype) for name, (h, dim) in shapes.items()}
-    row = {name: None if v is None else torch.tensor([v], device=DEVICE) for name, v in (("ends", ends), ("segments", segments))}
+    given = (("ends", ends), ("segments", segments), ("reach", reach))
+    row = {name: None if v is None else torch.tensor([v], device=DEVICE) for name, v in given}
     return Call(
         leaves=leaves,
         tree_end=row["ends"],
+        reach=row["reach"],
         segments=row["segments"],
         num_segments=0 if segments is None else max(segments) + 1,
         options={"scale": None, "softcap": None, "window": None, **options},
@@ -68,6 +83,18 @@ CASES: dict[str, tuple[Tiles, dict[str, Any]]] = {
     "more segments than fit in a pass": (SQUARE, {"length": 20, "segments": [*range(20)], "heads": (1, 1), "upstream": ALL}),
     "bfloat16": (WIDE, {"length": 40, "dtype": torch.bfloat16, "segments": PICTURES[:40], "heads": (1, 1), "upstream": ALL}),
     "float16": (SQUARE, {"length": 37, "dtype": torch.float16}),
+    "reach": (SQUARE, {"length": 53, "ends": HIDDEN, "reach": LOOK_AHEAD}),
+    "reach, window and softcap": (WIDE, {"length": 53, "ends": HIDDEN, "reach": LOOK_AHEAD, "window": 9, "softcap": 2.0}),
+    "reach over many blocks": (SQUARE, {"length": 70, **LONG, "heads": (3, 1)}),
+    "reach, segments, tall tiles": (
+        TALL,
+        {"length": 53, "ends": HIDDEN, "reach": LOOK_AHEAD, "segments": PICTURES, "upstream": ALL},
+    ),
+    "reach without a tree": (WIDE, {"length": 50, "reach": [40] * 40 + list(range(41, 51)), "window": 30}),
+    "every token sees all": (
+        SQUARE,
+        {"length": 40, "reach": [40] * 40, "dtype": torch.bfloat16, "segments": PICTURES[:40], "upstream": ALL},
+    ),
 }
 
 
@@ -82,6 +109,40 @@ def test_as_accurate_as_pytorch(name: str) -> None:
 def test_gradient_through_one_output(upstream: tuple[str, ...]) -> None:
     with tiles.override(SQUARE):
         check(call(20, ends=[20] * 10 + [15] * 5 + [20] * 5, segments=[0] * 16 + [-1, 1, 1, 0], upstream=upstream), "triton")
+
+
+def test_blocks_out_of_reach_are_not_visited() -> None:
+    """A NaN value or gradient there would show: it would be multiplied by a probability of zero."""
+    ends, reach = [64] * 32 + [48] * 16 + [64] * 16, [*range(1, 5), *[28] * 24, *range(29, 65)]
+    leaves = [torch.randn(1, 1, 64, 16, device=DEVICE) for _ in range(3)]
+    trees = [torch.tensor([row], device=DEVICE) for row in (ends, reach)]
+    nan_from = torch.where(torch.arange(64, device=DEVICE)[:, None] >= 32, float("nan"), 0.0)
+
+    def run(leaves: list[Tensor], up: Tensor) -> list[Tensor]:
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        output = tree_attention(*leaves, trees[0], reach=trees[1], backend="triton").output
+        return [output, *torch.autograd.grad(output, leaves, up)]
+
+    up = torch.randn(1, 1, 64, 16, device=DEVICE)
+    with tiles.override(SQUARE):
+        output, grad_query, *_ = run([leaves[0], leaves[1], leaves[2] + nan_from], up)
+        assert output[:, :, 32:].isnan().all() and grad_query[:, :, 32:].isnan().all()
+        assert not output[:, :, :32].isnan().any() and not grad_query[:, :, :32].isnan().any()
+        # Branch keys see their own branch's queries alone, and prompt keys all.
+        _, _, grad_key, grad_value = run(leaves, up.where(torch.arange(64, device=DEVICE)[:, None] < 48, float("nan")))
+        for grad in (grad_key, grad_value):
+            assert not grad[:, :, 32:48].isnan().any() and grad[:, :, :32].isnan().all()
+
+
+def test_plan_of_a_picture_over_three_blocks() -> None:
+    tree_end, reach = (torch.tensor([LONG[name]]) for name in ("ends", "reach"))
+    plans = [
+        plan(tree_end, tree_end[:, None, :, None], None, 16, 16, reach) for plan in (tree_plan.query_plan, tree_plan.key_plan)
+    ]
+    visits = [[(full, sorted(order[:seen])) for full, seen, *order in plan[0].tolist()] for plan in plans]
+    # Queries 0 to 15 look as far as key 34; 48 to 63 are the second root's prefix, which ends at 66.
+    assert visits[0] == [(0, [0, 1, 2]), (2, [0, 1, 2]), (2, [0, 1, 2]), (1, [3, 4]), (1, [3, 4])]
+    assert visits[1] == [(2, [0, 1, 2]), (2, [0, 1, 2]), (0, [0, 1, 2]), (1, [3, 4]), (0, [3, 4])]
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
@@ -158,12 +219,15 @@ def test_head_dims_that_no_tile_holds() -> None:
 @pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 64)])
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("seed", range(5))
-def test_plan_visits_what_is_seen(blocks: tuple[int, int], window: int | None, seed: int) -> None:
+@pytest.mark.parametrize("kind", [None, "pictures", "prefix"])
+def test_plan_visits_what_is_seen(blocks: tuple[int, int], window: int | None, seed: int, kind: str | None) -> None:
     """Blocks that are seen whole are the ones so marked; a block with nothing to see is visited on the diagonal at most."""
     length = 150
-    tree_end = random_tree_end(2, length, seed)
+    tree_end, reach = random_tree_end(2, length, seed), None
+    if kind is not None:
+        tree_end, reach = with_reach(tree_end, seed, kind=kind)
     seen = torch.zeros(2, -(-length // 64) * 64, -(-length // 64) * 64, dtype=torch.bool)
-    seen[:, :length, :length] = visible(tree_end, window)
+    seen[:, :length, :length] = visible(tree_end, window, reach)
     m, n = blocks
     num_m, num_n = -(-length // m), -(-length // n)
     pairs = seen[:, : num_m * m, : num_n * n].unflatten(2, (num_n, n)).unflatten(1, (num_m, m)).transpose(2, 3)
@@ -171,8 +235,8 @@ def test_plan_visits_what_is_seen(blocks: tuple[int, int], window: int | None, s
     inside = torch.arange(num_m * m).view(num_m, m) < length
     every = (pairs | ~inside[:, None, :, None]).all((3, 4))
     for plan, by_key in (
-        (tree_plan.query_plan(tree_end, tree_end[:, None, :, None], window, m, n), False),
-        (tree_plan.key_plan(tree_end, tree_end[:, None, :, None], window, m, n), True),
+        (tree_plan.query_plan(tree_end, tree_end[:, None, :, None], window, m, n, reach), False),
+        (tree_plan.key_plan(tree_end, tree_end[:, None, :, None], window, m, n, reach), True),
     ):
         visited, full = torch.zeros_like(some), torch.zeros_like(some)
         for b, rows in enumerate(plan.tolist()):
@@ -184,10 +248,22 @@ def test_plan_visits_what_is_seen(blocks: tuple[int, int], window: int | None, s
         assert not (some & ~visited).any()
         last_key, first_query = torch.arange(num_n) * n + n - 1, torch.arange(num_m) * m
         if window is None:
-            assert not (visited & ~some)[:, last_key <= first_query[:, None]].any()
+            if reach is None:
+                assert not (visited & ~some)[:, last_key <= first_query[:, None]].any()
             assert torch.equal(full, every & inside.all(1)[:, None] if by_key else every)
         else:
             assert not (full & ~every).any()
+
+
+def test_plans_of_a_reach_are_kept_and_follow_an_edit() -> None:
+    mask = torch.stack([torch.full((1, 40), 40), torch.arange(1, 41)[None]], 1).int()
+    plans = [tree_plan.query_plan(mask[:, 0], mask, None, 16, 16, mask[:, 1]) for _ in range(2)]
+    assert plans[0] is plans[1] and plans[0][0, 0, :2].tolist() == [0, 1]
+    mask[:, 1, :8] = 40
+    assert tree_plan.query_plan(mask[:, 0], mask, None, 16, 16, mask[:, 1])[0, 0, :2].tolist() == [0, 3]
+    other = torch.full((1, 40), 40, dtype=torch.int32)
+    own = tree_plan.query_plan(None, mask, None, 16, 16, other)
+    assert own[0, 0, :2].tolist() == [2, 3] and tree_plan.query_plan(None, mask, None, 16, 16, other) is own
 
 
 def test_plans_are_kept_and_follow_an_edit() -> None:

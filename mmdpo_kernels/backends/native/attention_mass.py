@@ -34,8 +34,6 @@ def unavailable_reason(
     if dtype not in DTYPES:
         return f"it takes {', '.join(DTYPES.values())}, got {dtype}"
     if device_type == "cuda":
-        if features.get("reach"):
-            return "it has no reach on CUDA"
         return (
             cuda_reason(native)
             or native.attention_mass_cuda_unserved(native.dtypes.index(DTYPES[dtype]), head_dim, num_segments)

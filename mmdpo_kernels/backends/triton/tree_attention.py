@@ -157,7 +157,7 @@ class _Launches:
         width = max(self.query.shape[3], self.value.shape[3])
         capability = self.capability or runtime.capability(self.query.device)
         heavy = self.call.num_segments > 0 or self.call.softcap is not None
-        return tiles.choose(width, self.query.dtype, capability, heavy)
+        return tiles.choose(width, self.query.dtype, capability, heavy, self.call.reach is not None)
 
     def _launch(
         self, kernel: Any, programs: int, tile: Tiles, plan: Callable[..., Tensor], own: dict[str, Any], **constants: int
@@ -242,7 +242,8 @@ def specializations(target: int) -> list[Specialization]:
 
 
 _TREE, _MASS = {"tree": True}, {"tree": True, "num_segments": 4}
-_REACH, _ALL = {**_TREE, "reach": True}, {**_MASS, "reach": True, "window": 1024, "softcap": 30.0}
+_REACH, _REACH_MASS = {**_TREE, "reach": True}, {**_MASS, "reach": True}
+_REACH_WINDOW_SOFTCAP = {**_REACH, "window": 1024, "softcap": 30.0}
 _SHIPPED: tuple[tuple[str, torch.dtype, int, dict[str, Any]], ...] = (
     ("bf16 32 causal", torch.bfloat16, 32, {}),
     ("bf16 64 tree mass", torch.bfloat16, 64, _MASS),
@@ -256,20 +257,19 @@ _SHIPPED: tuple[tuple[str, torch.dtype, int, dict[str, Any]], ...] = (
     ("bf16 256 tree mass", torch.bfloat16, 256, _MASS),
     ("fp32 64 tree", torch.float32, 64, _TREE),
     ("fp32 128 tree mass", torch.float32, 128, _MASS),
-    ("bf16 64 reach", torch.bfloat16, 64, _REACH),
-    ("bf16 64 reach mass window softcap", torch.bfloat16, 64, _ALL),
+    ("bf16 64 reach mass", torch.bfloat16, 64, _REACH_MASS),
     ("bf16 80 reach", torch.bfloat16, 80, _REACH),
-    ("bf16 96 reach mass", torch.bfloat16, 96, {**_MASS, "reach": True}),
+    ("bf16 96 reach mass", torch.bfloat16, 96, _REACH_MASS),
     ("bf16 128 reach", torch.bfloat16, 128, _REACH),
     ("bf16 128 reach window", torch.bfloat16, 128, {**_REACH, "window": 1024}),
-    ("bf16 128 reach mass", torch.bfloat16, 128, {**_MASS, "reach": True}),
-    ("bf16 128 reach mass window softcap", torch.bfloat16, 128, _ALL),
+    ("bf16 128 reach mass", torch.bfloat16, 128, _REACH_MASS),
+    ("bf16 128 reach window softcap", torch.bfloat16, 128, _REACH_WINDOW_SOFTCAP),
     ("bf16 256 reach", torch.bfloat16, 256, _REACH),
     ("bf16 256 reach window", torch.bfloat16, 256, {**_REACH, "window": 1024}),
-    ("bf16 256 reach mass", torch.bfloat16, 256, {**_MASS, "reach": True}),
-    ("bf16 256 reach mass window softcap", torch.bfloat16, 256, _ALL),
+    ("bf16 256 reach mass", torch.bfloat16, 256, _REACH_MASS),
+    ("bf16 256 reach window softcap", torch.bfloat16, 256, _REACH_WINDOW_SOFTCAP),
     ("fp32 64 reach", torch.float32, 64, _REACH),
-    ("fp32 128 reach mass", torch.float32, 128, {**_MASS, "reach": True}),
+    ("fp32 128 reach mass", torch.float32, 128, _REACH_MASS),
 )
 
 

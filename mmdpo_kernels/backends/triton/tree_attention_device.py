@@ -48,11 +48,17 @@ def store_tile(base, tile, start, stride, length, ROWS: tl.constexpr, DIM: tl.co
 
 
 @triton.jit
-def seen_pairs(rows, keys, tree_end, reach, depth, length, window):
-    """Whether query `rows` sees `keys`, for [BM, 1] and [1, BN] or the transposed; tree_end, reach and depth are (S,) or None."""
+def last_keys(rows, reach, length):
+    """The last key within reach of each row; reach is (S,), or None: the row itself."""
     lasts = rows
     if reach is not None:
         lasts = tl.minimum(load_vector(reach, rows, length, True), length) - 1
+    return lasts
+
+
+@triton.jit
+def seen_pairs(rows, lasts, keys, tree_end, depth, length, window):
+    """Whether query `rows` sees `keys`, for [BM, 1] and [1, BN] or the transposed; tree_end and depth are (S,) or None."""
     ends = None
     if tree_end is not None:
         ends = load_vector(tree_end, keys, length, True)

@@ -17,6 +17,7 @@ from .attention_device import COLUMNS, offset
 from .tree_attention_device import (
     LOG2_E,
     close_run,
+    last_keys,
     load_lse,
     load_mass,
     load_one_hot,
@@ -112,6 +113,8 @@ def forward_kernel(
 
     # Key blocks that every query sees whole, then those that need a mask.
     for MASKED in tl.static_range(2):
+        if MASKED:
+            lasts = last_keys(rows, reach, length)
         for it in range(num_full if MASKED else 0, num_seen if MASKED else num_full):
             i_n = it if plan is None else tl.load(plan + 2 + it)
             start_n = i_n * BLOCK_N
@@ -120,7 +123,9 @@ def forward_kernel(
             if MASKED:
                 keys = start_n + tl.arange(0, BLOCK_N)
                 scores = tl.where(
-                    seen_pairs(rows[:, None], keys[None, :], tree_end, reach, depth, length, window), scores, float("-inf")
+                    seen_pairs(rows[:, None], lasts[:, None], keys[None, :], tree_end, depth, length, window),
+                    scores,
+                    float("-inf"),
                 )
             new_max = tl.maximum(row_max, tl.max(scores, 1) * outer)
             p = tl.exp2(scores * outer - new_max[:, None])
@@ -313,7 +318,13 @@ def grad_key_kernel(
             scores = capped(dot(k, tl.trans(q)), inner, SOFTCAP)  # [BN, BM]
             p = probabilities(scores, outer, row_lse[None, :], q.dtype == tl.float32)
             if MASKED:
-                p = tl.where(seen_pairs(rows[None, :], keys[:, None], tree_end, reach, depth, length, window), p, 0.0)
+                p = tl.where(
+                    seen_pairs(
+                        rows[None, :], last_keys(rows, reach, length)[None, :], keys[:, None], tree_end, depth, length, window
+                    ),
+                    p,
+                    0.0,
+                )
             grad_p = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             if grad_output is not None:
                 do = load_tile(
@@ -417,6 +428,8 @@ def grad_query_kernel(
     taken = load_vector(correction, rows, length, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(2):
+        if MASKED:
+            lasts = last_keys(rows, reach, length)
         for it in range(num_full if MASKED else 0, num_seen if MASKED else num_full):
             i_n = it if plan is None else tl.load(plan + 2 + it)
             start_n = i_n * BLOCK_N
@@ -425,7 +438,7 @@ def grad_query_kernel(
             scores = capped(dot(q, tl.trans(k)), inner, SOFTCAP)  # [BM, BN]
             p = probabilities(scores, outer, row_lse[:, None], q.dtype == tl.float32)
             if MASKED:
-                p = tl.where(seen_pairs(rows[:, None], keys[None, :], tree_end, reach, depth, length, window), p, 0.0)
+                p = tl.where(seen_pairs(rows[:, None], lasts[:, None], keys[None, :], tree_end, depth, length, window), p, 0.0)
             grad_p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if grad_output is not None:
                 v = load_tile(value, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, MASKED)  # [BN, Dv]

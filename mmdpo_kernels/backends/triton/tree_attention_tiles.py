@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,15 +45,16 @@ CORRECTION = Tiles(64, 0, 4, 1)
 _override: list[TreeAttentionTiles] = []
 
 
-def choose(width: int, dtype: torch.dtype, capability: tuple[int, int], heavy: bool) -> TreeAttentionTiles:
-    """width: head dim or that of values, the larger. heavy: whether segments or a softcap take registers too."""
+def choose(width: int, dtype: torch.dtype, capability: tuple[int, int], heavy: bool, reach: bool = False) -> TreeAttentionTiles:
+    """width: head dim or that of values, the larger. heavy: whether segments or a softcap take registers too. reach: whether rows have one."""
     if _override:
         return _override[-1]
     column = next(widest for widest in (64, 128, 256) if width <= widest)
     if dtype == torch.float32:
         return _FLOAT32[column]
     family = {9: "hopper", 10: "blackwell"}.get(capability[0], "ampere")
-    return (_HALF_HEAVY if heavy else _HALF)[family][column]
+    chosen = (_HALF_HEAVY if heavy else _HALF)[family][column]
+    return replace(chosen, **_REACH.get((family, column, heavy), {})) if reach else chosen
 
 
 @contextmanager
@@ -102,6 +103,12 @@ _HALF_HEAVY = {
         128: TreeAttentionTiles(Tiles(64, 64, 8, 2), Tiles(32, 128, 8, 3), Tiles(128, 64, 8, 3)),
         256: TreeAttentionTiles(Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
     },
+}
+
+# Where a reach beside the rest would spill, by GPU, head dim and whether the call is heavy.
+_REACH = {
+    ("ampere", 128, False): {"forward": Tiles(64, 64, 8, 2)},
+    ("hopper", 128, True): {"grad_key": Tiles(32, 128, 8, 3)},
 }
 
 # Outside the tensor cores, the same on all.

@@ -32,6 +32,7 @@ extern "C" __attribute__((visibility("default"))) const char* emulated_attention
   a.segments = static_cast<int32_t*>(arrays.add(a.segments, tokens));
   a.row_positions = static_cast<int32_t*>(arrays.add(a.row_positions, rows * sizeof(int32_t)));
   a.tree_end = static_cast<int32_t*>(arrays.add(a.tree_end, tokens));
+  a.reach = static_cast<int32_t*>(arrays.add(a.reach, tokens));
   a.depth = static_cast<int32_t*>(arrays.add(a.depth, tokens));
   a.lse = arrays.add(a.lse, rows * a.Hq * sizeof(float));
   a.out = arrays.add_unset(out_size);

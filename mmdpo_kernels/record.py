@@ -225,7 +225,9 @@ def _shown(value: Any) -> str:
 def _check_attends(name: str, layers: Iterable[int], state: PatchState) -> None:
     carrying = sorted(state.carrying_layers.intersection(layers))
     if carrying:
-        raise ValueError(f"{name}: layer {carrying[0]} carries a state and attends to nothing; layers {sorted(state.carrying_layers)} do")
+        raise ValueError(
+            f"{name}: layer {carrying[0]} carries a state and attends to nothing; layers {sorted(state.carrying_layers)} do"
+        )
 
 
 def _check_layers(layers: Iterable[int], available: int) -> tuple[int, ...]:

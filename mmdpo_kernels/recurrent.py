@@ -94,7 +94,9 @@ class NodeCache:
     def left(self, module: nn.Module) -> NodeStates:
         """The states left. RuntimeError where the module did not say them."""
         if self.conv is None or self.recurrent is None:
-            raise RuntimeError(f"{type(module).__name__}: expected a state of its convolution and a recurrent one in its cache, got none")
+            raise RuntimeError(
+                f"{type(module).__name__}: expected a state of its convolution and a recurrent one in its cache, got none"
+            )
         return NodeStates(self.conv, self.recurrent)
 
 

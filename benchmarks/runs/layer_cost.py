@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.measure import add_place, alternate, machine, markdown, place_of, ratios
 from benchmarks.runs.attention_ratio import PICTURES, SMALL, Setting, build, prompt_record, with_answer
-from mmdpo_trainers.answers.attention_ratios import recorded_answers
+from mmdpo_trainers.answers.attention_ratios import recorded_answers, resolve_layer
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.models.loaded import LoadedModel
 

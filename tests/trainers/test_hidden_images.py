@@ -24,7 +24,7 @@ from mmdpo_trainers.models.loading import load_model
 OPENINGS = ["the colour is", "", "it is a"]
 STEPS = 4
 HIDDEN_SHARE = 0.6
-FAMILIES = [name for name in TINY if name != "mllama"]
+FAMILIES = [name for name in TINY if name not in ("mllama", "qwen3_5", "qwen3_5_moe")]
 
 Record = dict[str, Any]
 

@@ -98,7 +98,9 @@ def _tokenizer() -> Any:
     """Qwen3.5's class, bytes merged to the words that the other tiny models know: whatever a folder says, it is loaded as this class."""
     plain = Qwen3_5Tokenizer()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
     plain.backend_tokenizer.train_from_iterator([f"{word} {word}" for word in WORDS.split()], trainer)
     trained = json.loads(plain.backend_tokenizer.to_str())["model"]
     tokenizer = Qwen3_5Tokenizer(

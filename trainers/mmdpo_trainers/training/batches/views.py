@@ -90,7 +90,9 @@ class Views:
         kinds = {corruption.kind for corruption in self.corrupted.values() if corruption is not None}
         reason = hiding_refusal(family, family.config) if "mask" in kinds else None
         if reason is not None:
-            raise ValueError(f"corruption: kind 'mask' hides image tokens, which cannot be with {family.name}: {reason}; choose another kind")
+            raise ValueError(
+                f"corruption: kind 'mask' hides image tokens, which cannot be with {family.name}: {reason}; choose another kind"
+            )
 
     def images(self, record: Mapping[str, Any]) -> list[Any]:
         """The record's own images."""

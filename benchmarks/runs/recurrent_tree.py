@@ -105,10 +105,11 @@ class Sides:
 
 
 def difference(sides: Sides) -> dict[str, float]:
-    """How far the tree is from the rows: its loss, and the largest gradient's difference on the scale of its parameter's largest."""
+    """How far the tree is from the rows: its loss, and all gradients together, as a share of their norm."""
     (loss, gradients), (other, others) = sides.step(TREE), sides.step(ROWS)
-    worst = max(float((gradients[name] - others[name]).norm() / others[name].norm()) for name in gradients)
-    return {"loss": abs(loss - other), "gradients": worst}
+    apart = sum(float((gradients[name] - others[name]).square().sum()) for name in gradients)
+    whole = sum(float(others[name].square().sum()) for name in gradients)
+    return {"loss": abs(loss - other), "gradients": (apart / whole) ** 0.5}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -148,7 +149,7 @@ def text_of(result: dict[str, Any]) -> str:
     apart = result["difference"]
     return (
         f"{markdown(['form', 'tokens', 'processor seconds (median)'], rows)}\n\nA prompt of {sizes['prompt']} tokens, two responses of "
-        f"{sizes['response']}; goal at least {result['goal']}. The losses differ by {apart['loss']:.1e}, gradients by at most "
+        f"{sizes['response']}; goal at least {result['goal']}. The losses differ by {apart['loss']:.1e}, the gradients by "
         f"{apart['gradients']:.1e} of their norm. {on['cpu']}, {on['threads']} thread, {packages}; float32, random weights."
     )
 

@@ -253,6 +253,7 @@ def test_attention_is_recorded_where_there_is_any() -> None:
         torch.testing.assert_close(packed_mass.mass[2], own_mass.mass[2], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.nightly
 @needs_carrying
 def test_trees_break_the_graph_and_padded_batches_do_not() -> None:
     model, rows = patch_model(small()), sequences()[:4]

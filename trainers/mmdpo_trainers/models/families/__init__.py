@@ -14,6 +14,7 @@ from mmdpo_trainers.models.families.family import Family, expand_ids, hiding_ref
 from mmdpo_trainers.models.families.gemma import Gemma3
 from mmdpo_trainers.models.families.images import EncodedImages, View, inside, plain_grid
 from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
+from mmdpo_trainers.models.families.minicpm import MiniCPMV46, MiniCPMV47
 from mmdpo_trainers.models.families.mistral import Mistral3
 from mmdpo_trainers.models.families.mllama import Mllama
 from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen25VL, Qwen35, Qwen35Moe
@@ -39,6 +40,7 @@ _DECLARED: tuple[type[Family], ...] = (
     *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen35, Qwen35Moe),
     *(InternVL, Idefics3, SmolVLM),
     *(Gemma3, Mistral3, Mllama),
+    *(MiniCPMV46, MiniCPMV47),
 )
 
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _DECLARED}

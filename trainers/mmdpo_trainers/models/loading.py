@@ -103,10 +103,10 @@ def load_model(
         raise StageError(f"model {folder}: {len(missing)} weights are missing, such as {missing[0]}; download it again")
     if adapter is not None:
         model = _merge_adapter(model, Path(adapter))
-    if torch_dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        # PyTorch multiplies groups of rows, each with an expert's matrix, in no such precision.
-        model.set_experts_implementation("eager")
     model.to(target).eval()
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        # PyTorch's grouped products, which experts go through else, have no float64.
+        model.set_experts_implementation("eager")
     _check_processor(model, its_processor, folder)
     return LoadedModel(
         model=model,

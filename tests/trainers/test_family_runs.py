@@ -134,9 +134,9 @@ def test_a_run_in_4_bits_that_cannot_be_is_refused_before_it_begins(tmp_path: Pa
     assert not (tmp_path / "run" / "augment").exists()
 
 
-@pytest.mark.parametrize("family", ["internvl", "gemma3", "mllama"])
+@pytest.mark.parametrize("family", ["internvl", "gemma3", "mllama", pytest.param("qwen3_5", marks=pytest.mark.nightly)])
 def test_other_families(tmp_path: Path, family: str) -> None:
-    """Tiled pictures, pictures that see themselves both ways, and cross-attended ones, which have no parts to ask about."""
+    """Tiled pictures, pictures that see themselves both ways, cross-attended ones, which have no parts to ask about, layers with a state."""
     config, console = settings(tmp_path, TINY[family]), Console(file=io.StringIO())
     formats = {"sequence", "grid", "pip"}
     if family == "mllama":

@@ -13,6 +13,7 @@ from .internvl import make_tiny_internvl
 from .llava import CHAT_TEMPLATE, make_tiny_llava
 from .llava_next import make_tiny_llava_next
 from .llava_onevision import make_tiny_llava_onevision
+from .minicpm import make_tiny_minicpmv4_6, make_tiny_minicpmv4_7
 from .mistral3 import make_tiny_mistral3, make_tiny_pixtral
 from .mllama import make_tiny_mllama
 from .parts import SPECIAL_TOKENS, WORDS, sample_pictures
@@ -52,6 +53,8 @@ TINY: dict[str, Callable[..., Path]] = {
     "mllama": make_tiny_mllama,
     **{name: BY_RECIPE[name] for name in ("aya_vision", "deepseek_vl", "paddleocr_vl")},
     **{name: BY_RECIPE[name] for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
+    "minicpmv4_6": make_tiny_minicpmv4_6,
+    "minicpmv4_7": make_tiny_minicpmv4_7,
 }
 """Family -> what writes a tiny checkpoint of it to a folder."""
 
@@ -74,6 +77,8 @@ __all__ = [
     "make_tiny_llava",
     "make_tiny_llava_next",
     "make_tiny_llava_onevision",
+    "make_tiny_minicpmv4_6",
+    "make_tiny_minicpmv4_7",
     "make_tiny_mistral3",
     "make_tiny_mllama",
     "make_tiny_pixtral",

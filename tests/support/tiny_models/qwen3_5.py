@@ -53,7 +53,6 @@ def _make(
     hidden: int = 32,
     tied: bool = False,
 ) -> Path:
-    """Every fourth text layer attends, with half of each head rotated; the others carry a state for each of four value heads."""
     tokenizer = _tokenizer()
     ids = token_ids(tokenizer, *QWEN_SPECIAL_TOKENS[1:])
     config = config_class(
@@ -68,20 +67,7 @@ def _make(
             "num_position_embeddings": 64,
         },
         text_config={
-            **_text(tokenizer, ids, layers, heads, kv_heads, hidden, tied),
-            "head_dim": 16,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.5,
-                "mrope_section": [2, 1, 1],
-                "mrope_interleaved": True,
-            },
-            "layer_types": ["full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(layers)],
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
+            **text_settings(_text(tokenizer, ids, layers, heads, kv_heads, hidden, tied)),
             **text,
         },
         **_picture_ids(ids),
@@ -92,6 +78,27 @@ def _make(
     options = {"image_mean": mean, "image_std": mean}
     _save(folder, model, dtype, tokenizer, ids, patch=patch, min_pixels=min_pixels, max_pixels=max_pixels, **options)
     return folder
+
+
+def text_settings(text: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a text model as Qwen3.5 has them: every fourth layer attends, with half of each head rotated; the others carry a state for
+    each of four value heads."""
+    return {
+        **text,
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+        "layer_types": ["full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(text["num_hidden_layers"])],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
 
 
 def _tokenizer() -> Any:

@@ -8,6 +8,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import transformers
@@ -55,7 +56,9 @@ def _without_video(base: Any) -> Any:
         parts = super(found, cls)._get_arguments_from_pretrained(*args, **kwargs)
         return [*parts[:place], None, *parts[place:]]
 
-    found: Any = type(base.__name__, (base, WithoutVideo), {"__module__": __name__})
+    # What some ask it for when they are made: how it would cut a film.
+    film = SimpleNamespace(slice_mode=False, downsample_mode="16x")
+    found: Any = type(base.__name__, (base, WithoutVideo), {"__module__": __name__, "video_processor": film})
     found.get_attributes = classmethod(get_attributes)
     found._get_arguments_from_pretrained = classmethod(arguments)
     return found

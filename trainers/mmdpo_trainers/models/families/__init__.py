@@ -21,6 +21,7 @@ from mmdpo_trainers.models.families.hyperclova import HyperClovaX
 from mmdpo_trainers.models.families.images import EncodedImages, View, inside, plain_grid
 from mmdpo_trainers.models.families.llama4 import Llama4
 from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
+from mmdpo_trainers.models.families.minicpm import MiniCPMV46, MiniCPMV47
 from mmdpo_trainers.models.families.mistral import Mistral3
 from mmdpo_trainers.models.families.mllama import Mllama
 from mmdpo_trainers.models.families.omni import Qwen3Omni, Qwen25Omni
@@ -56,6 +57,7 @@ _DECLARED: tuple[type[Family], ...] = (
     *(Glm4v, Glm4vMoe, Glm46V),
     *(InternVL, Idefics3, SmolVLM),
     *(Gemma3, Gemma4, Gemma4Unified, PaliGemma),
+    *(MiniCPMV46, MiniCPMV47),
     *(Qwen25Omni, Qwen3Omni, PaddleOcrVL),
     *(Mistral3, Mllama, Llama4, AyaVision, DeepseekVL, DeepseekVLHybrid),
     *(HyperClovaX, Ovis2, QianfanOcr),

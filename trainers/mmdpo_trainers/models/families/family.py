@@ -128,6 +128,10 @@ class Family:
         known = [found if sum(view.tokens for view in found) == count else () for found, count in zip(views, tokens, strict=True)]
         return EncodedImages(inputs=inputs, tokens=tokens, blocks=blocks, views=known, grids=inputs.get("image_grid_thw"))
 
+    def blocks_of_prompt(self, processor: Any, blocks: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """The `EncodedImages.blocks` of one prompt's pictures, in its order, as they are in this prompt."""
+        return list(blocks)
+
     def views(
         self, processor: Any, inputs: dict[str, Tensor], index: int, size: tuple[int, int], block: list[int]
     ) -> tuple[View, ...]:

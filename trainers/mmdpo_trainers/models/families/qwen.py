@@ -3,6 +3,7 @@ in Qwen3.5 layers of linear attention."""
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any
 
@@ -54,7 +55,7 @@ class Qwen2VL(Family):
         if grids is None or not len(grids):
             return (kept.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
         kinds = (input_ids == self.known_config.image_token_id).int()
-        model: Any = _Weightless(getattr(transformers, self.body_name), self.known_config)
+        model: Any = Weightless(getattr(transformers, self.body_name), self.known_config)
         return model.get_rope_index(input_ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=kept)[0]
 
 
@@ -111,12 +112,15 @@ class Qwen35Moe(Qwen35):
     body_name = "Qwen3_5MoeModel"
 
 
-class _Weightless:
+class Weightless:
     """Methods of a model class that need its configuration only, without a model: in a data loader's process there is none."""
 
     def __init__(self, model_class: type, config: Any) -> None:
         self.model_class, self.config = model_class, config
 
     def __getattr__(self, name: str) -> Any:
+        found = inspect.getattr_static(self.model_class, name)
+        if isinstance(found, staticmethod):
+            return found.__func__
         found = getattr(self.model_class, name)
         return types.MethodType(found, self) if isinstance(found, types.FunctionType) else found

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from mmdpo_kernels.decoder_layers import carries
+
 ResultT = TypeVar("ResultT", bound=Tensor | tuple[Tensor, ...])
 
 
@@ -41,6 +43,7 @@ class Sharding:
         self._policy = None if self.fsdp is None else self.fsdp.auto_wrap_policy
         self._named_layers = None if self.fsdp is None else self.fsdp.transformer_cls_names_to_wrap
         self._name_layers(trainer.model)
+        self._gather_at_once(trainer.model)
         if self.fsdp is not None and self.fsdp.mixed_precision_policy is not None:
             # Log-probabilities leave the model in float32 and must not be rounded to 16 bits; nor should sums of gradients.
             policy = self.fsdp.mixed_precision_policy
@@ -64,6 +67,7 @@ class Sharding:
         if self.in_shards:
             import deepspeed
 
+            self._gather_at_once(model)
             engine, *_ = deepspeed.initialize(model=model, config=self._frozen_config())
             return engine.eval()  # type: ignore[no-any-return]
         return model.to(self.trainer.args.device)
@@ -106,6 +110,15 @@ class Sharding:
             there = {type(module).__name__.removeprefix("FSDP") for module in model.modules()}
             self.fsdp.transformer_cls_names_to_wrap = sorted(there.intersection(getattr(model, "_no_split_modules", None) or ()))
             self.fsdp.auto_wrap_policy = self._policy
+
+    def _gather_at_once(self, model: nn.Module) -> None:
+        """Tell ZeRO-3 to gather a layer that carries a state as one. Its parts run once for each batch of a tree's nodes, as often as the
+        tree of a process asks for, and processes gather a weight together."""
+        kinds = {type(module) for module in model.modules() if carries(module)}
+        if self.deepspeed is not None and self.in_shards and kinds:
+            from deepspeed.utils import set_z3_leaf_modules
+
+            set_z3_leaf_modules(model, list(kinds))
 
     def _frozen_config(self) -> dict[str, Any]:
         config = self.deepspeed.deepspeed_config

@@ -27,7 +27,7 @@ from mmdpo_trainers.training.batches import examples, views
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 PICTURES_COLLECTED = ("llava", "llava_next", "llava_onevision")
-TREES_REFUSED = {"gemma3": "see each other both ways", "mllama": "cross-attention layers"}
+TREES_REFUSED = {"mllama": "cross-attention layers"}
 
 
 SMOKE = ("llava", "qwen2_5_vl")

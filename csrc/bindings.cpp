@@ -136,7 +136,7 @@ mmdpo::Heads heads(const HeadsOf& array) {
 }
 
 mmdpo::TreeAttentionArgs tree_attention_args(const std::array<int64_t, 5>& sizes, const HeadsOf& query, const HeadsOf& key,
-                                             const HeadsOf& value, uintptr_t tree_end, double scale, int num_threads,
+                                             const HeadsOf& value, uintptr_t tree_end, uintptr_t reach, double scale, int num_threads,
                                              const HeadsOf& output, uintptr_t lse) {
   mmdpo::TreeAttentionArgs args{};
   args.B = sizes[0];
@@ -148,6 +148,7 @@ mmdpo::TreeAttentionArgs tree_attention_args(const std::array<int64_t, 5>& sizes
   args.key = heads(key);
   args.value = heads(value);
   args.tree_end = pointer<const int32_t>(tree_end);
+  args.reach = pointer<const int32_t>(reach);
   args.scale = scale;
   args.num_threads = num_threads;
   args.output = heads(output);
@@ -156,17 +157,17 @@ mmdpo::TreeAttentionArgs tree_attention_args(const std::array<int64_t, 5>& sizes
 }
 
 void tree_attention_forward(const std::array<int64_t, 5>& sizes, const HeadsOf& query, const HeadsOf& key, const HeadsOf& value,
-                            uintptr_t tree_end, double scale, int num_threads, const HeadsOf& output, uintptr_t lse) {
-  const mmdpo::TreeAttentionArgs args = tree_attention_args(sizes, query, key, value, tree_end, scale, num_threads, output, lse);
+                            uintptr_t tree_end, uintptr_t reach, double scale, int num_threads, const HeadsOf& output, uintptr_t lse) {
+  const mmdpo::TreeAttentionArgs args = tree_attention_args(sizes, query, key, value, tree_end, reach, scale, num_threads, output, lse);
   py::gil_scoped_release unlocked;
   mmdpo::tree_attention_forward(args);
 }
 
 void tree_attention_backward(const std::array<int64_t, 5>& sizes, const HeadsOf& query, const HeadsOf& key, const HeadsOf& value,
-                             uintptr_t tree_end, double scale, int num_threads, const HeadsOf& output, uintptr_t lse,
+                             uintptr_t tree_end, uintptr_t reach, double scale, int num_threads, const HeadsOf& output, uintptr_t lse,
                              const HeadsOf& grad_output, uintptr_t grad_lse, const HeadsOf& grad_query, const HeadsOf& grad_key,
                              const HeadsOf& grad_value) {
-  mmdpo::TreeAttentionArgs args = tree_attention_args(sizes, query, key, value, tree_end, scale, num_threads, output, lse);
+  mmdpo::TreeAttentionArgs args = tree_attention_args(sizes, query, key, value, tree_end, reach, scale, num_threads, output, lse);
   args.grad_output = heads(grad_output);
   args.grad_lse = pointer<const float>(grad_lse);
   args.grad_query = heads(grad_query);
@@ -262,8 +263,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ and CUDA kernels of mmdpo_kernels.";
   py::class_<mmdpo::AttentionMassArgs>(m, "AttentionMassArgs")
       .def(py::init(&attention_mass_args), py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("query"), py::arg("query_strides"),
-           py::arg("key"), py::arg("key_strides"), py::arg("segments"), py::arg("row_positions"), py::arg("tree_end"), py::arg("reach") = 0,
-           py::arg("depth"),           py::arg("lse"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("reduce"));
+           py::arg("key"), py::arg("key_strides"), py::arg("segments"), py::arg("row_positions"), py::arg("tree_end"), py::arg("reach"),
+           py::arg("depth"), py::arg("lse"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("reduce"));
   m.def("attention_mass", &attention_mass, py::arg("args"), py::kw_only(), py::arg("num_threads"), py::arg("out"));
   m.def("attention_mass_backward", &attention_mass_backward, py::arg("args"), py::kw_only(), py::arg("num_threads"), py::arg("grad"),
         py::arg("grad_query"), py::arg("grad_key"));
@@ -281,9 +282,9 @@ PYBIND11_MODULE(_native, m) {
 #endif
   m.attr("cuda_targets") = cuda_targets();  // empty: built without CUDA, and there are no functions of that name
   m.def("tree_attention_forward", &tree_attention_forward, py::kw_only(), py::arg("sizes"), py::arg("query"), py::arg("key"),
-        py::arg("value"), py::arg("tree_end"), py::arg("scale"), py::arg("num_threads"), py::arg("output"), py::arg("lse"));
+        py::arg("value"), py::arg("tree_end"), py::arg("reach"), py::arg("scale"), py::arg("num_threads"), py::arg("output"), py::arg("lse"));
   m.def("tree_attention_backward", &tree_attention_backward, py::kw_only(), py::arg("sizes"), py::arg("query"), py::arg("key"),
-        py::arg("value"), py::arg("tree_end"), py::arg("scale"), py::arg("num_threads"), py::arg("output"), py::arg("lse"),
+        py::arg("value"), py::arg("tree_end"), py::arg("reach"), py::arg("scale"), py::arg("num_threads"), py::arg("output"), py::arg("lse"),
         py::arg("grad_output"), py::arg("grad_lse"), py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"));
   m.def("tree_attention_unavailable", &tree_attention_unavailable, "Why this CPU is not served, or an empty string.");
   py::class_<mmdpo::PreferenceLossOptions>(m, "PreferenceLossOptions")

@@ -6,12 +6,13 @@ from that rule; every backend may import it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 Plan = TypeVar("Plan")
 
@@ -85,40 +86,59 @@ class PlanCache(Generic[Plan]):
 
     Of one tensor the last `MOST` are kept, since it may be a whole data set of which each batch is a view.
 
-    make: called with the tensor and the settings of the call. What it returns must not hold the tensor itself, which would then never die.
+    make: called with the tensor and the settings of the call, among which may be further tensors. What it returns must not hold the first
+    tensor itself, which would then never die.
     """
 
     MOST = 32
 
     def __init__(self, make: Callable[..., Plan]) -> None:
         self._make = make
-        # A tensor -> its version, and the plans made of its views at that version.
+        # A tensor -> its version, and the plans made of its views at that version, with the owners of further tensors.
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __call__(self, tensor: Tensor, *settings: Hashable) -> Plan:
-        if tensor.is_inference():  # has no version to tell an edit by
+        further = [each for each in settings if isinstance(each, Tensor)]
+        if any(each.is_inference() for each in (tensor, *further)):  # has no version to tell an edit by
             return self._make(tensor, *settings)
-        # Every layer makes a view of its own of one mask.
-        owner = tensor if tensor._base is None else tensor._base
+        owner = _owner(tensor)
         version, plans = self._known.get(owner, (None, {}))
         if version != tensor._version:
             plans = {}
             self._known[owner] = tensor._version, plans
-        key: tuple[Any, ...] = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), *settings)
-        plan = plans.get(key)
-        if plan is None:
-            if len(plans) >= self.MOST:
+        key = (_view(tensor), *(_view(each) if isinstance(each, Tensor) else each for each in settings))
+        owners, plan = plans.get(key, ((), None))
+        # A tensor that died may have left its id to another.
+        if plan is None or any(known() is not _owner(each) for known, each in zip(owners, further, strict=True)):
+            if key not in plans and len(plans) >= self.MOST:
                 plans.pop(next(iter(plans)))
-            plan = plans[key] = self._make(tensor, *settings)
+            plan = self._make(tensor, *settings)
+            plans[key] = tuple(TensorWeakRef(_owner(each)) for each in further), plan
         return plan
 
 
-def rectangles(tree_end: Tensor) -> tuple[BatchPlan, ...]:
-    """Cover the visible pairs of each batch row by dense rectangles.
+def _owner(tensor: Tensor) -> Tensor:
+    """Every layer makes a view of its own of one mask."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def _view(tensor: Tensor) -> tuple[Hashable, ...]:
+    """Which part of which tensor at which version."""
+    place = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+    return (id(_owner(tensor)), tensor._version, *place)
+
+
+def rectangles(tree_end: Tensor | None, reach: Tensor | None = None) -> tuple[BatchPlan, ...]:
+    """Cover the visible pairs of each batch row by dense rectangles; one of the two is given at least.
 
     A run of keys with one `tree_end` is a causal square on the diagonal and, for the queries that follow in its subtree, one full
-    rectangle: siblings that share a prefix share the prefix's rectangle. The plan of a tensor is kept, see `PlanCache`.
+    rectangle: siblings that share a prefix share the prefix's rectangle. With `reach`, a run's queries are taken apart where it changes: those
+    that look ahead to one place, a picture's for one, are a full rectangle, and so is what others see before their own square. The plan is
+    kept while its tensors live, see `PlanCache`.
     """
+    if reach is not None:
+        return _rectangles_with_reach(reach, tree_end)
+    assert tree_end is not None
     return _rectangles(tree_end)
 
 
@@ -128,22 +148,54 @@ def causal_plan(batch: int, length: int) -> tuple[BatchPlan, ...]:
 
 
 def _plan_batch(tree_end: Tensor) -> tuple[BatchPlan, ...]:
-    plans: list[BatchPlan] = []
-    previous: list[int] | None = None
-    for index, row in enumerate(tree_end.tolist()):
-        if row == previous:
-            plans[-1] = plans[-1]._replace(b1=index + 1)
-        else:
-            plans.append(BatchPlan(index, index + 1, tuple(_plan_row(row))))
-        previous = row
-    return tuple(plans)
+    return _joined(tree_end.tolist(), _plan_row)
+
+
+def _plan_batch_with_reach(reach: Tensor, tree_end: Tensor | None) -> tuple[BatchPlan, ...]:
+    length = reach.shape[1]
+    ends = [[length] * length] * len(reach) if tree_end is None else tree_end.tolist()
+    return _joined(list(zip(ends, reach.tolist(), strict=True)), lambda row: _plan_row_with_reach(*row))
 
 
 _rectangles = PlanCache(_plan_batch)
+_rectangles_with_reach = PlanCache(_plan_batch_with_reach)
+
+
+def _joined(rows: list[Any], plan: Callable[[Any], list[Rectangle]]) -> tuple[BatchPlan, ...]:
+    """Equal rows that follow one another have one plan."""
+    plans: list[BatchPlan] = []
+    for index, row in enumerate(rows):
+        if index and row == rows[index - 1]:
+            plans[-1] = plans[-1]._replace(b1=index + 1)
+        else:
+            plans.append(BatchPlan(index, index + 1, tuple(plan(row))))
+    return tuple(plans)
 
 
 def _plan_row(ends: list[int]) -> list[Rectangle]:
     found = []
+    for start, stop, end in _runs(ends):
+        found.append(Rectangle(start, stop, start, stop, True))
+        if end > stop:
+            found.append(Rectangle(stop, end, start, stop, False))
+    return found
+
+
+def _plan_row_with_reach(ends: list[int], reach: list[int]) -> list[Rectangle]:
+    found = []
+    for start, stop, end in _runs(ends):
+        for first, last, ahead in _queries_of(start, stop, reach[:end]):
+            if ahead is not None:
+                found.append(Rectangle(first, last, start, ahead, False))
+                continue
+            if first > start:
+                found.append(Rectangle(first, last, start, first, False))
+            found.append(Rectangle(first, last, first, last, True))
+    return found
+
+
+def _runs(ends: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Start, stop and `tree_end` of each run of keys that have one; those that nobody sees are in none."""
     start = 0
     for stop in range(1, len(ends) + 1):
         # The second test keeps a padding token out of the run that ends right before it.
@@ -151,8 +203,22 @@ def _plan_row(ends: list[int]) -> list[Rectangle]:
             continue
         end = min(ends[start], len(ends))
         if end > start:
-            found.append(Rectangle(start, stop, start, stop, True))
-            if end > stop:
-                found.append(Rectangle(stop, end, start, stop, False))
+            yield start, stop, end
         start = stop
-    return found
+
+
+def _queries_of(start: int, stop: int, reach: list[int]) -> Iterator[tuple[int, int, int | None]]:
+    """The queries that see keys of a run: first, last, and where those keys end for all of them; None: at the query itself for each."""
+    ahead = np.minimum(reach, stop)
+    seeing = np.flatnonzero(ahead > start)
+    ahead, itself = ahead[seeing], ahead[seeing] == seeing + 1
+    follows = np.diff(seeing) == 1
+    level, rising = follows & (np.diff(ahead) == 0), follows & itself[1:] & itself[:-1]
+    # A picture's last token reaches up to itself too, and belongs to the picture; the last of causal ones belongs to them.
+    rising[1:] &= ~level[:-1]
+    level[1:] &= ~rising[:-1]
+    cuts = np.flatnonzero(~(level | rising)) + 1
+    for first, last in zip([0, *cuts], [*cuts, len(seeing)], strict=True):
+        if first < last:
+            is_level = last - first == 1 or bool(level[first])
+            yield int(seeing[first]), int(seeing[last - 1]) + 1, int(ahead[first]) if is_level else None

@@ -114,6 +114,7 @@ class Rows {
     keys_ = arena.take<T>(kKeyBlock * a_.D);
     head_ = arena.take<T>(a_.D);
     position_ = arena.take<Int<T>>(M_);
+    stop_ = arena.take<Int<T>>(M_);
     depth_ = arena.take<Int<T>>(M_);
     shift_ = arena.take<T>(M_);
     total_ = arena.take<double>(M_);
@@ -147,6 +148,8 @@ class Rows {
     for (int64_t m = 0; m < M_; ++m) {
       const int32_t position = a_.row_positions[task_.batch * a_.R + row_of(m)];
       position_[m] = position;
+      const int64_t reach = a_.reach == nullptr ? position + 1 : a_.reach[task_.batch * a_.S + position];
+      stop_[m] = static_cast<Int<T>>(reach < a_.S ? reach : a_.S);
       depth_[m] = a_.depth == nullptr ? position : a_.depth[task_.batch * a_.S + position];
       shift_[m] = known ? lse[flat_row(m)] : -T(INFINITY);
       if (known && shift_[m] == -T(INFINITY)) shift_[m] = 0;
@@ -154,13 +157,13 @@ class Rows {
     }
   }
 
-  // Calls on_block(block) for each block of keys that some row may see, up to the last row's position.
+  // Calls on_block(block) for each block of keys that some row may see, up to where the rows' reach ends.
   template <class OnBlock>
   void for_blocks(const OnBlock& on_block) {
     KeyBlock<T> block;
-    Int<T> last = -1;
-    for (int64_t m = 0; m < M_; ++m) last = position_[m] > last ? position_[m] : last;
-    for (int64_t first = 0; first <= last; first += kKeyBlock) {
+    Int<T> last = 0;
+    for (int64_t m = 0; m < M_; ++m) last = stop_[m] > last ? stop_[m] : last;
+    for (int64_t first = 0; first < last; first += kKeyBlock) {
       describe(block, first);
       on_block(block);
     }
@@ -213,9 +216,10 @@ class Rows {
   bool look(const KeyBlock<T>& block, int64_t strip, Sight* sights) const {
     bool any = false;
     for (int64_t r = 0; r < kTileRows && strip * kTileRows + r < M_; ++r) {
-      const Int<T> i = position_[strip * kTileRows + r], depth = depth_[strip * kTileRows + r];
-      const bool none = i < block.index[0] || i >= block.max_end || (a_.window > 0 && depth - block.max_depth >= a_.window);
-      const bool all = i >= block.index[kKeyBlock - 1] && i < block.min_end && (a_.window == 0 || depth - block.min_depth < a_.window);
+      const int64_t m = strip * kTileRows + r;
+      const Int<T> i = position_[m], stop = stop_[m], depth = depth_[m];
+      const bool none = stop <= block.index[0] || i >= block.max_end || (a_.window > 0 && depth - block.max_depth >= a_.window);
+      const bool all = stop > block.index[kKeyBlock - 1] && i < block.min_end && (a_.window == 0 || depth - block.min_depth < a_.window);
       sights[r] = none ? Sight::none : all ? Sight::all : Sight::part;
       any |= !none;
     }
@@ -268,7 +272,7 @@ class Rows {
   Vec<Int<T>> visible(const KeyBlock<T>& block, int64_t m, int v) const {
     const Int<T> i = position_[m];
     const int64_t at = v * kLanes<T>;
-    Vec<Int<T>> seen = (load(block.index + at) <= i) & (load(block.end + at) > i);
+    Vec<Int<T>> seen = (load(block.index + at) < stop_[m]) & (load(block.end + at) > i);
     if (a_.window > 0) seen &= depth_[m] - load(block.depth + at) < static_cast<Int<T>>(a_.window);
     return seen;
   }
@@ -297,7 +301,7 @@ class Rows {
   const AttentionMassArgs& a_;
   const int64_t group_, M_, num_strips_;  // M_: rows times heads of the group, row-major
   T *query_, *keys_, *head_, *shift_;
-  Int<T> *position_, *depth_;
+  Int<T> *position_, *stop_, *depth_;  // stop_: the row sees keys before it
   double* total_;  // (M) of exponentials relative to shift_
 };
 

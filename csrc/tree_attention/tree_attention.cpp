@@ -30,6 +30,13 @@ void check(const TreeAttentionArgs& a) {
   require(a.num_threads >= 1, "num_threads must be at least 1");
 }
 
+// Where the keys end that rows [first, last) see.
+int64_t last_key(const TreeAttentionArgs& a, int64_t batch, int64_t first, int64_t last) {
+  if (a.reach == nullptr) return last;
+  const int64_t farthest = *std::max_element(a.reach + batch * a.S + first, a.reach + batch * a.S + last);
+  return std::clamp(farthest, last, a.S);
+}
+
 // A thread must have enough to do to be worth starting.
 int useful_threads(const TreeAttentionArgs& a) {
   constexpr double kMultiplyAddsPerThread = 2e6;
@@ -65,14 +72,15 @@ void tree_attention_forward(const TreeAttentionArgs& args) {
   const Run run = select_run(true);
   const int num_threads = useful_threads(args);
   const int64_t heads = std::max<int64_t>(args.B * args.Hkv, 1), blocks = (args.S + kTreeBlock - 1) / kTreeBlock;
-  // Every task packs the keys before its last row, so few tasks a head are best, as long as every thread finds some.
+  // Every task packs the keys that its last row may see, so few tasks a head are best, as long as every thread finds some.
   const int64_t splits = std::clamp<int64_t>((4 * num_threads + heads - 1) / heads, 1, std::max<int64_t>(blocks, 1));
   std::vector<TreeAttentionTask> tasks;
   // Later rows see more keys: the long tasks come first.
   for (int64_t split = splits - 1; split >= 0; --split) {
     const int64_t first = blocks * split / splits * kTreeBlock, last = std::min(blocks * (split + 1) / splits * kTreeBlock, args.S);
     for (int64_t b = 0; b < args.B && first < last; ++b) {
-      for (int64_t h = 0; h < args.Hkv && args.Hq > 0; ++h) tasks.push_back({&args, b, h, first, last});
+      const int64_t keys = last_key(args, b, first, last);
+      for (int64_t h = 0; h < args.Hkv && args.Hq > 0; ++h) tasks.push_back({&args, b, h, first, last, keys});
     }
   }
   run_all(tasks, num_threads, run);
@@ -83,7 +91,7 @@ void tree_attention_backward(const TreeAttentionArgs& args) {
   const Run run = select_run(false);
   std::vector<TreeAttentionTask> tasks;
   for (int64_t b = 0; b < args.B && args.S > 0; ++b) {
-    for (int64_t h = 0; h < args.Hkv && args.Hq > 0; ++h) tasks.push_back({&args, b, h, 0, args.S});
+    for (int64_t h = 0; h < args.Hkv && args.Hq > 0; ++h) tasks.push_back({&args, b, h, 0, args.S, args.S});
   }
   run_all(tasks, useful_threads(args), run);
 }

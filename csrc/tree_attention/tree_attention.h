@@ -1,4 +1,4 @@
-// Attention in which query i sees key j iff j <= i < tree_end[j], with its gradients, on the CPU in float32.
+// Attention in which query i sees key j iff j < reach[i] and i < tree_end[j], with its gradients, on the CPU in float32.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,7 @@ struct TreeAttentionArgs {
   int64_t B, Hq, Hkv, S, D;
   Heads query, key, value;
   const int32_t* tree_end;  // (B, S), or null = causal
+  const int32_t* reach;     // (B, S), or null = up to the query itself
   double scale;
   int num_threads;
   Heads output;  // forward writes it, backward reads it

@@ -2,8 +2,9 @@
 // tile shape, and includes this file once. Nothing here may call an inline function of the standard library, see simd.inl.
 //
 // Queries and keys are cut into blocks of kTreeBlock. For each pair of blocks of which something is visible, all products are made of
-// kTileRows x kTileKeys tiles that stay in registers. Only the blocks on the diagonal are causal; whether tree_end hides anything of a block
-// is known from its smallest and largest end.
+// kTileRows x kTileKeys tiles that stay in registers. Whether tree_end or reach hide anything of a pair of blocks is known from the smallest and
+// largest end of its keys and the smallest and largest reach of its queries. Where no query looks ahead, half of the tiles of a block on the
+// diagonal are left out.
 
 #include <cmath>
 #include <cstdint>
@@ -26,7 +27,14 @@ constexpr int64_t kWidth = kLanes<float>;
 constexpr int64_t kTileKeys = kTileColumns<float>;
 static_assert(kBlock % kTileRows == 0 && kBlock % kTileKeys == 0, "blocks are whole tiles");
 
-enum class Sight { none, part, all };
+// What a block of queries sees of a block of keys.
+struct Sight {
+  bool some;         // else nothing
+  bool some_end;     // tree_end hides keys from some queries
+  bool some_reach;   // some queries do not reach all keys
+  bool diagonal;     // one block, whose queries each reach up to themselves
+  bool masked() const { return some_end || some_reach; }
+};
 
 class Task {
  public:
@@ -34,7 +42,7 @@ class Task {
       : task_(task),
         a_(*task.args),
         D_(up_to(a_.D, kTileKeys)),
-        S_(up_to(task.last_row, kBlock)),
+        S_(up_to(task.last_key, kBlock)),
         group_(a_.Hq / a_.Hkv),
         scale_(static_cast<float>(a_.scale)) {}
 
@@ -55,6 +63,7 @@ class Task {
     Arena arena{static_cast<char*>(memory)};
     (this->*lay_out)(arena);
     find_ends();
+    find_reach();
     compute();
     free(memory);
     return true;
@@ -67,6 +76,10 @@ class Task {
     ends_ = arena.take<int32_t>(S_);
     min_end_ = arena.take<int32_t>(S_ / kBlock);
     max_end_ = arena.take<int32_t>(S_ / kBlock);
+    reach_ = arena.take<int32_t>(S_);
+    min_reach_ = arena.take<int32_t>(S_ / kBlock);
+    max_reach_ = arena.take<int32_t>(S_ / kBlock);
+    causal_ = arena.take<bool>(S_ / kBlock);
     shift_ = arena.take<float>(S_);
     total_ = arena.take<float>(S_);
   }
@@ -88,10 +101,10 @@ class Task {
     grad_p_ = arena.take<float>(kBlock * kBlock);
   }
 
-  // ends_: tree_end of each key, and its extremes over blocks. Keys past the last row are seen by none.
+  // ends_: tree_end of each key, and its extremes over blocks. Keys past the last one are seen by none.
   void find_ends() {
     for (int64_t j = 0; j < S_; ++j) {
-      const bool real = j < task_.last_row;
+      const bool real = j < task_.last_key;
       ends_[j] = !real ? 0 : a_.tree_end == nullptr ? static_cast<int32_t>(a_.S) : a_.tree_end[task_.batch * a_.S + j];
       const int64_t block = j / kBlock;
       if (j % kBlock == 0) min_end_[block] = max_end_[block] = ends_[j];
@@ -100,11 +113,34 @@ class Task {
     }
   }
 
-  // What queries [i, i + kBlock) see of keys [j, j + kBlock), the diagonal's causality left aside.
+  // reach_: of each query, its extremes over blocks, and in which blocks each query reaches up to itself. Rows past the last one count for none.
+  void find_reach() {
+    for (int64_t i = 0; i < S_; ++i) {
+      const bool real = i < task_.last_row;
+      const int32_t itself = static_cast<int32_t>(i + 1), end = static_cast<int32_t>(a_.S);
+      const int32_t given = a_.reach == nullptr || !real ? itself : a_.reach[task_.batch * a_.S + i];
+      reach_[i] = given < end ? given : end;
+      const int64_t block = i / kBlock;
+      if (i % kBlock == 0) {
+        min_reach_[block] = max_reach_[block] = real ? reach_[i] : 0;
+        causal_[block] = true;
+      }
+      if (!real) continue;
+      if (reach_[i] < min_reach_[block]) min_reach_[block] = reach_[i];
+      if (reach_[i] > max_reach_[block]) max_reach_[block] = reach_[i];
+      causal_[block] &= reach_[i] == itself;
+    }
+  }
+
+  // Queries [i, i + kBlock) and keys [j, j + kBlock).
   Sight look(int64_t i, int64_t j) const {
-    const int64_t last = (i + kBlock < task_.last_row ? i + kBlock : task_.last_row) - 1;
-    if (i >= max_end_[j / kBlock]) return Sight::none;
-    return last < min_end_[j / kBlock] ? Sight::all : Sight::part;
+    const int64_t last = (i + kBlock < task_.last_row ? i + kBlock : task_.last_row) - 1, rows = i / kBlock, keys = j / kBlock;
+    Sight sight;
+    sight.some = i < max_end_[keys] && j < max_reach_[rows];
+    sight.some_end = last >= min_end_[keys];
+    sight.some_reach = j + kBlock > min_reach_[rows];
+    sight.diagonal = i == j && causal_[rows];
+    return sight;
   }
 
   // to: (rows up to S_, D_), zero where there is nothing.
@@ -116,14 +152,14 @@ class Task {
     }
   }
 
-  // to: (S_ / kTileKeys, D, kTileKeys), zero past the last row.
+  // to: (S_ / kTileKeys, D, kTileKeys), zero past the last key.
   void pack_across(const Heads& from, float* to) const {
     for (int64_t panel = 0; panel < S_ / kTileKeys; ++panel) {
       for (int64_t k = 0; k < kTileKeys; ++k) {
         const int64_t j = panel * kTileKeys + k;
         const float* source = from.at(task_.batch, task_.key_head, j);
         float* column = to + panel * a_.D * kTileKeys + k;
-        for (int64_t d = 0; d < a_.D; ++d) column[d * kTileKeys] = j < task_.last_row ? source[d] : 0.0f;
+        for (int64_t d = 0; d < a_.D; ++d) column[d * kTileKeys] = j < task_.last_key ? source[d] : 0.0f;
       }
     }
   }
@@ -173,20 +209,20 @@ class Task {
     }
   }
 
-  // Whether query i sees the keys j + k ... : all ones in the lanes that it sees.
-  Vec<int32_t> visible(int64_t i, int64_t j, int64_t k, bool diagonal) const {
-    Vec<int32_t> seen = load(ends_ + j + k) > static_cast<int32_t>(i);
-    if (diagonal) {
+  // Whether query i, which reaches `stop`, sees keys j and those after it: all ones in the lanes that it sees.
+  Vec<int32_t> visible(int64_t i, int64_t j, int64_t stop, bool some_reach) const {
+    Vec<int32_t> seen = load(ends_ + j) > static_cast<int32_t>(i);
+    if (some_reach) {
       Vec<int32_t> index;
       for (int lane = 0; lane < kWidth; ++lane) index[lane] = lane;
-      seen &= index <= static_cast<int32_t>(i - j - k);
+      seen &= index < static_cast<int32_t>(stop - j);
     }
     return seen;
   }
 
   void compute_forward() {
     pack_across(a_.key, keys_across_);
-    pack_rows(a_.value, task_.key_head, 0, task_.last_row, value_);
+    pack_rows(a_.value, task_.key_head, 0, task_.last_key, value_);
     for (int64_t g = 0; g < group_; ++g) {
       const int64_t head = task_.key_head * group_ + g;
       for (int64_t i = task_.first_row; i < task_.last_row; i += kBlock) {
@@ -197,13 +233,12 @@ class Task {
           total_[r] = 0;
         }
         memset(output_, 0, kBlock * D_ * sizeof(float));
-        for (int64_t j = 0; j <= i; j += kBlock) {
+        for (int64_t j = 0; j < max_reach_[i / kBlock]; j += kBlock) {
           const Sight sight = look(i, j);
-          if (sight == Sight::none) continue;
-          const bool diagonal = i == j;
-          products(query_, count, keys_across_, j, diagonal, p_);
-          for (int64_t r = 0; r < count; ++r) absorb(i, j, r, diagonal, sight == Sight::part);
-          add_products(p_, count, value_ + j * D_, diagonal, output_);
+          if (!sight.some) continue;
+          products(query_, count, keys_across_, j, sight.diagonal, p_);
+          for (int64_t r = 0; r < count; ++r) absorb(i, j, r, sight);
+          add_products(p_, count, value_ + j * D_, sight.diagonal, output_);
         }
         write_rows(head, i, last);
       }
@@ -211,13 +246,15 @@ class Task {
   }
 
   // Turns row r of p_ from scores to exponentials, with the row's running maximum and total.
-  void absorb(int64_t i, int64_t j, int64_t r, bool diagonal, bool part) {
+  void absorb(int64_t i, int64_t j, int64_t r, const Sight& sight) {
     float* p = p_ + r * kBlock;
-    const int64_t end = up_to(limit(diagonal, r / kTileRows * kTileRows), kWidth);
+    const int64_t end = up_to(limit(sight.diagonal, r / kTileRows * kTileRows), kWidth);
+    const bool masked = sight.masked(), some_reach = sight.some_reach;
+    const int64_t stop = reach_[i + r];
     V peaks = broadcast(-INFINITY);
     for (int64_t k = 0; k < end; k += kWidth) {
       V s = load(p + k) * scale_;
-      if (diagonal || part) s = visible(i + r, j, k, diagonal) ? s : broadcast(-INFINITY);
+      if (masked) s = visible(i + r, j + k, stop, some_reach) ? s : broadcast(-INFINITY);
       store<float>(p + k, s);
       // NaN counts as largest, so that it is not lost.
       peaks = (s > peaks) | (s != s) ? s : peaks;
@@ -267,17 +304,16 @@ class Task {
       memset(grad_query_, 0, S_ * D_ * sizeof(float));
       start_rows(head);
       for (int64_t j = 0; j < a_.S; j += kBlock) {
-        for (int64_t i = j; i < a_.S; i += kBlock) {
+        for (int64_t i = 0; i < a_.S; i += kBlock) {
           const Sight sight = look(i, j);
-          if (sight == Sight::none) continue;
-          const bool diagonal = i == j;
+          if (!sight.some) continue;
           const int64_t count = rows_of(i);
-          products(query_ + i * D_, count, keys_across_, j, diagonal, p_);
-          products(grad_output_ + i * D_, count, values_across_, j, diagonal, grad_p_);
-          for (int64_t r = 0; r < count; ++r) differentiate(i, j, r, diagonal, sight == Sight::part);
-          add_transposed(p_, count, grad_output_ + i * D_, diagonal, grad_value_ + j * D_);
-          add_transposed(grad_p_, count, query_ + i * D_, diagonal, grad_key_ + j * D_);
-          add_products(grad_p_, count, key_ + j * D_, diagonal, grad_query_ + i * D_);
+          products(query_ + i * D_, count, keys_across_, j, sight.diagonal, p_);
+          products(grad_output_ + i * D_, count, values_across_, j, sight.diagonal, grad_p_);
+          for (int64_t r = 0; r < count; ++r) differentiate(i, j, r, sight);
+          add_transposed(p_, count, grad_output_ + i * D_, sight.diagonal, grad_value_ + j * D_);
+          add_transposed(grad_p_, count, query_ + i * D_, sight.diagonal, grad_key_ + j * D_);
+          add_products(grad_p_, count, key_ + j * D_, sight.diagonal, grad_query_ + i * D_);
         }
       }
       unpack(grad_query_, a_.grad_query, head, scale_);
@@ -302,14 +338,16 @@ class Task {
   }
 
   // Row r of p_: scores to probabilities. Of grad_p_: gradients of probabilities to gradients of scores.
-  void differentiate(int64_t i, int64_t j, int64_t r, bool diagonal, bool part) {
+  void differentiate(int64_t i, int64_t j, int64_t r, const Sight& sight) {
     float *p = p_ + r * kBlock, *grad = grad_p_ + r * kBlock;
-    const int64_t end = up_to(limit(diagonal, r / kTileRows * kTileRows), kWidth);
+    const int64_t end = up_to(limit(sight.diagonal, r / kTileRows * kTileRows), kWidth);
     const float shift = shift_[i + r], taken = total_[i + r];
+    const bool masked = sight.masked(), some_reach = sight.some_reach;
+    const int64_t stop = reach_[i + r];
     for (int64_t k = 0; k < end; k += kWidth) {
       V e = exp_(load(p + k) * scale_ - shift), change = e * (load(grad + k) - taken);
-      if (diagonal || part) {
-        const Vec<int32_t> seen = visible(i + r, j, k, diagonal);
+      if (masked) {
+        const Vec<int32_t> seen = visible(i + r, j + k, stop, some_reach);
         e = seen ? e : V{};
         change = seen ? change : V{};
       }
@@ -320,13 +358,14 @@ class Task {
 
   const TreeAttentionTask& task_;
   const TreeAttentionArgs& a_;
-  const int64_t D_, S_, group_;  // D_, S_: padded to whole tiles and blocks
+  const int64_t D_, S_, group_;  // D_, S_: head size and keys of the task, padded to whole tiles and blocks
   const float scale_;
   float *keys_across_, *values_across_ = nullptr;
   float *query_, *key_ = nullptr, *value_ = nullptr, *output_ = nullptr;
   float *grad_output_ = nullptr, *grad_query_ = nullptr, *grad_key_ = nullptr, *grad_value_ = nullptr;
   float *p_, *grad_p_ = nullptr, *shift_, *total_;
-  int32_t *ends_, *min_end_, *max_end_;
+  int32_t *ends_, *min_end_, *max_end_, *reach_, *min_reach_, *max_reach_;
+  bool* causal_;
 };
 
 }  // namespace

@@ -10,6 +10,7 @@ struct TreeAttentionTask {
   int64_t batch;
   int64_t key_head;
   int64_t first_row, last_row;  // forward: query rows [first, last), the first a multiple of the kernel's block
+  int64_t last_key;             // no row of the task sees one from here on; at least last_row
 };
 
 // Rows of a block: forward tasks start at multiples of it.

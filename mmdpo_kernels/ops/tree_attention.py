@@ -270,6 +270,7 @@ def attention_op(
     *fields, backend, gradient = rest
     call = TreeAttentionCall(*fields)
     check_segments(OP, call.segments, call.num_segments, query.shape[0], query.shape[2])
+    check_reach(OP, call.reach, call.tree_end, query.shape[0], query.shape[2])
     module = _resolve(backend, query, value, call, gradient)
     query, key, value = _dense(query, key, value)
     with autocast_off(query.device.type):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from trees import random_tree_end
+from trees import random_tree_end, with_reach
 
 from mmdpo_kernels import attention_mass, tree_attention
 
@@ -37,15 +37,29 @@ def call(c: dict[str, Tensor], query_rows: Tensor, key: Tensor, **options: objec
         num_segments=3,
         tree_end=c["tree_end"],
         backend="reference",
-        **options,  # type: ignore[arg-type]
+        **{"reach": c.get("reach"), **options},  # type: ignore[arg-type]
     )
 
 
+def looking_ahead(c: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By packed index of the token: the rows' places are 3, 18, 7, 11 and 0."""
+    tree_end, reach = with_reach(c["tree_end"], 0, kind="pictures")
+    return {**c, "tree_end": tree_end, "reach": reach}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_equals_the_mass_of_tree_attention(seed: int) -> None:
-    c = case(seed)
+def test_equals_the_mass_of_tree_attention(seed: int, ahead: bool) -> None:
+    c = looking_ahead(case(seed)) if ahead else case(seed)
     whole = tree_attention(
-        c["query"], c["key"], c["key"], c["tree_end"], segments=c["segments"], num_segments=3, backend="reference"
+        c["query"],
+        c["key"],
+        c["key"],
+        c["tree_end"],
+        reach=c.get("reach"),
+        segments=c["segments"],
+        num_segments=3,
+        backend="reference",
     )
     index = c["row_positions"].clamp(min=0)[:, None, :, None].expand(-1, 4, -1, 3)
     used = (c["row_positions"] >= 0)[:, None, :, None]
@@ -65,7 +79,7 @@ def test_equals_the_mass_of_tree_attention(seed: int) -> None:
 @pytest.mark.parametrize("reduce", [None, "mean", "tokens"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"window": 4}])
 def test_gradcheck(reduce: str | None, options: dict[str, float]) -> None:
-    c = case(0)
+    c = looking_ahead(case(0)) if "window" in options else case(0)
     rows, key = rows_of(c).requires_grad_(), c["key"].requires_grad_()
     assert torch.autograd.gradcheck(lambda q, k: call(c, q, k, reduce=reduce, **options), (rows, key))
 
@@ -83,6 +97,7 @@ def test_rows_that_see_nothing_are_zero() -> None:
         ({"reduce": "sum"}, "reduce must be"),
         ({"lse": torch.zeros(2, 4, 1)}, "lse must have shape"),
         ({"softcap": -1.0}, "softcap must be above 0"),
+        ({"reach": torch.ones(2, 3, dtype=torch.int32)}, r"reach must have shape \(2, 19\), got \(2, 3\)"),
     ],
 )
 def test_errors_name_the_argument(options: dict[str, object], message: str) -> None:
@@ -91,10 +106,10 @@ def test_errors_name_the_argument(options: dict[str, object], message: str) -> N
         call(c, rows_of(c), c["key"], **options)
 
 
-@pytest.mark.parametrize("name", ["segments", "row_positions", "tree_end", "lse"])
+@pytest.mark.parametrize("name", ["segments", "row_positions", "tree_end", "reach", "lse"])
 def test_a_tensor_on_another_device_is_refused(name: str) -> None:
     c = case(0)
-    given = {**c, "lse": torch.zeros(2, 4, 3)}
+    given = {**c, "lse": torch.zeros(2, 4, 3), "reach": torch.arange(1, 20).expand(2, -1)}
     given[name] = given[name].to("meta")
     with pytest.raises(ValueError, match=f"{name} must be on the query's device cpu, got meta"):
         call(given, rows_of(c), given["key"], lse=given["lse"])

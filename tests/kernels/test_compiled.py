@@ -199,8 +199,9 @@ def test_export_of_a_padded_batch() -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
-def test_the_op_by_itself_with_every_output(backend: str) -> None:
-    """With masses and their gradients; a tree that the compiled code makes itself, twice."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_op_by_itself_with_every_output(backend: str, ahead: bool) -> None:
+    """With masses and their gradients; a tree and a reach that the compiled code makes itself, twice."""
     shape = (2, 4, LENGTH, 8)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     ends = torch.randint(0, LENGTH, (2, LENGTH), dtype=torch.int32)
@@ -210,7 +211,12 @@ def test_the_op_by_itself_with_every_output(backend: str) -> None:
         total = query.new_zeros(())
         for step in (1, 5):
             tree = torch.maximum((ends + step).clamp(max=LENGTH), torch.arange(LENGTH, dtype=torch.int32))
-            found = tree_attention(query, key, value, tree, segments=segments, num_segments=3, softcap=3.0)
+            reach = None
+            if ahead:
+                index = torch.arange(LENGTH)
+                tree = torch.where(tree > index, tree, 0)
+                reach = torch.where(index < step, step, index + 1).expand(2, -1)
+            found = tree_attention(query, key, value, tree, reach=reach, segments=segments, num_segments=3, softcap=3.0)
             total = total + found.output.square().sum() + found.mass.square().sum() + found.lse.exp().nan_to_num().sum()
         return total
 
@@ -218,6 +224,14 @@ def test_the_op_by_itself_with_every_output(backend: str) -> None:
     want, got = loss(*inputs), compiled(*inputs)
     same(got, want)
     same(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs))
+
+
+def test_compiled_code_that_looks_ahead_too_little_is_refused() -> None:
+    """As values are not known while it is traced, when it runs."""
+    query, ends = torch.randn(1, 1, 4, 8), torch.full((1, 4), 4)
+    compiled = torch.compile(lambda reach: tree_attention(query, query, query, ends, reach=reach).output, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"reach\[0, 2\] must be in \[3, 4\], got 2"):
+        compiled(torch.tensor([[1, 2, 2, 4]]))
 
 
 def family(name: str, folder: Path) -> LoadedModel:

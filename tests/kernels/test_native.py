@@ -52,12 +52,31 @@ def test_as_accurate_as_pytorch(level: str, option: str, lse: bool, dtype: torch
                 assert_as_accurate(call.run(native, reduce), call.run(reference, reduce), truth, largest)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_reach_as_accurate_as_pytorch(level: str, option: str, reduce: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
+    for sizes in SIZES.values():
+        for tree in (False, True):
+            call = make_call(sizes, torch.float32, OPTIONS[option], tree, reach=True)
+            largest = call.largest_score()
+            truth = call.run(reference, reduce, torch.float64)
+            assert_as_accurate(call.run(native, reduce), call.run(reference, reduce), truth, largest)
+            grad = torch.randn_like(truth)
+            ours, plain = (call.run_backward(module, reduce, grad.float()) for module in (native, reference))
+            exact = call.run_backward(reference, reduce, grad, torch.float64)
+            for mine, theirs, want in zip(ours, plain, exact, strict=True):
+                assert_sums_as_accurate(mine, theirs, want, largest)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("lse", [False, True])
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_float64_is_float64(option: str, lse: bool, reduce: str | None) -> None:
+@pytest.mark.parametrize("reach", [False, True])
+def test_float64_is_float64(option: str, lse: bool, reduce: str | None, reach: bool) -> None:
     for sizes in SIZES.values():
-        call = make_call(sizes, torch.float64, OPTIONS[option], lse=lse)
+        call = make_call(sizes, torch.float64, OPTIONS[option], lse=lse, reach=reach)
         torch.testing.assert_close(call.run(native, reduce), call.run(reference, reduce), rtol=1e-13, atol=1e-15)
 
 

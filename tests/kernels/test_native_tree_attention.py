@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from torch import Tensor
-from trees import assert_accurate, random_tree_end
+from trees import assert_accurate, random_tree_end, with_reach
 
 from mmdpo_kernels import backends, tree_attention
 from mmdpo_kernels.backends.native import extension
@@ -29,10 +29,12 @@ def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(batch, length, h, dim).transpose(1, 2).requires_grad_() for h in (heads, kv, kv))  # type: ignore[return-value]
 
 
-def run(qkv: tuple[Tensor, ...], tree_end: Tensor | None, up: Tensor, dtype: torch.dtype, backend: str) -> list[Tensor]:
+def run(
+    qkv: tuple[Tensor, ...], tree_end: Tensor | None, up: Tensor, dtype: torch.dtype, backend: str, reach: Tensor | None = None
+) -> list[Tensor]:
     """Output, lse, gradients."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in qkv]
-    out = tree_attention(*leaves, tree_end, backend=backend)
+    out = tree_attention(*leaves, tree_end, reach=reach, backend=backend)
     return [out.output.detach(), out.lse.detach(), *torch.autograd.grad(out.output, leaves, up.to(dtype))]
 
 
@@ -41,9 +43,23 @@ def run(qkv: tuple[Tensor, ...], tree_end: Tensor | None, up: Tensor, dtype: tor
 def test_as_accurate_as_pytorch(shape: tuple[int, ...], seed: int | None) -> None:
     qkv = inputs(shape)
     tree_end = None if seed is None else random_tree_end(shape[0], shape[3], seed)
+    check_beside_flash(qkv, tree_end, None)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["pictures", "prefix"])
+def test_reach_as_accurate_as_pytorch(shape: tuple[int, ...], kind: str) -> None:
+    """Pictures across blocks; the whole root of a tree, and of one sequence."""
+    tree_end, reach = with_reach(random_tree_end(shape[0], shape[3], 3), 0, kind=kind)
+    check_beside_flash(inputs(shape), tree_end, reach)
+    whole, reach = with_reach(torch.full_like(tree_end, shape[3]), 1, kind=kind)
+    check_beside_flash(inputs(shape), None, reach)
+
+
+def check_beside_flash(qkv: tuple[Tensor, ...], tree_end: Tensor | None, reach: Tensor | None) -> None:
     up = torch.randn(qkv[0].shape)
-    ours, flash = (run(qkv, tree_end, up, torch.float32, name) for name in ("native", "sdpa"))
-    truth = run(qkv, tree_end, up, torch.float64, "reference")
+    ours, flash = (run(qkv, tree_end, up, torch.float32, name, reach) for name in ("native", "sdpa"))
+    truth = run(qkv, tree_end, up, torch.float64, "reference", reach)
     assert torch.equal(ours[1].isinf(), truth[1].isinf())
     for mine, theirs, exact in zip(ours, flash, truth, strict=True):
         # Of the largest entry, since all are sums of terms of that size; a gradient's terms may cancel, and are of the size of `up`.
@@ -76,20 +92,32 @@ def test_is_what_auto_takes() -> None:
         tree_attention(q, k, v, window=3, backend="native")
 
 
-def test_result_does_not_depend_on_threads() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_result_does_not_depend_on_threads(ahead: bool) -> None:
     qkv = inputs((1, 3, 3, 500, 32))
-    tree_end = random_tree_end(1, 500, 4)
+    tree_end, reach = random_tree_end(1, 500, 4), None
+    if ahead:
+        tree_end, reach = with_reach(tree_end, 2, kind="pictures")
     up = torch.randn(qkv[0].shape)
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 5):
             torch.set_num_threads(count)
-            found.append(run(qkv, tree_end, up, torch.float32, "native"))
+            found.append(run(qkv, tree_end, up, torch.float32, "native", reach))
     finally:
         torch.set_num_threads(threads)
     for one, five in zip(*found, strict=True):
         assert torch.equal(one, five)
+
+
+def test_reach_of_each_query_itself_is_no_reach() -> None:
+    qkv = inputs((1, 3, 3, 500, 32))
+    tree_end = random_tree_end(1, 500, 4, padding=False)
+    reach = torch.arange(1, 501, dtype=torch.int32)[None]
+    up = torch.randn(qkv[0].shape)
+    for one, other in zip(*(run(qkv, tree_end, up, torch.float32, "native", r) for r in (None, reach)), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("how", ["contiguous heads", "sliced", "expanded gradient"])
@@ -152,7 +180,8 @@ def test_levels(level: str) -> None:
         "import torch; from mmdpo_kernels import tree_attention; torch.manual_seed(0)\n"
         "q = torch.randn(1, 2, 300, 40, requires_grad=True)\n"
         "ends = torch.full((1, 300), 300, dtype=torch.int32); ends[0, 100:200] = 200\n"
-        "out = [tree_attention(q, q, q, ends, backend=name).output for name in ('native', 'reference')]\n"
+        "reach = torch.arange(1, 301)[None].clone(); reach[0, 110:150] = 150\n"
+        "out = [tree_attention(q, q, q, ends, reach=reach, backend=name).output for name in ('native', 'reference')]\n"
         "torch.testing.assert_close(*out, rtol=1e-4, atol=1e-5)\n"
         "torch.testing.assert_close(*[torch.autograd.grad(o.sin().sum(), q)[0] for o in out], rtol=1e-4, atol=1e-5)\n"
     )

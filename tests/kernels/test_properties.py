@@ -29,6 +29,7 @@ from property_cases import (
     under_a_cap,
 )
 from torch import Tensor
+from trees import LOOKING_AHEAD
 
 from mmdpo_kernels import attention_mass, tree_attention
 from mmdpo_kernels.backends import registry
@@ -167,6 +168,9 @@ WRONG: dict[str, Callable[..., Any]] = {
     "subtrees end one early": field("tree_end", lambda ends: (ends - 1).clamp(min=0)),
     "subtrees end one late": field("tree_end", lambda ends: (ends + 1).clamp(max=ends.shape[1])),
     "windows one too wide": field("window", lambda window: window + 1),
+    "queries reach one too short": field("reach", lambda reach: reach - 1),
+    "queries reach one too far": field("reach", lambda reach: reach + 1),
+    "no reach in the backward": field("reach", lambda reach: None, only="backward"),
     "no softcap in the backward": field("softcap", lambda softcap: None, only="backward"),
     "another scale in the backward": field("scale", lambda scale: scale * 1.01, only="backward"),
     "segments one token off": field("segments", lambda segments: segments.roll(1, dims=1)),
@@ -326,6 +330,7 @@ def test_seeds_reach_what_they_should() -> None:
     calls = [property_cases.draw(op, seed, rng.choice(DTYPES)) for op in DRAWN for seed in range(160)]
     traits = {trait.split(" segments ")[-1] for call in calls for trait in call.traits}
     assert traits >= {*property_cases.TREES, *property_cases.SEGMENTS, *property_cases.LAYOUTS, "lse given"}
+    assert traits >= {"no reach", *(f"reach of {kind}" for kind in LOOKING_AHEAD)}
     for name in ("softcap", "window", "scale"):
         assert {call.options[name] is None for call in calls} == {True, False}
     assert {call.num_segments > 16 for call in calls} == {True, False}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 from weakref import WeakSet
 
 import pytest
 import torch
 from torch import Tensor
-from trees import assert_accurate, random_tree_end
+from trees import LOOKING_AHEAD, assert_accurate, random_tree_end, with_reach
 
 from mmdpo_kernels import tree_attention
 from mmdpo_kernels.backends.sdpa import flash
@@ -61,10 +62,13 @@ def test_forward_and_backward_equal_the_rule(backend: str, shape: tuple[int, ...
         torch.testing.assert_close(a, b.nan_to_num(0.0), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 3}, {"scale": 0.3}])
-def test_reference_gradcheck(options: dict[str, float]) -> None:
+REACH = torch.tensor([[2, 2, 4, 4, 5], [3, 3, 3, 4, 5]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 3}, {"scale": 0.3}, {"reach": REACH, "window": 2}])
+def test_reference_gradcheck(options: dict[str, Any]) -> None:
     q, k, v = inputs(2, 2, 1, 5, 4)
-    tree_end = torch.tensor([[5, 5, 4, 4, 5], [2, 2, 2, 5, 4]], dtype=torch.int32)
+    tree_end = torch.tensor([[5, 5, 4, 4, 5], [2, 2, 0 if "reach" in options else 2, 5, 0]], dtype=torch.int32)
     segments = torch.tensor([[0, 1, -1, 0, 1], [1, 1, 0, -1, -1]])
 
     def run(*qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,6 +121,42 @@ def test_rectangles_cover_the_rule_exactly_once(seed: int) -> None:
     assert torch.equal(count, visible(tree_end).long())
 
 
+@pytest.mark.parametrize("kind", LOOKING_AHEAD)
+@pytest.mark.parametrize("seed", range(10))
+def test_rectangles_with_reach_cover_the_rule_exactly_once(seed: int, kind: str) -> None:
+    tree_end = random_tree_end(3, 23, seed)
+    tree_end[:, 5:9:2] = 0
+    tree_end, reach = with_reach(tree_end, seed, kind=kind)
+    for ends in (tree_end, None):
+        count = torch.zeros(3, 23, 23, dtype=torch.int64)
+        for plan in rectangles(ends, reach):
+            for r in plan.rectangles:
+                block = torch.ones(r.q1 - r.q0, r.k1 - r.k0, dtype=torch.int64)
+                count[plan.b0 : plan.b1, r.q0 : r.q1, r.k0 : r.k1] += block.tril() if r.causal else block
+        assert torch.equal(count, visible(torch.full_like(tree_end, 23) if ends is None else ends, reach=reach).long())
+
+
+def test_a_picture_is_one_full_rectangle() -> None:
+    """With what is before it; the text after it sees both in another."""
+    reach = torch.tensor([[1, 2, 6, 6, 6, 6, 7, 8]], dtype=torch.int32)
+    (plan,) = rectangles(None, reach)
+    assert [tuple(rectangle) for rectangle in plan.rectangles] == [
+        (0, 2, 0, 2, True),
+        (2, 6, 0, 6, False),
+        (6, 8, 0, 6, False),
+        (6, 8, 6, 8, True),
+    ]
+
+
+def test_plan_follows_an_edit_of_reach() -> None:
+    tree_end = torch.tensor([[4, 4, 4, 4]], dtype=torch.int32)
+    reach = torch.tensor([[1, 2, 3, 4]], dtype=torch.int32)
+    before = rectangles(tree_end, reach)
+    assert rectangles(tree_end[:, :], reach) is before
+    reach[0, 1] = 3
+    assert rectangles(tree_end, reach) != before
+
+
 def test_depth_leaves_siblings_out() -> None:
     # A prompt of 3, a branch of 2, a branch of 3; then a left-padded row.
     tree_end = torch.tensor([[8, 8, 8, 5, 5, 8, 8, 8], [0, 1, 8, 8, 8, 8, 8, 8]], dtype=torch.int32)
@@ -161,6 +201,14 @@ def test_plans_of_views_do_not_pile_up() -> None:
         ({"num_segments": 2}, "needs segments"),
         ({"segments": torch.full((1, 4), 5), "num_segments": 2}, r"segments must be in \[-1, 2\), got 5"),
         ({"window": 0}, "window must be above 0"),
+        ({"reach": torch.ones(4, dtype=torch.int32)}, r"reach must have shape \(1, 4\), got \(4,\)"),
+        ({"reach": torch.tensor([[1, 2, 2, 4]])}, r"reach\[0, 2\] must be in \[3, 4\], got 2"),
+        ({"reach": torch.tensor([[1, 2, 5, 4]])}, r"reach\[0, 2\] must be in \[3, 4\], got 5"),
+        (
+            {"tree_end": torch.tensor([[4, 4, 2, 4]]), "reach": torch.tensor([[4, 4, 4, 4]])},
+            r"with reach, a hidden key's tree_end must be 0, got tree_end\[0, 2\] = 2",
+        ),
+        ({"backend": "varlen", "reach": torch.tensor([[1, 2, 3, 4]])}, "variable-length flash attention has no reach"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, object], message: str) -> None:
@@ -230,20 +278,41 @@ def test_automatic_choice_keeps_the_gradient_through_lse() -> None:
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("name", ["tree_end", "segments"])
+def test_reach_must_be_integer() -> None:
+    q, k, v = (t.detach() for t in inputs(1, 2, 1, 4, 8))
+    with pytest.raises(TypeError, match=r"reach must be an integer tensor, got torch.float32"):
+        tree_attention(q, k, v, reach=torch.ones(1, 4))
+
+
+def test_a_hidden_query_may_have_any_reach() -> None:
+    """What it sees is nobody's business; the largest reach there is stays within the keys."""
+    q, k, v = inputs(1, 2, 1, 5, 8)
+    tree_end, reach = torch.tensor([[5, 5, 0, 5, 0]]), torch.tensor([[2, 2, 99, 5, 0]])
+    found = []
+    for backend in ("reference", "sdpa"):
+        out = tree_attention(q, k, v, tree_end, reach=reach, backend=backend)
+        found.append((out.output, *torch.autograd.grad(out.output.sum(), (q, k, v))))
+    for ours, truth in zip(*found, strict=True):
+        torch.testing.assert_close(ours, truth)
+    assert (found[0][0][:, :, 4] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["tree_end", "reach", "segments"])
 def test_a_list_is_no_tensor(name: str) -> None:
     query = torch.randn(1, 2, 4, 8)
     with pytest.raises(TypeError, match=rf"{name} must be a tensor of shape \(1, 4\), got list"):
         tree_attention(query, query, query, **{name: [[4, 4, 4, 4]]})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["value", "tree_end", "segments"])
+@pytest.mark.parametrize("name", ["value", "tree_end", "reach", "segments"])
 def test_a_tensor_on_another_device_is_refused(name: str) -> None:
     query, tree_end = torch.randn(1, 2, 4, 8), torch.full((1, 4), 4, dtype=torch.int32)
-    given = {"value": query, "tree_end": tree_end, "segments": torch.zeros(1, 4, dtype=torch.int32)}
+    given = {"value": query, "tree_end": tree_end, "segments": torch.zeros(1, 4, dtype=torch.int32), "reach": tree_end}
     given[name] = given[name].to("meta")
     with pytest.raises(ValueError, match=f"{name} must be on the query's device cpu, got meta"):
-        tree_attention(query, query, given["value"], given["tree_end"], segments=given["segments"], num_segments=1)
+        tree_attention(
+            query, query, given["value"], given["tree_end"], reach=given["reach"], segments=given["segments"], num_segments=1
+        )
 
 
 def test_a_gpu_s_flash_attention_is_given_an_lse_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
-from trees import random_tree_end
+from trees import random_tree_end, with_reach
 
 from mmdpo_kernels import tree_attention
 from mmdpo_kernels.backends.calls import TreeAttentionCall
@@ -174,6 +174,7 @@ def test_varlen_says_what_it_lacks() -> None:
     )
     assert "multiples of 8, got 20" in str(varlen.unavailable_reason("cuda", torch.float16, head_dim=20))
     assert "no per-segment mass" in str(varlen.unavailable_reason("cuda", torch.float16, mass=True))
+    assert "has no reach" in str(varlen.unavailable_reason("cuda", torch.float16, reach=True))
 
 
 def test_every_library_says_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,13 +201,19 @@ def test_pytorchs_operators_take_these_arguments() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(("options", "seed"), [({"window": 3, "softcap": 2.0, "scale": 0.3}, 1), ({}, None)], ids=str)
-def test_flex_equals_the_reference(options: dict[str, float], seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_equals_the_reference(
+    options: dict[str, Any], seed: int | None, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # PyTorch forbids the backward on the CPU, and has it.
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(flex, "unavailable_reason", lambda *call, **features: None)
     qkv = inputs((2, 4, 2, 37, 16))
     tree_end = None if seed is None else random_tree_end(2, 37, seed)
+    if ahead:
+        ends, reach = with_reach(torch.full((2, 37), 37) if tree_end is None else tree_end, 5, kind="pictures")
+        tree_end, options = None if seed is None else ends, {**options, "reach": reach}
     for ours, truth in zip(*(results(name, qkv, tree_end, True, **options) for name in ("flex", "reference")), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
 
@@ -223,11 +230,16 @@ def test_flex_forward_on_the_cpu() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 5, 30])
 @pytest.mark.parametrize("seed", range(6))
-def test_flex_blocks_hold_what_the_tree_shows(window: int | None, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_flex_blocks_hold_what_the_tree_shows(
+    window: int | None, seed: int, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No visible pair in an empty block, no hidden pair in a full one; blocks of 8, ragged at the end."""
     monkeypatch.setattr(flex, "_BLOCK", 8)
-    tree_end = random_tree_end(3, 61, seed)
-    mask = flex._block_mask(tree_end, window)
+    tree_end, reach = random_tree_end(3, 61, seed), None
+    if ahead:
+        tree_end, reach = with_reach(tree_end, seed)
+    mask = flex._block_mask(tree_end, window, reach)
     kinds = torch.zeros(3, 8, 8, dtype=torch.int64)
     for kind, (counts, which) in enumerate(
         ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)), start=1
@@ -236,12 +248,12 @@ def test_flex_blocks_hold_what_the_tree_shows(window: int | None, seed: int, mon
         for b in range(3):
             for q in range(8):
                 kinds[b, q, which[b, 0, q, : int(counts[b, 0, q])].long()] += kind
-    seen = torch.nn.functional.pad(visible(tree_end, window), (0, 3, 0, 3)).unflatten(2, (8, 8)).unflatten(1, (8, 8))
+    seen = torch.nn.functional.pad(visible(tree_end, window, reach), (0, 3, 0, 3)).unflatten(2, (8, 8)).unflatten(1, (8, 8))
     some, every = seen.any(4).any(2), seen.all(4).all(2)
     assert kinds.max() <= 2
     assert not (some & (kinds == 0)).any()
     assert not (~every & (kinds == 2)).any()
-    if window is None:
+    if window is None and not ahead:
         assert torch.equal(kinds == 2, every)
         assert seed > 2 or (kinds == 0).any()
 

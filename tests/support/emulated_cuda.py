@@ -53,7 +53,7 @@ class _Args(ctypes.Structure):
         ("query_strides", ctypes.c_int64 * 3),
         ("key", ctypes.c_void_p),
         ("key_strides", ctypes.c_int64 * 3),
-        *((name, ctypes.c_void_p) for name in ("segments", "row_positions", "tree_end", "depth", "lse")),
+        *((name, ctypes.c_void_p) for name in ("segments", "row_positions", "tree_end", "reach", "depth", "lse")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
         ("window", ctypes.c_int64),

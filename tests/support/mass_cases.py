@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trees import random_tree_end
+from trees import random_tree_end, with_reach
 
 from mmdpo_kernels.backends.calls import AttentionMassCall
 from mmdpo_kernels.backends.reference.scores import capped_scores
@@ -38,13 +38,14 @@ class Call:
     options: dict[str, float]
     num_segments: int = 4
     lse: Tensor | None = None
+    reach: Tensor | None = None
 
     def arguments(self, reduce: str | None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, AttentionMassCall]:
         query_rows, key = (t if dtype is None else t.to(dtype) for t in (self.query_rows, self.key))
         lse = self.lse if self.lse is None or dtype is None else self.lse.to(dtype)
         options: dict[str, Any] = {"softcap": None, "window": None, "scale": key.shape[-1] ** -0.5, **self.options}
         known = (self.segments, self.row_positions, self.num_segments, self.tree_end, lse)
-        return query_rows, key, AttentionMassCall(*known, reduce=reduce, **options)
+        return query_rows, key, AttentionMassCall(*known, reduce=reduce, reach=self.reach, **options)
 
     def run(self, module: object, reduce: str | None, dtype: torch.dtype | None = None) -> Tensor:
         return module.forward(*self.arguments(reduce, dtype))  # type: ignore[attr-defined]
@@ -64,11 +65,14 @@ class Call:
             self.query_rows.double(), self.key.double(), self.key.shape[-1] ** -0.5, self.options.get("softcap")
         )
         tree_end = self.tree_end if self.tree_end is not None else torch.full_like(self.segments, self.segments.shape[1])
-        return scores.masked_fill(~visible_rows(self.row_positions, tree_end, self.options.get("window"))[:, None], float("-inf"))
+        seen = visible_rows(self.row_positions, tree_end, self.options.get("window"), self.reach)
+        return scores.masked_fill(~seen[:, None], float("-inf"))
 
 
-def make_call(sizes: Sizes, dtype: torch.dtype, options: dict[str, float], tree: bool = True, lse: bool = False) -> Call:
-    """Non-contiguous query and key, long segments and short ones, unused rows."""
+def make_call(
+    sizes: Sizes, dtype: torch.dtype, options: dict[str, float], tree: bool = True, lse: bool = False, reach: bool = False
+) -> Call:
+    """Non-contiguous query and key, long segments and short ones, unused rows; with reach, pictures in the tree's nodes."""
     query = torch.randn(sizes.B, sizes.R, sizes.Hq, sizes.D).to(dtype).transpose(1, 2)
     key = (1.5 * torch.randn(sizes.B, sizes.S, sizes.Hkv, 2 * sizes.D)).to(dtype)[..., : sizes.D].transpose(1, 2)
     segments = (torch.arange(sizes.S) * 5 // sizes.S - 1).repeat(sizes.B, 1)
@@ -77,6 +81,10 @@ def make_call(sizes: Sizes, dtype: torch.dtype, options: dict[str, float], tree:
     rows[0, 0] = sizes.S - 1
     tree_end = random_tree_end(sizes.B, sizes.S, seed=sizes.S, padding=False) if tree else None
     call = Call(query, key, segments, rows, tree_end, options)
+    if reach:
+        ends = torch.full((sizes.B, sizes.S), sizes.S) if tree_end is None else tree_end
+        ends, call.reach = with_reach(ends, sizes.S, kind="pictures")
+        call.tree_end = ends if tree else None
     call.lse = call.scores().logsumexp(-1).float() if lse else None
     return call
 

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from devices import DEVICE
 from torch import Tensor
-from trees import random_tree_end
+from trees import LOOKING_AHEAD, random_tree_end, with_reach
 
 from mmdpo_kernels import attention_mass, tree_attention
 from mmdpo_kernels.backends.registry import load
@@ -44,6 +44,7 @@ class Call:
     """Leaves that need a gradient."""
     upstream: frozenset[str]
     """Outputs that have one."""
+    reach: Tensor | None = None
     row_positions: Tensor | None = None
     lse: Tensor | None = None
     traits: tuple[str, ...] = ()
@@ -64,6 +65,8 @@ def draw(op: str, seed: int, dtype: torch.dtype, *, small: bool = False) -> Call
     tree_end = TREES[tree](rng, batch, length)
     if tree_end is not None:
         tree_end = tree_end.to(rng.choice((torch.int32, torch.int32, torch.int64)))
+    tree_end, reach, looks = _looking_ahead(seed, tree_end, batch, length)
+    traits.append(looks)
     kind = rng.choice(list(SEGMENTS)) if op == "tree_attention" else rng.choice([name for name in SEGMENTS if name != "absent"])
     count = 0 if kind == "absent" else rng.choice(SEGMENT_COUNTS)
     segments = SEGMENTS[kind](rng, batch, length, count)
@@ -84,7 +87,13 @@ def draw(op: str, seed: int, dtype: torch.dtype, *, small: bool = False) -> Call
         "softcap": rng.choice((None, None, 2.0, 30.0)),
         "window": window,
     }
-    common: dict[str, Any] = {"tree_end": tree_end, "segments": segments, "num_segments": count, "options": options}
+    common: dict[str, Any] = {
+        "tree_end": tree_end,
+        "reach": reach,
+        "segments": segments,
+        "num_segments": count,
+        "options": options,
+    }
     if op == "tree_attention":
         value_dim = rng.choice((dim, dim, dim, rng.choice(dims)))
         leaves = {
@@ -107,6 +116,18 @@ def draw(op: str, seed: int, dtype: torch.dtype, *, small: bool = False) -> Call
             call = replace(call, lse=_lse_of_rows(call))
             traits.append("lse given")
     return replace(_on_device(call), traits=tuple(traits))
+
+
+def _looking_ahead(seed: int, tree_end: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, Tensor | None, str]:
+    """In two of five calls, a `reach`, the tree that goes with it, and how it was drawn: with a chance of its own, beside what else is drawn."""
+    rng = random.Random(f"reach {seed}")
+    if rng.random() > 0.4:
+        return tree_end, None, "no reach"
+    kind = rng.choice(LOOKING_AHEAD)
+    given = torch.full((batch, length), length) if tree_end is None else tree_end
+    ends, reach = with_reach(given, seed, kind=kind)
+    dtype = rng.choice((torch.int32, torch.int32, torch.int64))
+    return None if tree_end is None else ends.to(tree_end.dtype), reach.to(dtype), f"reach of {kind}"
 
 
 # Of scores, and the cap above them: below it, about it, and so far above that tanh is 1.
@@ -141,7 +162,7 @@ def _subset(rng: random.Random, names: Any) -> frozenset[str]:
 
 
 def _on_device(call: Call) -> Call:
-    moved = {name: getattr(call, name) for name in ("tree_end", "segments", "row_positions", "lse")}
+    moved = {name: getattr(call, name) for name in ("tree_end", "reach", "segments", "row_positions", "lse")}
     return replace(call, **{name: None if t is None else t.to(DEVICE) for name, t in moved.items()})
 
 
@@ -256,10 +277,15 @@ def _seen(call: Call) -> Tensor:
     keys = torch.arange(length, device=key.device)
     rows = keys.expand(batch, -1) if call.row_positions is None else call.row_positions.to(key.device)
     ends = torch.full((batch, length), length, device=key.device) if call.tree_end is None else call.tree_end.to(key.device)
-    seen = (keys <= rows[..., None]) & (rows[..., None] < ends[:, None])
+    in_subtree = (rows[..., None] < ends[:, None]) & (rows[..., None] >= 0)
+    seen = in_subtree & (keys <= rows[..., None])
     if call.options["window"] is not None:
         later = seen.flip(-1).cumsum(-1).flip(-1) - seen.long()
         seen &= later < call.options["window"]
+    if call.reach is not None:
+        # What lies ahead is in every window.
+        stops = call.reach.to(key.device).long().gather(1, rows.long().clamp(min=0))[..., None]
+        seen |= in_subtree & (keys > rows[..., None]) & (keys < stops)
     return seen
 
 
@@ -300,6 +326,7 @@ def actual(call: Call, leaves: dict[str, Tensor], backend: str) -> dict[str, Ten
         out = tree_attention(
             **leaves,
             tree_end=call.tree_end,
+            reach=call.reach,
             segments=call.segments,
             num_segments=call.num_segments,
             **call.options,
@@ -309,7 +336,7 @@ def actual(call: Call, leaves: dict[str, Tensor], backend: str) -> dict[str, Ten
     assert call.segments is not None and call.row_positions is not None
     found = attention_mass(
         **leaves, segments=call.segments, row_positions=call.row_positions, num_segments=call.num_segments, tree_end=call.tree_end,
-        lse=call.lse, **call.options, backend=backend,
+        reach=call.reach, lse=call.lse, **call.options, backend=backend,
     )  # fmt: skip
     return {"mass": found}
 
@@ -413,6 +440,7 @@ def _without_mass(call: Call) -> Call:
 DROPS: dict[str, Callable[[Call], Call]] = {
     "softcap": lambda call: replace(call, options={**call.options, "softcap": None}),
     "window": lambda call: replace(call, options={**call.options, "window": None}),
+    "reach": lambda call: replace(call, reach=None),
     "mass": _without_mass,
     "value dim": _same_dims,
     "head dim": _common_dim,

@@ -30,8 +30,6 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, *, head_dim: int = 
     """Why this backend cannot serve the call, or None."""
     if features.get("mass"):
         return "FlexAttention returns no per-segment mass"
-    if features.get("reach"):
-        return "it has no reach"
     if device_type == "cpu":
         return "PyTorch's FlexAttention has no backward on the CPU" if features.get("gradient") else None
     if device_type != "cuda":
@@ -89,8 +87,7 @@ def backward(
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *, call: TreeAttentionCall) -> tuple[Tensor, Tensor]:
     batch, _, length, _ = query.shape
-    tree_end, window = call.tree_end, call.window
-    mask = _causal_mask(batch, length, window, query.device) if tree_end is None else _tree_mask(tree_end, window)
+    mask = _mask_of(call, batch, length, query.device)
     on_gpu = query.device.type == "cuda"
     # As a symbol, a second scale would meet an error of PyTorch's tracer; it is a constant of a model anyway. Beyond the limit PyTorch would
     # run uncompiled without a word, with all S x S scores; every dtype, and each with and without gradients, is a kind of call of its own.
@@ -123,13 +120,21 @@ def _softcap(softcap: float) -> Callable[..., Tensor]:
     return score_mod
 
 
+def _mask_of(call: TreeAttentionCall, batch: int, length: int, device: torch.device) -> BlockMask:
+    if call.reach is not None:
+        return _reach_mask(call.reach, call.tree_end, call.window)
+    if call.tree_end is not None:
+        return _tree_mask(call.tree_end, call.window)
+    return _causal_mask(batch, length, call.window, device)
+
+
 @functools.lru_cache(maxsize=8)
 def _causal_mask(batch: int, length: int, window: int | None, device: torch.device) -> BlockMask:
     return _block_mask(torch.full((batch, length), length, dtype=torch.int32, device=device), window)
 
 
-def _block_mask(tree_end: Tensor, window: int | None) -> BlockMask:
-    """(B, S) -> which blocks of scores are empty, partly seen or fully seen, from the ends of nodes alone; nothing S x S is built.
+def _block_mask(tree_end: Tensor, window: int | None, reach: Tensor | None = None) -> BlockMask:
+    """(B, S) -> which blocks of scores are empty, partly seen or fully seen, from the ends of nodes and reach alone; nothing S x S is built.
 
     A block that may be partly seen is looked at element by element, so calling one partly seen is never wrong.
     """
@@ -146,9 +151,15 @@ def _block_mask(tree_end: Tensor, window: int | None) -> BlockMask:
     latest_end = _per_block(ends.where(seen, -1), -1, largest=True)[:, None, :]
     earliest_end = _per_block(ends, -1, largest=False)[:, None, :]
     query_first, query_last = first[:, None], last[:, None]
-    some = (first <= query_last) & (latest_end > query_first)
     # The last block may be ragged, as queries and as keys.
-    every = (last < query_first) & (earliest_end > query_last) & (query_last < length)
+    if reach is None:
+        stops, starts_seen, all_seen = None, first <= query_last, last < query_first
+    else:
+        stops = reach.to(torch.int32, copy=True)
+        starts_seen = first < _per_block(stops, 0, largest=True)[:, :, None]
+        all_seen = (last < _per_block(stops, 0, largest=False)[:, :, None]) & (last < length)
+    some = starts_seen & (latest_end > query_first)
+    every = all_seen & (earliest_end > query_last) & (query_last < length)
     if window is not None:
         far = torch.iinfo(torch.int32).max // 2
         shallowest, deepest = _per_block(depths, far, largest=False), _per_block(depths, -far, largest=True)
@@ -158,7 +169,7 @@ def _block_mask(tree_end: Tensor, window: int | None) -> BlockMask:
     full = _ordered(some & every)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        visible = (k <= q) & (q < ends[b, k])
+        visible = (k <= q if stops is None else k < stops[b, q]) & (q < ends[b, k])
         return visible if window is None else visible & (depths[b, q] - depths[b, k] < window)
 
     return BlockMask.from_kv_blocks(*partly, *full, BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, seq_lengths=(length, length))
@@ -178,3 +189,10 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _tree_mask = PlanCache(_block_mask)
+
+
+def _block_mask_with_reach(reach: Tensor, tree_end: Tensor | None, window: int | None) -> BlockMask:
+    return _block_mask(torch.full_like(reach, reach.shape[1]) if tree_end is None else tree_end, window, reach)
+
+
+_reach_mask = PlanCache(_block_mask_with_reach)

@@ -29,13 +29,13 @@ def unavailable_reason(
     native = load()
     if isinstance(native, str):
         return native
-    if features.get("reach"):
-        return "it has no reach"
     if device_type not in ("cpu", "cuda"):
         return f"it runs on cpu and cuda tensors, got {device_type}"
     if dtype not in DTYPES:
         return f"it takes {', '.join(DTYPES.values())}, got {dtype}"
     if device_type == "cuda":
+        if features.get("reach"):
+            return "it has no reach on CUDA"
         return (
             cuda_reason(native)
             or native.attention_mass_cuda_unserved(native.dtypes.index(DTYPES[dtype]), head_dim, num_segments)
@@ -106,8 +106,8 @@ class _Given:
         readable = dense_heads if key.device.type == "cpu" else _aligned_heads
         query_rows, key = (readable(tensor.to(dtype)) for tensor in (query_rows, key))
         depths = None if call.tree_end is None or call.window is None else depth(call.tree_end)
-        ids = {"segments": call.segments, "row_positions": call.row_positions, "tree_end": call.tree_end, "depth": depths}
-        ids = {name: int32(tensor) for name, tensor in ids.items()}
+        ids = {"segments": call.segments, "row_positions": call.row_positions, "tree_end": call.tree_end, "reach": call.reach}
+        ids = {name: int32(tensor) for name, tensor in {**ids, "depth": depths}.items()}
         lse = None if call.lse is None else call.lse.to(self.wide).contiguous()
         self._tensors = (query_rows, key, lse, *ids.values())
         batch, heads, rows, dim = query_rows.shape

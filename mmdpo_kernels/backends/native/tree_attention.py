@@ -20,7 +20,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MISSING = {
     "softcap": "softcap",
     "window": "sliding windows",
-    "reach": "reach",
     "mass": "per-segment mass",
     "value_dim": "head dim of values other than that of keys",
 }
@@ -57,8 +56,8 @@ def forward(
     output = empty_head_last(query, dim)
     lse = query.new_empty(batch, heads, length)
     if query.numel():
-        tree_end = int32(call.tree_end)
-        module(OP).tree_attention_forward(**_arguments(query, key, value, tree_end, call.scale, output, lse))
+        tree = int32(call.tree_end), int32(call.reach)
+        module(OP).tree_attention_forward(**_arguments(query, key, value, tree, call.scale, output, lse))
     return output.to(dtype), lse, query.new_empty(batch, heads, length, 0)
 
 
@@ -78,11 +77,11 @@ def backward(
     query, key, value, output = (tensor.float() for tensor in (query, key, value, output))
     grads = tuple(empty_head_last(tensor, tensor.shape[-1]) for tensor in (query, key, value))
     if query.numel():
-        tree_end = int32(call.tree_end)
+        tree = int32(call.tree_end), int32(call.reach)
         grad_output = torch.zeros_like(output) if grad_output is None else dense_heads(grad_output.float())
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         module(OP).tree_attention_backward(
-            **_arguments(query, key, value, tree_end, call.scale, output, lse),
+            **_arguments(query, key, value, tree, call.scale, output, lse),
             grad_output=_heads(grad_output),
             grad_lse=address(grad_lse),
             grad_query=_heads(grads[0]),
@@ -93,7 +92,13 @@ def backward(
 
 
 def _arguments(
-    query: Tensor, key: Tensor, value: Tensor, tree_end: Tensor | None, scale: float, output: Tensor, lse: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: tuple[Tensor | None, Tensor | None],  # tree_end, reach
+    scale: float,
+    output: Tensor,
+    lse: Tensor,
 ) -> dict[str, object]:
     batch, heads, length, dim = query.shape
     return {
@@ -101,7 +106,8 @@ def _arguments(
         "query": _heads(query),
         "key": _heads(key),
         "value": _heads(value),
-        "tree_end": address(tree_end),
+        "tree_end": address(tree[0]),
+        "reach": address(tree[1]),
         "scale": scale,
         "num_threads": torch.get_num_threads(),
         "output": _heads(output),

@@ -1,12 +1,14 @@
 """`tree_attention` by PyTorch's flash attention, one call a rectangle of the tree; nothing S x S is built.
 
-A run of keys is a causal square plus one full rectangle for the queries after it in its subtree. Outputs of rectangles that share query
+A run of keys is a causal square plus one full rectangle for the queries after it in its subtree, a picture that sees itself both ways a full
+square. Outputs of rectangles that share query
 rows are merged through their log-sum-exp; in backward each rectangle is given the merged output and lse, so gradients add up exactly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +31,6 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, *, head_dim: int = 
         return "PyTorch's attention has no softcap"
     if features.get("window"):
         return "sliding windows are not rectangles"
-    if features.get("reach"):
-        return "it has no reach"
     if features.get("mass"):
         return "PyTorch's attention returns no per-segment mass"
     if features.get("value_dim"):
@@ -51,15 +51,15 @@ def forward(
     mass = torch.empty(batch, heads, length, 0, dtype=wide, device=query.device)
     if query.numel() == 0:  # the kernels divide by the length
         return torch.empty_like(query), lse, mass
-    parts = list(_rectangles(call.tree_end, batch, length))
+    parts = list(_rectangles(call, batch, length))
     # Heads last but one in memory, as models want the output next, so that no layer copies it. Sums are made in float32.
-    dtype = query.dtype if all(untouched for *_, untouched in parts) else wide
+    dtype = query.dtype if all(part.new_queries for part in parts) else wide
     merged = torch.zeros(batch, length, heads, dim, dtype=dtype, device=query.device).transpose(1, 2)
-    for rows, rectangle, untouched in parts:
+    for rows, rectangle, new_queries, _ in parts:
         q, k, causal = _slices(rectangle)
         for group in _head_groups(query, key):
             part, part_lse = flash.forward(query[rows, group, q], key[rows, :, k], value[rows, :, k], causal, call.scale)
-            if untouched:
+            if new_queries:
                 merged[rows, group, q], lse[rows, group, q] = part, part_lse
             else:
                 _merge(merged[rows, group, q], lse[rows, group, q], part, part_lse)
@@ -80,14 +80,14 @@ def backward(
     """-> gradients of query, key, value through the output; a gradient through lse is refused."""
     if grad_lse is not None:
         raise ValueError("tree_attention: backend 'sdpa' has no gradient through lse of its own")
-    parts = list(_rectangles(call.tree_end, query.shape[0], query.shape[2]))
+    parts = list(_rectangles(call, query.shape[0], query.shape[2]))
     groups = _head_groups(query, key)
-    alone = len(groups) == 1 and all(untouched for *_, untouched in parts)
+    alone = len(groups) == 1 and all(part.new_queries and part.new_keys for part in parts)
     # Sums are made in float32.
     dtype = query.dtype if alone else accumulation_dtype(query.dtype)
     grads = tuple(torch.zeros_like(t, dtype=dtype) for t in (query, key, value))
     if grad_output is not None and query.numel():
-        for rows, rectangle, untouched in parts:
+        for rows, rectangle, new_queries, new_keys in parts:
             q, k, causal = _slices(rectangle)
             for number, group in enumerate(groups):
                 at_query, at_key = (rows, group, q), (rows, slice(None), k)
@@ -101,10 +101,9 @@ def backward(
                     causal,
                     call.scale,
                 )
-                # Keys meet their own square before anything else.
-                new_key = causal and number == 0
+                first = new_keys and number == 0
                 for total, part, where, new in zip(
-                    grads, found, (at_query, at_key, at_key), (untouched, new_key, new_key), strict=True
+                    grads, found, (at_query, at_key, at_key), (new_queries, first, first), strict=True
                 ):
                     if new:
                         total[where] = part
@@ -113,13 +112,24 @@ def backward(
     return grads[0].to(query.dtype), grads[1].to(key.dtype), grads[2].to(value.dtype)
 
 
-def _rectangles(tree_end: Tensor | None, batch: int, length: int) -> Iterator[tuple[slice, Rectangle, bool]]:
-    """Batch rows, rectangle, and whether no rectangle before it had one of its queries."""
-    for plan in causal_plan(batch, length) if tree_end is None else rectangles(tree_end):
-        touched = 0
+class _Part(NamedTuple):
+    """One call of the kernel."""
+
+    rows: slice
+    """Of the batch."""
+    rectangle: Rectangle
+    new_queries: bool
+    """Whether no part before it had one of its queries."""
+    new_keys: bool
+
+
+def _rectangles(call: TreeAttentionCall, batch: int, length: int) -> Iterator[_Part]:
+    causal = call.tree_end is None and call.reach is None
+    for plan in causal_plan(batch, length) if causal else rectangles(call.tree_end, call.reach):
+        queries = keys = 0
         for rectangle in plan.rectangles:
-            yield slice(plan.b0, plan.b1), rectangle, rectangle.q0 >= touched
-            touched = max(touched, rectangle.q1)
+            yield _Part(slice(plan.b0, plan.b1), rectangle, rectangle.q0 >= queries, rectangle.k0 >= keys)
+            queries, keys = max(queries, rectangle.q1), max(keys, rectangle.k1)
 
 
 def _slices(rectangle: Rectangle) -> tuple[slice, slice, bool]:

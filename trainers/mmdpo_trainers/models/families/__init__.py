@@ -13,6 +13,7 @@ import mmdpo_kernels
 from mmdpo_trainers.models.families.conventional import Conventional
 from mmdpo_trainers.models.families.family import Family, expand_ids, image_layers
 from mmdpo_trainers.models.families.gemma import Gemma3
+from mmdpo_trainers.models.families.gemma3n import Gemma3n
 from mmdpo_trainers.models.families.gemma4 import Gemma4, Gemma4Unified
 from mmdpo_trainers.models.families.images import EncodedImages, View, inside, plain_grid
 from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
@@ -41,7 +42,7 @@ _DECLARED: tuple[type[Family], ...] = (
     *(Llava, LlavaNext, LlavaOnevision),
     *(Qwen2VL, Qwen25VL, Qwen3VL),
     *(InternVL, Idefics3, SmolVLM),
-    *(Gemma3, Gemma4, Gemma4Unified, PaliGemma),
+    *(Gemma3, Gemma3n, Gemma4, Gemma4Unified, PaliGemma),
     *(Mistral3, Mllama),
 )
 

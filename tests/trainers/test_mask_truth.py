@@ -205,6 +205,27 @@ def test_a_tree_sees_what_separate_sequences_see(name: str, tmp_path: Path, monk
     assert (ahead > 0) == (name not in ("gemma3n", "gemma4, causal"))
 
 
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4_unified"])
+def test_a_tree_is_its_sequences_where_no_checkpoint_can_be_loaded(name: str, tmp_path: Path) -> None:
+    """Their vision towers or processors need packages that are not here, so features are drawn."""
+    model = patch_model(MODELS[name](tmp_path)).double()
+    family, rows = family_of(model), sequences(model.config.image_token_id)
+    tree = tree_of(family, rows)
+    features = [torch.randn(1000, model.config.get_text_config().hidden_size, dtype=torch.float64)]
+    shown = torch.tensor([rows[first].identities[offset] for first, offset in tree.origin.tolist()])
+    body: Any = model.base_model
+    inputs = {"attention_mask": tree.attention_mask, "position_ids": tree.position_ids[None], "use_cache": False}
+    with torch.no_grad():
+        packed = family.hidden_states(body, tree.input_ids[None], features, shown[shown >= 0], **inputs)[0]
+        for row, path in zip(rows, tree.paths, strict=True):
+            ids, shown = torch.from_numpy(row.ids)[None], torch.from_numpy(row.identities[row.is_image])
+            mask = torch.from_numpy(~row.hidden).long()[None]
+            alone = family.hidden_states(body, ids, features if len(shown) else [], shown, attention_mask=mask, use_cache=False)[
+                0
+            ]
+            torch.testing.assert_close(packed[path], alone, rtol=0, atol=2e-6 * float(alone.abs().max()))
+
+
 def test_what_a_tree_shares(tmp_path: Path) -> None:
     """Pictures whole or not at all; a prefix only where all of it is the same."""
     gemma, prefix = (family_of(MODELS[name](tmp_path / name)) for name in ("gemma3", "paligemma"))

@@ -166,7 +166,7 @@ def tree_attention(
         key: (B, Hkv, S, D).
         value: (B, Hkv, S, Dv).
         tree_end: (B, S) integer; packed index where the subtree of the token's node ends. None is causal attention. Hidden and padded
-            tokens: their own index or 0, with reach 0.
+            tokens: their own index or 0, with reach 0; or `-1 - end`, hidden tokens that keep their place under a window.
         reach: (B, S) integer; how far each query looks ahead: up to the packed index `reach[i]`, exclusive, such as the end of a picture for
             each of its tokens, the end of the prefix for a prefix-LM, and `i + 1` for text. At least `i + 1` for tokens that are seen, which
             is looked at on the CPU. That it ends within the token's own node is the caller's to see to: past it lie the tokens of the first

@@ -21,6 +21,7 @@ from benchmarks.measure import ROOT
 from benchmarks.runs import (
     arm_seeds,
     attention_ratio,
+    both_ways,
     families,
     kill_demo,
     layer_cost,
@@ -125,6 +126,14 @@ def test_layer_cost(tmp_path: Path) -> None:
     layer_cost.main(["--small", "--output", str(tmp_path)])
     found = result(tmp_path, "layer_cost_cpu")
     assert set(found["times"]) == set(layer_cost.COMPARISONS) and len(found["processor_seconds"]) == 6
+
+
+def test_pictures_that_see_themselves_both_ways(tmp_path: Path) -> None:
+    both_ways.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "both_ways_cpu")["methods"]
+    assert set(found) == set(both_ways.LOSSES)
+    for method in found.values():
+        assert method["tokens"]["packed"] < method["tokens"]["padded"] and set(method["times_faster"]) == {"median", "min", "max"}
 
 
 def test_seeds_of_mia_dpo(tmp_path: Path) -> None:

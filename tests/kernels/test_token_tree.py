@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from mmdpo_kernels import TokenTree, image_segments
-from mmdpo_kernels.tree_mask import visible
+from mmdpo_kernels.backends.varlen.plan import plan as varlen_plan
+from mmdpo_kernels.tree_mask import depth, visible
 
 
 def test_pair_shares_its_prompt() -> None:
@@ -131,3 +133,60 @@ def test_errors_of_what_comes_with_tokens() -> None:
         TokenTree.from_sequences([[1, 2]], prompt_lengths=[1], positions=[])
     with pytest.raises(ValueError, match=r"unseen must have one entry a token of each sequence \(2\), got 1"):
         TokenTree.from_sequences([[1, 2]], prompt_lengths=[1], unseen=[np.array([True])])
+
+
+def test_blocks_are_shared_whole_or_not_at_all() -> None:
+    """Two pictures whose first tokens are the same, a picture that two sequences share, and a prefix."""
+    ids = [[1, 5, 5, 2, 7], [1, 5, 5, 2, 8], [1, 5, 5, 3]]
+    block = [np.array([-1, 0, 0, -1, -1][: len(row)]) for row in ids]
+    shared = TokenTree.from_sequences(ids, prompt_lengths=[4, 4, 3], blocks=block)
+    assert shared.input_ids.tolist() == [1, 5, 5, 2, 7, 8, 3] and shared.reach is not None
+    assert shared.reach.tolist() == [1, 3, 3, 4, 5, 6, 7]
+    assert shared.attention_mask.shape == (1, 1, 2, 7) and shared.attention_mask.dtype == torch.int32
+    other = [np.array([10, 20]), np.array([10, 21]), np.array([10, 20])]
+    apart = TokenTree.from_sequences(
+        ids,
+        prompt_lengths=[4, 4, 3],
+        identities=[np.concatenate([[-1], each, [-1] * (len(row) - 3)]) for each, row in zip(other, ids, strict=True)],
+        blocks=block,
+    )
+    assert apart.input_ids.tolist() == [1, 5, 5, 2, 7, 3, 5, 5, 2, 8]
+    prefix = TokenTree.from_sequences(
+        ids, prompt_lengths=[4, 4, 3], blocks=[np.array([0] * (len(row) - 1) + [-1]) for row in ids]
+    )
+    assert prefix.input_ids.tolist() == [1, 5, 5, 2, 7, 8, 1, 5, 5, 3]
+    assert prefix.reach is not None and prefix.reach.tolist() == [4, 4, 4, 4, 5, 6, 9, 9, 9, 10]
+
+
+def test_a_picture_with_hidden_tokens_is_another_picture() -> None:
+    ids, block = [[1, 5, 5, 2]] * 2, [np.array([-1, 0, 0, -1])] * 2
+    hidden = [np.array([False] * 4), np.array([False, False, True, False])]
+    tree = TokenTree.from_sequences(ids, prompt_lengths=[3, 3], unseen=hidden, blocks=block)
+    assert tree.reach is not None and tree.reach.tolist() == [1, 3, 3, 4, 6, 6, 7]
+    seen = visible(tree.tree_end[None], reach=tree.reach[None])[0]
+    assert seen[tree.paths[1]][:, tree.paths[1]].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 1]]
+    with pytest.raises(ValueError, match=r"blocks must have one entry a token of each sequence \(4, 4\), got 4, 3"):
+        TokenTree.from_sequences(ids, prompt_lengths=[3, 3], blocks=[block[0], block[0][:3]])
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_a_window_counts_hidden_tokens(window: int) -> None:
+    """As masks of transformers do: a hidden token keeps its place, and padding has none."""
+    hidden = [np.array([False, True, True, False, False])] * 2
+    tree = TokenTree.from_sequences([[1, 5, 5, 2, 3], [1, 5, 5, 2, 4]], prompt_lengths=[4, 4], unseen=hidden)
+    assert tree.tree_end.tolist() == [6, -7, -7, 6, 5, 6] and depth(tree.tree_end[None])[0].tolist() == [0, 1, 2, 3, 4, 4]
+    index = torch.arange(5)
+    expected = (index <= index[:, None]) & (index[:, None] - index < window) & ~torch.from_numpy(hidden[0])
+    seen = visible(tree.tree_end[None], window)[0]
+    assert all(torch.equal(seen[path][:, path], expected) for path in tree.paths)
+    calls = varlen_plan(tree.tree_end[None], 1, 6, window, torch.device("cpu"))
+    got = torch.zeros(6, 6, dtype=torch.bool)
+    for call in calls:
+        starts = zip(*(itertools.pairwise(each.tolist()) for each in (call.query_starts, call.key_starts)), strict=True)
+        rows, keys = (torch.arange(6) if each is None else each for each in (call.rows, call.keys))
+        for (q0, q1), (k0, k1) in starts:
+            for place, query in enumerate(rows[q0:q1].tolist()):
+                last = k1 - (q1 - q0 - 1 - place) if call.causal else k1
+                first = max(k0, last - window) if call.causal else k0
+                got[query, keys[first:last]] = True
+    assert torch.equal(got, seen)

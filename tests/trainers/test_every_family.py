@@ -29,7 +29,7 @@ from mmdpo_trainers.training.batches import examples, views
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
 PICTURES_COLLECTED = ("llava", "llava_next", "llava_onevision")
-TREES_REFUSED = {"gemma3": "see each other both ways", "mllama": "cross-attention layers"}
+TREES_REFUSED = {"mllama": "cross-attention layers"}
 if not hasattr(transformers.Cache, "get_conv_state"):
     CARRYING = [name for name in TINY if name.startswith(("qwen3_5", "minicpmv4"))]
     TREES_REFUSED |= dict.fromkeys(CARRYING, "go by a cache's methods from transformers 5.22 on")

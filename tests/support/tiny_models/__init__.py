@@ -16,6 +16,7 @@ from .llava_onevision import make_tiny_llava_onevision
 from .minicpm import make_tiny_minicpmv4_6, make_tiny_minicpmv4_7
 from .mistral3 import make_tiny_mistral3, make_tiny_pixtral
 from .mllama import make_tiny_mllama
+from .paligemma import make_tiny_paligemma, make_tiny_paligemma2
 from .parts import SPECIAL_TOKENS, WORDS, sample_pictures
 from .parts import make_tokenizer as _tokenizer
 from .parts import widen as _widen
@@ -48,6 +49,8 @@ TINY: dict[str, Callable[..., Path]] = {
     "smolvlm": make_tiny_smolvlm,
     "gemma3": make_tiny_gemma3,
     "gemma4": make_tiny_gemma4,
+    "paligemma": make_tiny_paligemma,
+    "paligemma2": make_tiny_paligemma2,
     "mistral3": make_tiny_mistral3,
     "pixtral": make_tiny_pixtral,
     "mllama": make_tiny_mllama,
@@ -81,6 +84,8 @@ __all__ = [
     "make_tiny_minicpmv4_7",
     "make_tiny_mistral3",
     "make_tiny_mllama",
+    "make_tiny_paligemma",
+    "make_tiny_paligemma2",
     "make_tiny_pixtral",
     "make_tiny_qwen",
     "make_tiny_qwen2_vl",

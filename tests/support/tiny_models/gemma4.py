@@ -106,3 +106,26 @@ def _tokenizer() -> Any:
     return make_tokenizer(
         SPECIAL_TOKENS, bos="<bos>", eos="<eos>", pad="<pad>", words=("model",), named=named, padding_side="left"
     )
+
+
+def tiny_gemma4_unified_config(*, sliding_window: int, both_ways: str | None = "vision") -> Any:
+    """Of a model whose patches go straight to the decoder, for `from_config`: its image processor is there with torchvision alone."""
+    from transformers import Gemma4UnifiedConfig
+
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": sliding_window,
+        "use_bidirectional_attention": both_ways,
+        "max_position_embeddings": 4096,
+    }
+    vision = {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 16, "mm_posemb_size": 80, "output_proj_dims": 32}
+    tokens = {"image_token_id": 90, "video_token_id": 91, "audio_token_id": 92, "boi_token_id": 93, "eoi_token_id": 94}
+    return Gemma4UnifiedConfig(text_config=text, vision_config=vision, **tokens)

@@ -52,7 +52,7 @@ def branch_logp(loaded: LoadedModel, record: dict[str, Any], branch: Branch) -> 
     return logits.double().log_softmax(-1).gather(1, ids[0, :, None]).sum()
 
 
-def _continued(inputs: dict[str, Tensor], ids: Tensor, answer_type: int) -> dict[str, Tensor]:
+def _continued(inputs: dict[str, Tensor], ids: Tensor, answer_type: int = 0) -> dict[str, Tensor]:
     """A processor's inputs of one prompt with text ids (1, R) of an answer behind it."""
     found, extra = dict(inputs), ids.shape[1]
     found["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)

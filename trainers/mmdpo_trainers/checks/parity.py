@@ -91,7 +91,14 @@ def _snapshot(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         plain = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
-        found[name] = {
-            key: copy.deepcopy(value.__dict__) if hasattr(value, "to_dict") else repr(value) for key, value in plain.items()
-        }
+        found[name] = {key: _plain(value) if hasattr(value, "to_dict") else repr(value) for key, value in plain.items()}
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A copy of what configurations hold, which may themselves refuse to be compared."""
+    if hasattr(value, "to_dict"):
+        value = value.__dict__
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return copy.deepcopy(value)

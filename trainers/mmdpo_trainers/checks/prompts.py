@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from mmdpo_trainers.checks.baseline import processor_inputs
 from mmdpo_trainers.checks.inputs import prompt_records
 from mmdpo_trainers.checks.result import CheckFailure, CheckResult
 from mmdpo_trainers.models.chat_format import Chat, Part, chat_of, typed_parts
@@ -20,6 +21,8 @@ def check_prompts(loaded: LoadedModel) -> CheckResult:
     Where the template mixes such parts up, that it does, for prompts with text between pictures.
     """
     chat = chat_of(loaded.processor, loaded.date)
+    if chat is None and loaded.family.own_prompts:
+        return _as_the_processor(loaded)
     if chat is None:
         reason = "the model folder has no chat template, so prompts are 'USER: … ASSISTANT:', whatever the model was trained with"
         return CheckResult(name="prompts", figure=0.0, limit=0.0, verdict=f"refused: {reason}")
@@ -45,6 +48,19 @@ def check_prompts(loaded: LoadedModel) -> CheckResult:
             f"text ({', '.join(mixed)})"
         )
     return CheckResult(name="prompts", figure=0.0, limit=0.0, verdict=verdict, detail=f"{tokens} tokens of {same} prompts")
+
+
+def _as_the_processor(loaded: LoadedModel) -> CheckResult:
+    """Prompts of a family without a chat template against what its processor makes of their texts and pictures."""
+    tokens, records = 0, prompt_records()
+    for record in records:
+        ours = encode_prompts(loaded, [record], padding_side="right").inputs["input_ids"][0].tolist()
+        theirs = processor_inputs(loaded, record["prompt"], record["images"])["input_ids"][0].tolist()
+        if ours != theirs:
+            raise CheckFailure(f"prompt {record['id']!r} is {ours}, the processor's own {theirs}")
+        tokens += len(ours)
+    detail = f"{tokens} tokens of {len(records)} prompts, which need no chat template"
+    return CheckResult(name="prompts", figure=0.0, limit=0.0, verdict="exact", detail=detail)
 
 
 def _theirs(loaded: LoadedModel, chat: Chat, record: Mapping[str, Any]) -> Iterator[list[int]]:

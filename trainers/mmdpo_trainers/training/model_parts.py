@@ -73,6 +73,11 @@ def has_experts(model: nn.Module) -> bool:
     return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
+def shares_keys(model: nn.Module) -> bool:
+    """Whether layers take keys and values of earlier layers, beside the hidden states that checkpointing knows of."""
+    return bool(getattr(base_of(model).config.get_text_config(), "num_kv_shared_layers", 0))
+
+
 def _part_parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
     """Parameters of the parts with these names below the base model."""
     inside = tuple(f"{name}." for name in names)
@@ -129,6 +134,12 @@ def make_trainable(model: nn.Module, args: PreferenceConfig, peft_config: PeftCo
 
     Raises ValueError where model, `args` and `peft_config` do not fit, or nothing would be trained.
     """
+    recomputed: Any = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and recomputed.get("use_reentrant") and shares_keys(model):
+        raise ValueError(
+            "gradient_checkpointing_kwargs: re-entrant checkpointing gives no gradient to keys and values that later layers of this model take "
+            "from earlier ones; set use_reentrant: false, or leave it out"
+        )
     if args.full_finetune:
         parts = (args.freeze_vision, vision_parameters(model)), (args.freeze_projector, projector_parameters(model))
         for frozen, parameters in parts:

@@ -15,6 +15,7 @@ from mmdpo_trainers.models.families.conventional import CHECKED, Conventional
 from mmdpo_trainers.models.families.deepseek import DeepseekVL, DeepseekVLHybrid
 from mmdpo_trainers.models.families.family import Family, expand_ids, hiding_refusal, image_layers
 from mmdpo_trainers.models.families.gemma import Gemma3
+from mmdpo_trainers.models.families.gemma3n import Gemma3n
 from mmdpo_trainers.models.families.gemma4 import Gemma4, Gemma4Unified
 from mmdpo_trainers.models.families.glm import Glm4v, Glm4vMoe, Glm46V
 from mmdpo_trainers.models.families.hyperclova import HyperClovaX
@@ -56,7 +57,7 @@ _DECLARED: tuple[type[Family], ...] = (
     *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe),
     *(Glm4v, Glm4vMoe, Glm46V),
     *(InternVL, Idefics3, SmolVLM),
-    *(Gemma3, Gemma4, Gemma4Unified, PaliGemma),
+    *(Gemma3, Gemma3n, Gemma4, Gemma4Unified, PaliGemma),
     *(MiniCPMV46, MiniCPMV47),
     *(Qwen25Omni, Qwen3Omni, PaddleOcrVL),
     *(Mistral3, Mllama, Llama4, AyaVision, DeepseekVL, DeepseekVLHybrid),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .backends.ops_table import OPS
 from .backends.reference.scores import capped_scores, expand_heads
+from .decoder_layers import CARRYING, carry_refusal, carrying_layers
 from .ops.precision import autocast_to
 from .ops.tree_attention import tree_attention
 from .patched import (
@@ -30,6 +31,7 @@ from .patched import (
 )
 from .recorder import LayerCall
 from .recorder_ops import remove_watch, watch_attention
+from .recurrent import carry_no_trees, carry_trees
 from .tree_mask import PlanCache, visible
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -45,7 +47,8 @@ def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "au
     stay as they are. Patching twice is patching once, with the later keyword arguments. Works before and after wrapping with PEFT.
 
     Args:
-        model: a transformers model whose decoder uses the attention interface, or a PEFT model around one.
+        model: a transformers model whose decoder uses the attention interface, or a PEFT model around one. Layers of linear attention
+            run a tree node by node, each from the state its parent left, where `tree_refusal` is None.
         backend: backend of `tree_attention`.
         mass_backend: backend of `attention_mass` while attention is recorded.
 
@@ -62,6 +65,9 @@ def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "au
     state = state_of(tower) or PatchState()
     state.backend, state.mass_backend = backend, mass_backend
     state.tree_refusal, state.cross_layers = tree_refusal(model), _cross_layers(tower)
+    state.carrying_layers = carrying_layers(tower)
+    if state.tree_refusal is None:
+        carry_trees(tower)
     remember_configs(state, tower)
     if tower.config._attn_implementation != IMPLEMENTATION:
         register()
@@ -80,6 +86,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     state = state_of(tower)
     detach(tower)
     remove_watch(model)
+    carry_no_trees(tower)
     restore_configs(state, tower)
     return model
 
@@ -108,8 +115,8 @@ def tree_refusal(model: nn.Module) -> str | None:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if images_see_themselves(type(base.base_model)):
         return "the tokens of a picture see each other both ways"
-    others = set(getattr(tower.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    return f"there are layers of {sorted(others)[0]}" if others else None
+    others = set(getattr(tower.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention", CARRYING}
+    return f"there are layers of {sorted(others)[0]}" if others else carry_refusal(tower)
 
 
 def images_see_themselves(body_class: type) -> bool:

@@ -10,6 +10,8 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from .decoder_layers import calls_interface
+
 if TYPE_CHECKING:
     from .path_maps import PathMaps
     from .recorder import AttentionRecorder
@@ -36,6 +38,8 @@ class PatchState:
     tree_refusal: str | None = None
     cross_layers: frozenset[int] = frozenset()
     """Layers whose keys are of pictures, and not of the tokens."""
+    carrying_layers: frozenset[int] = frozenset()
+    """Layers that carry a state from token to token and attend to nothing."""
     originals: list[tuple[Any, str | None]] = field(default_factory=list)
     """The tower's configurations with the attention implementation that each had before."""
 
@@ -83,11 +87,14 @@ def language_tower(model: nn.Module) -> Any:
     if hasattr(model, "get_base_model"):  # PEFT
         base = model.get_base_model()  # type: ignore[operator]
     tower = base.get_decoder() if hasattr(base, "get_decoder") else None
-    if tower is None or not getattr(tower, "_supports_attention_backend", False):
+    # Some decoders call the interface and do not say so.
+    says_so = getattr(tower, "_supports_attention_backend", False) or (tower is not None and state_of(tower) is not None)
+    if tower is None or not (says_so or calls_interface(tower)):
         found = "no get_decoder()" if tower is None else f"decoder {type(tower).__name__}"
         raise ValueError(
             f"{type(base).__name__} cannot be patched: {found} uses transformers' attention interface "
-            "(a model with get_decoder() whose class sets _supports_attention_backend is needed)"
+            "(a model with get_decoder() is needed whose class sets _supports_attention_backend, or whose layers all call "
+            "ALL_ATTENTION_FUNCTIONS.get_interface)"
         )
     return tower
 

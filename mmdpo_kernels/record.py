@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .patch import patch_state
-from .patched import language_tower
+from .patched import PatchState, language_tower
 from .path_maps import PathMaps, SequencePaths
 from .recorder import AttentionRecorder, ForwardStopped
 from .recorder_ops import Replaced, replace_method, ticket_of, watch_decoder, watch_model
@@ -86,6 +86,7 @@ def record_attention(
         raise ValueError("record_attention: the model is already being recorded; recorders do not nest")
     tower = language_tower(model)
     wanted = _check_layers(layers, int(tower.config.num_hidden_layers))
+    _check_attends("record_attention", wanted, state)
     if segments.ndim != 2 or segments.dtype.is_floating_point:
         raise ValueError(
             f"record_attention: segments must be an integer tensor (B, S), got {segments.dtype} {tuple(segments.shape)}"
@@ -137,6 +138,7 @@ def record_path_maps(model: nn.Module, paths: SequencePaths, *, layer: int) -> I
     count = int(language_tower(model).config.num_hidden_layers)
     if not 0 <= layer < count:
         raise ValueError(f"record_path_maps: layer must be one of the model's {count}, got {layer}")
+    _check_attends("record_path_maps", [layer], state)
     if layer in state.cross_layers:
         raise ValueError(f"record_path_maps: layer {layer} attends to pictures and not to tokens; its maps have no path")
     if state.paths is not None:
@@ -218,6 +220,14 @@ def _token_ids(found: Any) -> tuple[int, ...]:
 
 def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, int | float | str | list) else type(value).__name__
+
+
+def _check_attends(name: str, layers: Iterable[int], state: PatchState) -> None:
+    carrying = sorted(state.carrying_layers.intersection(layers))
+    if carrying:
+        raise ValueError(
+            f"{name}: layer {carrying[0]} carries a state and attends to nothing; layers {sorted(state.carrying_layers)} do"
+        )
 
 
 def _check_layers(layers: Iterable[int], available: int) -> tuple[int, ...]:

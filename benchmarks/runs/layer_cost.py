@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.measure import add_place, alternate, machine, markdown, place_of, ratios
 from benchmarks.runs.attention_ratio import PICTURES, SMALL, Setting, build, prompt_record, with_answer
-from mmdpo_trainers.answers.attention_ratios import recorded_answers
+from mmdpo_trainers.answers.attention_ratios import recorded_answers, resolve_layer
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.models.loaded import LoadedModel
 
@@ -40,7 +40,7 @@ GOALS = {"generate, all layers": 1.05, "pass, all layers": 1.05}
 
 def ways_of(loaded: LoadedModel, record: dict[str, Any]) -> dict[str, Callable[[], dict[str, Any]]]:
     """What is timed; the ones that record give a recording."""
-    middle, last = (loaded.image_layers[place] for place in (len(loaded.image_layers) // 2, -1))
+    middle, last = resolve_layer(loaded.image_layers), loaded.image_layers[-1]
     how = {"regions": "box", "drop_first_row": False}
 
     def generate(layer: Any = "none") -> dict[str, Any]:

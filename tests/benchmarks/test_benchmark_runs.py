@@ -28,6 +28,7 @@ from benchmarks.runs import (
     mia_dpo_seeds,
     mia_dpo_worlds,
     online_step,
+    recurrent_tree,
 )
 from benchmarks.runs.training_step import __main__ as training_step_cli
 from benchmarks.runs.training_step.setting import SMALL
@@ -74,6 +75,13 @@ def test_the_online_step_and_its_parts(tmp_path: Path) -> None:
     found = result(tmp_path, "online_step_cpu")
     assert {name: len(taken) for name, taken in found["seconds"].items()} == {"sampling": 1, "dpo step": 1, "online step": 1}
     assert (tmp_path / "results_online_step.md").is_file()
+
+
+def test_the_tree_through_recurrent_layers(tmp_path: Path) -> None:
+    recurrent_tree.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "recurrent_tree_cpu")
+    assert found["tokens"] == {"padded rows": 158, "tree": 88} and found["difference"]["gradients"] < 1e-4
+    assert (tmp_path / "results_recurrent_tree.md").is_file()
 
 
 @pytest.mark.parametrize(

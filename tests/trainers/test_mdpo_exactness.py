@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_tiny_llava, make_tiny_qwen, sample_pictures
+from tiny_models import make_tiny_llava, make_tiny_qwen, make_tiny_qwen3_5, sample_pictures
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from training_cases import preference_records
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from wide_kernels import widen_kernels
 
 from mmdpo_kernels import SequenceLogps, patch_model, preference_loss
 from mmdpo_trainers.data.corruption import Corruption, corrupt
@@ -24,7 +25,7 @@ from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.training import head, model_parts
 from mmdpo_trainers.training.batches.collator import PreferenceBatch, PreferenceCollator
 
-FAMILIES = {"llava": make_tiny_llava, "qwen2_5_vl": make_tiny_qwen}
+FAMILIES = {"llava": make_tiny_llava, "qwen2_5_vl": make_tiny_qwen, "qwen3_5": make_tiny_qwen3_5}
 SIZES = [(48, 48), (72, 36), (36, 60), (48, 24), (60, 48), (24, 72)]
 BLUR = Corruption(kind="blur", strength=0.5)
 """Draws nothing, so what is to come out is known."""
@@ -36,8 +37,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(autouse=True)
-def exact_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' RMSNorm and Qwen's vision rotary round to float32 whatever the dtype; here they are exact, on both sides."""
+def exact_float64(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' RMSNorm, Qwen's vision rotary and Gated DeltaNet round to float32 whatever the dtype; here they are exact, on both sides."""
+    if folder.parent.name.startswith("qwen3_5"):
+        widen_kernels(monkeypatch, "qwen3_5")
 
     def norm(self: Any, hidden_states: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
@@ -57,12 +60,13 @@ def loaded(folder: Path) -> LoadedModel:
 
 
 def records() -> list[dict[str, Any]]:
-    """Sequences with and without a target, single pictures, a text, own corrupted pictures, two questions about the same pictures."""
+    """Sequences with and without a target, single pictures, a text, own corrupted pictures, four questions about the same pictures."""
     pictures = [picture.resize(size) for picture, size in zip(sample_pictures(6), SIZES, strict=True)]
     found = [{**record, "region": None, "patch_grid": None} for record in preference_records(6, pictures)]
     found[2]["target"] = None
-    again = "Image 1 : <image>\nImage 2 : <image>\nis the star red ?"
-    found.append({**found[0], "id": "again", "target": 1, "prompt": [{"role": "user", "content": again}]})
+    for index, question in enumerate(("is the star red ?", "is there a star ?", "two")):
+        again = f"Image 1 : <image>\nImage 2 : <image>\n{question}"
+        found.append({**found[0], "id": f"again {index}", "target": 1, "prompt": [{"role": "user", "content": again}]})
     own = [picture.rotate(90) for picture in found[0]["images"]]
     found.append({**found[0], "id": "own", "rejected_images": own})
     return found
@@ -173,6 +177,10 @@ def test_mdpo_equals_separate_sequences(loaded: LoadedModel, folder: Path, packi
 
 def test_masked_tokens_equal_the_unpatched_model(loaded: LoadedModel) -> None:
     """Kind "mask": image tokens that nobody sees, in a tree and behind the unpatched model's attention mask."""
+    if "linear_attention" in (getattr(loaded.model.config.get_text_config(), "layer_types", None) or ()):
+        with pytest.raises(ValueError, match="'mask' hides image tokens.*layers of linear_attention carry every token on"):
+            collator(loaded, corruption=Corruption(kind="mask"))
+        return
     plain = copy.deepcopy(loaded.model)
     for model in (loaded.model, plain):
         train_only_language(model, False)

@@ -11,6 +11,7 @@ from .internvl import make_tiny_internvl
 from .llava import CHAT_TEMPLATE, make_tiny_llava
 from .llava_next import make_tiny_llava_next
 from .llava_onevision import make_tiny_llava_onevision
+from .minicpm import make_tiny_minicpmv4_6, make_tiny_minicpmv4_7
 from .mistral3 import make_tiny_mistral3, make_tiny_pixtral
 from .mllama import make_tiny_mllama
 from .parts import SPECIAL_TOKENS, WORDS, sample_pictures
@@ -24,6 +25,7 @@ from .qwen import (
     make_tiny_qwen3_vl,
     make_tiny_qwen3_vl_moe,
 )
+from .qwen3_5 import make_tiny_qwen3_5, make_tiny_qwen3_5_moe
 
 TINY: dict[str, Callable[..., Path]] = {
     "llava": make_tiny_llava,
@@ -32,6 +34,8 @@ TINY: dict[str, Callable[..., Path]] = {
     "qwen2_vl": make_tiny_qwen2_vl,
     "qwen2_5_vl": make_tiny_qwen,
     "qwen3_vl": make_tiny_qwen3_vl,
+    "qwen3_5": make_tiny_qwen3_5,
+    "qwen3_5_moe": make_tiny_qwen3_5_moe,
     "qwen3_vl_moe": make_tiny_qwen3_vl_moe,
     "internvl": make_tiny_internvl,
     "idefics3": make_tiny_idefics3,
@@ -40,6 +44,8 @@ TINY: dict[str, Callable[..., Path]] = {
     "mistral3": make_tiny_mistral3,
     "pixtral": make_tiny_pixtral,
     "mllama": make_tiny_mllama,
+    "minicpmv4_6": make_tiny_minicpmv4_6,
+    "minicpmv4_7": make_tiny_minicpmv4_7,
 }
 """Family -> what writes a tiny checkpoint of it to a folder."""
 
@@ -58,11 +64,15 @@ __all__ = [
     "make_tiny_llava",
     "make_tiny_llava_next",
     "make_tiny_llava_onevision",
+    "make_tiny_minicpmv4_6",
+    "make_tiny_minicpmv4_7",
     "make_tiny_mistral3",
     "make_tiny_mllama",
     "make_tiny_pixtral",
     "make_tiny_qwen",
     "make_tiny_qwen2_vl",
+    "make_tiny_qwen3_5",
+    "make_tiny_qwen3_5_moe",
     "make_tiny_qwen3_vl",
     "make_tiny_qwen3_vl_moe",
     "make_tiny_smolvlm",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmdpo_kernels import AttentionRecorder, image_segments, record_attention
+from mmdpo_trainers.answers.layer_choice import middle_layer
 from mmdpo_trainers.answers.packed import packed
 from mmdpo_trainers.data.compose import box_to_region, official_grid_region, official_pip_region
 from mmdpo_trainers.errors import DataError, StageError
@@ -261,12 +262,13 @@ def resolve_layer(
 ) -> int:
     """The decoder layer that an option means, 0-based.
 
-    None: the middle one of those that see pictures, 16 of 32, MIA-DPO's choice. `best`: what was `chosen` for the format, or for all
-    formats; where nothing was chosen yet, and for `all`, the middle one too.
+    None: the middle one of those that see pictures, 16 of 32, MIA-DPO's choice; where only some attend, the one of these that is nearest to
+    the decoder's middle. `best`: what was `chosen` for the format, or for all formats; where nothing was chosen yet, and for `all`, the
+    middle one too.
     """
     if layer == "best" and chosen:
         return chosen.get(format, chosen["all"])
-    return layers[len(layers) // 2] if layer is None or isinstance(layer, str) else layer
+    return middle_layer(layers) if layer is None or isinstance(layer, str) else layer
 
 
 def check_regions(family: Family, regions: str, formats: Mapping[str, str] = MappingProxyType({})) -> None:

@@ -14,25 +14,16 @@ import torch
 
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.models.encode import EncodedPrompts
-from mmdpo_trainers.models.families import Family
+from mmdpo_trainers.models.families import Family, hiding_refusal
 from mmdpo_trainers.models.loaded import LoadedModel
 
 Hidden = Callable[[int, int], np.ndarray]
 """(record's index, number of its image tokens) -> bool for each of them in reading order: whether it is hidden."""
 
-_BY_KEYS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Kinds of layers in which a token reaches others as a key of attention only."""
-
 
 def check_hiding(family: Family, config: Any) -> None:
     """ConfigError, naming the family, where image tokens cannot be hidden from a model of this configuration."""
-    text = config.get_text_config()
-    layers = [kind for kind in getattr(text, "layer_types", None) or () if kind not in _BY_KEYS]
-    reason = None
-    if family.cross_attention:
-        reason = "its pictures come in by cross-attention, not as image tokens"
-    elif layers:
-        reason = f"its layers of {layers[0]} carry every token on, whatever is masked"
+    reason = hiding_refusal(family, config)
     if reason is not None:
         raise ConfigError(f"family {family.name}: image tokens cannot be hidden: {reason}; choose another model")
 

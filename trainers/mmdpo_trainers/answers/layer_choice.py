@@ -104,6 +104,12 @@ class _Arrays:
         return {"right": int((which & self.right).sum()), "wrong": int((which & ~self.right).sum())}
 
 
+def middle_layer(layers: Sequence[int]) -> int:
+    """The one of some layers, 0-based and in order, that is nearest to the middle of the decoder, which ends with the last of them."""
+    middle = (layers[-1] + 1) // 2
+    return min(layers, key=lambda layer: abs(layer - middle))
+
+
 def layer_curves(answers: Answers, *, best_by: str, go_by: int | None) -> dict[str, Any]:
     """What `layers.json` holds.
 
@@ -119,7 +125,7 @@ def layer_curves(answers: Answers, *, best_by: str, go_by: int | None) -> dict[s
     arrays, layers = _Arrays(answers), answers.layers
     names = [*arrays.formats, ALL] if arrays.formats else []
     best = {name: _best(arrays, name, layers) for name in names}
-    middle = layers[len(layers) // 2]
+    middle = middle_layer(layers)
     overall = best.get(ALL)
     chosen = {ALL: go_by if go_by is not None else overall["layer"] if overall else middle}
     for name in arrays.formats:

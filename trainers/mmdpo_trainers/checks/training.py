@@ -116,7 +116,7 @@ def _with_lora(model: Any) -> Any:
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     # Attention and MLP by the names that most decoders have, others by whatever linears there are.
     leaves = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    chosen = sorted(leaves & {"q_proj", "v_proj", "down_proj"}) or sorted(leaves)
+    chosen = sorted(leaves & {"q_proj", "v_proj", "down_proj", "in_proj_qkv", "in_proj_a"}) or sorted(leaves)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         target = rf"{prefix}\..*\.({'|'.join(chosen)})"

@@ -157,7 +157,11 @@ def prompt_ids(
 ) -> list[list[int]]:
     """Token ids of the prompts, `blocks` in the places of their pictures."""
     return [
-        expand_ids(loaded.texts.prompt(record["id"], record["prompt"], len(its_blocks)), loaded.image_token_id, its_blocks)
+        expand_ids(
+            loaded.texts.prompt(record["id"], record["prompt"], len(its_blocks)),
+            loaded.image_token_id,
+            loaded.family.blocks_of_prompt(loaded.processor, its_blocks),
+        )
         for record, its_blocks in zip(records, blocks, strict=True)
     ]
 

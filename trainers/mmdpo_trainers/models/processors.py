@@ -8,6 +8,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import transformers
@@ -38,7 +39,16 @@ def _without_video(base: Any) -> Any:
     def get_attributes(cls: Any) -> list[str]:
         return [name for name in base.get_attributes() if name != "video_processor"]
 
-    return type(base.__name__, (base,), {"get_attributes": classmethod(get_attributes), "__module__": __name__})
+    def by_places(self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **more: Any) -> None:
+        # Where two parts are expected, the second one is the tokenizer.
+        base.__init__(self, image_processor, tokenizer, tokenizer, chat_template=chat_template, **more)
+
+    values: dict[str, Any] = {"get_attributes": classmethod(get_attributes), "__module__": __name__}
+    names = list(inspect.signature(base.__init__).parameters)
+    if names.index("video_processor") < names.index("tokenizer"):
+        # It hands its parts on by their places, and asks the video processor how it would cut a film.
+        values |= {"__init__": by_places, "video_processor": SimpleNamespace(slice_mode=False, downsample_mode="16x")}
+    return type(base.__name__, (base,), values)
 
 
 def _processor_class(folder: Path, model_type: str) -> Any:

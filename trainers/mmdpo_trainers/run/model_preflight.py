@@ -17,7 +17,7 @@ from mmdpo_trainers.answers.attention_ratios import check_layer, check_regions
 from mmdpo_trainers.answers.hidden_images import check_hiding
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.models.chat_format import render_prompt
-from mmdpo_trainers.models.families import Family, family_of, image_layers
+from mmdpo_trainers.models.families import Family, family_of, hiding_refusal, image_layers
 from mmdpo_trainers.models.loading import check_folder
 from mmdpo_trainers.models.processors import load_processor
 from mmdpo_trainers.processes import launcher, ranks
@@ -111,13 +111,11 @@ def _check_training(context: StageContext, family: Family, model: Any, layers: S
             raise ConfigError(
                 f"{where}: attention_layer: expected one of {list(layers)} for this model, got {settings.attention_layer}"
             )
-        if (
-            family.cross_attention
-            and any(each is not None and each.kind == "mask" for each in settings.image_corruptions)
-            and set(settings.loss_type) & set(NEEDS_CORRUPTED)
-        ):
+        masked = any(each is not None and each.kind == "mask" for each in settings.image_corruptions)
+        reason = hiding_refusal(family, model.config) if masked and set(settings.loss_type) & set(NEEDS_CORRUPTED) else None
+        if reason is not None:
             raise ConfigError(
-                f"{where}: corruption: kind 'mask' hides image tokens, and {family.name} has none; choose another kind"
+                f"{where}: corruption: kind 'mask' hides image tokens, which cannot be with {family.name}: {reason}; choose another kind"
             )
         try:
             model_parts.packs_trees(model, settings)

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmdpo_trainers.models.families.conventional import Conventional
-from mmdpo_trainers.models.families.family import Family, expand_ids, image_layers
+from mmdpo_trainers.models.families.family import Family, expand_ids, hiding_refusal, image_layers
 from mmdpo_trainers.models.families.gemma import Gemma3
 from mmdpo_trainers.models.families.images import EncodedImages, View, inside, plain_grid
 from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
+from mmdpo_trainers.models.families.minicpm import MiniCPMV46, MiniCPMV47
 from mmdpo_trainers.models.families.mistral import Mistral3
 from mmdpo_trainers.models.families.mllama import Mllama
-from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
+from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL, Qwen35, Qwen35Moe
 from mmdpo_trainers.models.families.tiled import Idefics3, InternVL, SmolVLM
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "expand_ids",
     "family_of",
     "fixed_grid",
+    "hiding_refusal",
     "inside",
     "image_layers",
     "plain_grid",
@@ -35,9 +37,10 @@ __all__ = [
 
 _DECLARED: tuple[type[Family], ...] = (
     *(Llava, LlavaNext, LlavaOnevision),
-    *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe),
+    *(Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe),
     *(InternVL, Idefics3, SmolVLM),
     *(Gemma3, Mistral3, Mllama),
+    *(MiniCPMV46, MiniCPMV47),
 )
 
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in _DECLARED}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from mmdpo_kernels.decoder_layers import calls_interface
 from mmdpo_kernels.patch import images_see_themselves
 from mmdpo_trainers.models.families.family import Family
 from mmdpo_trainers.models.families.images import EncodedImages
@@ -78,9 +80,15 @@ class Conventional(Family):
             found.append("its positions follow pictures (get_rope_index), which needs a declaration such as Qwen2VL's")
         elif images_see_themselves(body):
             found.append("its mask tells pictures from text (token types), which needs a declaration such as Gemma3's")
-        if not getattr(self.model_class, "_supports_attention_backend", False):
+        if not (getattr(self.model_class, "_supports_attention_backend", False) or self._calls_interface()):
             found.append("its attention does not go through transformers' attention interface (_supports_attention_backend)")
         return found
+
+    def _calls_interface(self) -> bool:
+        """Whether the decoder's layers call the attention interface, though their class does not say so."""
+        with torch.device("meta"):
+            decoder = self.model_class(copy.deepcopy(self.config)).get_decoder()
+        return calls_interface(decoder)
 
     def features(self, body: Any, pictures: EncodedImages) -> list[Tensor]:
         # What else a processor returns, it returns for itself.

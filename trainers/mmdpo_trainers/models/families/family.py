@@ -17,6 +17,13 @@ _OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token
 """What a processor returns for the text."""
 
 
+_CARRYING = frozenset({"linear_attention", "conv", "mamba", "recurrent"})
+"""Kinds of layers, in a configuration's `layer_types`, that carry a state along and attend to nothing."""
+
+_BY_KEYS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds in which a token reaches others as a key of attention only."""
+
+
 class Family:
     """A model family; `family_of` finds a model's. It holds no weights, so it may travel to another process.
 
@@ -102,6 +109,10 @@ class Family:
         views = [self.views(processor, inputs, index, size, blocks[index]) for index, size in enumerate(sizes)]
         known = [found if sum(view.tokens for view in found) == count else () for found, count in zip(views, tokens, strict=True)]
         return EncodedImages(inputs=inputs, tokens=tokens, blocks=blocks, views=known, grids=inputs.get("image_grid_thw"))
+
+    def blocks_of_prompt(self, processor: Any, blocks: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """The `EncodedImages.blocks` of one prompt's pictures, in its order, as they are in this prompt."""
+        return list(blocks)
 
     def views(
         self, processor: Any, inputs: dict[str, Tensor], index: int, size: tuple[int, int], block: list[int]
@@ -194,9 +205,21 @@ class Family:
 
 
 def image_layers(config: Any) -> Sequence[int]:
-    """Decoder layers that see pictures, 0-based: all, or those of cross-attention where pictures come in by these."""
+    """Decoder layers that see pictures, 0-based: all that attend, or those of cross-attention where pictures come in by these."""
     text = config.get_text_config()
-    return list(getattr(text, "cross_attention_layers", None) or ()) or range(int(text.num_hidden_layers))
+    kinds, count = getattr(text, "layer_types", None) or (), int(text.num_hidden_layers)
+    attending = [layer for layer in range(count) if layer >= len(kinds) or kinds[layer] not in _CARRYING]
+    return list(getattr(text, "cross_attention_layers", None) or ()) or (range(count) if len(attending) == count else attending)
+
+
+def hiding_refusal(family: Family, config: Any) -> str | None:
+    """Why image tokens cannot be hidden from a model of this configuration, or None where they can. config: None where it is not known."""
+    if family.cross_attention:
+        return "its pictures come in by cross-attention, not as image tokens"
+    if config is None:
+        return None
+    kinds = [kind for kind in getattr(config.get_text_config(), "layer_types", None) or () if kind not in _BY_KEYS]
+    return f"its layers of {kinds[0]} carry every token on, whatever is masked" if kinds else None
 
 
 def expand_ids(ids: Sequence[int], image_token_id: int, blocks: Sequence[Sequence[int]]) -> list[int]:

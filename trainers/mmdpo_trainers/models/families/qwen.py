@@ -1,7 +1,9 @@
-"""The Qwen-VL families: pictures of every size, positions on three axes, and in the third features for several layers."""
+"""The Qwen-VL families and those that follow them: pictures of every size, positions on three axes; in Qwen3-VL features for several layers,
+in Qwen3.5 layers of linear attention."""
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any
 
@@ -53,7 +55,7 @@ class Qwen2VL(Family):
         if grids is None or not len(grids):
             return (kept.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
         kinds = (input_ids == self.known_config.image_token_id).int()
-        model: Any = _Weightless(getattr(transformers, self.body_name), self.known_config)
+        model: Any = Weightless(getattr(transformers, self.body_name), self.known_config)
         return model.get_rope_index(input_ids, mm_token_type_ids=kinds, image_grid_thw=grids, attention_mask=kept)[0]
 
 
@@ -93,12 +95,30 @@ class Qwen3VLMoe(Qwen3VL):
     body_name = "Qwen3VLMoeModel"
 
 
-class _Weightless:
+class Qwen35(Qwen2VL):
+    """Qwen3.5, 3.6 and 3.8: three of four layers carry a state in place of attending."""
+
+    name = "qwen3_5"
+    model_name = "Qwen3_5ForConditionalGeneration"
+    processor_name = "Qwen3VLProcessor"
+    body_name = "Qwen3_5Model"
+
+
+class Qwen35Moe(Qwen35):
+    name = "qwen3_5_moe"
+    model_name = "Qwen3_5MoeForConditionalGeneration"
+    body_name = "Qwen3_5MoeModel"
+
+
+class Weightless:
     """Methods of a model class that need its configuration only, without a model: in a data loader's process there is none."""
 
     def __init__(self, model_class: type, config: Any) -> None:
         self.model_class, self.config = model_class, config
 
     def __getattr__(self, name: str) -> Any:
+        found = inspect.getattr_static(self.model_class, name)
+        if isinstance(found, staticmethod):
+            return found.__func__
         found = getattr(self.model_class, name)
         return types.MethodType(found, self) if isinstance(found, types.FunctionType) else found

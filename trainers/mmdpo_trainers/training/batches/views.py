@@ -27,7 +27,7 @@ from mmdpo_trainers.data.pair_records import (
     view_images,
 )
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.models.families import EncodedImages, Family
+from mmdpo_trainers.models.families import EncodedImages, Family, hiding_refusal
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,11 @@ class Views:
         self.no_image, self.picture_pool = no_image, picture_pool
         self._tokens_of_size: dict[tuple[tuple[int, int], bool], int] = {}
         kinds = {corruption.kind for corruption in self.corrupted.values() if corruption is not None}
-        if family.cross_attention and "mask" in kinds:
-            raise ValueError(f"corruption: kind 'mask' hides image tokens, and {family.name} has none; choose another kind")
+        reason = hiding_refusal(family, family.config) if "mask" in kinds else None
+        if reason is not None:
+            raise ValueError(
+                f"corruption: kind 'mask' hides image tokens, which cannot be with {family.name}: {reason}; choose another kind"
+            )
 
     def images(self, record: Mapping[str, Any]) -> list[Any]:
         """The record's own images."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.models.mixtral import modeling_mixtral
 
-MOE_FAMILIES = ("qwen3_vl_moe",)
+MOE_FAMILIES = ("qwen3_vl_moe", "qwen3_5_moe")
 """Families of `TINY` whose language model has experts and a load-balancing loss."""
 
 

@@ -174,7 +174,7 @@ def test_other_families(family: str, strategy: str, tmp_path: Path) -> None:
 def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     for name, seed in (("model", 0), ("second", 3)):
-        TINY[request.param](folder / name, seed=seed)
+        TINY[request.param](folder / name, seed=seed, experts=8)
     launch("alone", folder, folder / "alone", WITH_EXPERTS)
     return folder
 

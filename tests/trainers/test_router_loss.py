@@ -19,7 +19,7 @@ from mmdpo_kernels import TokenTree, patch_model
 from mmdpo_trainers.models.families import family_of
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
-from mmdpo_trainers.training import model_parts
+from mmdpo_trainers.training import model_parts, router_loss
 from mmdpo_trainers.training.batches.collator import model_collator
 from mmdpo_trainers.training.reward.config import RewardConfig
 from mmdpo_trainers.training.router_loss import RouterLoss
@@ -31,7 +31,7 @@ FULL = {"full_finetune": True, "freeze_vision": False, "freeze_projector": False
 
 @pytest.fixture(scope="module", params=MOE_FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return TINY[request.param](tmp_path_factory.mktemp(request.param) / "model")
+    return TINY[request.param](tmp_path_factory.mktemp(request.param) / "model", experts=8)
 
 
 def load(folder: Path) -> LoadedModel:
@@ -178,8 +178,8 @@ def test_the_mean_is_of_micro_batches(folder: Path, tmp_path: Path, monkeypatch:
         features = model_parts.image_features(trainer.model, batch)
         logits = []
         hooks = [
-            layer.mlp.gate.register_forward_hook(lambda _, args, output: logits.append(output[0]))
-            for layer in trainer.model.get_decoder().layers
+            module.register_forward_hook(lambda _, args, output: logits.append(output[0]))
+            for module, _ in router_loss.routers(trainer.model)
         ]
         with torch.no_grad():
             model_parts.hidden_states(trainer.model, batch, features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -412,3 +413,22 @@ def test_vllm_would_answer_with_the_whole_model(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match="vllm would answer with the whole model.*quantization: bitsandbytes"):
         check_vllm(config)
     check_vllm(RunConfig.from_dict(merge(config.to_dict(), {"generate": {"engine_args": {"quantization": "bitsandbytes"}}})))
+
+
+def test_the_checks_of_a_family_hold_in_4_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packed trees, recorded attention and answers against the unpatched model; gradients with checkpointing against those without."""
+    names = "parity,mass,tree,gradients,heads,unpatch"
+    given = ["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--quantization", "{load_in_4bit: true}"]
+    assert cli.main(["check", *given, "--only", names, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["in_4_bits"] and [each["verdict"] for each in found["checks"]] == ["exact"] * 6
+
+
+def test_bfloat16_starts_where_the_reference_is(llava: Path, tmp_path: Path) -> None:
+    """As on a GPU: quantised, computed and adapted in bfloat16 under autocast, the adapter in float32."""
+    loaded = in_4_bits(llava, torch.bfloat16)
+    assert {layer.compute_dtype for layer in quantized.quantized_layers(loaded.model).values()} == {torch.bfloat16}
+    entry, gradients, trainer = step(loaded, tmp_path, warm=False, bf16=True)
+    assert entry["loss"] == pytest.approx(3 * math.log(2), rel=1e-6) and entry["rewards/margins"] == 0
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -29,7 +31,7 @@ from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.models.merged import save_merged
-from mmdpo_trainers.training import head
+from mmdpo_trainers.training import head, quantized_models
 from mmdpo_trainers.training.reference.model_hash import model_fingerprint, reference_header
 from mmdpo_trainers.training.reward.config import RewardConfig
 from mmdpo_trainers.training.reward.inputs import RewardInputs
@@ -345,12 +347,16 @@ def test_weights_that_a_cpu_repacked_are_refused(llava: Path, tmp_path: Path) ->
         trainer_of(loaded, tmp_path, model=model)
 
 
-def test_shards_are_refused_before_a_weight_is_read(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_refused(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    for stage, refused in ((2, False), (3, True)):
+        settings.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
+        with pytest.raises(ValueError, match="deepspeed: expected the whole model in each process") if refused else nullcontext():
+            quantized_models.check_settings(settings)
     loaded = in_4_bits(llava)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="fsdp: expected the whole model in each process with 4-bit weights"):
         trainer_of(loaded, tmp_path)
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
 
 
 def test_float64_and_a_missing_package_are_refused(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:

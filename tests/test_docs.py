@@ -26,6 +26,7 @@ WRITTEN = {
     "template_date.json",
     "generation_config.json",
     "adapter_config.json",
+    "quantization.json",
     "reward_model.json",
 }
 """Files of runs, trainings and models."""

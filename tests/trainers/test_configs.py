@@ -26,6 +26,7 @@ CONFIGS = sorted(path.name for path in FOLDER.glob("*.yaml"))
 OWN_PAIRS = {"llava_mdpo.yaml": make_tiny_llava, "qwen2_5_vl_mdpo.yaml": make_tiny_qwen}
 REAL = {
     **OWN_PAIRS,
+    "llava_mdpo_qlora.yaml": make_tiny_llava,
     "llava_bdhs.yaml": make_tiny_llava,
     "llava_reward.yaml": make_tiny_llava,
     "llava_mia_dpo.yaml": make_tiny_llava,

@@ -97,7 +97,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 
 def test_a_run_in_4_bits(tmp_path: Path) -> None:
     """Answers, attention, training and evaluation are of the quantised model, the trained adapter beside it."""
-    config, console = settings(tmp_path, TINY["llava"]), Console(file=io.StringIO())
+    config, console = settings(tmp_path), Console(file=io.StringIO())
     whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
     config = RunConfig.from_dict(merge(config.to_dict(), {"quantization": {"load_in_4bit": True}}))
     summary = run_pipeline(config, progress=Progress(console), console=console)

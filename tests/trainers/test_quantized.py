@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -28,7 +31,7 @@ from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.models.merged import save_merged
-from mmdpo_trainers.training import head
+from mmdpo_trainers.training import head, quantized_models
 from mmdpo_trainers.training.reference.model_hash import model_fingerprint, reference_header
 from mmdpo_trainers.training.reward.config import RewardConfig
 from mmdpo_trainers.training.reward.inputs import RewardInputs
@@ -344,12 +347,16 @@ def test_weights_that_a_cpu_repacked_are_refused(llava: Path, tmp_path: Path) ->
         trainer_of(loaded, tmp_path, model=model)
 
 
-def test_shards_are_refused_before_a_weight_is_read(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_refused(llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    for stage, refused in ((2, False), (3, True)):
+        settings.deepspeed_plugin = SimpleNamespace(zero_stage=stage)
+        with pytest.raises(ValueError, match="deepspeed: expected the whole model in each process") if refused else nullcontext():
+            quantized_models.check_settings(settings)
     loaded = in_4_bits(llava)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="fsdp: expected the whole model in each process with 4-bit weights"):
         trainer_of(loaded, tmp_path)
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
 
 
 def test_float64_and_a_missing_package_are_refused(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,3 +419,22 @@ def test_vllm_would_answer_with_the_whole_model(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match="vllm would answer with the whole model.*quantization: bitsandbytes"):
         check_vllm(config)
     check_vllm(RunConfig.from_dict(merge(config.to_dict(), {"generate": {"engine_args": {"quantization": "bitsandbytes"}}})))
+
+
+def test_the_checks_of_a_family_hold_in_4_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Packed trees, recorded attention and answers against the unpatched model; gradients with checkpointing against those without."""
+    names = "parity,mass,tree,gradients,heads,unpatch"
+    given = ["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--quantization", "{load_in_4bit: true}"]
+    assert cli.main(["check", *given, "--only", names, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["in_4_bits"] and [each["verdict"] for each in found["checks"]] == ["exact"] * 6
+
+
+def test_bfloat16_starts_where_the_reference_is(llava: Path, tmp_path: Path) -> None:
+    """As on a GPU: quantised, computed and adapted in bfloat16 under autocast, the adapter in float32."""
+    loaded = in_4_bits(llava, torch.bfloat16)
+    assert {layer.compute_dtype for layer in quantized.quantized_layers(loaded.model).values()} == {torch.bfloat16}
+    entry, gradients, trainer = step(loaded, tmp_path, warm=False, bf16=True)
+    assert entry["loss"] == pytest.approx(3 * math.log(2), rel=1e-6) and entry["rewards/margins"] == 0
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())

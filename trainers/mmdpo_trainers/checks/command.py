@@ -22,19 +22,20 @@ def check_command(
     adapter: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantization: Any = None,
     only: str | None = None,
     as_json: bool = False,
 ) -> None:
     """Run the checks and print what they found.
 
-    only: names of `CHECKS` with commas between them; None: all. Raises StageError where a check failed, or the model cannot be used: the
-    error says what its family has not.
+    quantization: as of `load_model`. only: names of `CHECKS` with commas between them; None: all. Raises StageError where a check
+    failed, or the model cannot be used: the error says what its family has not.
     """
     names = list(CHECKS) if only is None else [name.strip() for name in only.split(",")]
     unknown = [name for name in names if name not in CHECKS]
     if unknown:
         raise ConfigError(f"--only {only}: expected names among {', '.join(CHECKS)}, got {unknown[0]!r}")
-    loaded = load_model(model, adapter=adapter, device=device, dtype=dtype)
+    loaded = load_model(model, adapter=adapter, device=device, dtype=dtype, quantization=quantization)
     # Progress goes to stderr, so that --json can be piped on.
     console = Console(stderr=True)
     found: list[CheckResult] = []
@@ -56,12 +57,13 @@ def check_command(
 
 def about(loaded: LoadedModel) -> dict[str, Any]:
     """What was checked."""
-    name = loaded.family.name
+    name, quantized = loaded.family.name, getattr(loaded.model.config, "quantization_config", None)
     return {
         "model": str(loaded.path),
         "family": name,
         "declared": name in FAMILIES,
         "dtype": str(loaded.dtype).removeprefix("torch."),
+        "in_4_bits": bool(quantized),
         "device": str(loaded.device),
     }
 
@@ -70,7 +72,10 @@ def table(loaded: LoadedModel, results: Sequence[CheckResult]) -> Table:
     """A row a check."""
     what = about(loaded)
     known = "" if what["declared"] else " (no declaration, by transformers' conventions)"
-    found = Table(title=f"{what['family']}{known}, {what['dtype']} on {what['device']}", title_justify="left")
+    found = Table(
+        title=f"{what['family']}{known}, {what['dtype']}{' and 4 bits' if what['in_4_bits'] else ''} on {what['device']}",
+        title_justify="left",
+    )
     found.add_column("check", no_wrap=True)
     found.add_column("verdict")
     for name in ("difference", "limit", "s"):

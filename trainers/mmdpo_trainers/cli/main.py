@@ -47,7 +47,11 @@ _COMMANDS = {
     ),
     "check": StageKind(
         about="Check a model folder: logits, picture tokens, attention, trees and gradients against transformers itself.",
-        examples=("check --model llava-1.5-7b-hf", "check --model my-model --dtype float32 --only parity,tree --json"),
+        examples=(
+            "check --model llava-1.5-7b-hf",
+            "check --model my-model --dtype float32 --only parity,tree --json",
+            "check --model my-model --quantization '{load_in_4bit: true}'",
+        ),
     ),
 }
 """Commands that are about a model or a run and are no stage, described as stages are."""
@@ -196,9 +200,10 @@ def _add_calibrate(commands: Any) -> None:
 def _add_check(commands: Any) -> None:
     parser = _parser_of(commands, "check", f"{_COMMANDS['check'].about} Exit code 2 where one fails.")
     parser.add_argument("--model", required=True, metavar="FOLDER", help="the folder of a whole Hugging Face checkpoint")
-    parser.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter to merge into it")
+    parser.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter of it, merged into whole weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's own), float32, bfloat16, float16 or float64")
+    _add_fields(parser, RunConfig, names=("quantization",))
     parser.add_argument("--only", metavar="NAMES", help="some of the checks, with commas between them")
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
     parser.set_defaults(action=_check)
@@ -382,6 +387,7 @@ def _check(options: argparse.Namespace) -> None:
         adapter=options.adapter,
         device=options.device,
         dtype=options.dtype,
+        quantization=_typed("quantization", options.quantization) if hasattr(options, "quantization") else None,
         only=options.only,
         as_json=options.json,
     )

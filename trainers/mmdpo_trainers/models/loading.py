@@ -134,6 +134,8 @@ def _read(folder: Path, dtype: Any, quantization: Any, device: torch.device | No
         model_class = family_of(config).model_class
         if device is not None:
             options["device_map"] = {"": device}
+            # It warns that a product is missing which `quantized.settle` switches off.
+            logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         if quantization is not None:
             options["quantization_config"] = quantized.settings_of(model_class, config, quantization)
         return model_class.from_pretrained(folder, **options)

@@ -227,7 +227,8 @@ class SavingTrainer(LoggingTrainer):
             twice = [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in once]  # type: ignore[union-attr]
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in twice}
         super()._save(output_dir, state_dict)
-        save_settings(base_of(self.model).config, output_dir or str(self.args.output_dir))
+        policy: Any = self.model
+        save_settings(base_of(policy).config, output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in `transformers.Trainer`; a whole model by `from_pretrained`, which knows under what names weights are saved."""

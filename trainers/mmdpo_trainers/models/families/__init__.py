@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmdpo_trainers.models.families.cohere import AyaVision
 from mmdpo_trainers.models.families.conventional import CHECKED, Conventional
 from mmdpo_trainers.models.families.deepseek import DeepseekVL, DeepseekVLHybrid
 from mmdpo_trainers.models.families.family import Family, expand_ids, image_layers
@@ -17,7 +16,6 @@ from mmdpo_trainers.models.families.gemma import Gemma3
 from mmdpo_trainers.models.families.glm import Glm4v, Glm4vMoe, Glm46V
 from mmdpo_trainers.models.families.hyperclova import HyperClovaX
 from mmdpo_trainers.models.families.images import EncodedImages, View, inside, plain_grid
-from mmdpo_trainers.models.families.llama4 import Llama4
 from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
 from mmdpo_trainers.models.families.mistral import Mistral3
 from mmdpo_trainers.models.families.mllama import Mllama
@@ -26,7 +24,7 @@ from mmdpo_trainers.models.families.ovis import Ovis2
 from mmdpo_trainers.models.families.paddle import PaddleOcrVL
 from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
 from mmdpo_trainers.models.families.refused import REFUSED, refusal_of
-from mmdpo_trainers.models.families.tiled import Idefics3, InternVL, QianfanOcr, SmolVLM
+from mmdpo_trainers.models.families.tiled import AyaVision, Idefics3, InternVL, QianfanOcr, SmolVLM
 
 __all__ = [
     "CHECKED",
@@ -51,7 +49,7 @@ _DECLARED: tuple[type[Family], ...] = (
     *(Glm4v, Glm4vMoe, Glm46V),
     *(InternVL, Idefics3, SmolVLM),
     *(Qwen25Omni, Qwen3Omni, PaddleOcrVL),
-    *(Gemma3, Mistral3, Mllama, Llama4, AyaVision, DeepseekVL, DeepseekVLHybrid),
+    *(Gemma3, Mistral3, Mllama, AyaVision, DeepseekVL, DeepseekVLHybrid),
     *(HyperClovaX, Ovis2, QianfanOcr),
 )
 

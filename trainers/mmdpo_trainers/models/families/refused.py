@@ -31,6 +31,10 @@ REFUSED: dict[str, str] = {
     "idefics2": (
         "its processor joins the marks of pictures that stand side by side, so a picture's tokens hang on its neighbours; Idefics3 is used"
     ),
+    "llama4": (
+        "transformers' class for its pictures fails at its first forward (as of 5.24 it asks its language model's output for image_outputs), "
+        "so there is nothing to hold it to"
+    ),
     "mistral_large4": _CHOOSES,
     "molmo2": "all pictures of a prompt are one block whose tokens see each other both ways, which is no interval of rows for two or more",
     "muse_spark": "pictures, video and sound go through towers that were not checked; Muse Glimmer is its nearest",

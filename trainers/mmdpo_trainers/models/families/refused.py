@@ -25,7 +25,7 @@ REFUSED: dict[str, str] = {
     "fast_vlm": "its vision tower is timm's, on which it was not checked; LLaVA on the same language model (Qwen2) is used",
     "glm5_next": _CHOOSES,
     "got_ocr2": _DOCUMENTS,
-    "granite4_vision": "its features go into several layers (deep stack) by a table of its own, and are no grid with row ends",
+    "granite4_vision": "its features go into several layers (deep stack) by a table of its own (deepstack_layer_map)",
     "granite_docling": _DOCUMENTS,
     "hunyuan_vl": "a picture's position counts the pictures of the whole batch, so a record's numbers hang on its neighbours",
     "idefics2": (

@@ -12,7 +12,7 @@ WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 # What rests on names inside transformers.
 VERSIONED := $(addprefix tests/kernels/test_,patch.py qwen_patch.py patched_copies.py compiled.py record_caches.py) \
-	$(addprefix tests/trainers/test_,generate.py score.py every_family.py family_traps.py families.py unknown_families.py family_runs.py prompts.py \
+	$(addprefix tests/trainers/test_,generate.py score.py every_family.py family_traps.py families.py unknown_families.py refused_families.py family_runs.py prompts.py \
 	preference_trainer.py mdpo_trainer.py given_models.py adapters.py arguments.py training_mode.py \
 	reference_cache.py resume.py)
 

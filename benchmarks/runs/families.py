@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_place(parser)
     options = parser.parse_args(arguments)
     # Small: the first family alone, since every checkpoint is tiny as it is.
-    chosen = options.families or ([*runnable()][:1] if options.small else runnable())
+    chosen = options.families or runnable()[: 1 if options.small else None]
     unknown = [name for name in chosen if name not in ROWS]
     if unknown:
         parser.error(f"{unknown[0]}: expected a family among {', '.join(ROWS)}")

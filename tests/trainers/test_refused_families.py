@@ -25,9 +25,9 @@ from mmdpo_trainers.models.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
-NO_TREES = {"lfm2_vl": "layers of conv", "lfm3_vl": "layers of conv", "llama4": "layers of chunked_attention"}
-CHEAP = ("exaone4_5", "lfm3_vl", "video_llama_3")
-"""Checked in every run: windows, convolutions, several towers in one."""
+NO_TREES = {"lfm2_vl": "layers of conv", "lfm3_vl": "layers of conv"}
+CHEAP = ("exaone4_5", "hyperclovax_vision_v2", "lfm3_vl")
+"""Checked in every run: windows, logits that are multiplied, convolutions."""
 
 
 def folder_of(path: Path, **values: Any) -> Path:
@@ -48,7 +48,9 @@ def test_no_family_is_used_that_was_not_checked(kind: str) -> None:
     """A new one of transformers' fails here: it gets a recipe and a place in `CHECKED`, or a line in `REFUSED`."""
     if kind in FAMILIES or kind in CHECKED:
         return
-    with pytest.raises(ValueError, match="is refused: " if kind in REFUSED else "has no declaration and does not follow"):
+    # Some have no configuration without those of their parts.
+    missing = "has no declaration and does not follow|cannot be instantiated"
+    with pytest.raises(ValueError, match="is refused: " if kind in REFUSED else missing):
         family_of(CONFIG_MAPPING[kind]())
 
 
@@ -83,10 +85,10 @@ def test_a_family_that_nobody_checked_is_said(
 ) -> None:
     folder = BY_RECIPE["vipllava"](tmp_path / "model")
     load_model(folder, device="cpu")
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("mmdpo")]
     monkeypatch.setattr("mmdpo_trainers.models.families.conventional.CHECKED", ())
     load_model(folder, device="cpu")
-    (said,) = [record.getMessage() for record in caplog.records]
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("mmdpo")]
     assert "family 'vipllava' is used by transformers' conventions and was never checked" in said and "mmdpo check" in said
 
 

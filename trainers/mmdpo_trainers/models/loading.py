@@ -108,7 +108,7 @@ def load_model(
     if adapter is not None:
         model = _with_adapter(model, Path(adapter), merged=not in_4_bits)
     model.to(target).eval()
-    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+    if model.dtype == torch.float64:
         # PyTorch's grouped products, which experts go through else, have no float64.
         model.set_experts_implementation("eager")
     _check_processor(model, its_processor, folder)

@@ -70,7 +70,7 @@ def skips_images(model: nn.Module) -> bool:
 def has_experts(model: nn.Module) -> bool:
     """Whether a step leaves weights without a gradient where its tokens take other experts."""
     text = base_of(model).config.get_text_config()
-    return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
 
 
 def shares_keys(model: nn.Module) -> bool:

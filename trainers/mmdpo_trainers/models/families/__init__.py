@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import mmdpo_kernels
-from mmdpo_trainers.models.families.cohere import AyaVision
 from mmdpo_trainers.models.families.conventional import CHECKED, Conventional
 from mmdpo_trainers.models.families.deepseek import DeepseekVL, DeepseekVLHybrid
 from mmdpo_trainers.models.families.family import Family, expand_ids, hiding_refusal, image_layers
@@ -20,7 +19,6 @@ from mmdpo_trainers.models.families.gemma4 import Gemma4, Gemma4Unified
 from mmdpo_trainers.models.families.glm import Glm4v, Glm4vMoe, Glm46V
 from mmdpo_trainers.models.families.hyperclova import HyperClovaX
 from mmdpo_trainers.models.families.images import EncodedImages, View, inside, plain_grid
-from mmdpo_trainers.models.families.llama4 import Llama4
 from mmdpo_trainers.models.families.llava import Llava, LlavaNext, LlavaOnevision
 from mmdpo_trainers.models.families.minicpm import MiniCPMV46, MiniCPMV47
 from mmdpo_trainers.models.families.mistral import Mistral3
@@ -31,7 +29,7 @@ from mmdpo_trainers.models.families.paddle import PaddleOcrVL
 from mmdpo_trainers.models.families.paligemma import PaliGemma
 from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL, Qwen35, Qwen35Moe
 from mmdpo_trainers.models.families.refused import REFUSED, refusal_of
-from mmdpo_trainers.models.families.tiled import Idefics3, InternVL, QianfanOcr, SmolVLM
+from mmdpo_trainers.models.families.tiled import AyaVision, Idefics3, InternVL, QianfanOcr, SmolVLM
 
 __all__ = [
     "CHECKED",
@@ -60,7 +58,7 @@ _DECLARED: tuple[type[Family], ...] = (
     *(Gemma3, Gemma3n, Gemma4, Gemma4Unified, PaliGemma),
     *(MiniCPMV46, MiniCPMV47),
     *(Qwen25Omni, Qwen3Omni, PaddleOcrVL),
-    *(Mistral3, Mllama, Llama4, AyaVision, DeepseekVL, DeepseekVLHybrid),
+    *(Mistral3, Mllama, AyaVision, DeepseekVL, DeepseekVLHybrid),
     *(HyperClovaX, Ovis2, QianfanOcr),
 )
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from mmdpo_trainers.models.families.family import Family
+from mmdpo_trainers.models.families.images import View
+from mmdpo_trainers.models.families.llava import square
 
 
 class DeepseekVL(Family):
@@ -11,6 +17,16 @@ class DeepseekVL(Family):
     processor_name = "DeepseekVLProcessor"
     vision = ("vision_model",)
     projector: tuple[str, ...] = ("aligner",)
+
+    def views(
+        self, processor: Any, inputs: dict[str, Tensor], index: int, size: tuple[int, int], block: list[int]
+    ) -> tuple[View, ...]:
+        # The picture stands in the middle of a square.
+        side = int(processor.num_image_tokens**0.5)
+        return (View(side, side, square(*size)),)
+
+    def image_tokens(self, processor: Any, size: tuple[int, int], alone: bool = True) -> int:
+        return int(processor.num_image_tokens)
 
 
 class DeepseekVLHybrid(DeepseekVL):

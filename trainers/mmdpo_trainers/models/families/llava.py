@@ -116,7 +116,7 @@ class LlavaOnevision(LlavaNext):
         inputs = {name: encoded[name][: len(pictures)] for name in ("pixel_values", "image_sizes")}
         side = int(processor.num_image_tokens**0.5)
         count = self._tokens_beside_others(processor)
-        views: list[tuple[View, ...]] = [(View(side, side, _square(*picture.size), marks=1),) for picture in pictures]
+        views: list[tuple[View, ...]] = [(View(side, side, square(*picture.size), marks=1),) for picture in pictures]
         blocks = [[self.image_token_id(processor)] * count] * len(pictures)
         return EncodedImages(inputs=inputs, tokens=[count] * len(pictures), blocks=blocks, views=views)
 
@@ -145,7 +145,7 @@ class LlavaOnevision(LlavaNext):
         return int(processor.num_image_tokens**0.5)
 
 
-def _square(width: int, height: int) -> Box:
+def square(width: int, height: int) -> Box:
     """The square around a picture, in shares of its width and height."""
     side = max(width, height)
     x, y = (side - width) / 2 / width, (side - height) / 2 / height

@@ -1,4 +1,4 @@
-"""Families that cut a picture into tiles of one size: InternVL, Qianfan-OCR, Idefics3 and SmolVLM."""
+"""Families that cut a picture into tiles of one size: InternVL, Aya Vision, Qianfan-OCR, Idefics3 and SmolVLM."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class InternVL(Family):
     def views(
         self, processor: Any, inputs: dict[str, Tensor], index: int, size: tuple[int, int], block: list[int]
     ) -> tuple[View, ...]:
-        images, side = processor.image_processor, int(processor.image_seq_length**0.5)
-        tiles = block.count(self.image_token_id(processor)) // processor.image_seq_length
+        images, length = processor.image_processor, self.tile_tokens(processor)
+        side, tiles = int(length**0.5), block.count(self.image_token_id(processor)) // length
         if tiles == 1:
             return (View(side, side),)
         canvas = getattr(sys.modules[type(images).__module__], "get_optimal_tiled_canvas", None)
@@ -35,6 +35,32 @@ class InternVL(Family):
         tile = images.size["height"], images.size["width"]
         columns, rows = canvas((size[1], size[0]), tile, images.min_patches, images.max_patches)
         return (*_tiles(rows, columns, side), View(side, side))
+
+    def tile_tokens(self, processor: Any) -> int:
+        """Image tokens of a tile."""
+        return int(processor.image_seq_length)
+
+
+class AyaVision(InternVL):
+    """InternVL's way, with a mark before each tile."""
+
+    name = "aya_vision"
+    model_name = "AyaVisionForConditionalGeneration"
+    processor_name = "AyaVisionProcessor"
+    processor_counts = False
+
+    def image_token(self, processor: Any) -> str:
+        # What the processor calls so is what a prompt has for a picture.
+        return str(processor.img_patch_token)
+
+    def placeholder(self, processor: Any) -> str:
+        return f"{processor.start_of_img_token}{self.image_token(processor)}{processor.end_of_img_token}"
+
+    def processor_text(self, processor: Any) -> str:
+        return str(processor.image_token)
+
+    def tile_tokens(self, processor: Any) -> int:
+        return int((processor.img_size // processor.patch_size) ** 2)
 
 
 class QianfanOcr(InternVL):

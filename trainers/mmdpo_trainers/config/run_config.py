@@ -39,6 +39,10 @@ class RunConfig(Settings):
     seed: StrictInt = option(0, "seed of every random choice", ge=0, lt=2**32)
     threads: StrictInt | None = option(None, "CPU threads of PyTorch; None: PyTorch's own default", result=False, ge=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type the model is loaded in")
+    chat_template_kwargs: Finite[dict[StrictStr, Any]] = option(
+        help="arguments of the model's chat template, such as {enable_thinking: false}; a record's own of that name win",
+        factory=dict,
+    )
     device: StrictStr | None = option(None, "cpu, cuda, cuda:1, ...; None: cuda if there is one")
     allow_missing: StrictBool = option(
         False,

@@ -169,6 +169,9 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     if STAGES[context.stage].model:
         parts["model"] = content_hash(context.model)
         parts["dtype"] = context.config.dtype
+        parts["chat_template_kwargs"] = context.config.chat_template_kwargs
+        if not context.config.chat_template_kwargs:
+            at_default.add("chat_template_kwargs")
     for path in inputs:
         inside = path.absolute().is_relative_to(context.run.path)
         name = path.absolute().relative_to(context.run.path).as_posix() if inside else path.name

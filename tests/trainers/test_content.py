@@ -14,6 +14,7 @@ from PIL import Image
 from training_cases import config, tiny
 
 from mmdpo_trainers.data.content import ImagePart, UnreadContent, read_parts
+from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS
 from mmdpo_trainers.data.images import open_image
 from mmdpo_trainers.data.pair_records import check_record, prompt_text, record_images, with_images_from
 from mmdpo_trainers.data.pairs import read_pairs
@@ -121,6 +122,10 @@ def test_columns_with_content_are_refused_by_every_reader(folder: Path, column: 
     prompt = {"id": "one", "images": ["a.png"], "prompt": "<image>\nwhat ?"}
     for read, record in ((read_pairs, pair()), (lambda path: list(read_prompts(path)), prompt)):
         assert read(lines(folder, record))
+        if column in TEMPLATE_COLUMNS:
+            # The chat template gets them with the prompt; questions that are taken out of their conversation have none.
+            assert read(lines(folder, {**record, **value}))[0][column] == COLUMNS[column]
+            continue
         with pytest.raises(DataError, match=f"one.*column '{column}' is not read, and holds .*; .*") as caught:
             read(lines(folder, {**record, **value}))
         assert "leave the record out" in str(caught.value) or "put it there" in str(caught.value)
@@ -148,6 +153,9 @@ def test_fields_of_messages_beside_the_content_are_refused(folder: Path, column:
     role = "user" if column == "prompt" else "assistant"
     text = "<image>\nwhat ?" if column == "prompt" else "red"
     record = pair(**{column: turn(role, text, **{field: FIELDS[field]})})
+    if column != "prompt" and field in ("tool_calls", "thinking", "reasoning_content"):
+        assert read_pairs(lines(folder, record))[0][column][0][field] == FIELDS[field]
+        return
     with pytest.raises(DataError, match=rf"record one: {column}\[0\]\['{field}'\] is not read, and holds"):
         read_pairs(lines(folder, record))
     if column != "rejected":
@@ -195,11 +203,14 @@ def test_pictures_are_in_images_or_in_parts_and_nowhere_else() -> None:
         check_record(pair(prompt=turn("user", own)))
     with pytest.raises(DataError, match=r"record one: 1 of the prompt's 2 image parts hold their picture themselves"):
         check_record(pair(prompt=turn("user", [*own, {"type": "image"}]), images=[]))
-    with pytest.raises(DataError, match="record one: it has `image` beside images, but pictures are read from `images`"):
+    with pytest.raises(DataError, match="record one: it has `image` beside other pictures; leave one of them"):
         check_record(pair(image="b.png"))
+    one = pair(image="b.png", images=[])
+    assert record_images(one) == ["b.png"] and prompt_text(one) == "<image>\nwhat ?"
+    assert with_images_from(one, "folder") == {**pair(), "images": ["folder/b.png"]}
     with pytest.raises(DataError, match="record one: picture https://example.org/a.png: remote"):
         with_images_from(pair(images=["https://example.org/a.png"]), "folder")
-    for column in ("image", "image_path", "image_url", "pictures"):
+    for column in ("image_path", "image_url", "pictures"):
         with pytest.raises(DataError, match=f"record one: it has `{column}`, but pictures are read from `images`"):
             check_record(pair(images=[], prompt="what ?", **{column: "b.png"}))
 
@@ -257,12 +268,12 @@ def test_the_trainer_refuses_records_when_it_is_made(folder: Path) -> None:
     import datasets
 
     good = pair(images=[str(folder / "a.png")])
-    bad = {**good, "id": "two", "chosen": turn("assistant", "red", reasoning_content="hm")}
+    bad = {**good, "id": "two", "chosen": turn("assistant", "red", refusal="hm")}
     data = {"list": [good, bad], "dataset": datasets.Dataset.from_list([{**bad, "prompt": "<image>\nwhat ?"}])}
     for train_dataset in data.values():
         loaded = tiny(folder / "model", torch.float32)
         options = {"processing_class": loaded.processor, "train_dataset": train_dataset}
-        with pytest.raises(DataError, match=r"record two: chosen\[0\]\['reasoning_content'\] is not read, and holds hm"):
+        with pytest.raises(DataError, match=r"record two: chosen\[0\]\['refusal'\] is not read, and holds hm"):
             PreferenceTrainer(loaded.model, config(folder / "out"), **options)
     # What is made while it is read has nothing to look into beforehand.
     trainer = PreferenceTrainer(

@@ -141,9 +141,13 @@ def test_data_that_cannot_be_trained_on(folder: Path, tmp_path: Path) -> None:
         (
             {"train_dataset": table},
             {},
-            "record .*: column 'tools' is not read, and holds .*look",
+            "record .*: column 'tools' must be a list of JSON schemas of functions, got .*look",
         ),
-        ({"train_dataset": [{**records[0], "chat_template_kwargs": {"a": 1}}]}, {}, "column 'chat_template_kwargs' is not read"),
+        (
+            {"train_dataset": [{**records[0], "chat_template_kwargs": {"tokenize": 1}}]},
+            {},
+            "column 'chat_template_kwargs' holds 'tokenize', which is no argument of a chat template's own",
+        ),
         (
             {"train_dataset": [{**records[0], "ref_chosen_logps": -1.0}]},
             {},

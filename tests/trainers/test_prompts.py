@@ -302,7 +302,7 @@ def test_a_loaded_model_keeps_its_date_overnight(of: Any, clock: list[datetime.d
 
 def test_a_run_keeps_its_date(tmp_path: Path, clock: list[datetime.datetime]) -> None:
     def context() -> StageContext:
-        return StageContext(run=RunFolder(tmp_path), config=None, stage="generate")  # type: ignore[arg-type]
+        return StageContext(run=RunFolder(tmp_path), config=RunConfig(), stage="generate")
 
     first = context().date
     clock.append(clock[0] + datetime.timedelta(days=1))

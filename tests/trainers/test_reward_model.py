@@ -168,10 +168,10 @@ def test_facts_are_written_into_the_prompt() -> None:
         "caption": "",
     }
     every = RewardInputs(facts=("answer", "caption", "options"))
-    assert every.prompt_of(record) == "<image>\nWhich?\n\nOptions: red, blue\n\nCorrect answer: red"
-    assert RewardInputs().prompt_of(record) == "<image>\nWhich?"
+    assert every.prompt_of(record).stored() == "<image>\nWhich?\n\nOptions: red, blue\n\nCorrect answer: red"
+    assert RewardInputs().prompt_of(record).stored() == "<image>\nWhich?"
     own = RewardInputs(facts=("answer",), template="{{ answer }}! {{ prompt }}")
-    assert own.prompt_of(record) == "red! <image>\nWhich?"
+    assert own.prompt_of(record).stored() == "red! <image>\nWhich?"
     assert every.known([record, {**record, "caption": ["a", "b"]}]) == {"answer": 2, "caption": 1, "options": 2}
     with pytest.raises(DataError, match="record a: caption: expected a text, or a list of them, got"):
         every.prompt_of({**record, "caption": {"text": "a"}})

@@ -362,7 +362,7 @@ def test_prompts_of_the_users_own_get_their_optional_fields(tmp_path: Path) -> N
     ("changes", "message"),
     [
         ({"id": 3}, "id must be text, got 3"),
-        ({"prompt": ...}, "prompt must be text, got None"),
+        ({"prompt": ...}, "prompt must be text or a list of messages, got None"),
         ({"images": "a.png"}, "images must be a list of paths"),
         ({"images": []}, "the prompt has 2 <image> but images holds 0 paths"),
         ({"images": ["a.png", ""]}, "images must be a list of paths"),

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig
 
+from mmdpo_trainers.data.conversation import conversation_of
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.processors import load_processor
@@ -42,11 +43,11 @@ def config_only(folder: Path, date: TemplateDate | None = None) -> LoadedModel:
     )
 
 
-def check_prompts(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
+def check_prompts(folder: Path, records: Iterable[Mapping[str, Any]], date: TemplateDate | None = None) -> None:
     """Raise DataError, naming the record, for a prompt that does not go into the model's chat format: before the first is answered."""
-    texts = config_only(folder).texts
+    texts = config_only(folder, date).texts
     for record in records:
-        texts.check_prompt(record["id"], record["prompt"])
+        texts.check_conversation(record["id"], conversation_of(record))
 
 
 def own_dtype(folder: Path, config: Any) -> str:

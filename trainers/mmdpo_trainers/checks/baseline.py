@@ -42,7 +42,7 @@ def branch_logp(loaded: LoadedModel, record: dict[str, Any], branch: Branch) -> 
             corrupt(picture, BLUR, "") if place == record["target"] else picture for place, picture in enumerate(pictures)
         ]
     response = loaded.texts.answer(record["id"], branch.response, record[branch.response][0]["content"])
-    end = response_end(loaded.tokenizer, loaded.model.generation_config)
+    end = response_end(loaded.processor, loaded.model.generation_config)
     ids = torch.tensor([[*response, end]], device=loaded.device)
     inputs = processor_inputs(loaded, record["prompt"][0]["content"], pictures)
     start = inputs["input_ids"].shape[1]

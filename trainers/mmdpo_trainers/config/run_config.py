@@ -43,6 +43,10 @@ class RunConfig(Settings):
     quantization: QuantizationConfig = option(
         help="the model's weights in 4 bits (QLoRA), such as {load_in_4bit: true}", factory=QuantizationConfig
     )
+    chat_template_kwargs: Finite[dict[StrictStr, Any]] = option(
+        help="arguments of the model's chat template, such as {enable_thinking: false}; a record's own of that name win",
+        factory=dict,
+    )
     device: StrictStr | None = option(None, "cpu, cuda, cuda:1, ...; None: cuda if there is one")
     allow_missing: StrictBool = option(
         False,

@@ -13,6 +13,9 @@ from typing import Any
 
 from mmdpo_trainers.data.images import ImageError, base64_bytes, embedded_bytes, local_path
 
+IMAGE_TOKEN = "<image>"
+"""What stands for a picture in texts."""
+
 _WITHOUT_IT = "remove it where the texts and pictures stand without it, or leave the record out"
 
 _COLUMNS: tuple[tuple[str, str], ...] = (
@@ -21,14 +24,14 @@ _COLUMNS: tuple[tuple[str, str], ...] = (
         f"only text and pictures are read; {_WITHOUT_IT}",
     ),
     (r"images?_?\d+|(?:chosen|prompt)_images?", "pictures are read from images, a list of all of them; put it there"),
-    (r"tools|tool_calls|functions|function_call|documents", f"write it into the prompt's text, or {_WITHOUT_IT}"),
-    (r"chat_template_kwargs", f"chat templates get no arguments of a record's own; {_WITHOUT_IT}"),
-    (r"system|system_prompt", f"write it into the prompt's text, or {_WITHOUT_IT}"),
+    (r"tools|chat_template_kwargs", f"questions are taken out of their conversation here; {_WITHOUT_IT}"),
+    (r"tool_calls|functions|function_call|documents", f"write it into a message, or {_WITHOUT_IT}"),
+    (r"system|system_prompt", f"make it the prompt's first message, of role system, or {_WITHOUT_IT}"),
     (
         r"(?:ref|reference)_(?:chosen|rejected)_logps",
         "precompute_ref_log_probs keeps the reference's log-probabilities itself; take it out",
     ),
-    (r"history", f"a prompt is one turn; write it into the prompt's text, or {_WITHOUT_IT}"),
+    (r"history", f"give its turns as messages of the prompt, or {_WITHOUT_IT}"),
 )
 """Names of a record's columns that are refused, and what to do."""
 

@@ -12,7 +12,17 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.data.content import ImagePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
+from mmdpo_trainers.data.content import UnreadContent, check_columns, is_empty
+from mmdpo_trainers.data.conversation import (
+    TEMPLATE_COLUMNS,
+    Conversation,
+    Stored,
+    Turn,
+    extract_prompt,
+    read_prompt,
+    read_turns,
+    with_template_columns,
+)
 from mmdpo_trainers.data.images import ImageError, embedded_bytes, image_digest, image_size, local_path, open_image
 from mmdpo_trainers.data.records import IMAGE_TOKEN, check_placeholders
 from mmdpo_trainers.errors import DataError
@@ -139,12 +149,18 @@ def _named(record: Mapping[str, Any], image: Any) -> Iterator[None]:
 
 
 def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any]:
-    """The record's `images`, or those that parts of its prompt hold; or another column, of pictures or of one. DataError for what is no list."""
+    """The record's `images` (or `image`), or those that parts of its prompt hold; or another column, of pictures or of one.
+
+    DataError for what is no list.
+    """
     images = record.get(column)
     within: list[Any] = []
     if column == "images":
         within = _images_within(record)
         _check_other_columns(record, within or images)
+        if is_empty(images) and not is_empty(record.get("image")):
+            images = record["image"]
+            images = list(images) if isinstance(images, list | tuple) else [images]
     if images is None:
         return within
     if column != "images" and isinstance(images, str | os.PathLike | Mapping | Image.Image):
@@ -165,17 +181,18 @@ def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any
 def _check_other_columns(record: Mapping[str, Any], images: Any) -> None:
     """DataError for pictures in a column that is not read."""
     other = next((name for name in _OTHER_IMAGES if not is_empty(record.get(name))), None)
-    if other is None or (other != "image" and not is_empty(images)):
+    if other is None or (other == "image") == is_empty(images):
         return
-    beside = "" if is_empty(images) else " beside images"
+    beside = "" if is_empty(images) else " beside other pictures; leave one of them"
     raise DataError(
-        f"record {record_name(record)}: it has `{other}`{beside}, but pictures are read from `images`; make it a list of one"
+        f"record {record_name(record)}: it has `{other}`{beside or ', but pictures are read from `images`; make it a list of one'}"
     )
 
 
 def _images_within(record: Mapping[str, Any]) -> list[Any]:
     """Pictures that parts of the prompt hold themselves. DataError where some parts do, and others leave it to `images`."""
-    places = [part for part in _parts(record, "prompt", "user") if isinstance(part, ImagePart)]
+    with _read(record):
+        _, places = read_prompt(extract_prompt(record).get("prompt"))
     within = [part.picture for part in places if part.picture is not None]
     if within and len(within) != len(places):
         raise DataError(
@@ -241,23 +258,27 @@ def is_prompt(record: Mapping[str, Any]) -> bool:
 
 def check_content(record: Mapping[str, Any], responses: Sequence[str] = ("chosen", "rejected")) -> None:
     """DataError naming the record, the place and the remedy for content that would not be read. Columns of pictures are not looked at."""
-    try:
-        check_columns(record)
-    except UnreadContent as error:
-        raise DataError(f"record {record_name(record)}: {error}") from error
-    single_turn(record, "prompt", "user")
+    with _read(record):
+        check_columns(record, read=TEMPLATE_COLUMNS)
+        with_template_columns(Conversation(read_prompt(extract_prompt(record).get("prompt"))[0]), record)
     for column in responses:
-        response_text(record, column)
+        response_turn(record, column)
 
 
 def with_images_from(record: Mapping[str, Any], folder: str | os.PathLike[str], *, views: Sequence[str] = ()) -> dict[str, Any]:
-    """The record with all its pictures in their columns, none in parts of the prompt, and paths that are relative to `folder` absolute.
+    """The record with all its pictures in their columns, none in parts of the prompt or in `image`, the prompt in a column of its own, and
+    paths that are relative to `folder` absolute.
 
     views: columns of pictures beside `images` and `rejected_images`.
     """
-    found = {**record, "images": record_images(record)}
+    with _read(record):
+        explicit = extract_prompt(record)
+    found = {**explicit, "images": record_images(record)}
     if _images_within(record):
-        found["prompt"] = [{"role": "user", "content": single_turn(record, "prompt", "user")}]
+        with _read(record):
+            found["prompt"] = Conversation(read_prompt(explicit["prompt"])[0]).stored()
+    if not is_empty(record.get("image")):
+        found.pop("image")
     for column in ("images", "rejected_images", *views):
         if not is_empty(found.get(column)):
             found[column] = [_placed(record, image, folder) for image in record_images(found, column)]
@@ -274,48 +295,71 @@ def _placed(record: Mapping[str, Any], image: Any, folder: str | os.PathLike[str
         return os.path.normpath(os.path.join(folder, local_path(path)))
 
 
-def prompt_text(record: Mapping[str, Any]) -> str:
+def record_conversation(record: Mapping[str, Any]) -> Conversation:
     """The prompt with one `<image>` for each picture. DataError where they do not match."""
-    text, pictures = single_turn(record, "prompt", "user"), len(record_images(record))
-    if IMAGE_TOKEN not in text:
-        # TRL's plain-text prompts name no place: pictures come first.
-        return f"{IMAGE_TOKEN}\n" * pictures + text
-    check_placeholders(record_name(record), text, pictures)
-    return text
+    with _read(record):
+        given = extract_prompt(record).get("prompt")
+        found = with_template_columns(Conversation(read_prompt(given)[0]), record)
+    pictures = len(record_images(record))
+    if not found.pictures:
+        # TRL's prompts name no place: pictures come first. In messages they are parts; a text has them on lines of their own.
+        return found.with_pictures_in_front(pictures, f"{IMAGE_TOKEN}\n" if isinstance(given, str) else IMAGE_TOKEN)
+    check_placeholders(record_name(record), found.pictures, pictures)
+    return found
+
+
+def stored_prompt(record: Mapping[str, Any]) -> Stored:
+    """`record_conversation` as records hold it: a text, or a list of messages with texts."""
+    return record_conversation(record).stored()
+
+
+def prompt_text(record: Mapping[str, Any]) -> str:
+    """`record_conversation` as one text for readers: that of the one user turn, or all turns under their roles."""
+    return record_conversation(record).text
+
+
+def response_turn(record: Mapping[str, Any], column: str) -> Turn:
+    """The one assistant's turn in a column of responses. DataError where there is nothing to learn: `chosen` is empty."""
+    with _read(record):
+        messages = extract_prompt(record, (column,)).get(column)
+        turn = Turn("assistant", messages) if isinstance(messages, str) else _one_turn(messages, column)
+    if column == "chosen" and not turn.text.strip() and not turn.fields:
+        # A rejected response may be empty: models do end at once.
+        raise DataError(f"record {record_name(record)}: chosen is empty; give it a text, or remove the record")
+    return turn
+
+
+def _one_turn(messages: Any, column: str) -> Turn:
+    one = isinstance(messages, Sequence) and len(messages) == 1 and isinstance(messages[0], Mapping)
+    if not one or messages[0].get("role") != "assistant":
+        raise UnreadContent(f"{column} must be text or a list of one assistant message, got {str(messages)[:120]}")
+    turns, places = read_turns(messages, column)
+    if places:
+        content = messages[0]["content"]
+        number = next(at for at, part in enumerate(content) if isinstance(part, Mapping) and "text" not in _held(part))
+        raise UnreadContent(f"{column}[0]['content'][{number}] is a picture; only prompts have pictures, remove the record")
+    return turns[0]
+
+
+def _held(part: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in part.items() if not is_empty(value) and name != "type"]
 
 
 def response_text(record: Mapping[str, Any], column: str) -> str:
-    """The response in `chosen` or `rejected`. DataError where there is nothing to learn: `chosen` is empty."""
-    text = single_turn(record, column, "assistant")
-    if column == "chosen" and not text.strip():
-        # A rejected response may be empty: models do end at once.
-        raise DataError(f"record {record_name(record)}: chosen is empty; give it a text, or remove the record")
-    return text
-
-
-def single_turn(record: Mapping[str, Any], column: str, role: str) -> str:
-    """Text of a conversational column of one turn, `<image>` in a picture's place; a plain string is taken as that turn."""
-    return "".join(IMAGE_TOKEN if isinstance(part, ImagePart) else part for part in _parts(record, column, role))
-
-
-def _parts(record: Mapping[str, Any], column: str, role: str) -> list[str | ImagePart]:
-    """Texts and pictures of a column's one turn. DataError naming record and place of what is not read."""
-    messages: Any = record.get(column)
-    if isinstance(messages, str):
-        return [messages]
-    one = isinstance(messages, Sequence) and len(messages) == 1 and isinstance(messages[0], Mapping)
-    if not one or messages[0].get("role") != role:
+    """The text of `response_turn`, for those who read texts alone: DataError where it has thinking or tool calls beside."""
+    turn = response_turn(record, column)
+    if turn.fields:
         raise DataError(
-            f"record {record_name(record)}: {column} must be text or a list of one {role} message, got {str(messages)[:120]}"
+            f"record {record_name(record)}: {column} has {', '.join(turn.extras)} beside its content, and texts alone are read here; write it "
+            "into the content, or leave the record out"
         )
+    return turn.text
+
+
+@contextlib.contextmanager
+def _read(record: Mapping[str, Any]) -> Iterator[None]:
+    """Content that is not read as a DataError that names the record."""
     try:
-        check_fields(messages[0], f"{column}[0]")
-        parts = read_parts(messages[0].get("content"), f"{column}[0]['content']")
+        yield
     except UnreadContent as error:
         raise DataError(f"record {record_name(record)}: {error}") from error
-    picture = next((index for index, part in enumerate(parts) if isinstance(part, ImagePart)), None)
-    if role == "assistant" and picture is not None:
-        raise DataError(
-            f"record {record_name(record)}: {column}[0]['content'][{picture}] is a picture; only prompts have pictures, remove the record"
-        )
-    return parts

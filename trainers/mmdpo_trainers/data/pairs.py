@@ -11,6 +11,7 @@ from typing import Any
 
 from mmdpo_trainers.config.options import Match
 from mmdpo_trainers.data.content import is_empty
+from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt, words
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.data.match import is_right
 from mmdpo_trainers.data.pair_records import (
@@ -138,7 +139,7 @@ def _read_dataset(path: Path, views: Sequence[str]) -> Any:
     if not isinstance(dataset, datasets.Dataset):
         raise DataError(f"{path} holds several splits ({', '.join(dataset)}); give the folder of one")
     _check_columns(path, dataset.features, "1")
-    layout = "trl" if "prompt" in dataset.features else "mmpr"
+    layout = "mmpr" if "question" in dataset.features and "prompt" not in dataset.features else "trl"
     # Pictures are opened with their record at hand, so that a damaged one has a name.
     dataset = undecoded(dataset)
     if layout == "mmpr":
@@ -158,7 +159,7 @@ def _read_dataset(path: Path, views: Sequence[str]) -> Any:
 
 def _rows_with_images_from(columns: dict[str, list[Any]], folder: str, views: Sequence[str], layout: str) -> dict[str, list[Any]]:
     """Rows of a dataset, one list a column, through `with_images_from`; a row of which only some columns are asked for, as it is."""
-    if "prompt" not in columns:
+    if "prompt" not in columns and not {"chosen", "rejected"} <= set(columns):
         return columns
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if layout == "mmpr":
@@ -188,7 +189,10 @@ def check_contents(data: Any) -> None:
 
 
 def _check_columns(path: Path, record: Mapping[str, Any], name: str) -> None:
-    missing = [column for column in _COLUMNS if column not in record and not (column == "prompt" and "question" in record)]
+    chosen = record.get("chosen")
+    # What chosen and rejected begin with is the prompt of messages.
+    elsewhere = "question" in record or not (isinstance(chosen, str | None) or getattr(chosen, "dtype", None) is not None)
+    missing = [column for column in _COLUMNS if column not in record and not (column == "prompt" and elsewhere)]
     if missing:
         raise DataError(
             f"{path}, record {name}: no column {missing[0]!r}; preference data has {', '.join(_COLUMNS)} and images, as in TRL, or "
@@ -227,13 +231,13 @@ def replay_pairs(source: Path, count: int, seed: int, match: Match = "contains")
     answers = sorted({record["answer"] for record in pool})
     by_question: dict[str, set[str]] = {}
     for record in pool:
-        by_question.setdefault(record["prompt"], set()).add(record["answer"])
+        by_question.setdefault(words(record["prompt"]), set()).add(record["answer"])
     draw = random.Random(f"{seed}/replay")
     found: list[Record] = []
     while len(found) < count:
         before = len(found)
         for record in draw.sample(pool, len(pool)):
-            asked = sorted(by_question[record["prompt"]])
+            asked = sorted(by_question[words(record["prompt"])])
             wrong = _wrong_answer(record, asked, draw, match) or _wrong_answer(record, answers, draw, match)
             if wrong is not None and len(found) < count:
                 found.append(_pair(record, wrong, len(found)))
@@ -260,7 +264,8 @@ def _pair(record: Record, wrong: str, number: int) -> Record:
         "id": f"replay/{number}/{record['id']}",
         "format": "single",
         "images": record["images"],
-        "prompt": [{"role": "user", "content": record["prompt"]}],
+        "prompt": Conversation(read_prompt(record["prompt"])[0]).messages(),
+        **{column: record[column] for column in TEMPLATE_COLUMNS if record.get(column) is not None},
         "chosen": [{"role": "assistant", "content": record["answer"].strip()}],
         "rejected": [{"role": "assistant", "content": wrong.strip()}],
         "target": 0,

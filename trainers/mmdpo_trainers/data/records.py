@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
+from mmdpo_trainers.data.content import IMAGE_TOKEN as IMAGE_TOKEN
 from mmdpo_trainers.data.content import UnreadContent, check_columns
+from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Stored, conversation_of
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.json_lines import read_jsonl
 
@@ -21,12 +23,9 @@ TEXT = "text"
 Moment = Literal["before", "after"]
 """The model before or after training."""
 
-IMAGE_TOKEN = "<image>"
 
-
-def check_placeholders(name: str, prompt: str, pictures: int) -> None:
-    """DataError, naming the record, where a prompt has not one `<image>` for each of its pictures."""
-    places = prompt.count(IMAGE_TOKEN)
+def check_placeholders(name: str, places: int, pictures: int) -> None:
+    """DataError, naming the record, where a prompt has not one place, `<image>`, for each of its pictures."""
     if places != pictures:
         raise DataError(
             f"record {name}: the prompt has {places} {IMAGE_TOKEN} placeholders for {pictures} pictures; each picture needs exactly one"
@@ -39,7 +38,7 @@ def prompt_record(
     source_id: str,
     format: str,
     images: Sequence[str],
-    prompt: str,
+    prompt: Stored,
     answer: str,
     target: int | None = 0,
     num_images: int = 1,
@@ -84,20 +83,22 @@ def check_prompt(record: dict[str, Any], where: str) -> dict[str, Any]:
     Required: id, images, prompt, and target where there are several pictures. A missing target is never guessed. A prompt without pictures
     has an empty list of images, and no target.
     """
-    for name, kind, words in (("id", str, "text"), ("prompt", str, "text"), ("images", list, "a list of paths")):
+    expected = (("id", str, "text"), ("prompt", str | list, "text or a list of messages"), ("images", list, "a list of paths"))
+    for name, kind, words in expected:
         if not isinstance(record.get(name), kind):
             raise DataError(f"{where}: {name} must be {words}, got {record.get(name)!r}")
     if (wrong := not_utf8(record)) is not None:
         raise DataError(f"{where}: {wrong}")
     try:
-        check_columns(record)
+        check_columns(record, read=TEMPLATE_COLUMNS)
+        conversation = conversation_of(record)
     except UnreadContent as error:
         raise DataError(f"{where}: {error}") from error
     images = record["images"]
     if not all(isinstance(image, str) and image for image in images):
         raise DataError(f"{where}: images must be a list of paths, got {images!r}")
-    if record["prompt"].count(IMAGE_TOKEN) != len(images):
-        found = record["prompt"].count(IMAGE_TOKEN)
+    found = conversation.pictures
+    if found != len(images):
         raise DataError(f"{where}: the prompt has {found} {IMAGE_TOKEN} but images holds {len(images)} paths; they must be equal")
     filled = {
         "source_id": record["id"],
@@ -109,6 +110,7 @@ def check_prompt(record: dict[str, Any], where: str) -> dict[str, Any]:
         "patch_grid": None,
         "options": None,
         **record,
+        "prompt": conversation.stored(),
     }
     known = FORMATS if images else (TEXT,)
     if filled["format"] not in known:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mmdpo_trainers.config.sections.ranking import RankConfig
 from mmdpo_trainers.config.sections.rating import RateConfig
+from mmdpo_trainers.data.conversation import Stored, map_question
 from mmdpo_trainers.data.seeds import batch_seed
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.methods.selection import preference_pair
@@ -156,10 +157,10 @@ def _steered(record: Mapping[str, Any], answer: Answer, number: int, options: Ra
     return _pair({**record, "prompt": prompt}, answer, answer, number)
 
 
-def with_attributes(prompt: str, values: Mapping[str, float], options: RankConfig) -> str:
-    """A prompt that names values of attributes, in their order: SteerLM's way to ask for an answer."""
+def with_attributes(prompt: Stored, values: Mapping[str, float], options: RankConfig) -> Stored:
+    """A prompt whose last question names values of attributes, in their order: SteerLM's way to ask for an answer."""
     written = ",".join(options.attribute.format(name=name, value=value) for name, value in values.items())
-    return options.template.format(prompt=prompt, attributes=written)
+    return map_question(prompt, lambda text: options.template.format(prompt=text, attributes=written))
 
 
 def asked_values(rank: RankConfig, rate: RateConfig) -> dict[str, float]:

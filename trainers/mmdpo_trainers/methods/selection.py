@@ -15,6 +15,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from mmdpo_trainers.config.options import Match
+from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, read_prompt
 from mmdpo_trainers.data.match import is_right, normalize_answer, say_option
 from mmdpo_trainers.data.roc import youden
 from mmdpo_trainers.data.seeds import batch_seed
@@ -281,8 +282,10 @@ def preference_pair(record: Mapping[str, Any]) -> Record:
     The prompt's content is a list of text and image parts, so that pictures keep their places between the words.
     """
     keys = ("id", "format", "target", "num_images", "box", "region", "patch_grid", "ratio")
+    turns, _ = read_prompt(record["prompt"])
     return {
-        "prompt": [{"role": "user", "content": _parts(record["prompt"])}],
+        "prompt": [{**turn.stored(), "content": _parts(turn.text)} for turn in turns],
+        **{column: record[column] for column in TEMPLATE_COLUMNS if record.get(column) is not None},
         "chosen": _assistant(str(record["answer"]).strip()),
         "rejected": _assistant(record["rejected"]),
         "images": list(record["images"]),

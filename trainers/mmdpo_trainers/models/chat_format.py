@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +50,7 @@ def render_prompt(processor: Any, prompt: str, date: TemplateDate | None = None)
     the interleaving "Image1:<image>\\nImage2:<image>" that questions refer to: there the prompt goes in as one text, with what
     stands for a picture in place, which is logged once. Without a chat template: `Family.plain_prompt`.
 
-    date: what a template that prints the date is told; None: this moment.
+    date: what the template is told; None: this moment, and no arguments.
 
     Raises StageError where the template changes the prompt or the number of pictures in it.
     """
@@ -62,7 +63,7 @@ def render_prompt(processor: Any, prompt: str, date: TemplateDate | None = None)
     if rendered is None:
         rendered = chat.as_text(prompt)
         if rendered is not None and IMAGE_TOKEN in prompt:
-            _say_one_text(chat.template)
+            say_one_text(chat.template)
     if rendered is None:
         raise StageError(
             f"the chat template of {type(processor).__name__} does not keep the text of a user turn ({prompt[:60]!r}); "
@@ -97,12 +98,12 @@ class Chat:
         """The template, told the date."""
         return self.template if self.date is None else self.date.told(self.template)
 
-    def render(self, messages: Sequence[dict[str, Any]], *, opens_answer: bool = True) -> str | None:
-        """The conversation; None where the template does not take it."""
+    def render(self, messages: Sequence[dict[str, Any]], *, opens_answer: bool = True, **given: Any) -> str | None:
+        """The conversation; None where the template does not take it. given: more of `apply_chat_template`."""
+        arguments = json.loads(self.date.arguments) if self.date is not None and self.date.arguments else {}
+        options = {"add_generation_prompt": opens_answer, "tokenize": False, **arguments, **given}
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.source, add_generation_prompt=opens_answer, tokenize=False
-            )
+            text = self.tokenizer.apply_chat_template(list(messages), chat_template=self.source, **options)
         except (TemplateError, TypeError, KeyError, ValueError):
             return None
         contents = [message["content"] for message in messages]
@@ -110,8 +111,8 @@ class Chat:
         printed = [repr(part) for content in contents if isinstance(content, list) for part in content]
         return None if any(each in text for each in printed) else str(text)
 
-    def typed(self, prompt: str) -> str | None:
-        """A prompt as typed parts; None where the template does not keep them in order."""
+    def contents(self, prompt: str) -> Iterator[list[Part]]:
+        """A turn's text as typed parts, in the forms that the template keeps in order; there may be none."""
         whole = typed_parts(prompt)
         # Blank text between pictures is layout, which the templates that collect pictures write themselves.
         shown = [part for part in whole if part["type"] == "image" or part["text"].strip()]
@@ -119,10 +120,14 @@ class Chat:
             breaks = _line_breaks(self, tuple(part["type"] for part in parts))
             if breaks is None:
                 continue
-            parts = [
+            yield [
                 {**part, "text": part["text"].removeprefix("\n")} if its_break else part
                 for part, its_break in zip(parts, breaks, strict=True)
             ]
+
+    def typed(self, prompt: str) -> str | None:
+        """A prompt as typed parts; None where the template does not keep them in order."""
+        for parts in self.contents(prompt):
             rendered = self.render([{"role": "user", "content": parts}])
             if rendered is not None and self._keeps(rendered, prompt):
                 return rendered
@@ -170,7 +175,8 @@ def _line_breaks(chat: Chat, kinds: tuple[str, ...]) -> tuple[bool, ...] | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _say_one_text(template: str) -> None:
+def say_one_text(template: str) -> None:
+    """Log, once a template, that it mixes pictures and texts up."""
     logger.info(
         "the chat template does not keep pictures in their places between texts; such prompts go in as one text with what stands for a "
         "picture in place (template: %s…)",

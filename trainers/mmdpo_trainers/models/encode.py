@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from PIL import Image
 
+from mmdpo_trainers.data.conversation import conversation_of
 from mmdpo_trainers.data.images import ImageError, is_made, open_image
 from mmdpo_trainers.data.records import check_placeholders
 from mmdpo_trainers.errors import DataError
@@ -54,7 +55,8 @@ def encode_prompts(
 ) -> EncodedPrompts:
     """Tokenise prompt records, with their pictures and optionally an answer each, into one padded batch on the model's device.
 
-    records: `id`, `prompt` and `images` (paths or Pillow pictures; `pictures` replaces them). padding_side: `left` or `right`.
+    records: `id`, `prompt` (text or messages; beside it `tools`, `chat_template_kwargs`) and `images` (paths or Pillow pictures;
+    `pictures` replaces them). padding_side: `left` or `right`.
     answers: text, or token ids to teacher-force exactly. The tokens of prompt and answer are those of each on its own
     (`TextEncoder`), put together, so a response's ids continue the prompt just as generation had them.
 
@@ -66,7 +68,7 @@ def encode_prompts(
     if pictures is None:
         pictures = [load_images(record) for record in records]
     for record, its_images in zip(records, pictures, strict=True):
-        check_placeholders(record["id"], record["prompt"], len(its_images))
+        check_placeholders(record["id"], conversation_of(record).pictures, len(its_images))
     encoded = _encode_images(loaded, records, pictures)
     prompts = prompt_ids(loaded, records, _by_row(pictures, () if encoded is None else encoded.blocks))
     answer_ids = [_answer_ids(loaded, *both) for both in zip(records, answers or [()] * len(records), strict=True)]
@@ -160,7 +162,7 @@ def prompt_ids(
     """Token ids of the prompts, `blocks` in the places of their pictures."""
     return [
         expand_ids(
-            loaded.texts.prompt(record["id"], record["prompt"], len(its_blocks)),
+            loaded.texts.prompt(record["id"], conversation_of(record), len(its_blocks)),
             loaded.image_token_id,
             loaded.family.blocks_of_prompt(loaded.processor, its_blocks),
         )

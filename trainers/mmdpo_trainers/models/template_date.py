@@ -1,12 +1,17 @@
-"""`TemplateDate`: the date that a run's prompts are of, where the model's chat template prints one."""
+"""`TemplateDate`: the date that a run's prompts are of, where the model's chat template prints one, and its arguments in all of the run."""
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from mmdpo_trainers.data.content import UnreadContent
+from mmdpo_trainers.data.conversation import check_arguments
 from mmdpo_trainers.errors import ConfigError
 
 ASKED = "strftime_now"
@@ -18,9 +23,13 @@ _PERCENT = "\ue000"
 
 @dataclass(frozen=True)
 class TemplateDate:
-    """What a chat template that prints today's date is told: one moment for all of a run, or its prompts would change overnight."""
+    """What a chat template is told in all of a run: where it prints today's date one moment, or the run's prompts would change overnight.
+
+    arguments: of the template, as JSON; those of a record (`chat_template_kwargs`) win.
+    """
 
     moment: datetime.datetime
+    arguments: str = ""
 
     @classmethod
     def now(cls) -> TemplateDate:
@@ -36,7 +45,16 @@ class TemplateDate:
                 f"template_date: expected a date such as 2025-03-01 or 2025-03-01T12:00:00, got {text!r}"
             ) from error
 
+    def with_arguments(self, arguments: Mapping[str, Any] | None) -> TemplateDate:
+        """The same with arguments for the template. ConfigError for one that is not a template's own."""
+        try:
+            check_arguments(arguments or {}, "chat_template_kwargs")
+        except UnreadContent as error:
+            raise ConfigError(str(error)) from error
+        return dataclasses.replace(self, arguments=json.dumps(dict(arguments), sort_keys=True) if arguments else "")
+
     def __str__(self) -> str:
+        """The moment, which `read` reads."""
         return self.moment.isoformat()
 
     def told(self, template: str) -> str:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
 
+from mmdpo_trainers.data.conversation import Conversation, Turn
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError, StageError
-from mmdpo_trainers.models.chat_format import chat_of, prints_date, render_prompt, template_of
+from mmdpo_trainers.models.chat_format import Chat, chat_of, prints_date, render_prompt, template_of
 from mmdpo_trainers.models.families import family_of
 from mmdpo_trainers.models.template_date import TemplateDate
+from mmdpo_trainers.models.turns_format import answer_text, closing, render_conversation, thinks
 
 _PROBE = "<<text>>"
 _KEPT_TOKENS = 2**25
@@ -27,26 +31,31 @@ def end_tokens(generation_config: Any) -> list[int]:
     return [end] if isinstance(end, int) else list(end or [])
 
 
-def response_end(tokenizer: Any, generation_config: Any) -> int | None:
-    """The token that a response of preference data ends with: the tokenizer's own end, else the model's first; None: there is none."""
+def response_end(processor: Any, generation_config: Any) -> int | None:
+    """The token that a response of preference data ends with: of those that end an answer the one that the chat template closes a turn
+    with, else the tokenizer's own end, else the model's first; None: there is none.
+    """
+    tokenizer, chat = processor.tokenizer, chat_of(processor)
     own = tokenizer.eos_token_id
-    return next(iter(end_tokens(generation_config)), None) if own is None else own
+    ends = list(dict.fromkeys([*([] if own is None else [own]), *end_tokens(generation_config)]))
+    closes = "" if chat is None else closing(chat).lstrip()
+    return next((end for end in ends if closes.startswith(tokenizer.convert_ids_to_tokens(end))), next(iter(ends), None))
 
 
 class TextEncoder:
     """Prompts and answers of one model as token ids.
 
-    A prompt is rendered by the chat template. In front of it is what the tokenizer puts in front of a text (most often the
-    beginning-of-sequence token), unless the template writes the beginning itself; nothing is put behind it, whatever the tokenizer does,
-    as the answer goes there. An answer is its text's own tokens, without a beginning and without an end: who needs its end adds one
-    end token, and a text that already ends with one means the same. Texts that hold other tokens of the chat format, and prompts
-    that are already in it, are refused.
+    A prompt, of one turn or several, is rendered by the chat template. In front of it is what the tokenizer puts in front of a text (most
+    often the beginning-of-sequence token), unless the template writes the beginning itself; nothing is put behind it, whatever the
+    tokenizer does, as the answer goes there. An answer is its text's own tokens, without a beginning and without an end: who needs its end
+    adds one end token, and a text that already ends with one means the same. Thinking and tool calls of an answer are what the template
+    prints for them. Texts that hold other tokens of the chat format, and prompts that are already in it, are refused.
 
     Args:
         processor: the model's.
         image_token_id: of the token that stands for an image feature.
         end_ids: tokens that end an answer.
-        date: what a chat template that prints the date is told; None: this moment, each time.
+        date: what the chat template is told; None: this moment, each time, and no arguments.
     """
 
     def __init__(
@@ -56,19 +65,19 @@ class TextEncoder:
         self.image_token_id, self.end_ids = image_token_id, frozenset(end_ids)
         self._kept = _KeptTokens()
 
-    def prompt(self, name: str, text: str, pictures: int) -> list[int]:
+    def prompt(self, name: str, prompt: str | Conversation, pictures: int) -> list[int]:
         """Ids of a prompt, `<image>` as one image token. pictures: how many it is about.
 
-        Raises DataError, naming the record, for a text that cannot stand in a turn, or has more or fewer image tokens.
+        Raises DataError, naming the record, for a text that cannot stand in a turn, or has more or fewer image tokens, or what the chat
+        template does not print.
         """
+        conversation = Conversation.of_text(prompt) if isinstance(prompt, str) else prompt
 
         def made() -> list[int]:
-            self.check_prompt(name, text)
-            return self.tokens(render_prompt(self.processor, text, self.date))
+            self.check_conversation(name, conversation)
+            return self.tokens(self._rendered(name, conversation))
 
-        # A date that is this moment's makes another prompt each time.
-        passing = self.date is None and prints_date(self.processor)
-        ids = made() if passing else self._kept.ids(f"{template_of(self.processor)}\0{text}", made)
+        ids = self._kept_ids(str(conversation), made)
         found = ids.count(self.image_token_id)
         if found != pictures:
             raise DataError(
@@ -86,8 +95,70 @@ class TextEncoder:
         """The text of what the tokenizer puts in front of a rendered prompt."""
         return "".join(self.processor.tokenizer.convert_ids_to_tokens(self._opening(rendered, self._plain(rendered))))
 
+    def _kept_ids(self, key: str, made: Callable[[], list[int]]) -> list[int]:
+        # A date that is this moment's makes another prompt each time.
+        passing = self.date is None and prints_date(self.processor)
+        return made() if passing else self._kept.ids(f"{template_of(self.processor)}\0{self.date!r}\0{key}", made)
+
+    def _rendered(self, name: str, conversation: Conversation) -> str:
+        if conversation.plain:
+            return render_prompt(self.processor, conversation.turns[0].text, self.date)
+        with self._named(name):
+            text = render_conversation(self._chat(name), conversation)
+        family = family_of(self.processor)
+        return text.replace(family.processor_text(self.processor), family.placeholder(self.processor))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _named(name: str) -> Iterator[None]:
+        """What the chat template does not print as a DataError that names the record."""
+        try:
+            yield
+        except StageError as error:
+            raise DataError(f"record {name}: {error}") from error
+
+    def _chat(self, name: str) -> Chat:
+        chat = chat_of(self.processor, self.date)
+        if chat is None:
+            raise DataError(
+                f"record {name}: the model folder has no chat template, and only prompts of one user turn go without; give it a "
+                "chat_template.jinja"
+            )
+        return chat
+
+    def check_conversation(self, name: str, conversation: Conversation) -> None:
+        """DataError, naming the record, for a prompt that holds tokens of the chat format or is already in it, or goes into none."""
+        for turn in conversation.turns:
+            if turn.role == "user":
+                self.check_prompt(name, turn.text)
+            else:
+                self._refuse_markers(name, f"the prompt's {turn.role} turn", turn.text + turn.fields)
+        if not conversation.plain:
+            self._rendered(name, conversation)
+
+    def response(self, name: str, column: str, conversation: Conversation, turn: Turn) -> list[int]:
+        """Ids of an answer to a prompt, without its end: of its text, or of what the chat template prints for its thinking and tool calls.
+
+        Raises DataError, naming the record, as `answer_text`, and for what is not printed.
+        """
+        text = self.answer_text(name, column, turn.text)
+        chat = chat_of(self.processor, self.date)
+        if chat is None or (not turn.fields and not thinks(chat)):
+            if turn.fields:
+                self._chat(name)
+            return self.answer(name, column, text)
+        self._refuse_markers(name, column, turn.fields)
+
+        def made() -> list[int]:
+            with self._named(f"{name}: {column}"):
+                ids = self._plain(answer_text(chat, conversation, dataclasses.replace(turn, text=text)))
+            self.check_answer_ids(name, column, ids)
+            return ids
+
+        return self._kept_ids(f"{conversation}\0{turn}", made)
+
     def check_prompt(self, name: str, text: str) -> None:
-        """DataError, naming the record, for a prompt that holds tokens of the chat format or is already in it."""
+        """DataError, naming the record, for the text of a user's turn that holds tokens of the chat format or is already in it."""
         self._refuse_markers(name, "the prompt", text)
         shown = text.strip()
         for marker, found in zip(self._turn, (shown.startswith, shown.endswith), strict=True):

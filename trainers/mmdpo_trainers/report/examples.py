@@ -42,7 +42,9 @@ def text_of(content: Any) -> str:
 
 def question_of(prompt: Any) -> str:
     """The prompt without its picture placeholders and the labels that only name them."""
-    return _LABEL_LINE.sub("", text_of(prompt)).replace("<image>", "").strip()
+    several = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 1
+    text = "\n".join(f"{turn.get('role')}: {text_of(turn)}" for turn in prompt) if several else text_of(prompt)
+    return _LABEL_LINE.sub("", text).replace("<image>", "").strip()
 
 
 def image_of(record: Mapping[str, Any], index: int, folder: Path) -> Image.Image | None:

@@ -171,6 +171,9 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
         parts["dtype"] = context.config.dtype
         if context.config.quantization.load_in_4bit:
             parts |= {f"quantization.{key}": value for key, value in _values(context.config.quantization).items()}
+        parts["chat_template_kwargs"] = context.config.chat_template_kwargs
+        if not context.config.chat_template_kwargs:
+            at_default.add("chat_template_kwargs")
     for path in inputs:
         inside = path.absolute().is_relative_to(context.run.path)
         name = path.absolute().relative_to(context.run.path).as_posix() if inside else path.name

@@ -87,8 +87,8 @@ class StageContext:
 
     @property
     def date(self) -> TemplateDate:
-        """What a chat template that prints the date is told in all of the run."""
-        return TemplateDate.read(self.run.date())
+        """What the chat template is told in all of the run: the date, where it prints one, and its arguments."""
+        return TemplateDate.read(self.run.date()).with_arguments(self.config.chat_template_kwargs)
 
     @property
     def model(self) -> Path:

@@ -77,7 +77,7 @@ def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str
     options = context.options
     records, left_out = own_records(context, prompts, "evaluation prompts")
     require(records, {"answer": str}, prompts)
-    check_prompts(context.model, records)
+    check_prompts(context.model, records, context.date)
 
     chosen = chosen_layers(context.run.path, context.config.score.layer)
     asked, rank = context.asked_attributes, context.config.rank
@@ -96,7 +96,7 @@ def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str
         if not options.input and context.method.evaluation_prompts == "augmented"
         else []
     )
-    named = {"asked": with_attributes("", asked, rank).strip()} if asked else {}
+    named = {"asked": str(with_attributes("", asked, rank)).strip()} if asked else {}
     return {**accuracy_summary(list(read_jsonl(path)), wanted), "match": options.match, **named, **left_out}
 
 

@@ -29,7 +29,7 @@ def run(context: StageContext) -> dict[str, Any]:
     options = context.options
     check_num_answers(options)
     records, left_out = own_records(context, context.prompts, "prompts")
-    check_prompts(context.model, records)
+    check_prompts(context.model, records, context.date)
     answerer = _Vllm(context, records) if options.engine == "vllm" else _Transformers(context)
     with contextlib.closing(answerer):
         path = run_batches(context, "responses.jsonl", records, options.batch_size, answerer.answer, "generate")

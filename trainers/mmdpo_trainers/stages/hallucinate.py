@@ -12,8 +12,9 @@ from typing import Any
 from mmdpo_trainers.answers.config_only import config_only
 from mmdpo_trainers.answers.hallucination import HallucinationSampler
 from mmdpo_trainers.answers.similarity import similarity_name, similarity_of
+from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt
 from mmdpo_trainers.data.left_out import lost
-from mmdpo_trainers.data.pair_records import prompt_text, response_text
+from mmdpo_trainers.data.pair_records import record_conversation, response_text, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
 from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.data.sentences import plain_words
@@ -55,7 +56,7 @@ def run(context: StageContext) -> dict[str, Any]:
         return _taken_over(context) if ranks.is_rank_0() else {}
     options = context.options
     records, left_out = _records(context)
-    _check_texts(context.model, records)
+    _check_texts(context, records)
     sampler: list[HallucinationSampler] = []
     model = LazyModel(lambda: load_base(context))
 
@@ -108,22 +109,23 @@ def _pair(record: Record) -> Record:
     answer = (record["answer"] or "").strip()
     return {
         **{name: value for name, value in record.items() if name != "answer"},
-        "prompt": [{"role": "user", "content": record["prompt"]}],
+        "prompt": Conversation(read_prompt(record["prompt"])[0]).messages(),
         "chosen": [{"role": "assistant", "content": answer}] if answer else None,
     }
 
 
-def _check_texts(model: Path, records: Sequence[Record]) -> None:
+def _check_texts(context: StageContext, records: Sequence[Record]) -> None:
     """DataError, naming the record, for texts that do not go into the model's chat format: before the first is worked on."""
-    texts = config_only(model).texts
+    texts = config_only(context.model, context.date).texts
     for record in records:
-        texts.check_prompt(record["id"], prompt_text(record))
+        texts.check_conversation(record["id"], record_conversation(record))
         texts.answer_text(record["id"], "chosen", response_text(record, "chosen"))
 
 
 def _asked(record: Record) -> Record:
     """A preference record as what the model is asked."""
-    return {"id": record["id"], "prompt": prompt_text(record), "images": record["images"]}
+    given = {column: record[column] for column in TEMPLATE_COLUMNS if record.get(column) is not None}
+    return {"id": record["id"], "prompt": stored_prompt(record), "images": record["images"], **given}
 
 
 def _finished(context: StageContext, answers: Sequence[Record], left_out: Mapping[str, int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmdpo_trainers.data.images import content_key, embedded_bytes
 from mmdpo_trainers.data.left_out import lost
-from mmdpo_trainers.data.pair_records import is_prompt, prompt_text, record_image_digest, record_name
+from mmdpo_trainers.data.pair_records import is_prompt, record_image_digest, record_name, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
 from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
@@ -114,7 +114,7 @@ def _own(context: StageContext, missing: list[str]) -> dict[str, list[dict[str, 
     sides: dict[str, list[dict[str, Any]]] = {"pairs": [], "held_out": []}
     for record, group in zip(records, groups, strict=True):
         if group in held and is_prompt(record):
-            sides.setdefault("prompts", []).append({**record, "prompt": prompt_text(record)})
+            sides.setdefault("prompts", []).append({**record, "prompt": stored_prompt(record)})
         else:
             sides["held_out" if group in held else "pairs"].append(record)
     return sides

@@ -16,7 +16,7 @@ from mmdpo_trainers.answers.raters import Rater, Rating, Surroundings
 from mmdpo_trainers.answers.raters.quality import WORDS, quality_counts, rate_pairs
 from mmdpo_trainers.answers.raters.replies import costs
 from mmdpo_trainers.data.left_out import check_left_out, lost
-from mmdpo_trainers.data.pair_records import prompt_text, record_images, response_text
+from mmdpo_trainers.data.pair_records import record_images, response_text, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs
 from mmdpo_trainers.data.seeds import batch_seed
 from mmdpo_trainers.errors import DataError
@@ -53,7 +53,8 @@ def run(context: StageContext) -> dict[str, Any]:
         folder=context.folder,
         device=context.device,
         dtype=context.config.dtype,
-        date=context.date,
+        # A judge's template has arguments of its own.
+        date=context.date.with_arguments(None),
         allow_missing=context.config.allow_missing,
         most_images=max(1, most),
     )
@@ -166,7 +167,7 @@ def _own_pairs(context: StageContext) -> tuple[list[Record], list[tuple[str, str
     drawn = _drawn(range(len(data)), context)
     records = [data[index] for index in drawn]
     asked = [
-        {**record, "id": str(record.get("id", index)), "prompt": prompt_text(record), "images": record_images(record)}
+        {**record, "id": str(record.get("id", index)), "prompt": stored_prompt(record), "images": record_images(record)}
         for index, record in zip(drawn, records, strict=True)
     ]
     return asked, [(response_text(record, "chosen"), response_text(record, "rejected")) for record in records]

@@ -45,7 +45,7 @@ def run(context: StageContext) -> dict[str, Any]:
     options = context.options
     records, left_out = own_records(context, context.responses, "responses")
     require(records, {"response": str}, context.responses)
-    check_prompts(context.model, records)
+    check_prompts(context.model, records, context.date)
     layers = image_layers(AutoConfig.from_pretrained(context.model, local_files_only=True))
     settings = ratio_settings(layers, **options.recording)
     layer = resolve_layer(layers, options.layer)

@@ -176,6 +176,7 @@ def preference_config(context: StageContext, layers: Sequence[int], *, evaluate:
         "precompute_ref_log_probs": not online_settings(context.config).alpha,
         "reference_cache": str(reference_cache(context)),
         "template_date": str(context.date),
+        "chat_template_kwargs": context.config.chat_template_kwargs or None,
     }
     if "loss_type" in context.options.args and "loss_weights" not in context.options.args:
         # The preset's weights belong to the preset's losses.

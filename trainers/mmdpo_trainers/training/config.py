@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from mmdpo_kernels.losses import EXTENDED, LOSSES, NEEDS_LENGTHS, REFERENCE_FREE, SMOOTHED, LossParameters, values_of
+from mmdpo_trainers.data.conversation import Conversation
 from mmdpo_trainers.data.corruption import KINDS, Corruption
 from mmdpo_trainers.data.pair_records import (
     BRANCHES,
@@ -20,7 +21,7 @@ from mmdpo_trainers.data.pair_records import (
     Branch,
     corrupted_view,
     is_corrupted,
-    prompt_text,
+    record_conversation,
     shows_corrupted,
 )
 from mmdpo_trainers.models.template_date import TemplateDate
@@ -126,6 +127,9 @@ class PreferenceConfig(TrainingArguments):
     template_date: str | None = _option(
         None,
         "date, such as 2025-03-01, that a chat template which prints today's is told; None: the day of the first start, kept in output_dir",
+    )
+    chat_template_kwargs: dict[str, Any] | None = _option(
+        None, "arguments of the chat template, such as {enable_thinking: false}; those of a record's own column of that name win"
     )
     no_image: bool = _option(False, "DPO (No Image): leave the pictures out of every prompt")
     precompute_ref_log_probs: bool = _option(
@@ -389,9 +393,9 @@ class PreferenceConfig(TrainingArguments):
         return {name: branch for name, branch in self._known_branches.items() if name in PAIR or name in looked_at}
 
     @property
-    def prompt_of(self) -> Callable[[Mapping[str, Any]], str]:
-        """What makes the text of a record's prompt, an `<image>` for each picture."""
-        return prompt_text
+    def prompt_of(self) -> Callable[[Mapping[str, Any]], Conversation]:
+        """What makes a record's prompt, an `<image>` for each picture."""
+        return record_conversation
 
     @property
     def reference_path(self) -> Path:

@@ -16,6 +16,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mmdpo_trainers.config.sections.rating import RateConfig
+from mmdpo_trainers.data.conversation import words
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import ConfigError
 
@@ -56,7 +57,7 @@ class JudgePrompts:
         return f"{text.rstrip()}\n\nYour last reply was:\n{shown}\n\nIt cannot be used: {complaint}. Reply again, in the form asked for."
 
     def _filled(self, name: str, template: Template, record: Mapping[str, Any], answers: Mapping[str, str]) -> str:
-        options, prompt = self._options, str(record["prompt"])
+        options, prompt = self._options, words(record["prompt"])
         prompt = prompt if options.images else _plain(prompt)
         values = {
             "prompt": prompt,

@@ -14,8 +14,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmdpo_kernels import SequenceLogps, SharedRows, TokenLogps, TokenTree
+from mmdpo_trainers.data.conversation import Conversation
 from mmdpo_trainers.data.corruption import Corruption, Model
-from mmdpo_trainers.data.pair_records import BRANCHES, PAIR, Branch, branch_table, corrupted_view, prompt_text, shows_corrupted
+from mmdpo_trainers.data.pair_records import (
+    BRANCHES,
+    PAIR,
+    Branch,
+    branch_table,
+    corrupted_view,
+    record_conversation,
+    shows_corrupted,
+)
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.models.chat_format import prints_date
@@ -139,7 +148,7 @@ class PreferenceCollator:
         picture_pool: pictures as in `images`, for corruption kind "other".
         date: what a chat template that prints the date is told; None: this moment, each time.
         attention_targets: whether batches have theirs.
-        prompt_of: the text of a record's prompt, an `<image>` for each picture.
+        prompt_of: a record's prompt, an `<image>` for each picture.
 
     Raises DataError naming the record: an unreadable picture, placeholders that do not match the pictures, a conversation of
     another shape, a target or region that does not fit, an empty chosen response, a response that holds the image token, a text
@@ -162,7 +171,7 @@ class PreferenceCollator:
         picture_pool: Sequence[Any] = (),
         date: TemplateDate | None = None,
         attention_targets: bool = False,
-        prompt_of: Callable[[Mapping[str, Any]], str] = prompt_text,
+        prompt_of: Callable[[Mapping[str, Any]], Conversation] = record_conversation,
     ) -> None:
         table = branch_table(branches)
         corrupts = shows_corrupted(table)
@@ -358,7 +367,7 @@ def model_collator(base: Any, processor: Any, **options: Any) -> PreferenceColla
     Raises ValueError where neither tokenizer nor model has an end token.
     """
     tokenizer = processor.tokenizer
-    end = response_end(tokenizer, base.generation_config)
+    end = response_end(processor, base.generation_config)
     if end is None:
         raise ValueError("processing_class: neither tokenizer nor generation_config has an end token; responses could not end")
     return PreferenceCollator(
@@ -402,21 +411,22 @@ def collator_of(
 
 
 def template_date(processor: Any, args: PreferenceConfig) -> TemplateDate | None:
-    """The date that the chat template is told: that of `args`, or for a template that prints one the day of the first start.
+    """What the chat template is told: the date of `args`, or for a template that prints one the day of the first start; its arguments.
 
     With another day's date a continued training would see other prompts than its reference did.
     """
+    arguments = args.chat_template_kwargs
     if args.template_date is not None:
-        return TemplateDate.read(args.template_date)
+        return TemplateDate.read(args.template_date).with_arguments(arguments)
     if not prints_date(processor):
-        return None
+        return TemplateDate.now().with_arguments(arguments) if arguments else None
     found = None
     if args.process_index == 0:
         path = Path(str(args.output_dir)) / TEMPLATE_DATE
         if not path.exists():
             write_atomic(path, {"template_date": str(TemplateDate.now())})
         found = str(read_json(path)["template_date"])
-    return TemplateDate.read(str(collectives.all_gather(found)[0]))
+    return TemplateDate.read(str(collectives.all_gather(found)[0])).with_arguments(arguments)
 
 
 def _kind(record: Mapping[str, Any]) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmdpo_trainers.data.conversation import Conversation
 from mmdpo_trainers.data.corruption import Corruption, Model
 from mmdpo_trainers.data.pair_records import (
     BRANCHES,
@@ -24,7 +25,7 @@ from mmdpo_trainers.data.pair_records import (
     check_content,
     record_image_digest,
     record_name,
-    response_text,
+    response_turn,
 )
 from mmdpo_trainers.data.records import IMAGE_TOKEN
 from mmdpo_trainers.errors import DataError
@@ -73,7 +74,7 @@ class _Texts:
     """A record's tokens, one image token a picture."""
 
     record: Mapping[str, Any]
-    text: str
+    conversation: Conversation
     prompt: list[int]
     responses: dict[str, list[int]]
     """By column."""
@@ -96,7 +97,7 @@ class ExampleMaker:
         changed_token_weight: float,
         picture_pool: Sequence[Any],
         date: TemplateDate | None,
-        prompt_of: Callable[[Mapping[str, Any]], str],
+        prompt_of: Callable[[Mapping[str, Any]], Conversation],
     ) -> None:
         self.processor, self.family, self.prompt_of = processor, family, prompt_of
         self.image_token_id, self.end_id = image_token_id, end_id
@@ -188,20 +189,21 @@ class ExampleMaker:
 
     def _texts(self, record: Mapping[str, Any]) -> _Texts:
         check_content(record)
-        text, images = self.prompt_of(record), self._views.images(record)
+        conversation, images = self.prompt_of(record), self._views.images(record)
         if self.no_image:
-            text = _without_images(text)
-        prompt = self._encoder.prompt(record_name(record), text, len(images))
-        return _Texts(record, text, prompt, {column: self._response(record, column) for column in self._columns}, images)
+            conversation = conversation.map(_without_images)
+        prompt = self._encoder.prompt(record_name(record), conversation, len(images))
+        responses = {column: self._response(record, column, conversation) for column in self._columns}
+        return _Texts(record, conversation, prompt, responses, images)
 
-    def _response(self, record: Mapping[str, Any], column: str) -> list[int]:
-        ids = self._encoder.answer(record_name(record), column, response_text(record, column))
+    def _response(self, record: Mapping[str, Any], column: str, conversation: Conversation) -> list[int]:
+        ids = self._encoder.response(record_name(record), column, conversation, response_turn(record, column))
         if column == "chosen" and not ids:
             raise DataError(f"record {record_name(record)}: chosen is an end token alone; give it a text, or remove the record")
         return [*ids, self.end_id]
 
     def _plan(self, texts: _Texts, opened: dict[str, Image.Image] | None = None) -> ViewPlan:
-        return self._views.plan(texts.record, texts.text, texts.images, opened)
+        return self._views.plan(texts.record, texts.conversation.text, texts.images, opened)
 
     def _key(self, texts: _Texts, plan: ViewPlan) -> str:
         digests, substitutes, others = plan.content()

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from mmdpo_trainers.answers.raters import Rater
 from mmdpo_trainers.config.sections.online import OnlineConfig
-from mmdpo_trainers.data.pair_records import prompt_text, record_name, response_text
+from mmdpo_trainers.data.pair_records import record_conversation, record_name, response_text
 from mmdpo_trainers.data.pairs import check_contents
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.models.loaded import LoadedModel
@@ -298,7 +298,7 @@ class _Records(Dataset[dict[str, Any]]):
             check_contents(dataset)
         elif isinstance(dataset, list):
             for record in dataset:
-                prompt_text(record)
+                record_conversation(record)
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -10,7 +10,7 @@ from torch import nn
 
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.config.sections.online import OnlineConfig
-from mmdpo_trainers.data.pair_records import prompt_text, record_images, record_name
+from mmdpo_trainers.data.pair_records import record_images, record_name, stored_prompt
 from mmdpo_trainers.data.seeds import batch_seed
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.models.encode import load_images
@@ -31,9 +31,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def as_prompt(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A preference record as engines and raters read prompts: a text with an `<image>` for each picture, the pictures in `images`."""
+    """A preference record as engines and raters read prompts: with an `<image>` for each picture, the pictures in `images`."""
     images = record_images(record)
-    text = {"id": record_name(record), "prompt": prompt_text(record), "images": images, "num_images": len(images)}
+    text = {"id": record_name(record), "prompt": stored_prompt(record), "images": images, "num_images": len(images)}
     return {**{name: value for name, value in record.items() if name not in ("chosen", "rejected")}, **text}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmdpo_trainers.data.conversation import Conversation
 from mmdpo_trainers.data.pair_records import PAIR, Branch
 from mmdpo_trainers.training.arguments import takes_foreign_names
 from mmdpo_trainers.training.config import PreferenceConfig
@@ -80,6 +81,6 @@ class RewardConfig(PreferenceConfig):
         return dict(PAIR)
 
     @property
-    def prompt_of(self) -> Callable[[Mapping[str, Any]], str]:
+    def prompt_of(self) -> Callable[[Mapping[str, Any]], Conversation]:
         """What writes the facts into a record's prompt."""
         return self.inputs.prompt_of

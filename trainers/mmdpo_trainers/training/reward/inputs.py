@@ -13,7 +13,8 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mmdpo_trainers.data.pair_records import prompt_text, record_name
+from mmdpo_trainers.data.conversation import Conversation
+from mmdpo_trainers.data.pair_records import record_conversation, record_name
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 
@@ -62,14 +63,17 @@ class RewardInputs:
         if "the prompt" not in shown:
             raise ValueError("facts_template: expected a template that holds {{ prompt }}, got one that leaves it out")
 
-    def prompt_of(self, record: Mapping[str, Any]) -> str:
-        """The record's prompt with the facts that it has. DataError naming a fact that is no text, or for options no list of texts."""
-        text = prompt_text(record)
+    def prompt_of(self, record: Mapping[str, Any]) -> Conversation:
+        """The record's prompt, its last question with the facts that it has.
+
+        DataError naming a fact that is no text, or for options no list of texts.
+        """
+        found = record_conversation(record)
         if not self.facts:
-            return text
+            return found
         known = {name: self._fact(record, name) for name in self.facts}
         try:
-            return _compiled(self.template).render(prompt=text, **known)
+            return found.map_question(lambda text: _compiled(self.template).render(prompt=text, **known))
         except jinja2.TemplateError as error:
             raise DataError(f"record {record_name(record)}: facts_template: {error}; mend the template") from error
 

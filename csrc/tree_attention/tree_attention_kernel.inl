@@ -29,10 +29,10 @@ static_assert(kBlock % kTileRows == 0 && kBlock % kTileKeys == 0, "blocks are wh
 
 // What a block of queries sees of a block of keys.
 struct Sight {
-  bool some;         // else nothing
-  bool some_end;     // tree_end hides keys from some queries
-  bool some_reach;   // some queries do not reach all keys
-  bool diagonal;     // one block, whose queries each reach up to themselves
+  bool some;        // else nothing
+  bool some_end;    // tree_end hides keys from some queries
+  bool some_reach;  // some queries do not reach all keys
+  bool diagonal;    // one block, whose queries each reach up to themselves
   bool masked() const { return some_end || some_reach; }
 };
 
@@ -209,13 +209,13 @@ class Task {
     }
   }
 
-  // Whether query i sees the keys j + k ... : all ones in the lanes that it sees.
-  Vec<int32_t> visible(int64_t i, int64_t j, int64_t k, bool some_reach) const {
-    Vec<int32_t> seen = load(ends_ + j + k) > static_cast<int32_t>(i);
+  // Whether query i, which reaches `stop`, sees keys j and those after it: all ones in the lanes that it sees.
+  Vec<int32_t> visible(int64_t i, int64_t j, int64_t stop, bool some_reach) const {
+    Vec<int32_t> seen = load(ends_ + j) > static_cast<int32_t>(i);
     if (some_reach) {
       Vec<int32_t> index;
       for (int lane = 0; lane < kWidth; ++lane) index[lane] = lane;
-      seen &= index < static_cast<int32_t>(reach_[i] - j - k);
+      seen &= index < static_cast<int32_t>(stop - j);
     }
     return seen;
   }
@@ -249,10 +249,12 @@ class Task {
   void absorb(int64_t i, int64_t j, int64_t r, const Sight& sight) {
     float* p = p_ + r * kBlock;
     const int64_t end = up_to(limit(sight.diagonal, r / kTileRows * kTileRows), kWidth);
+    const bool masked = sight.masked(), some_reach = sight.some_reach;
+    const int64_t stop = reach_[i + r];
     V peaks = broadcast(-INFINITY);
     for (int64_t k = 0; k < end; k += kWidth) {
       V s = load(p + k) * scale_;
-      if (sight.masked()) s = visible(i + r, j, k, sight.some_reach) ? s : broadcast(-INFINITY);
+      if (masked) s = visible(i + r, j + k, stop, some_reach) ? s : broadcast(-INFINITY);
       store<float>(p + k, s);
       // NaN counts as largest, so that it is not lost.
       peaks = (s > peaks) | (s != s) ? s : peaks;
@@ -340,10 +342,12 @@ class Task {
     float *p = p_ + r * kBlock, *grad = grad_p_ + r * kBlock;
     const int64_t end = up_to(limit(sight.diagonal, r / kTileRows * kTileRows), kWidth);
     const float shift = shift_[i + r], taken = total_[i + r];
+    const bool masked = sight.masked(), some_reach = sight.some_reach;
+    const int64_t stop = reach_[i + r];
     for (int64_t k = 0; k < end; k += kWidth) {
       V e = exp_(load(p + k) * scale_ - shift), change = e * (load(grad + k) - taken);
-      if (sight.masked()) {
-        const Vec<int32_t> seen = visible(i + r, j, k, sight.some_reach);
+      if (masked) {
+        const Vec<int32_t> seen = visible(i + r, j + k, stop, some_reach);
         e = seen ? e : V{};
         change = seen ? change : V{};
       }

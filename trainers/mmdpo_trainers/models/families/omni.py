@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, _Weightless
+from mmdpo_trainers.models.families.qwen import Qwen2VL, Qwen3VL, Weightless
 
 
 class Qwen25Omni(Qwen2VL):
@@ -25,7 +25,7 @@ class Qwen25Omni(Qwen2VL):
     def position_ids(self, input_ids: Tensor, grids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor:
         if grids is None or not len(grids):
             return super().position_ids(input_ids, grids, attention_mask)
-        model: Any = _Weightless(getattr(transformers, self.body_name), self.known_config)
+        model: Any = Weightless(getattr(transformers, self.body_name), self.known_config)
         model.spatial_merge_size = self.known_config.vision_config.spatial_merge_size
         kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         return model.get_rope_index(input_ids, image_grid_thw=grids, attention_mask=kept)[0].long()

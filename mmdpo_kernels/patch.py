@@ -32,7 +32,7 @@ from .patched import (
 from .recorder import LayerCall
 from .recorder_ops import remove_watch, watch_attention
 from .recurrent import carry_no_trees, carry_trees
-from .tree_mask import PlanCache, visible, visible_rows
+from .tree_mask import PlanCache, depth, visible, visible_rows
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -261,7 +261,7 @@ def tree_attention_forward(
             "since branches of a tree share their prefix"
         )
     # A causal mask from `tree_mask` already stands for layers without a window; a prepared tree reaches windowed layers as it is.
-    window = sliding_window if is_tree else None
+    window = _limiting(sliding_window, tree_end) if tree_end is not None else None
     output = tree_attention(
         query, key, value, tree_end, reach=reach, scale=scaling, softcap=softcap, window=window, backend=state.backend
     ).output
@@ -353,6 +353,20 @@ def _tree(mask: Tensor | None, key: Tensor) -> tuple[Tensor | None, Tensor | Non
     if len(rows) == 1 or not (torch.compiler.is_compiling() or _looks_ahead(rows[1])):
         return rows[0], None
     return rows[0], rows[1]
+
+
+def _limiting(window: int | None, tree_end: Tensor) -> int | None:
+    """The window, or None where no path is longer: the kernels on the CPU that are fastest have none. Elsewhere looking would wait."""
+    if window is None or tree_end.device.type != "cpu" or torch.compiler.is_compiling():
+        return window
+    return window if _longest_path(tree_end) > window else None
+
+
+def _longest(tree_end: Tensor) -> int:
+    return int(depth(tree_end).max()) + 1
+
+
+_longest_path = PlanCache(_longest)
 
 
 def _any_ahead(reach: Tensor) -> bool:

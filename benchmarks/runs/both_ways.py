@@ -47,18 +47,22 @@ WORDS = ["red", "green", "blue", "circle", "square", "star", "left", "right", "a
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A picture has (image_size // 16)² tokens. Layers take turns: a sliding window, full attention."""
+    """A picture has (image_size // 16)² tokens. Layers take turns: a sliding window, full attention.
 
-    layers: int = 4
+    The vision tower is a quarter as wide as the decoder and has a quarter of its layers, about as of the largest Gemma 3.
+    """
+
+    layers: int = 8
     hidden: int = 512
+    vision_hidden: int = 128
     heads: int = 8
     image_size: int = 256
-    sliding_window: int = 512
+    sliding_window: int = 1024
     pictures: int = 3
     response_tokens: int = 40
 
 
-SMALL = Setting(layers=2, hidden=32, heads=4, image_size=48, sliding_window=16, pictures=2, response_tokens=3)
+SMALL = Setting(layers=2, hidden=32, vision_hidden=32, heads=4, image_size=48, sliding_window=16, pictures=2, response_tokens=3)
 
 
 def records(setting: Setting) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from mmdpo_kernels import TokenTree, patch_model
 from mmdpo_trainers.models.families import tree_refusal
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.training.batches.collator import PreferenceCollator
-from mmdpo_trainers.training.batches.packing import measure
+from mmdpo_trainers.training.batches.packing import batch_tokens, measure
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 
 LOSSES: dict[str, Any] = {"loss_type": ["sigmoid", "copo", "ancpo"], "loss_weights": [1.0, 1.0, 1.0]}
@@ -46,8 +46,9 @@ def step(folder: Path, output: Path, *, packing: bool, **options: Any) -> tuple[
     tree = batch["batch"]
     assert (tree.attention_mask.ndim == 4) == packing and isinstance(trainer.data_collator, PreferenceCollator)
     if packing:
-        sizes = measure([*records()], trainer.data_collator, range(len(records())))
-        assert tree.input_ids.shape[1] <= sum(sizes.lengths)
+        every = range(len(records()))
+        sizes = measure(records(), trainer.data_collator, every)
+        assert tree.input_ids.shape[1] <= batch_tokens(every, sizes.lengths, sizes.groups, sizes.shared)
     return loss.item(), gradients, trainer._averages["train"].take(), int((tree.attention_mask != 0).sum()) if not packing else 0
 
 

@@ -42,6 +42,7 @@ def make_tiny_gemma3(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     hidden: int = 32,
+    vision_hidden: int | None = None,
     tied: bool = False,
 ) -> Path:
     """Write a random Gemma 3 to `folder` and return it.
@@ -66,8 +67,8 @@ def make_tiny_gemma3(
     length = (image_size // patch // 2) ** 2
     config = Gemma3Config(
         vision_config=SiglipVisionConfig(
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
+            hidden_size=vision_hidden or hidden,
+            intermediate_size=2 * (vision_hidden or hidden),
             num_hidden_layers=2,
             num_attention_heads=2,
             image_size=image_size,

@@ -50,7 +50,14 @@ CASES = {
     "spoilt": {**SAVED, "spoilt": True, "logging_steps": 1},
     "still": {"loss_weights": [0.0, 0.0]},
 }
-_EXPERTS = {"regions": False, "logging_steps": 1, "max_steps": 2, "accumulation": 2, "router_aux_loss_coef": 0.5}
+_EXPERTS = {
+    "regions": False,
+    "logging_steps": 1,
+    "max_steps": 2,
+    "accumulation": 2,
+    "router_aux_loss_coef": 0.5,
+    "attention_layer": None,
+}
 WITH_EXPERTS = {
     "full": {"full_finetune": True, **_EXPERTS},
     "attention": {"lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]}, **_EXPERTS},
@@ -174,7 +181,7 @@ def test_other_families(family: str, strategy: str, tmp_path: Path) -> None:
 def experts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     for name, seed in (("model", 0), ("second", 3)):
-        TINY[request.param](folder / name, seed=seed, experts=8)
+        TINY[request.param](folder / name, seed=seed, experts=16)
     launch("alone", folder, folder / "alone", WITH_EXPERTS)
     return folder
 

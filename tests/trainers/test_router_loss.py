@@ -15,7 +15,7 @@ from tiny_models import TINY, make_tiny_llava
 from training_cases import Gradients, config, preference_records, warm_adapter
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mmdpo_kernels import TokenTree, patch_model
+from mmdpo_kernels import TokenTree, patch_model, tree_refusal
 from mmdpo_trainers.models.families import family_of
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
@@ -58,6 +58,8 @@ def test_it_is_that_of_separate_unpatched_sequences(folder: Path, packing: bool,
     """Value and gradients of all weights, against transformers' whole model on the padded rows of all branches, each with its pictures."""
     loaded = load(folder)
     plain = copy.deepcopy(loaded.model)
+    if packing and tree_refusal(plain) is not None:
+        pytest.skip(f"trees are not exact with this transformers: {tree_refusal(plain)}")
     widen_modules(plain, monkeypatch)
     family = family_of(plain)
     collators = {each: model_collator(plain, loaded.processor, tree_packing=each) for each in (True, False)}
@@ -213,6 +215,10 @@ def test_it_is_trls(folder: Path, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="TRL is a peer, installed with the extra `peers`")
     from datasets import Dataset, Image, List
 
+    if not hasattr(load(folder).model.config.get_text_config(), "output_router_logits"):
+        pytest.skip(
+            "TRL takes the loss where the text configuration has output_router_logits, which it has not in this transformers"
+        )
     records = [{name: r[name] for name in ("prompt", "chosen", "rejected", "images")} for r in RECORDS if len(r["images"]) == 1]
     for index, record in enumerate(records):
         path = tmp_path / f"{index}.png"

@@ -136,7 +136,10 @@ def make_tiny_qwen3_vl(folder: str | Path, **options: Any) -> Path:
 
 
 def make_tiny_qwen3_vl_moe(folder: str | Path, *, experts: int = 4, taken: int = 2, **options: Any) -> Path:
-    """Write a random Qwen3-VL with experts to `folder` and return it. taken: experts a token takes."""
+    """Write a random Qwen3-VL with experts to `folder` and return it. taken: experts a token takes.
+
+    Their second weight is square: nothing tells it from its transpose but its name.
+    """
     text = {"num_experts": experts, "num_experts_per_tok": taken, "moe_intermediate_size": 32}
     return _qwen3(Path(folder), Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, text, **options)
 

@@ -23,7 +23,7 @@ from mmdpo_trainers.files.atomic import FULL, free_mib, read_json, write_atomic
 from mmdpo_trainers.models.quantized import save_settings
 from mmdpo_trainers.processes import collectives
 from mmdpo_trainers.training.model_parts import base_of
-from mmdpo_trainers.training.sharded.sharding import Sharding
+from mmdpo_trainers.training.sharded.sharding import Sharding, whole_shapes
 from mmdpo_trainers.training.training_log import LOG_STATE, LoggingTrainer
 
 logger = logging.getLogger(__name__)
@@ -226,8 +226,9 @@ class SavingTrainer(LoggingTrainer):
             once = dict(self.model.named_parameters())  # type: ignore[union-attr]
             twice = [name for name, _ in self.model.named_parameters(remove_duplicate=False) if name not in once]  # type: ignore[union-attr]
             state_dict = {name: tensor for name, tensor in state_dict.items() if name not in twice}
-        super()._save(output_dir, state_dict)
         policy: Any = self.model
+        with whole_shapes(policy):
+            super()._save(output_dir, state_dict)
         save_settings(base_of(policy).config, output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -62,7 +62,7 @@ def refusal(model: nn.Module) -> str | None:
     tower, text = base.get_decoder(), base.config.get_text_config()
     if not model_parts.has_experts(model):
         return "its layers have no experts"
-    if not hasattr(text, "output_router_logits") or not hasattr(sys.modules[type(tower).__module__], "load_balancing_loss_func"):
+    if not hasattr(sys.modules[type(tower).__module__], "load_balancing_loss_func"):
         return "transformers has no load-balancing loss for it"
     if not isinstance(getattr(text, "num_experts_per_tok", None), int):
         return "its configuration does not say how many experts a token takes (num_experts_per_tok)"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -132,6 +133,27 @@ class Sharding:
             if config.get(name, {}).get("enabled") is True:
                 found[name] = {"enabled": True}
         return found
+
+
+@contextlib.contextmanager
+def whole_shapes(model: nn.Module) -> Iterator[None]:
+    """While a model is saved, let it say its weights' whole shapes when it is asked for a weight by name.
+
+    transformers saves some weights transposed, such as those of experts, and tells by the shape whether they are already; a shard of
+    ZeRO-3 has another, and square weights would be saved the wrong way round.
+    """
+    own = model.get_parameter
+
+    def get_parameter(name: str) -> Tensor | nn.Parameter:
+        found = own(name)
+        shape = getattr(found, "ds_shape", None)
+        return found if shape is None else torch.empty(shape, dtype=found.dtype, device="meta")
+
+    model.get_parameter = get_parameter  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del model.get_parameter
 
 
 def check_whole(model: nn.Module, purpose: str) -> None:

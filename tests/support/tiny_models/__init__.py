@@ -46,7 +46,6 @@ TINY: dict[str, Callable[..., Path]] = {
     "pixtral": make_tiny_pixtral,
     "mllama": make_tiny_mllama,
     **{name: BY_RECIPE[name] for name in ("aya_vision", "deepseek_vl")},
-    **{name: BY_RECIPE[name] for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
 }
 """Family -> what writes a tiny checkpoint of it to a folder."""
 

@@ -55,7 +55,6 @@ TINY: dict[str, Callable[..., Path]] = {
     "pixtral": make_tiny_pixtral,
     "mllama": make_tiny_mllama,
     **{name: BY_RECIPE[name] for name in ("aya_vision", "deepseek_vl")},
-    **{name: BY_RECIPE[name] for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")},
     "minicpmv4_6": make_tiny_minicpmv4_6,
     "minicpmv4_7": make_tiny_minicpmv4_7,
 }

@@ -15,7 +15,7 @@ class DeepseekVL(Family):
     name = "deepseek_vl"
     model_name = "DeepseekVLForConditionalGeneration"
     processor_name = "DeepseekVLProcessor"
-    vision = ("vision_model",)
+    vision: tuple[str, ...] = ("vision_model",)
     projector: tuple[str, ...] = ("aligner",)
 
     def views(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -20,9 +20,9 @@ class Qwen2VL(Family):
     model_name = "Qwen2VLForConditionalGeneration"
     processor_name = "Qwen2VLProcessor"
     body_name = "Qwen2VLModel"
-    vision = ("visual",)
+    vision: tuple[str, ...] = ("visual",)
     projector: tuple[str, ...] = ("visual.merger",)
-    token_types = "mm_token_type_ids"
+    token_types: ClassVar[str | None] = "mm_token_type_ids"
 
     def placeholder(self, processor: Any) -> str:
         return f"<|vision_start|>{self.image_token(processor)}<|vision_end|>"

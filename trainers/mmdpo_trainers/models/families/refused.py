@@ -50,6 +50,9 @@ REFUSED: dict[str, str] = {
 }
 """`model_type` -> what is missing. Families that the conventions refuse need no line here."""
 
+_NEEDS = {"qwen2_5_omni_thinker": "Qwen2_5OmniThinkerModel", "qwen3_omni_moe_thinker": "Qwen3OmniMoeThinkerModel"}
+"""`model_type` -> a class that older transformers lack; their processors ask for video, too."""
+
 _NEAREST = {"internlm": "internvl", "internvl_chat": "internvl"}
 """What the `model_type` of remote code begins with -> the nearest family that is used here."""
 
@@ -59,6 +62,8 @@ def refusal_of(values: Mapping[str, Any]) -> str | None:
     kind = str(values.get("model_type"))
     if kind in REFUSED:
         return f"family {kind!r} is refused: {REFUSED[kind]}"
+    if kind in _NEEDS and not hasattr(transformers, _NEEDS[kind]):
+        return f"family {kind!r} needs a transformers that has {_NEEDS[kind]}, got {transformers.__version__}; update it"
     if kind in CONFIG_MAPPING:
         return None
     code = "; its code is on a hub (auto_map in config.json), which is not run" if values.get("auto_map") else ""

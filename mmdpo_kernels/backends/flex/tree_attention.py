@@ -152,10 +152,10 @@ def _block_mask(tree_end: Tensor, window: int | None, reach: Tensor | None = Non
     earliest_end = _per_block(ends, -1, largest=False)[:, None, :]
     query_first, query_last = first[:, None], last[:, None]
     # The last block may be ragged, as queries and as keys.
-    if reach is None:
-        stops, starts_seen, all_seen = None, first <= query_last, last < query_first
+    stops = None if reach is None else reach.to(torch.int32, copy=True)
+    if stops is None:
+        starts_seen, all_seen = first <= query_last, last < query_first
     else:
-        stops = reach.to(torch.int32, copy=True)
         starts_seen = first < _per_block(stops, 0, largest=True)[:, :, None]
         all_seen = (last < _per_block(stops, 0, largest=False)[:, :, None]) & (last < length)
     some = starts_seen & (latest_end > query_first)

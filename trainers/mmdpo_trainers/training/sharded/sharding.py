@@ -115,11 +115,14 @@ class Sharding:
     def _gather_at_once(self, model: nn.Module) -> None:
         """Tell ZeRO-3 to gather a layer that carries a state as one. Its parts run once for each batch of a tree's nodes, as often as the
         tree of a process asks for, and processes gather a weight together."""
-        kinds = {type(module) for module in model.modules() if carries(module)}
-        if self.deepspeed is not None and self.in_shards and kinds:
-            from deepspeed.utils import set_z3_leaf_modules
+        found = [module for module in model.modules() if carries(module)]
+        if self.deepspeed is None or not self.in_shards or not found:
+            return
+        from deepspeed.utils import set_z3_leaf_modules
 
-            set_z3_leaf_modules(model, list(kinds))
+        set_z3_leaf_modules(model, list({type(module) for module in found}))
+        for module in found:
+            module.register_forward_pre_hook(_input_by_place, with_kwargs=True)
 
     def _frozen_config(self) -> dict[str, Any]:
         config = self.deepspeed.deepspeed_config
@@ -154,6 +157,20 @@ def whole_shapes(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.get_parameter
+
+
+def _input_by_place(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A layer's input as its first argument, with a gradient: ZeRO-3 takes the layer's backward to be over when the gradients of its
+    arguments without names are known, and where there are none, when it begins."""
+    rest = dict(kwargs)
+    if args or "hidden_states" not in rest:
+        return None
+    hidden = rest.pop("hidden_states")
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return (hidden,), rest
 
 
 def check_whole(model: nn.Module, purpose: str) -> None:

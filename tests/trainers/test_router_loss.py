@@ -34,6 +34,15 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return TINY[request.param](tmp_path_factory.mktemp(request.param) / "model", experts=8)
 
 
+# What does not differ by family is run on one of them.
+_SOME = [name if name == MOE_FAMILIES[0] else pytest.param(name, marks=pytest.mark.nightly) for name in MOE_FAMILIES]
+
+
+@pytest.fixture(scope="module", params=_SOME)
+def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return TINY[request.param](tmp_path_factory.mktemp(request.param) / "model", experts=8)
+
+
 def load(folder: Path) -> LoadedModel:
     return load_model(folder, dtype=torch.float64, device="cpu")
 
@@ -150,30 +159,28 @@ EXPERTS = {**ATTENTION, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.e
 
 @pytest.mark.parametrize("lora", [None, ATTENTION, EXPERTS], ids=["full", "attention", "experts"])
 def test_training_adds_a_mean_over_micro_batches(
-    folder: Path, tmp_path: Path, lora: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+    one: Path, tmp_path: Path, lora: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the policy's rows, packed, padded and with both kinds of gradient checkpointing."""
-    widen_modules(load(folder).model, monkeypatch)
+    widen_modules(load(one).model, monkeypatch)
     options: dict[str, Any] = {"peft": LoraConfig(**lora)} if lora else FULL
-    without, _ = train(folder, tmp_path, router_aux_loss_coef=0.0, **options)
-    trainer, packed = train(folder, tmp_path, router_aux_loss_coef=0.5, **options)
+    without, _ = train(one, tmp_path, router_aux_loss_coef=0.0, **options)
+    trainer, packed = train(one, tmp_path, router_aux_loss_coef=0.5, **options)
     entry, plain = trainer.state.log_history[0], without.state.log_history[0]
     assert "aux_loss" not in plain and entry["loss"] == pytest.approx(plain["loss"] + 0.5 * entry["aux_loss"], rel=1e-6)
     for variant in ({"tree_packing": False}, *CHECKPOINTED):
-        other, found = train(folder, tmp_path, router_aux_loss_coef=0.5, **options, **variant)
+        other, found = train(one, tmp_path, router_aux_loss_coef=0.5, **options, **variant)
         for name in ("loss", "aux_loss", "rewards/chosen", "logps/rejected"):
             assert other.state.log_history[0][name] == pytest.approx(entry[name], rel=1e-6, abs=1e-12), name
         assert_equal(found.steps[0], packed.steps[0])
 
 
-def test_the_mean_is_of_micro_batches(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_is_of_micro_batches(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by itself against transformers, in training and in evaluation, whose batches are of other sizes."""
-    widen_modules(load(folder).model, monkeypatch)
-    trainer, _ = train(
-        folder, tmp_path, router_aux_loss_coef=0.5, learning_rate=0.0, train_sampling_strategy="sequential", **FULL
-    )
+    widen_modules(load(one).model, monkeypatch)
+    trainer, _ = train(one, tmp_path, router_aux_loss_coef=0.5, learning_rate=0.0, train_sampling_strategy="sequential", **FULL)
     text = trainer.model.config.get_text_config()
-    collator = model_collator(trainer.model, load(folder).processor, tree_packing=False)
+    collator = model_collator(trainer.model, load(one).processor, tree_packing=False)
 
     def alone(records: list[dict[str, Any]]) -> float:
         batch = collator(records)["batch"]
@@ -197,11 +204,11 @@ def test_the_mean_is_of_micro_batches(folder: Path, tmp_path: Path, monkeypatch:
     assert metrics["eval_loss"] == pytest.approx(0.5 * metrics["eval_aux_loss"] + 0.6931471805599453, rel=1e-6)
 
 
-def test_the_model_configuration_is_the_default_and_hooks_are_quiet_afterwards(folder: Path, tmp_path: Path) -> None:
-    trainer, _ = train(folder, tmp_path, learning_rate=0.0, **FULL)
+def test_the_model_configuration_is_the_default_and_hooks_are_quiet_afterwards(one: Path, tmp_path: Path) -> None:
+    trainer, _ = train(one, tmp_path, learning_rate=0.0, **FULL)
     assert trainer.router_aux_loss_coef == trainer.model.config.get_text_config().router_aux_loss_coef > 0
     assert trainer.state.log_history[0]["aux_loss"] > 0
-    fresh, ids = load(folder).model, torch.tensor([[9, 10, 11, 12]])
+    fresh, ids = load(one).model, torch.tensor([[9, 10, 11, 12]])
     for model in (trainer.model, fresh):
         model.zero_grad()
         model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
@@ -210,12 +217,12 @@ def test_the_model_configuration_is_the_default_and_hooks_are_quiet_afterwards(f
     assert torch.equal(copied(input_ids=ids, use_cache=False).logits, fresh(input_ids=ids, use_cache=False).logits)
 
 
-def test_it_is_trls(folder: Path, tmp_path: Path) -> None:
+def test_it_is_trls(one: Path, tmp_path: Path) -> None:
     """Loss, `aux_loss` and norm of the gradient of a step on six records, in float32, against TRL's DPOTrainer."""
     trl = pytest.importorskip("trl", reason="TRL is a peer, installed with the extra `peers`")
     from datasets import Dataset, Image, List
 
-    if not hasattr(load(folder).model.config.get_text_config(), "output_router_logits"):
+    if not hasattr(load(one).model.config.get_text_config(), "output_router_logits"):
         pytest.skip(
             "TRL takes the loss where the text configuration has output_router_logits, which it has not in this transformers"
         )
@@ -233,7 +240,7 @@ def test_it_is_trls(folder: Path, tmp_path: Path) -> None:
         "report_to": "none",
         "use_cpu": True,
     }
-    theirs, ours = load_model(folder, dtype=torch.float32, device="cpu"), load_model(folder, dtype=torch.float32, device="cpu")
+    theirs, ours = load_model(one, dtype=torch.float32, device="cpu"), load_model(one, dtype=torch.float32, device="cpu")
     for each in (theirs, ours):
         # TRL trains the line end that the template writes behind a turn, too.
         tokenizer = each.processor.tokenizer
@@ -255,7 +262,7 @@ def test_it_is_trls(folder: Path, tmp_path: Path) -> None:
         assert trainer.state.log_history[0][name] == pytest.approx(peer.state.log_history[0][name], rel=2e-5), name
 
 
-def test_what_has_no_such_loss_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_such_loss_is_named(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = load(make_tiny_llava(tmp_path / "dense"))
 
     def trainer(loaded: LoadedModel, **options: Any) -> PreferenceTrainer:
@@ -272,14 +279,14 @@ def test_what_has_no_such_loss_is_named(folder: Path, tmp_path: Path, monkeypatc
     with pytest.raises(
         ValueError, match="router_aux_loss_coef: a compiled model's routers .* 0.001, of the model configuration; set it"
     ):
-        trainer(load(folder), torch_compile=True)
-    assert trainer(load(folder), torch_compile=True, router_aux_loss_coef=0.0).router_aux_loss_coef == 0
+        trainer(load(one), torch_compile=True)
+    assert trainer(load(one), torch_compile=True, router_aux_loss_coef=0.0).router_aux_loss_coef == 0
 
-    loaded = load(folder)
+    loaded = load(one)
     monkeypatch.setattr(type(loaded.model.get_decoder()), "_can_record_outputs", {})
     with pytest.raises(ValueError, match="router_aux_loss_coef: .* transformers does not record its routers; leave it out"):
         trainer(loaded, router_aux_loss_coef=0.01)
-    assert trainer(load(folder)).router_aux_loss_coef == 0
+    assert trainer(load(one)).router_aux_loss_coef == 0
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), "much", True])

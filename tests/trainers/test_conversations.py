@@ -5,20 +5,38 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from chat_templates import COLLECTING_TURNS, THINKING
+from chat_templates import COLLECTING_TURNS, DATED, HEADED, THINKING
 from tiny_models import TINY, sample_pictures
 from transformers import ProcessorMixin
 
-from mmdpo_trainers.data.pair_records import record_images, stored_prompt
+from mmdpo_trainers.answers.raters.prompts import JudgePrompts
+from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.config.sections.rating import RateConfig
+from mmdpo_trainers.data.conversation import Conversation, Turn, map_question, words
+from mmdpo_trainers.data.pair_records import check_record, record_conversation, record_images, response_text, stored_prompt
+from mmdpo_trainers.data.pairs import read_pairs
+from mmdpo_trainers.data.records import read_prompts
+from mmdpo_trainers.errors import ConfigError, DataError
+from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.methods.selection import preference_pair
+from mmdpo_trainers.models.chat_format import Chat, chat_of
 from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.models.template_date import TemplateDate
+from mmdpo_trainers.models.turns_format import answer_text, render_conversation
+from mmdpo_trainers.report.examples import question_of
+from mmdpo_trainers.stages import generate
+from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.folder import RunFolder
 from mmdpo_trainers.training.batches.collator import PreferenceCollator, model_collator
 
 FAMILIES = {"qwen2_5_vl": THINKING, "idefics3": None, "llava_onevision": COLLECTING_TURNS}
@@ -108,6 +126,10 @@ def explicit(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def theirs(loaded: LoadedModel, record: Mapping[str, Any], *, whole: bool) -> list[int]:
     """The processor's own ids of the prompt, or of prompt and chosen response."""
+    return list(their_inputs(loaded, record, whole=whole)["input_ids"][0].tolist())
+
+
+def their_inputs(loaded: LoadedModel, record: Mapping[str, Any], *, whole: bool) -> Any:
     from trl.data_utils import prepare_multimodal_messages
 
     record = explicit(copy.deepcopy(dict(record)))
@@ -120,7 +142,7 @@ def theirs(loaded: LoadedModel, record: Mapping[str, Any], *, whole: bool) -> li
         messages += prepare_multimodal_messages(record["chosen"])
     apply: Any = type(loaded.processor) if hasattr(loaded.processor, "video_processor") else ProcessorMixin
     options = {"add_generation_prompt": not whole and not continues, "continue_final_message": not whole and continues}
-    found = apply.apply_chat_template(
+    return apply.apply_chat_template(
         loaded.processor,
         messages,
         tokenize=True,
@@ -130,7 +152,6 @@ def theirs(loaded: LoadedModel, record: Mapping[str, Any], *, whole: bool) -> li
         **options,
         **record.get("chat_template_kwargs", {}),
     )
-    return list(found["input_ids"][0].tolist())
 
 
 def trls(loaded: LoadedModel, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -190,3 +211,277 @@ def test_conversations_are_the_templates_own_and_trls(of: Any, name: str, kind: 
     else:
         assert their_prompt == prompt
         assert only_layout_behind(loaded, response, their_response)
+
+
+# What the template prints: texts, as the tiny tokenizers have few words
+
+
+def text_of(loaded: LoadedModel, record: Mapping[str, Any], answer: Turn | None = None) -> str:
+    chat = chat_of(loaded.processor, loaded.date)
+    assert isinstance(chat, Chat)
+    return render_conversation(chat, record_conversation(record), answer)
+
+
+def response_of(loaded: LoadedModel, record: Mapping[str, Any], answer: Turn) -> str:
+    chat = chat_of(loaded.processor, loaded.date)
+    assert isinstance(chat, Chat)
+    return answer_text(chat, record_conversation(record), answer)
+
+
+def thinking(text: str, name: str = "reasoning_content") -> Turn:
+    return Turn("assistant", text, json.dumps({name: "it is large ."}))
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_thinking_of_an_answer_is_what_the_template_prints(of: Any, name: str) -> None:
+    loaded, record = of("qwen2_5_vl"), SHAPES["one picture"]
+    expected = "<think>\nit is large .\n</think>\n\nred"
+    assert response_of(loaded, record, thinking("red", name)) == expected
+    assert response_of(loaded, record, Turn("assistant", f"{expected}")) == expected
+    assert response_of(loaded, record, Turn("assistant", "red")) == "<think>\n\n</think>\n\nred"
+    keyed = {**record, "chosen": [say("assistant", "red", **{name: "it is large ."})]}
+    in_text = {**record, "chosen": [say("assistant", expected)]}
+    assert ours(loaded, keyed) == ours(loaded, in_text)
+
+
+def test_thinking_and_the_prompt_that_opens_the_answer_agree(of: Any) -> None:
+    loaded, record = of("qwen2_5_vl"), SHAPES["template arguments"]
+    assert text_of(loaded, record).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert response_of(loaded, record, Turn("assistant", "red")) == "red"
+    with pytest.raises(DataError, match=r"record c1: chosen: the prompt opens the answer with .*let both think or neither"):
+        ours(loaded, {**record, "chosen": [say("assistant", "red", thinking="it is large .")]})
+
+
+def test_tools_and_their_calls(of: Any) -> None:
+    loaded = of("qwen2_5_vl")
+    call = {"type": "function", "function": {"name": "colour", "arguments": {"of": "star"}}}
+    asked = (
+        say("user", "what colour ?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        say("tool", "red", name="colour"),
+    )
+    record = shape(*asked, tools=json.dumps([TOOL]))
+    assert text_of(loaded, record) == (
+        f"<|im_start|>system\n{json.dumps(TOOL)}\n<|im_end|>\n<|im_start|>user\nwhat colour ?<|im_end|>\n<|im_start|>assistant\n"
+        '<call>colour{"of": "star"}</call><|im_end|>\n<|im_start|>tool\nred<|im_end|>\n<|im_start|>assistant\n'
+    )
+    assert ours(loaded, record) == ours(loaded, {**record, "tools": [TOOL]})
+    calling = shape(*asked[:1], tools=[TOOL], chosen={"role": "assistant", "content": None, "tool_calls": [call]})
+    made = response_of(loaded, calling, Turn("assistant", "", json.dumps({"tool_calls": [call]})))
+    assert made == '<think>\n\n</think>\n\n<call>colour{"of": "star"}</call>'
+    with pytest.raises(DataError, match="chosen has tool_calls beside its content, and texts alone are read here"):
+        response_text(calling, "chosen")
+    with pytest.raises(
+        DataError, match=r"record c1: the chat template does not print the tool call 'colour' of turn 2 \(assistant\)"
+    ):
+        ours(of("idefics3"), {**record, "prompt": [asked[0], {**asked[1], "content": "wait ."}, asked[2]]})
+
+
+def test_arguments_that_a_template_does_not_read_are_said_once(of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = of("idefics3")
+    record = shape(say("user", "is it red ?"), chat_template_kwargs={"said_once": 1}, tools=[TOOL])
+    plain = ours(loaded, shape(say("user", "is it red ?")))
+    with caplog.at_level(logging.WARNING, "mmdpo_trainers.models.chat_format"):
+        assert ours(loaded, record) == ours(loaded, {**record, "id": "another"}) == plain
+    assert [line.getMessage().partition(":")[0] for line in caplog.records] == ["the chat template reads no said_once, tools"]
+    caplog.clear()
+    date = loaded.date.with_arguments({"said_of_the_run": 1})
+    for _ in range(2):
+        chat_of(loaded.processor, date)
+    assert len(caplog.records) == 1 and "said_of_the_run" in caplog.text
+
+
+def test_arguments_of_a_run_and_of_a_record(folder: Path, of: Any) -> None:
+    of("qwen2_5_vl")
+    off = load_model(folder / "qwen2_5_vl", device="cpu", date=TemplateDate.now().with_arguments({"enable_thinking": False}))
+    off.processor.chat_template = THINKING
+    record = shape(say("user", None, "is it red ?"), images=[ONE])
+    closed = SHAPES["template arguments"]
+    assert ours(off, record) == ours(of("qwen2_5_vl"), closed) != ours(of("qwen2_5_vl"), record)
+    assert ours(off, {**record, "chat_template_kwargs": {"enable_thinking": True}}) == ours(of("qwen2_5_vl"), record)
+    with pytest.raises(ConfigError, match="chat_template_kwargs holds 'tools', which is no argument of a chat template's own"):
+        loaded_date = TemplateDate.now()
+        loaded_date.with_arguments({"tools": []})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words_of"),
+    [
+        ({"prompt": [say("system", "answer")]}, "prompt must be text or a list of messages with one of role user"),
+        ({"prompt": [say("user", "what ?"), say("system", "answer")]}, "prompt ends with a system message; put it first"),
+        (
+            {"prompt": [say("user", "what ?"), say("oracle", "this")]},
+            r"prompt\[1\] must be a message of one of the roles system, user",
+        ),
+        (
+            {"prompt": [say("user", "what ?"), say("assistant", "it", thinking="hm")]},
+            r"prompt\[1\], with which the answer goes on, has thinking",
+        ),
+        ({"prompt": [say("user", "what ?", thinking="hm")]}, r"prompt\[0\]\['thinking'\] is not read"),
+        (
+            {"chosen": [say("assistant", "a", thinking="b", reasoning="c")]},
+            r"chosen\[0\] gives its thinking as thinking and as reasoning",
+        ),
+        ({"chosen": [say("assistant", "a", thinking=["b"])]}, r"chosen\[0\]\['thinking'\] must be text"),
+        ({"chosen": [say("assistant", "a"), say("user", "b")]}, "chosen must be text or a list of one assistant message"),
+        ({"tools": "colour"}, "column 'tools' is not read: its text is no JSON"),
+        ({"tools": {"name": "colour"}}, "column 'tools' must be a list of JSON schemas"),
+        (
+            {"chat_template_kwargs": {"chat_template": "x"}},
+            "holds 'chat_template', which is no argument of a chat template's own",
+        ),
+        ({"prompt": None, "chosen": "a b", "rejected": "a c"}, "there is no prompt; give it in `prompt`"),
+        ({"prompt": None}, "there is no prompt, and chosen and rejected differ from their first message on"),
+    ],
+)
+def test_what_is_no_conversation_is_refused_by_place(changes: dict[str, Any], words_of: str) -> None:
+    with pytest.raises(DataError, match=f"record c1: .*{words_of}"):
+        check_record({**shape(say("user", "is it red ?")), **changes})
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "words_of"),
+    [
+        (
+            HEADED.replace("<|image|>", "{{ raise_exception('no') if message.role == 'assistant' else '<image>' }}"),
+            1,
+            "that conversation",
+        ),
+        (
+            HEADED.replace("<|image|>", "{{ '' if message.role == 'assistant' else '<image>' }}"),
+            1,
+            r"a picture of turn 2 \(assistant\)",
+        ),
+        (
+            DATED.replace("[IMG]", "<image>").replace(
+                "{% else %}{{ message", "{% elif message['role'] == 'assistant' %}{{ message"
+            ),
+            0,
+            r"the text of turn 1 \(system\)",
+        ),
+        (None, 0, "the model folder has no chat template, and only prompts of one user turn go without"),
+    ],
+)
+def test_what_a_template_does_not_print_is_refused_by_name(
+    folder: Path, of: Any, template: str | None, record: int, words_of: str
+) -> None:
+    of("idefics3")
+    loaded = load_model(folder / "idefics3", device="cpu")
+    loaded.processor.chat_template = loaded.tokenizer.chat_template = template
+    given = (
+        SHAPES["system turn"],
+        shape(say("user", "what ?"), say("assistant", "this .", None), say("user", "which colour ?"), images=[ONE]),
+    )[record]
+    with pytest.raises(DataError, match=f"record c1: .*{words_of}"):
+        ours(loaded, given)
+
+
+def test_pictures_in_turns_of_the_assistant(of: Any) -> None:
+    loaded = of("qwen2_5_vl")
+    record = shape(
+        say("user", None, "what ?"), say("assistant", "this .", None), say("user", "which colour ?"), images=[ONE, TWO]
+    )
+    assert text_of(loaded, record).count("<|image_pad|>") == 2
+    assert ours(loaded, record)[0] == theirs(
+        loaded,
+        {**record, "prompt": [*record["prompt"][:2], ASKED | {"content": [{"type": "text", "text": "which colour ?"}]}]},
+        whole=False,
+    )
+
+
+def test_the_shared_prefix_covers_all_turns(of: Any) -> None:
+    loaded = of("qwen2_5_vl")
+    record = SHAPES["three turns, pictures in two"]
+    others = [
+        {**record, "id": f"c{at}", "prompt": [*TURNS, say("assistant", "a circle"), say("user", text)]}
+        for at, text in enumerate(["which is red ?", "is there a star ?"])
+    ]
+    made = collator(loaded, tree_packing=True)
+    prompt, chosen = ours(loaded, record)
+    _, rejected = ours(loaded, record, "rejected")
+    shared = next(at for at, both in enumerate(zip(chosen, rejected, strict=False)) if both[0] != both[1])
+    tokens = made.batch([record]).input_ids.shape[1]
+    assert tokens == len(prompt) + len(chosen) + len(rejected) - shared == made.tree_tokens(record)
+    assert made.shared_tokens(others) > len(ours(loaded, shape(*TURNS, images=[ONE, TWO]))[0]) - 5
+    # One more turn that is asked costs its own tokens, and those of its answers.
+    both = made.batch(others).input_ids.shape[1]
+    assert both < tokens + len(prompt) // 2
+
+
+def test_forms_of_files(tmp_path: Path) -> None:
+    import datasets
+
+    for name, picture in (("a.png", ONE), ("b.png", TWO)):
+        picture.save(tmp_path / name)
+    implicit = {
+        "chosen": [say("user", None, "is it red ?"), say("assistant", "yes")],
+        "rejected": [say("user", None, "is it red ?"), say("assistant", "no", reasoning_content="hm")],
+        "image": "a.png",
+    }
+    inside = [{"role": "user", "content": [{"type": "image", "image": "b.png"}, {"type": "text", "text": "and this ?"}]}]
+    several = {**shape(say("system", "answer"), *inside), "images": [], "id": "two", "tools": [TOOL]}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (implicit, several)))
+    first, second = read_pairs(tmp_path / "pairs.jsonl")
+    assert first["images"] == [str(tmp_path / "a.png")] and "image" not in first
+    assert (first["prompt"], first["chosen"]) == (implicit["chosen"][:1], implicit["chosen"][1:])
+    assert second["images"] == [str(tmp_path / "b.png")] and second["tools"] == [TOOL]
+    assert stored_prompt(second) == [say("system", "answer"), say("user", "<image>and this ?")]
+    row = {**implicit, "image": {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}}
+    row["rejected"] = [*row["rejected"][:1], say("assistant", "no")]
+    data = (
+        datasets.Dataset.from_list(
+            [row],
+            features=datasets.Features(
+                {
+                    **{
+                        name: datasets.List({"role": datasets.Value("string"), "content": datasets.Json()})
+                        for name in ("chosen", "rejected")
+                    },
+                    "image": datasets.Image(),
+                }
+            ),
+        )
+        if hasattr(datasets, "Json")
+        else None
+    )
+    if data is not None:
+        data.save_to_disk(str(tmp_path / "saved"))
+        assert record_conversation(read_pairs(tmp_path / "saved")[0]).text == "<image>is it red ?"
+    asked = {"id": "p", "images": ["a.png"], "prompt": [say("system", "answer"), say("user", None, "is it red ?")]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({**asked, "chat_template_kwargs": {"enable_thinking": False}}) + "\n")
+    (found,) = read_prompts(tmp_path / "prompts.jsonl")
+    assert found["prompt"] == [say("system", "answer"), say("user", "<image>is it red ?")]
+    assert words(found["prompt"]) == "system: answer\nuser: <image>is it red ?"
+    assert map_question(found["prompt"], "{} (loud)".format)[1]["content"] == "<image>is it red ? (loud)"
+    assert map_question("is it red ?", str.upper) == "IS IT RED ?" and Conversation.of_text("a").plain
+
+
+def test_stages_answer_what_the_processor_asks(folder: Path, of: Any, tmp_path: Path) -> None:
+    loaded = of("qwen2_5_vl")
+    model = shutil.copytree(folder / "qwen2_5_vl", tmp_path / "model")
+    (model / "chat_template.jinja").write_text(THINKING)
+    record = {**SHAPES["three turns, pictures in two"], "tools": [TOOL], "chat_template_kwargs": {"enable_thinking": False}}
+    for name, picture in (("a.png", ONE), ("b.png", TWO)):
+        picture.save(tmp_path / name)
+    asked = {name: record[name] for name in ("id", "prompt", "tools")} | {
+        "images": ["a.png", "b.png"],
+        "target": 0,
+        "answer": "red",
+    }
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(asked) + "\n")
+    options = {"input": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 3}
+    values = {"name": "run", "run_dir": str(tmp_path / "run"), "model": str(model), "device": "cpu"}
+    values |= {"generate": options, "chat_template_kwargs": record["chat_template_kwargs"]}
+    context = StageContext(run=RunFolder(tmp_path / "run"), config=RunConfig.from_dict(values), stage="generate")
+    generate.run(context)
+    (answered,) = read_jsonl(context.folder / "responses.jsonl")
+    inputs = their_inputs(loaded, record, whole=False)
+    expected = loaded.model.generate(**inputs, max_new_tokens=3, do_sample=False, suppress_tokens=[loaded.image_token_id])
+    expected = expected[0, inputs["input_ids"].shape[1] :].tolist()
+    assert answered["response_ids"] == [id for id in expected if id not in loaded.end_ids]
+    assert answered["tools"] == [TOOL] and answered["prompt"][2] == say("user", "<image>and this ?")
+    pair = preference_pair({**answered, "rejected": "blue", "images": [ONE, TWO]})
+    assert ours(loaded, {**pair, "chat_template_kwargs": record["chat_template_kwargs"]}) == ours(loaded, record)
+    judged = JudgePrompts(RateConfig()).rating(answered, "red")
+    assert judged.index("assistant: a circle") < judged.index("user: which is red ?") and judged.count("<image>") == 2
+    assert question_of(pair["prompt"]).splitlines()[-1] == "user: which is red ?"

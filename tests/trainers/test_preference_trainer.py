@@ -500,7 +500,7 @@ def test_bad_records_are_named(folder: Path, tmp_path: Path) -> None:
         "chosen[0]['content'] must be text or a list of parts": {"chosen": [{"role": "assistant", "content": None}]},
         "chosen must be text": {"chosen": ["x"]},
         "column 'videos' is not read": {"videos": ["a.mp4"]},
-        "chosen: the chat template does not print the thinking of an answer": {
+        "chosen: the chat template does not print the thinking of turn 2 (assistant)": {
             "chosen": [{"role": "assistant", "content": "a", "reasoning_content": "hm"}]
         },
     }

@@ -183,7 +183,7 @@ def _turn(message: Any, place: str) -> tuple[Turn, list[ImagePart]]:
         content = ""
     parts = read_parts(content, f"{place}['content']")
     text = "".join(IMAGE_TOKEN if isinstance(part, ImagePart) else part for part in parts)
-    kept = json.dumps(fields, ensure_ascii=False, sort_keys=True) if fields else ""
+    kept = json.dumps(fields, ensure_ascii=False) if fields else ""
     return Turn(role, text, kept), [part for part in parts if isinstance(part, ImagePart)]
 
 

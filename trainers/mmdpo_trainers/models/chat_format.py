@@ -86,12 +86,13 @@ def typed_parts(prompt: str) -> list[Part]:
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat template with what it needs. mark: the text that stands for a picture."""
+    """A chat template with what it needs. mark: the text that stands for a picture. arguments: its own in all of the run, as JSON."""
 
     template: str
     mark: str
     tokenizer: Any = field(compare=False, repr=False)
     date: TemplateDate | None = field(default=None, compare=False)
+    arguments: str = ""
 
     @property
     def source(self) -> str:
@@ -100,8 +101,8 @@ class Chat:
 
     def render(self, messages: Sequence[dict[str, Any]], *, opens_answer: bool = True, **given: Any) -> str | None:
         """The conversation; None where the template does not take it. given: more of `apply_chat_template`."""
-        arguments = json.loads(self.date.arguments) if self.date is not None and self.date.arguments else {}
-        options = {"add_generation_prompt": opens_answer, "tokenize": False, **arguments, **given}
+        own = json.loads(self.arguments) if self.arguments else {}
+        options = {"add_generation_prompt": opens_answer, "tokenize": False, **own, **given}
         try:
             text = self.tokenizer.apply_chat_template(list(messages), chat_template=self.source, **options)
         except (TemplateError, TypeError, KeyError, ValueError):
@@ -150,8 +151,23 @@ class Chat:
 
 def chat_of(processor: Any, date: TemplateDate | None = None) -> Chat | None:
     """A processor's chat template; None: it has none."""
-    template = template_of(processor)
-    return None if template is None else Chat(template, family_of(processor).processor_text(processor), processor.tokenizer, date)
+    template, arguments = template_of(processor), "" if date is None else date.arguments
+    if template is None:
+        return None
+    say_ignored(template, tuple(json.loads(arguments)) if arguments else ())
+    return Chat(template, family_of(processor).processor_text(processor), processor.tokenizer, date, arguments)
+
+
+@functools.lru_cache(maxsize=256)
+def say_ignored(template: str, names: tuple[str, ...]) -> None:
+    """Log, once, which arguments of these names the template does not read."""
+    ignored = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
+    if ignored:
+        logger.warning(
+            "the chat template reads no %s: what is given by that name changes nothing (template: %s…)",
+            ", ".join(ignored),
+            " ".join(template.split())[:60],
+        )
 
 
 @functools.lru_cache(maxsize=256)

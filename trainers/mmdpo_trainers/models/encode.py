@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from PIL import Image
 
-from mmdpo_trainers.data.conversation import conversation_of
+from mmdpo_trainers.data.content import UnreadContent
+from mmdpo_trainers.data.conversation import Conversation, conversation_of
 from mmdpo_trainers.data.images import ImageError, is_made, open_image
 from mmdpo_trainers.data.records import check_placeholders
 from mmdpo_trainers.errors import DataError
@@ -68,7 +69,7 @@ def encode_prompts(
     if pictures is None:
         pictures = [load_images(record) for record in records]
     for record, its_images in zip(records, pictures, strict=True):
-        check_placeholders(record["id"], conversation_of(record).pictures, len(its_images))
+        check_placeholders(record["id"], _conversation(record).pictures, len(its_images))
     encoded = _encode_images(loaded, records, pictures)
     prompts = prompt_ids(loaded, records, _by_row(pictures, () if encoded is None else encoded.blocks))
     answer_ids = [_answer_ids(loaded, *both) for both in zip(records, answers or [()] * len(records), strict=True)]
@@ -162,12 +163,19 @@ def prompt_ids(
     """Token ids of the prompts, `blocks` in the places of their pictures."""
     return [
         expand_ids(
-            loaded.texts.prompt(record["id"], conversation_of(record), len(its_blocks)),
+            loaded.texts.prompt(record["id"], _conversation(record), len(its_blocks)),
             loaded.image_token_id,
             loaded.family.blocks_of_prompt(loaded.processor, its_blocks),
         )
         for record, its_blocks in zip(records, blocks, strict=True)
     ]
+
+
+def _conversation(record: Mapping[str, Any]) -> Conversation:
+    try:
+        return conversation_of(record)
+    except UnreadContent as error:
+        raise DataError(f"record {record['id']}: {error}") from error
 
 
 def _answer_ids(loaded: LoadedModel, record: Mapping[str, Any], answer: str | Sequence[int]) -> list[int]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +16,7 @@ from typing import Any
 from mmdpo_trainers.data.content import IMAGE_TOKEN
 from mmdpo_trainers.data.conversation import REASONING, Conversation, Turn
 from mmdpo_trainers.errors import StageError
-from mmdpo_trainers.models.chat_format import Chat, say_one_text
-
-logger = logging.getLogger(__name__)
+from mmdpo_trainers.models.chat_format import Chat, say_ignored, say_one_text
 
 _PROBE = "<<text>>"
 _THOUGHT = re.compile(r".*</think>", re.DOTALL)
@@ -38,9 +35,9 @@ def render_conversation(chat: Chat, conversation: Conversation, answer: Turn | N
     given: dict[str, Any] = json.loads(conversation.arguments) if conversation.arguments else {}
     if conversation.tools:
         given["tools"] = json.loads(conversation.tools)
+    say_ignored(chat.template, tuple(given))
     if answer is None and conversation.continues:
         given["continue_final_message"] = True
-    _say_ignored(chat.template, tuple(given))
     opens = answer is None and not conversation.continues
     wrong = "that conversation"
     for as_text, messages in _layouts(chat, turns):
@@ -76,6 +73,9 @@ def _layouts(chat: Chat, turns: Sequence[Turn]) -> Iterator[tuple[bool, list[dic
         return turn.text.replace(IMAGE_TOKEN, chat.mark)
 
     makers: tuple[Callable[[Turn], Any], ...] = (typed, typed_if_pictured, part, marked)
+    if any(IMAGE_TOKEN in turn.text for turn in turns if turn.role != "user"):
+        # A mark in a text would slip by a template that has pictures in turns of the user's alone.
+        makers = makers[:2]
     for maker in makers:
         # A call of tools alone has no content to put into parts.
         contents = [maker(turn) if turn.text or not turn.fields else "" for turn in turns]
@@ -97,7 +97,7 @@ def _missing(chat: Chat, turns: Sequence[Turn], rendered: str) -> str | None:
     """What of the turns is not in the text, or not in their order; None: nothing."""
     start = 0
     for number, turn in enumerate(turns):
-        where = f"turn {number + 1} ({turn.role})"
+        where, begin = f"turn {number + 1} ({turn.role})", start
         text = _THOUGHT.sub("", turn.text) if turn.role == "assistant" else turn.text
         for index, piece in enumerate(text.split(IMAGE_TOKEN)):
             for shown, what in ((chat.mark, f"a picture of {where}"), (piece.strip(), f"the text of {where}")):
@@ -108,9 +108,11 @@ def _missing(chat: Chat, turns: Sequence[Turn], rendered: str) -> str | None:
                 if place < 0:
                     return what
                 start = start if turn.role == "system" else place + len(shown)
+        if not thinks(chat) and any(name in turn.extras for name in REASONING):
+            return f"the thinking of {where}"
         for call in turn.extras.get("tool_calls", ()):
             name = str((call.get("function") or call).get("name")) if isinstance(call, dict) else str(call)
-            if name not in rendered:
+            if rendered.find(name, begin) < 0:
                 return f"the tool call {name!r} of {where}"
     places = sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
     if rendered.count(chat.mark) != places:
@@ -159,14 +161,3 @@ def closing(chat: Chat) -> str:
         if rendered is not None and rendered.count(_PROBE) == 2:
             return rendered.rpartition(_PROBE)[2]
     return ""
-
-
-@functools.lru_cache(maxsize=256)
-def _say_ignored(template: str, names: tuple[str, ...]) -> None:
-    ignored = [name for name in names if name != "continue_final_message" and not re.search(rf"\b{re.escape(name)}\b", template)]
-    if ignored:
-        logger.warning(
-            "the chat template has no %s: what records give by that name changes nothing (template: %s…)",
-            ", ".join(ignored),
-            " ".join(template.split())[:60],
-        )

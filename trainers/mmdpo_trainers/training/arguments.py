@@ -62,7 +62,7 @@ ARGUMENTS: Mapping[str, Argument] = {
     "force_use_ref_model": Argument("a ref_model is always taken, also beside an adapter; leave it out"),
     "ref_model_init_kwargs": Argument("load the reference with load_model, and pass it as ref_model", (None, {})),
     "generate_during_eval": Argument(f"{_OLDER}`mmdpo evaluate` generates answers", (False,)),
-    "tools": Argument("chat templates are rendered without tools; write what they say into the prompt", (None, [])),
+    "tools": Argument("give them in a column `tools` of the records", (None, [])),
 }
 """Arguments of TRL's `DPOConfig` that are no field of `PreferenceConfig`."""
 

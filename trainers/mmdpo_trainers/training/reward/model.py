@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from mmdpo_kernels import patch_model
+from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS
 from mmdpo_trainers.data.pair_records import IMAGES, PAIR, Branch
 from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.models import quantized
@@ -136,5 +137,6 @@ def _columns(count: int) -> list[str]:
 
 def _record(record: Mapping[str, Any], answers: Sequence[str], inputs: RewardInputs) -> dict[str, Any]:
     """A preference record of a record's prompt, pictures and facts, and these answers."""
-    own = {name: record.get(name) for name in ("id", "prompt", "images", *(each for each in FACTS if each in inputs.facts))}
+    facts = (each for each in FACTS if each in inputs.facts)
+    own = {name: record.get(name) for name in ("id", "prompt", "images", *TEMPLATE_COLUMNS, *facts)}
     return {**own, **dict(zip(_columns(len(answers)), answers, strict=True))}

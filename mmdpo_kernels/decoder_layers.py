@@ -38,9 +38,14 @@ def carrying_layers(tower: nn.Module) -> frozenset[int]:
 
 
 def carriers(tower: nn.Module) -> list[Any]:
-    """The modules of these layers that carry the state, in the layers' order, by what they ask a cache for."""
+    """The modules of these layers that carry the state, in the layers' order."""
     layers = carrying_layers(tower)
-    return [module for module in _numbered(tower) if module.layer_idx in layers and _names(type(module)) >= _STATES]
+    return [module for module in _numbered(tower) if module.layer_idx in layers and carries(module)]
+
+
+def carries(module: nn.Module) -> bool:
+    """Whether a module carries a state from token to token, by what it asks a cache for."""
+    return _names(type(module)) >= _STATES
 
 
 def carry_refusal(tower: nn.Module) -> str | None:

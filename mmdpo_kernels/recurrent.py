@@ -161,7 +161,7 @@ def _masks_by_kind(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return tuple(map(by_kind, args)), {name: by_kind(value) for name, value in kwargs.items()}
 
 
-@torch.compiler.disable(recursive=False)
+@torch.compiler.disable
 def _run_tree(carried: CarriedForward, hidden_states: Tensor, *, attention_mask: Tensor, **kwargs: Any) -> Tensor:
     """(B, S, H): the layer's output on packed trees, zeros at padding.
 

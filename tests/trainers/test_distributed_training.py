@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from distributed import ROOT, STRATEGIES, fill, launch, needs
@@ -201,6 +202,22 @@ def test_experts_in_two_processes(experts: Path, strategy: str) -> None:
     for name in WITH_EXPERTS:
         assert_same(experts / strategy / name, experts / "alone" / name)
         assert all(entry["aux_loss"] > 0 for entry in log(experts / strategy / name) if "loss" in entry)
+
+
+@pytest.mark.skipif(not hasattr(transformers.Cache, "get_conv_state"), reason="transformers before 5.22: trees are refused")
+@pytest.mark.parametrize("strategy", ["zero3", pytest.param("fsdp2", marks=pytest.mark.nightly)])
+def test_layers_that_run_once_a_batch_of_nodes(strategy: str, tmp_path: Path) -> None:
+    """mDPO's trees of two processes have nodes on other levels: each runs its layers as often as its own tree asks for."""
+    needs(strategy)
+    for name, seed in (("model", 0), ("second", 3)):
+        TINY["qwen3_5"](tmp_path / name, seed=seed)
+    shared = {"regions": False, "attention_layer": 3, "loss_type": ["sigmoid", "copo", "ancpo"], "loss_weights": [1.0, 1.0, 1.0]}
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["in_proj_qkv", "in_proj_a", "out_proj", "q_proj"]}
+    cases = {"full": {"full_finetune": True, **shared}, "lora": {"lora": lora, "second": True, **shared}}
+    for each in ("alone", strategy):
+        launch(each, tmp_path, tmp_path / each, cases)
+    for name in cases:
+        assert_same(tmp_path / strategy / name, tmp_path / "alone" / name)
 
 
 def test_a_killed_process_ends_the_step_and_training_continues(folder: Path, alone: Path) -> None:

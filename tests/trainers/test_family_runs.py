@@ -95,11 +95,15 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "<html" in page and 'src="http' not in page and read_json(run / "report" / "summary.json")["heat_maps"] >= 2
 
 
-@pytest.mark.parametrize("family", ["internvl", "gemma3", "mllama"])
+@pytest.mark.parametrize("family", ["internvl", "gemma3", "mllama", pytest.param("qwen3_5", marks=pytest.mark.nightly)])
 def test_other_families(tmp_path: Path, family: str) -> None:
-    """Tiled pictures, pictures that see themselves both ways, and cross-attended ones, which have no parts to ask about."""
+    """Tiled pictures, pictures that see themselves both ways, cross-attended ones, which have no parts to ask about, layers with a state."""
     config, console = settings(tmp_path, TINY[family]), Console(file=io.StringIO())
     formats = {"sequence", "grid", "pip"}
+    if family == "qwen3_5":
+        with pytest.raises(StageError, match=r"score.layer: expected one of \[3\], which see pictures, for this model, got 1"):
+            run_pipeline(config, progress=Progress(console), console=console)
+        config = dataclasses.replace(config, score=dataclasses.replace(config.score, layer=None))
     if family == "mllama":
         with pytest.raises(StageError, match="with mllama only whole pictures can be told apart; leave the format out"):
             run_pipeline(config, progress=Progress(console), console=console)

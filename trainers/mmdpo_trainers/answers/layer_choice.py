@@ -105,7 +105,10 @@ class _Arrays:
 
 
 def middle_layer(layers: Sequence[int]) -> int:
-    """The one of some layers, 0-based and in order, that is nearest to the middle of the decoder, which ends with the last of them."""
+    """The middle one of some layers, 0-based and in order; where others lie between them, the one that is nearest to the middle of the
+    decoder, which ends with the last of them."""
+    if layers[-1] - layers[0] < len(layers):
+        return layers[len(layers) // 2]
     middle = (layers[-1] + 1) // 2
     return min(layers, key=lambda layer: abs(layer - middle))
 

@@ -114,9 +114,10 @@ def _with_lora(model: Any) -> Any:
     disable_dropout(model)
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    # Attention and MLP by the names that most decoders have, others by whatever linears there are.
+    # Attention, MLP and layers that carry a state by the names that most decoders have, others by whatever linears there are.
     leaves = {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    chosen = sorted(leaves & {"q_proj", "v_proj", "down_proj", "in_proj_qkv", "in_proj_a"}) or sorted(leaves)
+    usual = {"q_proj", "v_proj", "down_proj", "in_proj_qkv", "in_proj_a", "in_proj_b", "in_proj_z"}
+    chosen = sorted(leaves & usual) or sorted(leaves)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         target = rf"{prefix}\..*\.({'|'.join(chosen)})"

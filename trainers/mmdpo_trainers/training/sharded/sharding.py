@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from mmdpo_kernels.decoder_layers import carries
+
 ResultT = TypeVar("ResultT", bound=Tensor | tuple[Tensor, ...])
 
 
@@ -42,6 +44,7 @@ class Sharding:
         self._policy = None if self.fsdp is None else self.fsdp.auto_wrap_policy
         self._named_layers = None if self.fsdp is None else self.fsdp.transformer_cls_names_to_wrap
         self._name_layers(trainer.model)
+        self._gather_at_once(trainer.model)
         if self.fsdp is not None and self.fsdp.mixed_precision_policy is not None:
             # Log-probabilities leave the model in float32 and must not be rounded to 16 bits; nor should sums of gradients.
             policy = self.fsdp.mixed_precision_policy
@@ -65,6 +68,7 @@ class Sharding:
         if self.in_shards:
             import deepspeed
 
+            self._gather_at_once(model)
             engine, *_ = deepspeed.initialize(model=model, config=self._frozen_config())
             return engine.eval()  # type: ignore[no-any-return]
         return model.to(self.trainer.args.device)
@@ -108,6 +112,18 @@ class Sharding:
             self.fsdp.transformer_cls_names_to_wrap = sorted(there.intersection(getattr(model, "_no_split_modules", None) or ()))
             self.fsdp.auto_wrap_policy = self._policy
 
+    def _gather_at_once(self, model: nn.Module) -> None:
+        """Tell ZeRO-3 to gather a layer that carries a state as one. Its parts run once for each batch of a tree's nodes, as often as the
+        tree of a process asks for, and processes gather a weight together."""
+        found = [module for module in model.modules() if carries(module)]
+        if self.deepspeed is None or not self.in_shards or not found:
+            return
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, list({type(module) for module in found}))
+        for module in found:
+            module.register_forward_pre_hook(_input_by_place, with_kwargs=True)
+
     def _frozen_config(self) -> dict[str, Any]:
         config = self.deepspeed.deepspeed_config
         zero = {
@@ -141,6 +157,20 @@ def whole_shapes(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del model.get_parameter
+
+
+def _input_by_place(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A layer's input as its first argument, with a gradient: ZeRO-3 takes the layer's backward to be over when the gradients of its
+    arguments without names are known, and where there are none, when it begins."""
+    rest = dict(kwargs)
+    if args or "hidden_states" not in rest:
+        return None
+    hidden = rest.pop("hidden_states")
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return (hidden,), rest
 
 
 def check_whole(model: nn.Module, purpose: str) -> None:

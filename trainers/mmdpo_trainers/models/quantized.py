@@ -36,9 +36,9 @@ def method_of(config: Any) -> str | None:
     if not found:
         return None
     values = found if isinstance(found, Mapping) else found.to_dict()
-    for bits in (4, 8):
-        if values.get(f"load_in_{bits}bit"):
-            return f"bitsandbytes_{bits}bit"
+    for width in ("4bit", "8bit"):
+        if values.get(f"load_in_{width}"):
+            return f"bitsandbytes_{width}"
     method = values.get("quant_method")
     return str(getattr(method, "value", method))
 

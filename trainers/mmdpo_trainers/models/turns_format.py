@@ -53,8 +53,8 @@ def render_conversation(chat: Chat, conversation: Conversation, answer: Turn | N
         wrong = wrong or missing
     roles = ", ".join(turn.role for turn in turns)
     raise StageError(
-        f"the chat template does not print {wrong or 'that conversation'} (turns: {roles}); leave it out, or give the model folder a chat_template.jinja that "
-        "prints it"
+        f"the chat template does not print {wrong or 'that conversation'} (turns: {roles}); leave it out, or give the model folder a "
+        "chat_template.jinja that prints it"
     )
 
 

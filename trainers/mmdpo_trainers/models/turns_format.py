@@ -39,7 +39,7 @@ def render_conversation(chat: Chat, conversation: Conversation, answer: Turn | N
     if answer is None and conversation.continues:
         given["continue_final_message"] = True
     opens = answer is None and not conversation.continues
-    wrong = "that conversation"
+    wrong = None
     for as_text, messages in _layouts(chat, turns):
         rendered = chat.render(messages, opens_answer=opens, **given)
         if rendered is None:
@@ -49,11 +49,12 @@ def render_conversation(chat: Chat, conversation: Conversation, answer: Turn | N
             if as_text and any(IMAGE_TOKEN in turn.text for turn in turns):
                 say_one_text(chat.template)
             return rendered
-        wrong = missing
+        # Of parts, which come first: what texts lack besides is no matter of the record's.
+        wrong = wrong or missing
     roles = ", ".join(turn.role for turn in turns)
     raise StageError(
-        f"the chat template does not print {wrong} (turns: {roles}); leave it out, or give the model folder a chat_template.jinja that "
-        "prints it"
+        f"the chat template does not print {wrong or 'that conversation'} (turns: {roles}); leave it out, or give the model folder a "
+        "chat_template.jinja that prints it"
     )
 
 

@@ -115,17 +115,19 @@ def tree_refusal(model: nn.Module) -> str | None:
     if _cross_layers(tower):
         return "pictures come in by cross-attention layers, which see them row by row of a batch"
     others = set(getattr(tower.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention", CARRYING}
-    return f"there are layers of {sorted(others)[0]}" if others else _beyond_attention(tower) or carry_refusal(tower)
+    return f"there are layers of {sorted(others)[0]}" if others else _beyond_attention(model, tower) or carry_refusal(tower)
 
 
 def _base(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def _beyond_attention(tower: Any) -> str | None:
+def _beyond_attention(model: nn.Module, tower: Any) -> str | None:
     """What layers that attend by the tree's rule do beside it, where a tree has other rows than its sequences; None: nothing."""
     config, kinds = tower.config, getattr(tower.config, "layer_types", None) or ()
-    if getattr(config, "use_bidirectional_attention", False) is True:
+    told = images_see_themselves(type(_base(model).base_model))
+    # Where the model is told what sees ahead, a tree's reach says so.
+    if getattr(config, "use_bidirectional_attention", False) is True and not told:
         return "tokens see those that come after them"
     if getattr(config, "attn_temperature_tuning", False):
         return "attention is scaled by a token's row, which a tree changes"

@@ -56,9 +56,10 @@ def _without_video(base: Any) -> Any:
         parts = super(found, cls)._get_arguments_from_pretrained(*args, **kwargs)
         return [*parts[:place], None, *parts[place:]]
 
-    # What some ask it for when they are made: how it would cut a film.
-    film = SimpleNamespace(slice_mode=False, downsample_mode="16x")
-    found: Any = type(base.__name__, (base, WithoutVideo), {"__module__": __name__, "video_processor": film})
+    found: Any = type(base.__name__, (base, WithoutVideo), {"__module__": __name__})
+    if place < every.index("tokenizer"):
+        # It asks the part, when it is made, how it would cut a film.
+        found.video_processor = SimpleNamespace(slice_mode=False, downsample_mode="16x")
     found.get_attributes = classmethod(get_attributes)
     found._get_arguments_from_pretrained = classmethod(arguments)
     return found

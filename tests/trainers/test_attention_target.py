@@ -76,7 +76,7 @@ def eager_losses(loaded: LoadedModel, model: nn.Module, form: str, cases: list[d
         if len(record["images"]) < 2:
             continue
         response = loaded.texts.answer(record["id"], "chosen", record["chosen"][0]["content"])
-        ids = torch.tensor([[*response, response_end(loaded.tokenizer, loaded.model.generation_config)]])
+        ids = torch.tensor([[*response, response_end(loaded.processor, loaded.model.generation_config)]])
         inputs = _continued(processor_inputs(loaded, record["prompt"][0]["content"], record["images"]), ids)
         rows = slice(-ids.shape[1] - 1, -1)
         attention = model(**inputs, output_attentions=True, use_cache=False).attentions[LAYER][0].mean(0)[rows].mean(0)

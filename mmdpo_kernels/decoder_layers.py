@@ -73,9 +73,13 @@ def _numbered(tower: nn.Module) -> list[Any]:
     return [module for module in tower.modules() if isinstance(getattr(module, "layer_idx", None), int)]
 
 
-@functools.lru_cache(maxsize=512)
-def _names(kind: type) -> frozenset[str]:
+def _names(kind: Any) -> frozenset[str]:
     """Names of attributes and functions that the methods of a module's class use."""
+    return _names_of_class(kind)
+
+
+@functools.lru_cache(maxsize=512)
+def _names_of_class(kind: Any) -> frozenset[str]:
     found: set[str] = set()
     for base in kind.__mro__:
         if base.__module__.startswith("torch.") or base is object:

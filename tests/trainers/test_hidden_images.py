@@ -59,7 +59,8 @@ def padded(loaded: LoadedModel, encoded: EncodedPrompts, steps: int) -> tuple[li
     ids, seen = inputs.pop("input_ids"), inputs.pop("attention_mask")
     width = ids.shape[1]
     positions = loaded.family.position_ids(ids, inputs.get("image_grid_thw"), seen)
-    positions = (seen.cumsum(-1) - 1).clamp(min=0) if positions is None else positions
+    counted = (seen.cumsum(-1) - 1).clamp(min=0) + loaded.family.first_position
+    positions = counted if positions is None else positions
     seen = seen.clone()
     for row in range(len(ids)):
         columns = (ids[row] == loaded.image_token_id).nonzero().flatten()

@@ -40,7 +40,8 @@ def folder_of(path: Path, **values: Any) -> Path:
 def test_the_lists_do_not_overlap() -> None:
     assert not set(FAMILIES) & set(REFUSED) and not set(CHECKED) & set(REFUSED) and not set(CHECKED) & set(FAMILIES)
     assert {name for name in BY_RECIPE if name not in FAMILIES} == set(CHECKED)
-    assert set(FAMILIES) <= {*TINY, *BY_RECIPE}
+    # Their towers and processors are timm's and torchvision's: masks and decoders are tested, whole checkpoints are not.
+    assert set(FAMILIES) - {*TINY, *BY_RECIPE} == {"gemma3n", "gemma4_unified"}
 
 
 @pytest.mark.parametrize("kind", sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))

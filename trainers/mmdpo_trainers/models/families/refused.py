@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 _CHOOSES = "its layers choose which keys a token sees (an indexer), for which there are no trees and no attention to record"
 _DOCUMENTS = "it reads documents in a format of its own and answers no questions about several pictures; it was not checked"
+_UNCHECKED = "it was not checked with weights"
 _WHOLE_OMNI = (
     "of the whole model only the thinker is trained: load its class in transformers ({name}) from the folder, save that and the processor "
     "to another folder, and give this one"
@@ -23,6 +24,7 @@ REFUSED: dict[str, str] = {
         "experts for pictures and for text are told apart by token types of its own (moe_mm_token_type_ids), which nobody makes for a tree"
     ),
     "fast_vlm": "its vision tower is timm's, on which it was not checked; LLaVA on the same language model (Qwen2) is used",
+    "florence2": _UNCHECKED,
     "glm5_next": _CHOOSES,
     "got_ocr2": _DOCUMENTS,
     "granite4_vision": "its features go into several layers (deep stack) by a table of its own (deepstack_layer_map)",
@@ -31,6 +33,9 @@ REFUSED: dict[str, str] = {
     "idefics2": (
         "its processor joins the marks of pictures that stand side by side, so a picture's tokens hang on its neighbours; Idefics3 is used"
     ),
+    "inkling2": _UNCHECKED,
+    "inkling2_loop": _UNCHECKED,
+    "janus": _UNCHECKED,
     "llama4": (
         "transformers' class for its pictures fails at its first forward (as of 5.24 it asks its language model's output for image_outputs), "
         "so there is nothing to hold it to"

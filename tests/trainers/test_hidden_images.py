@@ -24,9 +24,11 @@ from mmdpo_trainers.models.loading import load_model
 OPENINGS = ["the colour is", "", "it is a"]
 STEPS = 4
 HIDDEN_SHARE = 0.6
-# Mllama's pictures are no tokens; a hidden token enters a state that layers carry; GLM-4.5V's router rounds to float32, and all else of it
+# Mllama's pictures are no tokens; a hidden token enters a state that layers carry; PaliGemma is refused; GLM-4.5V's router rounds to float32, and all else of it
 # is GLM-4.1V's.
-FAMILIES = [name for name in TINY if name not in ("mllama", "glm4v_moe") and not name.startswith(("qwen3_5", "minicpm"))]
+FAMILIES = [
+    name for name in TINY if name not in ("mllama", "glm4v_moe") and not name.startswith(("qwen3_5", "minicpm", "paligemma"))
+]
 
 Record = dict[str, Any]
 
@@ -133,6 +135,10 @@ def test_families_where_it_cannot_be(tmp_path: Path, records: list[Record]) -> N
         (
             make_tiny_mllama(tmp_path / "mllama"),
             "family mllama: image tokens cannot be hidden: its pictures come in by cross-attention",
+        ),
+        (
+            TINY["paligemma"](tmp_path / "paligemma"),
+            "family paligemma: image tokens cannot be hidden: its prompts see themselves both ways",
         ),
         (
             make_tiny_qwen3_5(tmp_path / "qwen"),

@@ -24,6 +24,8 @@ Hidden = Callable[[int, int], np.ndarray]
 def check_hiding(family: Family, config: Any) -> None:
     """ConfigError, naming the family, where image tokens cannot be hidden from a model of this configuration."""
     reason = hiding_refusal(family, config)
+    if reason is None and family.prefix:
+        reason = "its prompts see themselves both ways, which generation with hidden tokens does not keep exactly"
     if reason is not None:
         raise ConfigError(f"family {family.name}: image tokens cannot be hidden: {reason}; choose another model")
 

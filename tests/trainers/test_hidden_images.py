@@ -24,8 +24,8 @@ from mmdpo_trainers.models.loading import load_model
 OPENINGS = ["the colour is", "", "it is a"]
 STEPS = 4
 HIDDEN_SHARE = 0.6
-# Mllama's pictures are no tokens; a hidden token enters a state that layers carry; PaliGemma is refused; GLM-4.5V's router rounds to float32, and all else of it
-# is GLM-4.1V's.
+# Mllama's pictures are no tokens; a hidden token enters a state that layers carry; PaliGemma is refused; GLM-4.5V's router rounds to
+# float32, and all else of it is GLM-4.1V's.
 FAMILIES = [
     name for name in TINY if name not in ("mllama", "glm4v_moe") and not name.startswith(("qwen3_5", "minicpm", "paligemma"))
 ]

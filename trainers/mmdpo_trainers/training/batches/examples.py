@@ -275,8 +275,8 @@ class ExampleMaker:
 
         positions: those known by token ids and grids; a corrupted picture's are those of the picture itself.
         """
-        blocks = [] if encoded is None else [encoded.blocks[picture] for picture in pictures]
-        blocks = self.family.blocks_of_prompt(self.processor, blocks)
+        shown = [] if encoded is None else [encoded.blocks[picture] for picture in pictures]
+        blocks = self.family.blocks_of_prompt(self.processor, shown)
         ids = np.array(expand_ids(prompt, self.image_token_id, blocks), dtype=np.int64)
         rows = np.full_like(ids, -1)
         if encoded is not None and pictures:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Sharding:
         self._policy = None if self.fsdp is None else self.fsdp.auto_wrap_policy
         self._named_layers = None if self.fsdp is None else self.fsdp.transformer_cls_names_to_wrap
         self._name_layers(trainer.model)
-        self._gather_at_once(trainer.model)
+        self._gather_at_once(cast(nn.Module, trainer.model))
         if self.fsdp is not None and self.fsdp.mixed_precision_policy is not None:
             # Log-probabilities leave the model in float32 and must not be rounded to 16 bits; nor should sums of gradients.
             policy = self.fsdp.mixed_precision_policy

@@ -75,7 +75,7 @@ def _numbered(tower: nn.Module) -> list[Any]:
 
 def _names(kind: Any) -> frozenset[str]:
     """Names of attributes and functions that the methods of a module's class use."""
-    return _names_of_class(kind)
+    return _names_of_class(kind)  # whose cache asks for hashable arguments, which type checkers do not take a module's class for
 
 
 @functools.lru_cache(maxsize=512)

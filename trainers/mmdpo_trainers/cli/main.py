@@ -18,6 +18,7 @@ from rich.console import Console
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.sections.data import DataConfig
 from mmdpo_trainers.config.sections.online import OnlineConfig
+from mmdpo_trainers.config.shipped import config_file
 from mmdpo_trainers.config.stages import STAGES, StageKind
 from mmdpo_trainers.config.values import parse_yaml, read_yaml, type_name, validated
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
@@ -42,7 +43,7 @@ _COMMANDS = {
             "calibrate --model llava-1.5-7b-hf --data llava_665k.json --image-folder images --num-prompts 2000",
             "calibrate --model llava-1.5-7b-hf --input my_prompts.jsonl       # prompts of your own, with answers",
             "calibrate --model llava-1.5-7b-hf --responses my_responses.jsonl # with answers of the model's that you have",
-            "calibrate --config configs/shapes_mia_dpo.yaml                   # the prompts that a run would make",
+            "calibrate --config shapes_mia_dpo                                # the prompts that a run would make",
         ),
     ),
     "check": StageKind(
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mmdpo",
         description="Preference training for models that read several pictures.",
-        epilog="examples:\n  mmdpo run configs/shapes_mia_dpo.yaml\n  mmdpo env\n  mmdpo score --help",
+        epilog="examples:\n  mmdpo run shapes_mia_dpo\n  mmdpo env\n  mmdpo score --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -135,12 +136,12 @@ def _add_run(commands: Any) -> None:
         "run",
         help="do, or continue, a whole run from a YAML file",
         description="Do all stages in order. Started again after a kill, it continues where it stopped.",
-        epilog="examples:\n  mmdpo run configs/shapes_mia_dpo.yaml\n"
+        epilog="examples:\n  mmdpo run shapes_mia_dpo\n"
         "  mmdpo run my.yaml --set train.args.learning_rate=1e-4 --set augment.num_prompts=2000 --run-dir runs/lr1e-4\n"
         "  mmdpo run my.yaml --restart select      # remove select and everything after it, then continue",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration; see configs/shapes_mia_dpo.yaml")
+    run.add_argument("config", metavar="CONFIG", help="the run's configuration: a YAML file, or the name of a shipped one")
     run.add_argument("--run-dir", metavar="FOLDER", help="the run folder (default: runs/<name>)")
     run.add_argument("--seed", metavar="N", help="seed of every random choice, in place of the file's")
     run.add_argument("--until", metavar="STAGE", choices=STAGES, help=f"stop after this stage: {', '.join(STAGES)}")
@@ -260,7 +261,7 @@ def _flag(key: str) -> str:
 def _run(options: argparse.Namespace) -> None:
     from mmdpo_trainers.run.pipeline import run_pipeline
 
-    values = read_yaml(options.config)
+    values = read_yaml(config_file(options.config))
     for assignment in options.set:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
@@ -312,7 +313,7 @@ def _stage(options: argparse.Namespace) -> None:
 
 def _configuration(options: argparse.Namespace, saved: Path) -> RunConfig:
     """Settings of a command: its flags over --config, or over what was saved with the run."""
-    file = Path(options.config) if options.config else saved
+    file = config_file(options.config) if options.config else saved
     values = read_yaml(file) if options.config or file.exists() else {"name": saved.parent.name}
     if "method" not in values:
         # A run that does not say its method yet is of the first that has the stage.
@@ -352,7 +353,7 @@ def _reference(options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     from mmdpo_trainers.run.calibrate import calibrate
 
-    given = read_yaml(options.config) if options.config else {}
+    given = read_yaml(config_file(options.config)) if options.config else {}
     model = getattr(options, "model", None) or given.get("model") or RunConfig().model
     folder = Path(options.run or Path("runs") / f"calibrate-{Path(model).name}")
     config = _configuration(options, folder / "config.yaml")
@@ -369,7 +370,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 def _run_path(config: str) -> Path:
     """The run folder of a configuration file, as `mmdpo run` has it."""
-    values = {"name": Path(config).stem, **read_yaml(config)}
+    values = {"name": Path(config).stem, **read_yaml(config_file(config))}
     return RunConfig.from_dict(values, where=config).run_path
 
 

@@ -21,7 +21,7 @@ from mmdpo_trainers.config.sections.ranking import RankConfig
 from mmdpo_trainers.config.sections.rating import RateConfig
 from mmdpo_trainers.config.sections.selection import SelectConfig
 from mmdpo_trainers.config.sections.training import TrainConfig
-from mmdpo_trainers.config.shipped import SHIPPED
+from mmdpo_trainers.config.shipped import SHIPPED, config_file
 from mmdpo_trainers.config.values import Finite, Settings, read_yaml, validated
 from mmdpo_trainers.errors import ConfigError
 
@@ -78,8 +78,9 @@ class RunConfig(Settings):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> RunConfig:
-        """Read a YAML file. Raises ConfigError naming the file, the key and the nearest valid key, or the type expected."""
-        return cls.from_dict(read_yaml(path), where=str(path))
+        """Read a YAML file, or a shipped one by its name. Raises ConfigError naming the file, the key and the nearest valid key, or the
+        type expected."""
+        return cls.from_dict(read_yaml(config_file(path)), where=str(path))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "configuration") -> RunConfig:

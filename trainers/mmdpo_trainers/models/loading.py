@@ -130,7 +130,7 @@ def _read(folder: Path, dtype: Any, quantization: Any, device: torch.device | No
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model_class = family_of(config).model_class
         if device is not None:
             options["device_map"] = {"": device}
@@ -167,7 +167,7 @@ def check_folder(folder: Path) -> Any:
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
         raise StageError(f"model {folder}: no weights ({' or '.join(_WEIGHT_FILES)}); download the whole checkpoint")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(f"model {folder}: config.json cannot be used ({error}); download the checkpoint again") from error
     text = config.get_text_config()
@@ -194,7 +194,7 @@ def _model_type(folder: Path) -> str:
         raise StageError(f"model {folder}: {refusal}; families with a declaration: {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
         try:
-            family_of(AutoConfig.from_pretrained(folder, local_files_only=True))
+            family_of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         except (OSError, ValueError) as error:
             raise StageError(f"model {folder}: {error}; families with a declaration: {', '.join(FAMILIES)}") from error
     for key in ("image_token_index", "image_token_id"):

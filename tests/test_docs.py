@@ -13,11 +13,15 @@ import pytest
 from mmdpo_kernels import TokenTree
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 TOP = ("benchmarks", "csrc", "docs", "mmdpo_kernels", "tests", "trainers")
 FILES = [path.relative_to(ROOT).as_posix() for top in TOP for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 FILES += [path.name for path in ROOT.iterdir()]
 WRITTEN = {
+    "config.yaml",
     "summary.json",
     "state.json",
     "layers.json",
@@ -31,7 +35,7 @@ WRITTEN = {
 }
 """Files of runs, trainings and models."""
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.M | re.S)
 NAMED = re.compile(r"[\w./<>*-]+\.(?:py|md|yaml|json)\b")
 UNDER_TOP = re.compile(rf"(?<![\w./-])(?:{'|'.join(TOP)})/[\w./<>*-]*\w/?")
 MODULE = re.compile(r"(?<![\w./-])(?:mmdpo_kernels|mmdpo_trainers|benchmarks)(?:\.\w+)+")
@@ -80,7 +84,8 @@ def names_in(module: str) -> set[str] | None:
 def is_module(name: str) -> bool:
     """Whether it is a module, or a name in one. What is private may be made by the build."""
     parent, _, last = name.rpartition(".")
-    return names_in(name) is not None or last.startswith("_") or last in (names_in(parent) or ())
+    private = any(part.startswith("_") for part in name.split("."))
+    return names_in(name) is not None or private or last in (names_in(parent) or ())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ MODULES = [path for top in ("mmdpo_kernels", "trainers/mmdpo_trainers") for path
 
 STARTS_PROCESSES = {"mmdpo_kernels/backends/triton/ahead_of_time.py"}
 """It asks the CUDA toolkit's tools about kernels that were compiled."""
-NEVER_IMPORTED = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
+NEVER_IMPORTED = {"cloudpickle", "dill", "marshal", "pickle", "shelve", "subprocess"}
 NEVER_CALLED = {"eval", "exec", "os.system", "os.popen", "torch.load", "yaml.full_load", "yaml.unsafe_load"}
+ASKED = ("Loader", "trust_remote_code")
 
 
 def content(path: Path) -> Any:
@@ -72,38 +72,34 @@ def test_issue_forms_ask_for_the_environment(name: str) -> None:
     assert asked["validations"]["required"] is True
 
 
-def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
-
-
-def imports(tree: ast.AST) -> set[str]:
-    """Top-level packages."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add((node.module or "").partition(".")[0])
-    return found
+def dotted(node: ast.expr) -> str:
+    """`a.b` of what is called; "" for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ""
 
 
 def unsafe(text: str) -> list[str]:
     """What in a module's text reads objects that run code, runs text, starts processes, or might take a model's own code."""
-    tree = ast.parse(text)
-    found = sorted(imports(tree) & (NEVER_IMPORTED | {"subprocess"}))
-    for name, call in calls(tree):
-        keywords = {each.arg: ast.unparse(each.value) for each in call.keywords}
-        found += [name] if name in NEVER_CALLED else []
-        if name == "yaml.load" and keywords.get("Loader") != "_Loader":
-            found.append(name)
-        if keywords.get("trust_remote_code", "False") != "False":
-            found.append("trust_remote_code")
-        # On a terminal transformers would ask whether to run a folder's code where nothing is said.
-        if re.fullmatch(r"Auto\w+\.from_pretrained", name) and "trust_remote_code" not in keywords:
-            found.append(name)
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            found += [name for name in names if name.partition(".")[0] in NEVER_IMPORTED]
+        elif isinstance(node, ast.Call):
+            found += _unsafe_call(dotted(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords if each.arg in ASKED})
     return found
+
+
+def _unsafe_call(name: str, keywords: dict[str | None, str]) -> list[str]:
+    if name in NEVER_CALLED or (name == "yaml.load" and keywords.get("Loader") != "_Loader"):
+        return [name]
+    if keywords.get("trust_remote_code", "False") != "False":
+        return ["trust_remote_code"]
+    # On a terminal transformers would ask whether to run a folder's code where nothing is said.
+    return [name] if re.fullmatch(r"Auto\w+\.from_pretrained", name) and "trust_remote_code" not in keywords else []
 
 
 def test_nothing_that_is_loaded_is_run() -> None:
@@ -113,6 +109,14 @@ def test_nothing_that_is_loaded_is_run() -> None:
 
 
 def test_what_is_unsafe_is_seen() -> None:
-    assert unsafe("import pickle\neval('1')\ntorch.load(f)\nyaml.load(t, Loader=L)") == ["pickle", "eval", "torch.load", "yaml.load"]
-    assert unsafe("AutoConfig.from_pretrained(f)\nf(trust_remote_code=True)") == ["AutoConfig.from_pretrained", "trust_remote_code"]
+    assert unsafe("import pickle\neval('1')\ntorch.load(f)\nyaml.load(t, Loader=L)") == [
+        "pickle",
+        "eval",
+        "torch.load",
+        "yaml.load",
+    ]
+    assert unsafe("AutoConfig.from_pretrained(f)\nf(trust_remote_code=True)") == [
+        "AutoConfig.from_pretrained",
+        "trust_remote_code",
+    ]
     assert not unsafe("AutoConfig.from_pretrained(f, trust_remote_code=False)\nmodel.eval()")

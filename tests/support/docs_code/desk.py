@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from docs_code.blocks import ROOT, Block, every_block
 from peft import LoraConfig, get_peft_model
 from tiny_models import make_tiny_llava, sample_pictures
 
+from docs_code.blocks import ROOT, Block, every_block
 from mmdpo_kernels import image_segments
 from mmdpo_trainers.config.shipped import CONFIGS
 from mmdpo_trainers.models.encode import encode_prompts

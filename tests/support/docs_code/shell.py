@@ -117,7 +117,9 @@ def _module(module: str, arguments: list[str]) -> None:
     texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
     assert texts, module
     flags = {word for word in arguments if word.startswith("--")}
-    strings = {node.value for text in _with_imports(texts) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+    strings = {
+        node.value for text in _with_imports(texts) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)
+    }
     assert flags <= strings, f"{module} has no {', '.join(sorted(flags - strings))}"
 
 

@@ -22,7 +22,10 @@ _KIND = StageKind(
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
     parser = parser_of(commands, "check", _KIND, f"{_KIND.about} Exit code 2 where one fails.")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="the folder of a whole Hugging Face checkpoint")
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="a whole Hugging Face checkpoint: its folder, or its id on the hub"
+    )
+    add_fields(parser, RunConfig, names=("revision",))
     parser.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter of it, merged into whole weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's own), float32, bfloat16, float16 or float64")
@@ -37,6 +40,7 @@ def _check(options: argparse.Namespace) -> None:
 
     check_command(
         options.model,
+        revision=getattr(options, "revision", None),
         adapter=options.adapter,
         device=options.device,
         dtype=options.dtype,

@@ -17,7 +17,7 @@ from mmdpo_trainers.config.values import parse_yaml, read_yaml, type_name, valid
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.methods import METHODS, check_method
 
-SHARED = ("method", "model", "seed", "threads", "dtype", "quantization", "device")
+SHARED = ("method", "model", "revision", "seed", "threads", "dtype", "quantization", "device")
 ALLOW = "allow_missing"
 
 

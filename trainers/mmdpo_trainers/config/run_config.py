@@ -34,7 +34,11 @@ class RunConfig(Settings):
     run_dir: StrictStr | None = option(None, "the run folder", result=False)
     model: StrictStr = option(
         "shapes",
-        "local Hugging Face folder of a supported model, or a small one shipped here: `shapes`, `shapes_prior`, `shapes_looking`",
+        "Hugging Face folder of a supported model; its id on the hub, taken from the local cache or else downloaded; or a small one shipped "
+        "here: `shapes`, `shapes_prior`, `shapes_looking`",
+    )
+    revision: StrictStr | None = option(
+        None, "of a model that is given by its id on the hub: branch, tag or commit; None: main, as the local cache has it"
     )
     method: StrictStr = option("mia_dpo", "the method by name, or a .py file that declares one of your own")
     seed: StrictInt = option(0, "seed of every random choice", ge=0, lt=2**32)

@@ -138,6 +138,21 @@ def test_the_tree_in_the_readme() -> None:
     assert drawn["j"] == list(range(tree.num_tokens)) and drawn["tree_end[j]"] == tree.tree_end.tolist()
 
 
+def test_the_first_screen_of_the_readme() -> None:
+    """What it is, for whom, why fast, what is unmeasured, how to start."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:45]
+    wanted = ["**What it is.**", "**For whom.**", "**Why it is fast.**", "**What is unmeasured.**", "**How to start.**", "Next:"]
+    places = [number for word in wanted for number, line in enumerate(lines) if line.startswith(word)]
+    assert len(places) == len(wanted) and places == sorted(places)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert not [
+        page.name for page in PAGES if page.parent == ROOT / "docs" and page.name != "README.md" and f"({page.name})" not in index
+    ]
+
+
 def test_what_is_not_there_is_seen() -> None:
     assert is_there("losses.py") and is_there("backends/reference/<op>.py") and is_there("mmdpo_kernels/losses.py")
     assert not is_there("lossess.py") and not is_there("ops/losses.py") and not is_there("osses.py")

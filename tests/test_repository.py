@@ -89,7 +89,9 @@ def unsafe(text: str) -> list[str]:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             found += [name for name in names if name.partition(".")[0] in NEVER_IMPORTED]
         elif isinstance(node, ast.Call):
-            found += _unsafe_call(dotted(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords if each.arg in ASKED})
+            found += _unsafe_call(
+                dotted(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords if each.arg in ASKED}
+            )
     return found
 
 

@@ -59,7 +59,7 @@ nightly: install $(OLDEST)/.installed
 	$(BIN)/python -m mmdpo_kernels.backends.triton.ahead_of_time --all
 
 demo: install
-	$(BIN)/mmdpo run configs/shapes_mia_dpo.yaml
+	$(BIN)/mmdpo run shapes_mia_dpo
 
 lint: install
 	$(BIN)/ruff check .

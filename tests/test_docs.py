@@ -13,11 +13,15 @@ import pytest
 from mmdpo_kernels import TokenTree
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TOP = ("benchmarks", "configs", "csrc", "docs", "mmdpo_kernels", "tests", "trainers")
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+TOP = ("benchmarks", "csrc", "docs", "mmdpo_kernels", "tests", "trainers")
 FILES = [path.relative_to(ROOT).as_posix() for top in TOP for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 FILES += [path.name for path in ROOT.iterdir()]
 WRITTEN = {
+    "config.yaml",
     "summary.json",
     "state.json",
     "layers.json",
@@ -31,7 +35,7 @@ WRITTEN = {
 }
 """Files of runs, trainings and models."""
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.M | re.S)
 NAMED = re.compile(r"[\w./<>*-]+\.(?:py|md|yaml|json)\b")
 UNDER_TOP = re.compile(rf"(?<![\w./-])(?:{'|'.join(TOP)})/[\w./<>*-]*\w/?")
 MODULE = re.compile(r"(?<![\w./-])(?:mmdpo_kernels|mmdpo_trainers|benchmarks)(?:\.\w+)+")
@@ -80,7 +84,8 @@ def names_in(module: str) -> set[str] | None:
 def is_module(name: str) -> bool:
     """Whether it is a module, or a name in one. What is private may be made by the build."""
     parent, _, last = name.rpartition(".")
-    return names_in(name) is not None or last.startswith("_") or last in (names_in(parent) or ())
+    private = any(part.startswith("_") for part in name.split("."))
+    return names_in(name) is not None or private or last in (names_in(parent) or ())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -131,6 +136,21 @@ def test_the_tree_in_the_readme() -> None:
     prompt, chosen, rejected = [1, 1, 1, 2, 3], [4, 5], [6, 7, 8]
     tree = TokenTree.from_sequences([prompt + chosen, prompt + rejected], prompt_lengths=[5, 5])
     assert drawn["j"] == list(range(tree.num_tokens)) and drawn["tree_end[j]"] == tree.tree_end.tolist()
+
+
+def test_the_first_screen_of_the_readme() -> None:
+    """What it is, for whom, why fast, what is unmeasured, how to start."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:45]
+    wanted = ["**What it is.**", "**For whom.**", "**Why it is fast.**", "**What is unmeasured.**", "**How to start.**", "Next:"]
+    places = [number for word in wanted for number, line in enumerate(lines) if line.startswith(word)]
+    assert len(places) == len(wanted) and places == sorted(places)
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert not [
+        page.name for page in PAGES if page.parent == ROOT / "docs" and page.name != "README.md" and f"({page.name})" not in index
+    ]
 
 
 def test_what_is_not_there_is_seen() -> None:

@@ -178,7 +178,8 @@ def test_importing_the_kernels_loads_no_model_library() -> None:
 
 def test_the_command_line_loads_no_model_library() -> None:
     """A mistake on the command line is answered at once."""
-    program = "import sys, mmdpo_trainers.cli.main; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
+    program = "import sys; from mmdpo_trainers.cli.main import make_parser; make_parser()"
+    program += "; print(*sorted({n.partition('.')[0] for n in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "mmdpo_trainers" in loaded and not loaded & {"torch", "triton", "transformers", "peft", "datasets", "accelerate"}

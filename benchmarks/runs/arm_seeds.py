@@ -1,7 +1,7 @@
 """A configuration and its arms over several seeds: tables of docs/results.md, and the overview of docs/methods.md.
 
-    python -m benchmarks.runs.arm_seeds configs/shapes_rated.yaml     # runs what is missing, then writes table and result file
-    python -m benchmarks.runs.arm_seeds configs/shapes_online.yaml --seeds 0
+    python -m benchmarks.runs.arm_seeds shapes_rated      # runs what is missing, then writes table and result file
+    python -m benchmarks.runs.arm_seeds shapes_online --seeds 0
 
 Each seed is a run of the configuration in `runs/<name>_seed<k>`, on the one shipped base: its own source pictures, evaluation questions,
 draws and training seed. The result is `results/<name>_seeds.json`. A killed seed continues where it stopped. The tables state what was
@@ -31,9 +31,9 @@ SMALL = {"augmented": mia_dpo_seeds.SMALL, "pairs": mdpo_seeds.SMALL}
 Summaries = Mapping[Any, Mapping[str, Any]]
 
 
-def run_seed(config: Path, seed: int, folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+def run_seed(config: str, seed: int, folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Run one seed, or continue it, and return its summary. changes: of the configuration's settings."""
-    run_mmdpo("run", str(config), "--seed", str(seed), "--run-dir", str(folder), *settings_of(changes))
+    run_mmdpo("run", config, "--seed", str(seed), "--run-dir", str(folder), *settings_of(changes))
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -94,7 +94,7 @@ def table(summaries: Summaries) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a configuration on a built-in world")
+    parser.add_argument("config", help="a configuration on a built-in world: the name of a shipped one, or a file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds to run (default 0 1 2)")
     add_place(parser)
     arguments = parser.parse_args(argv)

@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.measure import ROOT, Place, add_place, markdown, place_of, run_mmdpo, settings_of
 from benchmarks.runs.mia_dpo_seeds import SMALL
 
-CONFIG = "configs/shapes_mia_dpo.yaml"
+CONFIG = "shapes_mia_dpo"
 STAGES = ("augment", "generate", "train", "evaluate/before", "evaluate/after")
 COMPARED = ("select/pairs.jsonl", "train/final/adapter_model.safetensors", "train/log.jsonl", "evaluate/after/answers.jsonl")
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     demo = demo_of(place, small=arguments.small)
     for folder in (demo.folder, demo.undisturbed):
         shutil.rmtree(folder, ignore_errors=True)
-    run_mmdpo("run", str(ROOT / CONFIG), "--run-dir", str(demo.undisturbed), *demo.settings)
+    run_mmdpo("run", CONFIG, "--run-dir", str(demo.undisturbed), *demo.settings)
     seconds = json.loads((demo.undisturbed / "summary.json").read_text(encoding="utf-8"))["seconds"]
     rng = random.Random(arguments.seed)
     kills = [kill_in(demo, stage, rng.uniform(0.15, 0.85), seconds[stage]) for stage in demo.stages]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.runs.mdpo_seeds                 # runs what is missing, then writes the tables and results/mdpo_seeds.json
 
-Each seed is `configs/shapes_mdpo.yaml` with its own pairs, held-out pairs, evaluation questions and training seed, on the one shipped
+Each seed is `shapes_mdpo` with its own pairs, held-out pairs, evaluation questions and training seed, on the one shipped
 base. The first seed's run is `runs/shapes_mdpo`, whose page then shows the others beside it; they are `runs/mdpo_seed<k>`. A killed seed
 continues where it stopped. The tables state what was found; goals are checked and printed as met or missed.
 """
@@ -20,7 +20,7 @@ from benchmarks.measure import ROOT, add_place, markdown, place_of, run_mmdpo, s
 from mmdpo_trainers.methods import METHODS
 from mmdpo_trainers.methods.held_out import BASE, CORRUPTIONS, over_seeds
 
-CONFIG = ROOT / "configs" / "shapes_mdpo.yaml"
+CONFIG = "shapes_mdpo"
 METHOD = METHODS["mdpo"]
 RATIO = 1.5
 KINDS = ("answer", "caption")
@@ -47,7 +47,7 @@ def run_seed(seed: int, folder: Path, changes: Mapping[str, Any], others: Sequen
     """Run one seed, or continue it, and return its summary. changes: of the configuration's settings; others: runs that its page
     shows beside it."""
     seeds = {"report": {"seeds": [str(path) for path in others]}}
-    run_mmdpo("run", str(CONFIG), "--seed", str(seed), "--run-dir", str(folder), *settings_of({**changes, **seeds}))
+    run_mmdpo("run", CONFIG, "--seed", str(seed), "--run-dir", str(folder), *settings_of({**changes, **seeds}))
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.measure import ROOT, add_place, markdown, place_of, run_mmdpo, settings_of
 
-CONFIG = ROOT / "configs" / "shapes_mia_dpo.yaml"
+CONFIG = "shapes_mia_dpo"
 MULTI = ("sequence", "grid", "pip")
 GAIN, LOSS = 0.10, 0.02
 BASE, MAIN = "no training", "attention-selected (MIA-DPO)"
@@ -54,7 +54,7 @@ def multi(accuracy: dict[str, float]) -> float:
 def run_seed(seed: int, folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     """Run one seed, or continue it, and return its summary. changes: of the configuration's settings."""
     arms = {name: overrides for name, (_, overrides) in ARMS.items()}
-    run_mmdpo("run", str(CONFIG), "--seed", str(seed), "--run-dir", str(folder), *settings_of({**changes, "arms": arms}))
+    run_mmdpo("run", CONFIG, "--seed", str(seed), "--run-dir", str(folder), *settings_of({**changes, "arms": arms}))
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 

@@ -30,8 +30,8 @@ from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods.selection import match_of
 
 CONFIGS = {
-    "shapes": ROOT / "configs" / "shapes_mia_dpo.yaml",
-    "shapes_looking": ROOT / "configs" / "shapes_looking_mia_dpo.yaml",
+    "shapes": "shapes_mia_dpo",
+    "shapes_looking": "shapes_looking_mia_dpo",
 }
 NAME = "mia_dpo_worlds"
 RANDOM = ARMS["random_wrong"][0]
@@ -43,7 +43,7 @@ def run_cell(world: str, wrong: float, layer: Any, seed: int, runs: Path, change
     settings = {**changes, "arms": {name: overrides for name, (_, overrides) in ARMS.items()}}
     settings["data"] = {**changes.get("data", {}), "wrong_answers": wrong}
     settings["score"] = {"layer": layer}
-    run_mmdpo("run", str(CONFIGS[world]), "--seed", str(seed), "--run-dir", str(folder), *settings_of(settings))
+    run_mmdpo("run", CONFIGS[world], "--seed", str(seed), "--run-dir", str(folder), *settings_of(settings))
     return {**json.loads((folder / "summary.json").read_text(encoding="utf-8")), "auc": ratio_auc(folder)}
 
 

@@ -161,7 +161,7 @@ def test_worlds_of_mia_dpo(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_seeds_of_a_configuration_with_arms(tmp_path: Path) -> None:
-    arm_seeds.main([str(ROOT / "configs" / "shapes_rated.yaml"), "--small", "--seeds", "1", "--output", str(tmp_path)])
+    arm_seeds.main(["shapes_rated", "--small", "--seeds", "1", "--output", str(tmp_path)])
     [summary] = result(tmp_path, "shapes_rated_seeds")["summaries"].values()
     assert set(summary["arms"]) == {"best", "steerlm", "random_pairs"} and sum(summary["pairs"].values()) > 0
     assert "| SteerLM | " in (tmp_path / "results_shapes_rated_seeds.md").read_text()

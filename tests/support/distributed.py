@@ -23,6 +23,7 @@ from training_cases import config, preference_records, tiny
 from transformers import TrainerCallback
 
 from mmdpo_trainers.config.sections.quantization import QuantizationConfig
+from mmdpo_trainers.config.shipped import CONFIGS
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.models.whole_weights import whole_weights
 from mmdpo_trainers.training.reward.config import RewardConfig
@@ -30,7 +31,6 @@ from mmdpo_trainers.training.reward.trainer import RewardTrainer
 from mmdpo_trainers.training.stopping import NoGradientError, NonFiniteLossError
 from mmdpo_trainers.training.trainer import PreferenceTrainer
 
-ROOT = Path(__file__).parents[2]
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 
 
@@ -91,7 +91,7 @@ def _environment(strategy: str, world: int) -> dict[str, str]:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    file = ROOT / "configs" / "accelerate" / f"{strategy}.yaml"
+    file = CONFIGS / "accelerate" / f"{strategy}.yaml"
     known = ["--config_file", str(file), "--num_processes", str(world), "script.py"]
     arguments, defaults, has_precision = _validate_launch_command(launch_command_parser().parse_args(known))
     arguments.deepspeed_fields_from_accelerate_config = ",".join(

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed import ROOT, STRATEGIES, fill, launch, needs
+from distributed import STRATEGIES, fill, launch, needs
 from processes import HANGS
 from test_distributed_training import assert_same
+
+from mmdpo_trainers.config.shipped import CONFIGS
 
 CASE = {"full_finetune": True, "max_steps": 2, "logging_steps": 1}
 KINDS = {"ddp": "MULTI_CPU", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
@@ -40,7 +42,7 @@ def test_the_command_trains_as_one_process(folder: Path, strategy: str) -> None:
     command = [
         *COMMAND,
         "--config_file",
-        f"configs/accelerate/{strategy}.yaml",
+        f"accelerate/{strategy}.yaml",
         "--num_processes",
         "2",
         "--main_process_port",
@@ -51,7 +53,7 @@ def test_the_command_trains_as_one_process(folder: Path, strategy: str) -> None:
     environment = {**os.environ, **cpu, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "STRATEGY": strategy}
     ran = subprocess.run(
         [*command, str(SCRIPT), str(folder), str(output / "full"), json.dumps(CASE)],
-        cwd=ROOT,
+        cwd=CONFIGS,
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

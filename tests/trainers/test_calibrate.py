@@ -16,7 +16,7 @@ from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.stages import score
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs" / "shapes_mia_dpo.yaml"
+CONFIG = "shapes_mia_dpo"
 PROMPTS = 240
 
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_from_prompts_to_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--config", str(CONFIG), "--run", str(folder), "--num-prompts", str(PROMPTS), "--batch-size", "32"]
+    flags = ["--config", CONFIG, "--run", str(folder), "--num-prompts", str(PROMPTS), "--batch-size", "32"]
     said = calibrate(capsys, *flags)
     curves = json.loads((folder / "score" / "layers.json").read_text())
     assert settings_in(said)["score"] == {"layer": curves["best"]["all"]["layer"]}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.config.run_config import RunConfig
-from mmdpo_trainers.config.shipped import SHIPPED
+from mmdpo_trainers.config.shipped import CONFIGS, SHIPPED
 from mmdpo_trainers.config.stages import STAGES
 from mmdpo_trainers.config.values import parse_yaml
 from mmdpo_trainers.errors import ConfigError
@@ -22,7 +22,7 @@ from mmdpo_trainers.run.preflight import check_train_args
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
 
-DEMO = Path(__file__).parents[2] / "configs" / "shapes_mia_dpo.yaml"
+DEMO = CONFIGS / "shapes_mia_dpo.yaml"
 
 
 @pytest.fixture

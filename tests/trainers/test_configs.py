@@ -12,6 +12,7 @@ from tiny_models import make_tiny_llava, make_tiny_qwen, sample_pictures
 
 from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.config.run_config import RunConfig, merge
+from mmdpo_trainers.config.shipped import CONFIGS
 from mmdpo_trainers.config.values import read_yaml
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
@@ -21,8 +22,7 @@ from mmdpo_trainers.stages import pairs
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
 
-FOLDER = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(path.name for path in FOLDER.glob("*.yaml"))
+NAMES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 OWN_PAIRS = {"llava_mdpo.yaml": make_tiny_llava, "qwen2_5_vl_mdpo.yaml": make_tiny_qwen}
 REAL = {
     **OWN_PAIRS,
@@ -65,7 +65,7 @@ def write_conversations(folder: Path) -> Path:
     return folder / "llava.json"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_configuration_passes_the_checks_before_a_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a model and data in the place of the user's; nothing is run after the checks."""
 
@@ -76,7 +76,7 @@ def test_every_configuration_passes_the_checks_before_a_run(name: str, tmp_path:
         raise Checked
 
     monkeypatch.setattr("mmdpo_trainers.run.pipeline.run_stage", stop)
-    values = read_yaml(FOLDER / name)
+    values = read_yaml(CONFIGS / name)
     assert values["name"] == Path(name).stem, "runs/<name> is told by its configuration"
     mine: dict[str, Any] = {"run_dir": str(tmp_path / "run")}
     if name in REAL:
@@ -91,7 +91,7 @@ def test_every_configuration_passes_the_checks_before_a_run(name: str, tmp_path:
 
 @pytest.mark.parametrize("name", OWN_PAIRS)
 def test_mdpo_has_the_paper_s_settings(name: str) -> None:
-    config = RunConfig.from_yaml(FOLDER / name)
+    config = RunConfig.from_yaml(CONFIGS / name)
     args, paper = config.train.args, presets(METHODS["mdpo"])["mdpo_paper"]
     assert {key: tuple(args[key]) if isinstance(paper[key], tuple) else args[key] for key in paper if key in args} == {
         key: value for key, value in paper.items() if key != "corruption_draw"
@@ -102,7 +102,7 @@ def test_mdpo_has_the_paper_s_settings(name: str) -> None:
 
 
 def test_bdhs_has_the_paper_s_settings() -> None:
-    config, paper = RunConfig.from_yaml(FOLDER / "llava_bdhs.yaml"), presets(METHODS["bdhs"])["bdhs_paper"]
+    config, paper = RunConfig.from_yaml(CONFIGS / "llava_bdhs.yaml"), presets(METHODS["bdhs"])["bdhs_paper"]
     args = config.train.args
     assert {key: args[key] for key in paper} == paper and (paper["lora_r"], paper["lora_alpha"]) == (128, 256)
     batch = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
@@ -143,7 +143,7 @@ def test_own_pairs_run_to_the_page(name: str, make: Callable[[Path], Path], tmp_
         "evaluate.max_new_tokens": 4,
     }
     options = [word for key, value in smaller.items() for word in ("--set", f"{key}={value}")]
-    assert cli.main(["run", str(FOLDER / name), "--run-dir", str(run), *options]) == 0
+    assert cli.main(["run", str(CONFIGS / name), "--run-dir", str(run), *options]) == 0
     sides = {side: list(read_jsonl(run / "pairs" / f"{side}.jsonl")) for side in ("pairs", "held_out")}
     assert {side: len(records) for side, records in sides.items()} == {"pairs": 9, "held_out": 1}, "one pair in ten, not in fifty"
     log = [entry for entry in read_jsonl(run / "train" / "log.jsonl") if "loss" in entry]
@@ -154,5 +154,5 @@ def test_own_pairs_run_to_the_page(name: str, make: Callable[[Path], Path], tmp_
     summary = read_json(run / "summary.json")
     assert list(summary["arms"]) == ["mdpo"]
     page = (run / "report.html").read_text()
-    assert f"{RunConfig.from_yaml(FOLDER / name).report.title}</h1>" in page
+    assert f"{RunConfig.from_yaml(CONFIGS / name).report.title}</h1>" in page
     assert "What colour is the circle?" in page and "blue and green" in page and "Where picture and prior" not in page

@@ -13,12 +13,13 @@ import torch
 import transformers
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from distributed import ROOT, STRATEGIES, fill, launch, needs
+from distributed import STRATEGIES, fill, launch, needs
 from routing import MOE_FAMILIES
 from tiny_models import TINY
 from training_cases import preference_records
 
 from mmdpo_kernels import patch_model
+from mmdpo_trainers.config.shipped import CONFIGS
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.training import head, router_loss
 from mmdpo_trainers.training.batches.collator import model_collator
@@ -258,7 +259,7 @@ def test_every_machine_starts_its_own_processes(strategy: str) -> None:
     """As accelerate does without being told, it would start a DeepSpeed runner on each that wants to reach the others by pdsh."""
     needs(strategy)
     options = "--num_machines 2 --machine_rank 1 --num_processes 16 --main_process_ip first --main_process_port 29500 script.py"
-    file = ROOT / "configs" / "accelerate" / f"{strategy}.yaml"
+    file = CONFIGS / "accelerate" / f"{strategy}.yaml"
     known = launch_command_parser().parse_args(["--config_file", str(file), *options.split()])
     arguments, defaults, _ = _validate_launch_command(known)
     arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)

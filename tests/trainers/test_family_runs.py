@@ -16,13 +16,14 @@ from rich.console import Console
 from tiny_models import TINY, make_tiny_qwen, sample_pictures
 
 from mmdpo_trainers.config.run_config import RunConfig, merge
+from mmdpo_trainers.config.shipped import shipped_configs
 from mmdpo_trainers.errors import ConfigError, RunFolderError, StageError
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.run.pipeline import run_pipeline
 
-CONFIG = Path(__file__).parents[2] / "configs" / "qwen2_5_vl_mia_dpo.yaml"
+CONFIG = "qwen2_5_vl_mia_dpo"
 SIZES = [(48, 48), (72, 36), (24, 60), (60, 48)]
 COLOURS = ("red", "green", "blue", "yellow")
 
@@ -65,7 +66,7 @@ def settings(folder: Path, make: Callable[[Path], Path] = make_tiny_qwen) -> Run
         "evaluate": {"per_format": {"sequence": 4, "grid": 2, "pip": 2, "single": 4}, "max_new_tokens": 4},
         "report": {"heat_maps": 2},
     }
-    values = merge(yaml.safe_load(CONFIG.read_text()), small)
+    values = merge(yaml.safe_load(shipped_configs()[CONFIG].read_text()), small)
     values["augment"]["num_images"] = {"sequence": {2: 1, 3: 1}, "grid": {2: 1, 4: 1}}
     return RunConfig.from_dict(values)
 

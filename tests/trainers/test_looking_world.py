@@ -91,11 +91,11 @@ def test_the_looking_base_is_built_from_its_seed(tmp_path: Path) -> None:
 
 def test_attention_of_the_shipped_base_tells_right_answers_from_wrong_ones(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in SHIPPED["shapes_looking"].iterdir()) <= 4_000_000
-    config = Path(__file__).parents[2] / "configs" / "shapes_looking_mia_dpo.yaml"
+    config = "shapes_looking_mia_dpo"
     changes = ["augment.num_prompts=800", "augment.formats={sequence: 0.35, grid: 0.3, pip: 0.2, single: 0.15}"]
     options = [part for change in changes for part in ("--set", change)]
     run = ["--seed", "90000", "--run-dir", str(tmp_path / "run"), "--until", "score"]
-    assert main(["run", str(config), *run, *options]) == 0
+    assert main(["run", config, *run, *options]) == 0
     found: dict[str, dict[bool, list[float]]] = {}
     for record in read_jsonl(tmp_path / "run" / "score" / "scores.jsonl"):
         right = record["response"] == record["answer"]

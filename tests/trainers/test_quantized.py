@@ -23,6 +23,7 @@ from mmdpo_kernels import patch_model
 from mmdpo_trainers.answers.vllm_engine import check_vllm
 from mmdpo_trainers.checks.training import preference_batch
 from mmdpo_trainers.cli import main as cli
+from mmdpo_trainers.cli.flags import configuration
 from mmdpo_trainers.config.run_config import RunConfig, merge
 from mmdpo_trainers.config.sections.quantization import QuantizationConfig
 from mmdpo_trainers.errors import ConfigError, StageError
@@ -403,14 +404,14 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
 
 
 def test_the_command_line_takes_the_settings_as_one_flag() -> None:
-    options = cli._parser().parse_args(
+    options = cli.make_parser().parse_args(
         ["train", "--run", "somewhere", "--quantization", "{load_in_4bit: true, bnb_4bit_quant_type: fp4}"]
     )
-    found = cli._configuration(options, Path("somewhere/config.yaml")).quantization
+    found = configuration(options, Path("somewhere/config.yaml")).quantization
     assert found == QuantizationConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
-    options = cli._parser().parse_args(["train", "--run", "somewhere", "--quantization", "{load_in_8bit: true}"])
+    options = cli.make_parser().parse_args(["train", "--run", "somewhere", "--quantization", "{load_in_8bit: true}"])
     with pytest.raises(ConfigError, match="load_in_8bit: expected false"):
-        cli._configuration(options, Path("somewhere/config.yaml"))
+        configuration(options, Path("somewhere/config.yaml"))
 
 
 def test_vllm_would_answer_with_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ class _ConfigOnly(torch.nn.Module):
 
 def config_only(folder: Path, date: TemplateDate | None = None) -> LoadedModel:
     """The model of a folder, of which everything can be asked that needs no weight. date: as in `load_model`."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     own = (folder / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(folder) if own else GenerationConfig.from_model_config(config)
     return LoadedModel(

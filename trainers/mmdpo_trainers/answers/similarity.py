@@ -36,8 +36,9 @@ class EmbeddingSimilarity:
 
     def __init__(self, folder: Path, device: str | torch.device) -> None:
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model: Any = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).to(device).eval()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model: Any = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32)
+            self.model = model.to(device).eval()
         except (OSError, ValueError, KeyError) as error:
             raise StageError(
                 f"hallucinate.embedding: {folder} is no model of sentences: {' '.join(str(error).split())[:300]}; give the folder of one, "

@@ -19,6 +19,7 @@ from mmdpo_trainers.models.loading import load_model
 def check_command(
     model: str,
     *,
+    revision: str | None = None,
     adapter: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -28,14 +29,14 @@ def check_command(
 ) -> None:
     """Run the checks and print what they found.
 
-    quantization: as of `load_model`. only: names of `CHECKS` with commas between them; None: all. Raises StageError where a check
+    revision, quantization: as of `load_model`. only: names of `CHECKS` with commas between them; None: all. Raises StageError where a check
     failed, or the model cannot be used: the error says what its family has not.
     """
     names = list(CHECKS) if only is None else [name.strip() for name in only.split(",")]
     unknown = [name for name in names if name not in CHECKS]
     if unknown:
         raise ConfigError(f"--only {only}: expected names among {', '.join(CHECKS)}, got {unknown[0]!r}")
-    loaded = load_model(model, adapter=adapter, device=device, dtype=dtype, quantization=quantization)
+    loaded = load_model(model, revision=revision, adapter=adapter, device=device, dtype=dtype, quantization=quantization)
     # Progress goes to stderr, so that --json can be piped on.
     console = Console(stderr=True)
     found: list[CheckResult] = []

@@ -21,7 +21,7 @@ from mmdpo_trainers.config.sections.ranking import RankConfig
 from mmdpo_trainers.config.sections.rating import RateConfig
 from mmdpo_trainers.config.sections.selection import SelectConfig
 from mmdpo_trainers.config.sections.training import TrainConfig
-from mmdpo_trainers.config.shipped import SHIPPED
+from mmdpo_trainers.config.shipped import SHIPPED, config_file
 from mmdpo_trainers.config.values import Finite, Settings, read_yaml, validated
 from mmdpo_trainers.errors import ConfigError
 
@@ -34,7 +34,11 @@ class RunConfig(Settings):
     run_dir: StrictStr | None = option(None, "the run folder", result=False)
     model: StrictStr = option(
         "shapes",
-        "local Hugging Face folder of a supported model, or a small one shipped here: `shapes`, `shapes_prior`, `shapes_looking`",
+        "Hugging Face folder of a supported model; its id on the hub, taken from the local cache or else downloaded; or a small one shipped "
+        "here: `shapes`, `shapes_prior`, `shapes_looking`",
+    )
+    revision: StrictStr | None = option(
+        None, "of a model that is given by its id on the hub: branch, tag or commit; None: main, as the local cache has it"
     )
     method: StrictStr = option("mia_dpo", "the method by name, or a .py file that declares one of your own")
     seed: StrictInt = option(0, "seed of every random choice", ge=0, lt=2**32)
@@ -78,8 +82,9 @@ class RunConfig(Settings):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> RunConfig:
-        """Read a YAML file. Raises ConfigError naming the file, the key and the nearest valid key, or the type expected."""
-        return cls.from_dict(read_yaml(path), where=str(path))
+        """Read a YAML file, or a shipped one by its name. Raises ConfigError naming the file, the key and the nearest valid key, or the
+        type expected."""
+        return cls.from_dict(read_yaml(config_file(path)), where=str(path))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "configuration") -> RunConfig:

@@ -81,7 +81,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give a configuration file such as configs/shapes_mia_dpo.yaml") from None
+        raise ConfigError(f"{path} does not exist; give a configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:

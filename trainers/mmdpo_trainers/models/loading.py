@@ -1,6 +1,6 @@
 """A model, its processor and an adapter from local folders.
 
-Nothing here reaches the network: every path is a folder of this machine.
+Nothing here reaches the network but for a model that is given by its id on the hub, and is not in the local cache (`models.hub`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mmdpo_trainers.config.sections.quantization import QuantizationConfig
-from mmdpo_trainers.config.shipped import SHIPPED
 from mmdpo_trainers.errors import StageError
 from mmdpo_trainers.models import quantized
 from mmdpo_trainers.models.chat_format import render_prompt
 from mmdpo_trainers.models.encode import EncodedPrompts, encode_prompts
 from mmdpo_trainers.models.families import FAMILIES, family_of, refusal_of
+from mmdpo_trainers.models.hub import resolve_model_path
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.processors import load_processor
 from mmdpo_trainers.models.template_date import TemplateDate
@@ -45,29 +45,11 @@ logger = logging.getLogger(__name__)
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
-def resolve_model_path(path: str | Path) -> Path:
-    """The folder a `--model` value means: a shipped one for its name (`shapes`, `shapes_prior`, …), otherwise the local folder itself.
-
-    Raises StageError where there is no such folder.
-    """
-    if str(path) in SHIPPED:
-        folder = SHIPPED[str(path)]
-        if not folder.is_dir():
-            raise StageError(f"the shipped base model is not installed ({folder} is missing); give --model a folder")
-        return folder
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise StageError(
-            f"model {str(path)!r}: no such folder. Models are read from local folders only: download it first "
-            f"(`hf download {path} --local-dir FOLDER`) and pass --model FOLDER, or pass --model {' or '.join(SHIPPED)}"
-        )
-    return folder
-
-
 @whole_weights()
 def load_model(
     path: str | Path,
     *,
+    revision: str | None = None,
     adapter: str | Path | None = None,
     processor: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
@@ -75,9 +57,10 @@ def load_model(
     date: TemplateDate | None = None,
     quantization: QuantizationConfig | BitsAndBytesConfig | None = None,
 ) -> LoadedModel:
-    """Load a model, its processor and optionally a PEFT adapter from local folders.
+    """Load a model, its processor and optionally a PEFT adapter.
 
-    path: a Hugging Face folder of a family in `FAMILIES` or one that follows the conventions (`Conventional`), or a shipped model's name.
+    path: a Hugging Face folder of a family in `FAMILIES` or one that follows the conventions (`Conventional`), a shipped model's name, or
+    an id on the hub. revision: of an id, its branch, tag or commit.
     processor: another folder to take the processor from.
     dtype: `auto` (the checkpoint's own), a name such as `bfloat16`, or a torch dtype. device: `auto` is CUDA where there is one.
     date: what a chat template that prints the date is told; None: this moment.
@@ -88,7 +71,7 @@ def load_model(
     Raises StageError naming what is missing: the folder, config.json, weights, a processor file, or support for the family.
     """
     target = resolve_device(device)
-    folder = resolve_model_path(path)
+    folder = resolve_model_path(path, revision)
     config = check_folder(folder)
     in_4_bits = quantized.check_loadable(folder, config, quantization)
     its_processor = load_processor(folder if processor is None else resolve_model_path(processor), config.model_type)
@@ -130,7 +113,7 @@ def _read(folder: Path, dtype: Any, quantization: Any, device: torch.device | No
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model_class = family_of(config).model_class
         if device is not None:
             options["device_map"] = {"": device}
@@ -167,7 +150,7 @@ def check_folder(folder: Path) -> Any:
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
         raise StageError(f"model {folder}: no weights ({' or '.join(_WEIGHT_FILES)}); download the whole checkpoint")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StageError(f"model {folder}: config.json cannot be used ({error}); download the checkpoint again") from error
     text = config.get_text_config()
@@ -194,7 +177,7 @@ def _model_type(folder: Path) -> str:
         raise StageError(f"model {folder}: {refusal}; families with a declaration: {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
         try:
-            family_of(AutoConfig.from_pretrained(folder, local_files_only=True))
+            family_of(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
         except (OSError, ValueError) as error:
             raise StageError(f"model {folder}: {error}; families with a declaration: {', '.join(FAMILIES)}") from error
     for key in ("image_token_index", "image_token_id"):

@@ -115,6 +115,8 @@ def run_stage(context: StageContext, label: str = "", config: RunConfig | None =
 def _run_stage(context: StageContext, label: str, config: RunConfig | None) -> dict[str, Any]:
     run = context.run
     module = stage_module(context.stage)
+    if STAGES[context.stage].model:
+        context.keep_commit()
     fingerprint = stage_fingerprint(context, module.inputs(context))
     if context.stage == "report" and run.fingerprint_of(context.name) not in (None, fingerprint.digest):
         # A page is drawn from the other stages' files alone, so drawing it again loses nothing.
@@ -167,7 +169,7 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
     if context.method.file is not None:
         parts["method"] = content_hash(context.method.file)
     if STAGES[context.stage].model:
-        parts["model"] = content_hash(context.model)
+        parts["model"] = context.model_mark
         parts["dtype"] = context.config.dtype
         if context.config.quantization.load_in_4bit:
             parts |= {f"quantization.{key}": value for key, value in _values(context.config.quantization).items()}

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from mmdpo_trainers.config.run_config import RunConfig
-from mmdpo_trainers.config.shipped import SHIPPED
 from mmdpo_trainers.config.stages import STAGES
 from mmdpo_trainers.data.pair_records import IMAGES, corrupted_view, is_corrupted, own_column
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.errors import ConfigError, StageError
+from mmdpo_trainers.files.fingerprint import content_hash
 from mmdpo_trainers.methods import Method, method_named, preset_args
 from mmdpo_trainers.methods.ranking import asked_values
+from mmdpo_trainers.models.hub import MAIN, commit_of, is_hub_id, resolve_model_path
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
@@ -92,15 +93,21 @@ class StageContext:
 
     @property
     def model(self) -> Path:
-        """Local folder of the base model."""
-        if self.config.model in SHIPPED:
-            return SHIPPED[self.config.model]
-        path = Path(self.config.model)
-        if not path.is_dir():
-            raise StageError(
-                f"model {self.config.model} is not a folder: give a local Hugging Face folder, or {' or '.join(SHIPPED)}"
-            )
-        return path
+        """Local folder of the base model; of one that is given by its id on the hub, the commit that the run began with."""
+        model, revision = self.config.model, self.config.revision
+        return resolve_model_path(model, self.run.commit(model, revision or MAIN) or revision)
+
+    @property
+    def model_mark(self) -> str:
+        """What tells the base model from any other: its id and commit, or a hash of its folder."""
+        if is_hub_id(self.config.model):
+            return f"{self.config.model}@{commit_of(self.model)}"
+        return content_hash(self.model)
+
+    def keep_commit(self) -> None:
+        """Write into the run folder which commit the id of a model on the hub stands for, there and then."""
+        if is_hub_id(self.config.model):
+            self.run.keep_commit(self.config.model, self.config.revision or MAIN, str(commit_of(self.model)))
 
     def folder_of(self, stage: str, moment: Moment | None = None) -> Path:
         """Where a stage of the same arm keeps its files; stages that arms share are those of the run."""

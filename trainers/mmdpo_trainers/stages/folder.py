@@ -47,6 +47,17 @@ class RunFolder:
             write_atomic(path, {"date": datetime.datetime.now().isoformat(timespec="seconds")})
         return str(read_json(path)["date"])
 
+    def commit(self, model: str, revision: str) -> str | None:
+        """The commit that a revision of a model on the hub was when the run began with it; None: this run has not, yet."""
+        found = read_json(self.path / "models.json", missing={})
+        return found.get(model, {}).get(revision)
+
+    def keep_commit(self, model: str, revision: str, commit: str) -> None:
+        """Keep that commit in `models.json`: {id: {revision: commit}}. The caller should hold the run."""
+        found = read_json(self.path / "models.json", missing={})
+        if revision not in found.get(model, {}):
+            write_atomic(self.path / "models.json", {**found, model: {**found.get(model, {}), revision: commit}})
+
     def folder(self, name: str) -> Path:
         """The folder of a stage, created if need be."""
         folder = self.path / name

@@ -46,7 +46,7 @@ def run(context: StageContext) -> dict[str, Any]:
     records, left_out = own_records(context, context.responses, "responses")
     require(records, {"response": str}, context.responses)
     check_prompts(context.model, records, context.date)
-    layers = image_layers(AutoConfig.from_pretrained(context.model, local_files_only=True))
+    layers = image_layers(AutoConfig.from_pretrained(context.model, local_files_only=True, trust_remote_code=False))
     settings = ratio_settings(layers, **options.recording)
     layer = resolve_layer(layers, options.layer)
     model = LazyModel(lambda: load_base(context))

@@ -34,7 +34,7 @@ class Sharding:
         if self.fsdp is not None and self.fsdp.fsdp_version != 2:
             raise ValueError(
                 f"fsdp: expected version 2, got {self.fsdp.fsdp_version}; set fsdp_version: 2 in accelerate's configuration "
-                "(configs/accelerate/fsdp2.yaml)"
+                "(`mmdpo init accelerate` writes one that has it)"
             )
         shared = {name: getattr(trainer, f"get_{name}_size")() for name in ("tp", "cp", "sp")}
         if any(size > 1 for size in shared.values()):

@@ -16,7 +16,7 @@ VERSIONED := $(addprefix tests/kernels/test_,patch.py qwen_patch.py patched_copi
 	preference_trainer.py mdpo_trainer.py given_models.py adapters.py arguments.py training_mode.py \
 	reference_cache.py resume.py)
 
-.PHONY: help install test nightly demo lint wheel bench gpu clean
+.PHONY: help install test nightly demo lint wheels versions bench gpu clean
 
 help:
 	@echo "make install  virtual environment $(VENV) with everything, C++ extension built"
@@ -24,7 +24,8 @@ help:
 	@echo "make nightly  install, then 10,000 random calls of the ops, sweeps over families and versions, and every kernel compiled for every GPU"
 	@echo "make demo     install, then a full MIA-DPO run on the embedded pictures, report in runs/shapes_mia_dpo"
 	@echo "make lint     install, then ruff and mypy"
-	@echo "make wheel    install, then a wheel in dist/"
+	@echo "make wheels   install, then the sdist and its wheels in dist/ (WHEELS: options of benchmarks.delivery.wheels, as --python python3.12)"
+	@echo "make versions install, then core tests on the installed wheel with other versions of what it stands on (VERSIONS: options)"
 	@echo "make bench    install, then every op against its peers (BENCH: options of python -m benchmarks)"
 	@echo "make gpu      on a machine with a GPU and CUDA, without make install: build, tests, sanitizer, benchmarks; results in build/gpu"
 	@echo "make clean    remove $(VENV) and everything that was built; runs/ stays"
@@ -66,9 +67,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	MYPYPATH=trainers $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers
 
-wheel: install
-	rm -rf build/lib* build/bdist*
-	$(PIP) wheel --no-deps -w dist .
+wheels: install
+	$(BIN)/python -m benchmarks.delivery.wheels $(WHEELS)
+
+versions: install
+	$(BIN)/python -m benchmarks.delivery.versions $(VERSIONS)
 
 bench: install
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -68,7 +68,7 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=trainers $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers
+	MYPYPATH=trainers $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers -p tools
 
 wheel: install
 	rm -rf build/lib* build/bdist*

@@ -27,6 +27,7 @@ WRITTEN = {
     "generation_config.json",
     "adapter_config.json",
     "quantization.json",
+    "mmdpo_run.yaml",
     "reward_model.json",
 }
 """Files of runs, trainings and models."""

@@ -17,15 +17,16 @@ def option(
     factory: Any = dataclasses.MISSING,
     result: bool | Callable[[Any], Any] = True,
     path: bool = False,
+    when: str = "",
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
     """A dataclass field with its help text. result=False: it cannot change what a stage writes, so fingerprints leave it out;
-    a function gives what of its value can. path: a path, or a list of them, which is saved absolute. ge to lt are pydantic's limits of
-    a number."""
-    metadata = {"description": help, "result": result, "path": path, "ge": ge, "gt": gt, "le": le, "lt": lt}
+    a function gives what of its value can. path: a path, or a list of them, which is saved absolute. when: when to change it, which
+    `mmdpo init` writes beside it. ge to lt are pydantic's limits of a number."""
+    metadata = {"description": help, "result": result, "path": path, "when": when, "ge": ge, "gt": gt, "le": le, "lt": lt}
     if factory is not dataclasses.MISSING:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)

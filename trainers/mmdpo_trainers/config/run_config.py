@@ -22,7 +22,7 @@ from mmdpo_trainers.config.sections.rating import RateConfig
 from mmdpo_trainers.config.sections.selection import SelectConfig
 from mmdpo_trainers.config.sections.training import TrainConfig
 from mmdpo_trainers.config.shipped import SHIPPED, config_file
-from mmdpo_trainers.config.values import Finite, Settings, read_yaml, validated
+from mmdpo_trainers.config.values import FILL_IN, Finite, Settings, flat, read_yaml, validated
 from mmdpo_trainers.errors import ConfigError
 
 
@@ -41,9 +41,19 @@ class RunConfig(Settings):
         None, "of a model that is given by its id on the hub: branch, tag or commit; None: main, as the local cache has it"
     )
     method: StrictStr = option("mia_dpo", "the method by name, or a .py file that declares one of your own")
-    seed: StrictInt = option(0, "seed of every random choice", ge=0, lt=2**32)
+    seed: StrictInt = option(
+        0,
+        "seed of every random choice",
+        ge=0,
+        lt=2**32,
+        when="another seed tells how much of a result is chance",
+    )
     threads: StrictInt | None = option(None, "CPU threads of PyTorch; None: PyTorch's own default", result=False, ge=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "number type the model is loaded in")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "number type the model is loaded in",
+        when="bfloat16 halves the memory of a checkpoint in float32; in float16, steps lose small gradients",
+    )
     quantization: QuantizationConfig = option(
         help="the model's weights in 4 bits (QLoRA), such as {load_in_4bit: true}", factory=QuantizationConfig
     )
@@ -89,6 +99,11 @@ class RunConfig(Settings):
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "configuration") -> RunConfig:
         """The same from a nested dict; `where` opens the error messages."""
+        missing = [key for key, value in flat(values) if value == FILL_IN]
+        if missing:
+            raise ConfigError(
+                f"{where}: {', '.join(missing)}: expected a value of yours in place of {FILL_IN}; the comment there says which"
+            )
         return validated(cls, values, where=where)
 
     def to_dict(self) -> dict[str, Any]:

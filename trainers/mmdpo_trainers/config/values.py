@@ -8,7 +8,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -21,6 +21,9 @@ from mmdpo_trainers.errors import ConfigError
 
 T = TypeVar("T")
 _UNIONS = (Union, UnionType)
+
+FILL_IN = "FILL_IN"
+"""Stands in a configuration for a value that only the user has."""
 
 
 class Settings:
@@ -93,6 +96,15 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level, got {type(values).__name__}")
     return values
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of all that is no mapping."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def validated(hint: Any, value: Any, *, where: str, name: str = "", flag: str = "") -> Any:

@@ -66,4 +66,5 @@ METHOD = Method(
         "slic": "SLiC",
     },
     baseline="given",
+    example="llava_bdhs",
 )

@@ -49,4 +49,5 @@ METHOD = Method(
         "mdpo_without_ancpo": "mDPO without AncPO",
     },
     baseline="dpo",
+    example="llava_mdpo",
 )

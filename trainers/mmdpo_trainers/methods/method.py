@@ -47,6 +47,8 @@ class Method:
     """Arm -> what readers call it; any other arm is its own name."""
     baseline: str | None = None
     """Arm that the page's headline compares the main one with, where a run has it."""
+    example: str | None = None
+    """Shipped configuration of a real model, which `mmdpo init` takes values of data, answers and evaluation from."""
     file: Path | None = None
     """Where the declaration is, if that is a file of the user's own."""
 

@@ -39,4 +39,5 @@ METHOD = Method(
         *("accuracy", "control_arms", "heat_maps", "layers", "selection", "judge", "ratios"),
         *("training", "selected_pairs", "time"),
     ),
+    example="llava_mia_dpo",
 )

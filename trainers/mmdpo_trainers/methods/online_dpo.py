@@ -59,4 +59,5 @@ METHOD = Method(
         "extra_negatives": "DPO with sampled negatives",
     },
     baseline="dpo",
+    example="llava_online",
 )

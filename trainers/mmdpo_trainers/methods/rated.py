@@ -55,4 +55,5 @@ METHOD = Method(
         "steerlm": "SteerLM",
         "random_pairs": "DPO on random pairs",
     },
+    example="llava_rated",
 )

@@ -39,4 +39,5 @@ METHOD = Method(
     page=("reward_accuracy", "reward_margins", "main_training", "pairs", "time"),
     arm_names={"no_facts": "without facts", "no_image": "without pictures"},
     baseline="no_facts",
+    example="llava_reward",
 )

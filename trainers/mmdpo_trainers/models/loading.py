@@ -144,10 +144,13 @@ def _settle(model: Any, folder: Path, quantization: Any) -> None:
     quantized.settle(model, "auto" if own else None)
 
 
-def check_folder(folder: Path) -> Any:
-    """The configuration of a model folder. StageError where it says, without a weight read, that the model cannot be used."""
+def check_folder(folder: Path, *, weights: bool = True) -> Any:
+    """The configuration of a model folder. StageError where it says, without a weight read, that the model cannot be used.
+
+    weights: False where there need be none, as nothing is loaded.
+    """
     _model_type(folder)
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+    if weights and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
         raise StageError(f"model {folder}: no weights ({' or '.join(_WEIGHT_FILES)}); download the whole checkpoint")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -47,7 +47,7 @@ def check_model(contexts: Sequence[StageContext]) -> None:
         check_regions(family, measured[0].config.score.regions, _formats(contexts))
     if any(context.stage == "hallucinate" and context.options.hide for context in wanted):
         check_hiding(family, config)
-    model = _without_weights(family, config)
+    model = without_weights(family, config)
     if model is None:
         return
     try:
@@ -90,7 +90,7 @@ def _formats(contexts: Sequence[StageContext]) -> dict[str, str]:
     return found
 
 
-def _without_weights(family: Family, config: Any) -> Any | None:
+def without_weights(family: Family, config: Any) -> Any | None:
     """The model as a shape, without memory; None where its class cannot be made so, and is looked at when it is loaded."""
     try:
         with torch.device("meta"):

@@ -85,13 +85,18 @@ def _part_parameters(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parame
     return [parameter for name, parameter in named if name in names or name.startswith(inside)]
 
 
+def language_linears(model: nn.Module) -> tuple[str, list[str]]:
+    """Name of the language tower in the model, and the last parts of the names of its linears; lm_head is none of them."""
+    decoder = base_of(model).get_decoder()
+    prefix = next(name for name, module in base_of(model).named_modules() if module is decoder)
+    return prefix, sorted({name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
+
+
 def lora_config(model: nn.Module, args: PreferenceConfig) -> LoraConfig:
     """LoRA as `args` describes it; `language` becomes a regular expression over the language tower's linears without lm_head."""
     target = args.lora_target
     if target == "language":
-        decoder = base_of(model).get_decoder()
-        prefix = next(name for name, module in base_of(model).named_modules() if module is decoder)
-        leaves = sorted({name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
+        prefix, leaves = language_linears(model)
         target = rf"{re.escape(prefix)}\..*\.({'|'.join(map(re.escape, leaves))})"
     return LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.0, target_modules=target, task_type="CAUSAL_LM")
 

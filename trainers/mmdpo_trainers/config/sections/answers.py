@@ -54,16 +54,36 @@ class GenerateConfig(Settings):
         factory=dict,
         result=_changing_answers,
     )
-    batch_size: StrictInt = option(16, "prompts generated together, with num_answers rows each", ge=1)
-    max_new_tokens: StrictInt = option(64, "longest answer, in tokens", ge=1)
+    batch_size: StrictInt = option(
+        16,
+        "prompts generated together, with num_answers rows each",
+        ge=1,
+        when="higher, as memory allows; it changes no answer but by rounding",
+    )
+    max_new_tokens: StrictInt = option(
+        64,
+        "longest answer, in tokens",
+        ge=1,
+        when="as long as the answers of your data; a longer answer is cut there",
+    )
     num_answers: StrictInt = option(
-        1, "answers to each prompt, which are then to be rated; above 1 they are sampled, and no attention is recorded", ge=1
+        1,
+        "answers to each prompt, which are then to be rated; above 1 they are sampled, and no attention is recorded",
+        ge=1,
+        when="more answers leave more pairs, and take as much longer",
     )
     do_sample: StrictBool = option(False, "sample the answers; False: greedy")
-    temperature: StrictFloat = option(1.0, "sampling temperature", gt=0)
+    temperature: StrictFloat = option(
+        1.0,
+        "sampling temperature",
+        gt=0,
+        when="higher where the answers to a prompt are all alike",
+    )
     top_p: StrictFloat = option(1.0, "nucleus sampling: smallest set of tokens with this probability", gt=0, le=1)
     noise: Literal["none", "paper", "official_code"] = option(
-        "none", "noise on the pictures the answers are given to; training sees clean ones"
+        "none",
+        "noise on the pictures the answers are given to; training sees clean ones",
+        when="none asks for the answers that the model really gives; paper makes more of them wrong",
     )
     record_attention: StrictBool = option(
         True,
@@ -82,6 +102,7 @@ class ScoreConfig(Settings):
         None,
         "decoder layer, 0-based; None: the middle one (16 of 32); all: record every layer in the same pass, say at which the ratio tells right "
         "answers from wrong ones, and go by the middle one; best: the same, and go by the layer that does it best",
+        when="`mmdpo calibrate` finds the layer that tells right answers from wrong ones, or says that none does",
     )
     best_by: Literal["all", "format"] = option(
         "all", "`layer: best` only: one layer for all formats, or each format its own where it has answers enough to choose by"

@@ -53,10 +53,14 @@ class AugmentConfig(Settings):
     formats: dict[StrictStr, StrictFloat] = option(
         help="share of each format (sequence, grid, pip, single); normalised to sum 1",
         factory=lambda: {"sequence": 0.5, "grid": 0.3, "pip": 0.2},
+        when="as your questions will be; pictures one behind the other are sequence",
     )
     per_record: StrictFloat = option(1.0, "prompts made from each source record, if num_prompts is None", gt=0)
     num_prompts: StrictInt | None = option(
-        None, "number of prompts to make; above the number of records, records are used again", ge=1
+        None,
+        "number of prompts to make; above the number of records, records are used again",
+        ge=1,
+        when="several times the pairs that you want, since selection drops most; a few hundred for a first look",
     )
     num_images: dict[StrictStr, dict[StrictInt, StrictFloat]] = option(
         help="for `sequence` (2-5) and `grid` (2, 3, 4, 6, 9): number of pictures -> share",
@@ -65,7 +69,12 @@ class AugmentConfig(Settings):
             "grid": {2: 0.2, 3: 0.2, 4: 0.2, 6: 0.2, 9: 0.2},
         },
     )
-    cell_size: StrictInt = option(448, "grid: side of a cell, in pixels", ge=1)
+    cell_size: StrictInt = option(
+        448,
+        "grid: side of a cell, in pixels",
+        ge=1,
+        when="with the size of pictures that the model takes; smaller cells make shorter prompts",
+    )
     margin: StrictInt = option(40, "grid: white margin around a cell, in pixels; labels are written in it", ge=0)
     label: StrictBool = option(True, "grid: write `Image{k}` above each cell")
     square: StrictBool = option(True, "grid and pip: pad with white to a square, because CLIP processors crop the centre")
@@ -96,6 +105,7 @@ class PairsConfig(Settings):
         "share of the pairs kept for evaluation, whole pictures at a time (`shapes_prior` draws new ones)",
         ge=0,
         lt=1,
+        when="higher for few pairs, of which as many should be left as the comparison needs, some hundred",
     )
     max_held_out: StrictInt | None = option(
         None,

@@ -37,6 +37,7 @@ class HallucinateConfig(Settings):
         "local folder of a sentence-embedding model, such as all-mpnet-base-v2, whose cosine is the similarity; None: the words in "
         "common, by rapidfuzz",
         path=True,
+        when="a folder of all-mpnet-base-v2 is what the paper has",
     )
     batch_size: StrictInt = option(16, "records worked on, and sentences continued, together", ge=1)
     max_new_tokens: StrictInt = option(256, "longest continuation of a sentence, and longest whole answer, in tokens", ge=1)

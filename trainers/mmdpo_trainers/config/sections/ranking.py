@@ -26,7 +26,12 @@ class RankConfig(Settings):
         help="attribute -> weight: an answer's value is the weighted sum, such as of one attribute; empty: the mean over all",
         factory=dict,
     )
-    min_gap: StrictFloat = option(2.0, "pairs: a rejected answer's value is at least this much below the chosen one's", gt=0)
+    min_gap: StrictFloat = option(
+        2.0,
+        "pairs: a rejected answer's value is at least this much below the chosen one's",
+        gt=0,
+        when="lower where ratings lie close together and few pairs are left",
+    )
     rejected: Literal["all", "lowest"] = option("all", "pairs: every answer that is min_gap lower, or the lowest of them")
     min_chosen: StrictFloat | None = option(
         None, "pairs, best: prompts whose best answer has a value below this are left out; None: none"

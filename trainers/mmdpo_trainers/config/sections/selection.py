@@ -17,7 +17,11 @@ class SelectConfig(Settings):
     """Which answers become rejected answers."""
 
     input: StrictStr | None = option(None, "your own scores .jsonl in place of score/scores.jsonl", path=True)
-    preset: Literal["paper", "official_code", "custom"] = option("paper", "threshold table; custom: `thresholds` alone")
+    preset: Literal["paper", "official_code", "custom"] = option(
+        "paper",
+        "threshold table; custom: `thresholds` alone",
+        when="where too few or too many answers stay under the thresholds: quantile takes them from your own scores",
+    )
     rule: Literal["attention", "random_wrong", "perplexity", "judge"] = option(
         "attention",
         "attention: MIA-DPO; the others are control arms with the attention arm's number of pairs per format; judge: the answers that stage "

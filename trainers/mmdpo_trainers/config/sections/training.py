@@ -19,13 +19,17 @@ class TrainConfig(Settings):
     preset: StrictStr | None = option(
         None,
         "losses, rates and adapter of a paper or of its released code, which `args` may change one by one; None: the method's paper",
+        when="for the released code's values, or those of another method",
     )
     args: Finite[dict[StrictStr, Any]] = option(
         help="fields of PreferenceConfig, such as learning_rate, beta, loss_type; of RewardConfig for a reward model, such as facts",
         factory=dict,
     )
     replay: StrictFloat = option(
-        0.0, "single-image pairs mixed in, as a share of the selected pairs; they keep the single-image skill", ge=0
+        0.0,
+        "single-image pairs mixed in, as a share of the selected pairs; they keep the single-image skill",
+        ge=0,
+        when="0.25 where answers about one picture alone get worse",
     )
     replay_source: StrictStr | None = option(
         None, "prompt records with answers (.jsonl) for the replay; None: augment/singles.jsonl", path=True

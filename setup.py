@@ -1,6 +1,7 @@
 """Builds `mmdpo_kernels._native` from csrc/ with ninja; everything else is in pyproject.toml.
 
 Environment: CXX, CXXFLAGS, LDFLAGS; CUDA_HOME or CUDA_PATH where nvcc is not on the PATH; MMDPO_CUDA=0 leaves the CUDA half out.
+For wheels: MMDPO_GLIBC=2.28 links for that glibc and newer ones, MMDPO_LOCAL_VERSION=cu130 makes the version 0.1.0+cu130.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -27,9 +29,12 @@ LEVEL_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"],
 }
-# Code for each GPU architecture, and of the newest also PTX, which later GPUs compile for themselves.
-CUDA_TARGETS = ["sm_80", "sm_90", "sm_100"]
+# Code for each GPU architecture, and of the newest also PTX, which later GPUs compile for themselves. An older nvcc knows fewer.
+CUDA_TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-pthread", "-Xptxas=-v", "--threads=0"]
+# Linked by name where MMDPO_GLIBC is set, see `link_command`. The first has what `__builtin_cpu_supports` reads, as this compiler lays
+# it out, and so comes before zig's own. The last is in every system: exceptions of all libraries in a process are best unwound by one.
+OF_THE_COMPILER = ("libgcc.a", "libstdc++.a", "libgcc_s.so.1")
 REMEDY = (
     "building mmdpo_kernels._native needs a C++17 compiler (GCC 10 or newer, Clang 14 or newer): install g++, for example "
     "`apt-get install g++`, or name another one in the environment variable CXX"
@@ -52,17 +57,30 @@ class NinjaBuild(build_ext):
             print("mmdpo_kernels: building the CPU half: MMDPO_CUDA=0, or no nvcc on the PATH nor in CUDA_HOME", flush=True)
         else:
             check_host_compiler(nvcc, compiler)
-            print(f"mmdpo_kernels: building for the CPU and, with {nvcc}, for {', '.join(CUDA_TARGETS)}", flush=True)
+            targets, left_out = cuda_targets(nvcc)
+            unknown = f"; it does not know {', '.join(left_out)}" if left_out else ""
+            print(f"mmdpo_kernels: building for the CPU and, with {nvcc}, for {', '.join(targets)}{unknown}", flush=True)
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         sources = [ROOT / name for name in extension.sources if nvcc is not None or not name.endswith(".cu")]
-        (folder / "build.ninja").write_text(ninja_file(compiler, nvcc, sources, target))
+        link = link_command(compiler, folder)
+        (folder / "build.ninja").write_text(ninja_file(compiler, link, nvcc, sources, target))
         try:
             subprocess.run([*ninja_command(), "-C", str(folder)], check=True)
         except subprocess.CalledProcessError as error:
             used = " ".join(compiler) + ("" if nvcc is None else f" or {nvcc} (which MMDPO_CUDA=0 leaves out)")
             raise CompileError(f"{used} failed, see its message above; {REMEDY}") from error
+
+
+class LocalVersion(egg_info):
+    """Without it a CUDA wheel and a CPU wheel of one release have one file name."""
+
+    def finalize_options(self) -> None:
+        local = os.environ.get("MMDPO_LOCAL_VERSION")
+        if local:
+            self.tag_build = f"+{local}"
+        super().finalize_options()
 
 
 def ninja_command() -> list[str]:
@@ -73,6 +91,38 @@ def ninja_command() -> list[str]:
     if found is None:
         raise CompileError("building mmdpo_kernels._native needs ninja: `pip install ninja`, or put the program on the PATH")
     return [found]
+
+
+def link_command(compiler: list[str], folder: Path) -> list[str]:
+    """What links, less objects, libraries of the CUDA half and output. folder: for the list of exported symbols.
+
+    With MMDPO_GLIBC it is zig's linker. The compiler binds each symbol to the newest version that the glibc of this machine has; zig comes
+    with the symbols of every glibc, so that one build serves old systems without a container, and the compiler, which nvcc knows
+    as its host compiler and with which everything is tested, stays the same. An old system's libstdc++ lacks what this compiler's headers
+    call, so that library is linked in, hidden.
+    """
+    glibc = os.environ.get("MMDPO_GLIBC", "")
+    if not glibc:
+        return [*compiler, "-shared", "-pthread"]
+    if importlib.util.find_spec("ziglang") is not None:
+        zig = [sys.executable, "-m", "ziglang"]
+    elif (found := shutil.which("python-zig")) is not None:
+        zig = [found]
+    else:
+        raise CompileError("MMDPO_GLIBC links with zig: `pip install ziglang`, or put its program python-zig on the PATH")
+    exported = folder / "exported.map"
+    exported.write_text("{ global: PyInit__native; local: *; };\n")
+    target = f"{platform.machine()}-linux-gnu.{glibc}"
+    flags = ["-shared", "-s", f"-Wl,--version-script={exported}", "-Wl,--gc-sections"]
+    return [*zig, "cc", "-target", target, *flags, "-lpthread", "-lm", *(_library(compiler, name) for name in OF_THE_COMPILER)]
+
+
+def _library(compiler: list[str], name: str) -> str:
+    """Path of a library that comes with the compiler."""
+    found = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(found).is_file():
+        raise CompileError(f"{compiler[0]} has no {name}, which a build with MMDPO_GLIBC links; install it, or name g++ in CXX")
+    return found
 
 
 def find_nvcc() -> Path | None:
@@ -99,11 +149,24 @@ def check_host_compiler(nvcc: Path, compiler: list[str]) -> None:
         )
 
 
-def cuda_codes() -> list[str]:
-    """-gencode for each of CUDA_TARGETS."""
-    numbers = [name.removeprefix("sm_") for name in CUDA_TARGETS]
+def cuda_targets(nvcc: Path) -> tuple[list[str], list[str]]:
+    """CUDA_TARGETS that this nvcc makes code for, and those that it does not know."""
+    listed = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    # The list has no name that ends in "a", for what one generation alone can do; nvcc takes it where it knows the generation.
+    known = [name for name in CUDA_TARGETS if name.removesuffix("a") in listed]
+    if not known:
+        raise CompileError(
+            f"{nvcc} makes code for none of {', '.join(CUDA_TARGETS)}; name a newer one in CUDA_HOME, or set MMDPO_CUDA=0"
+        )
+    return known, [name for name in CUDA_TARGETS if name not in known]
+
+
+def cuda_codes(targets: list[str]) -> list[str]:
+    """-gencode for each of `targets`."""
+    numbers = [name.removeprefix("sm_") for name in targets]
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
-    return [*codes, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+    newest = numbers[-1].removesuffix("a")  # PTX for what one generation alone can do, no later GPU takes
+    return [*codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
 def cuda_library(nvcc: Path) -> Path:
@@ -119,25 +182,28 @@ def cuda_library(nvcc: Path) -> Path:
     )
 
 
-def ninja_file(compiler: list[str], nvcc: Path | None, sources: list[Path], target: Path) -> str:
-    """The build of `target` from `sources`, headers tracked."""
+def ninja_file(compiler: list[str], link: list[str], nvcc: Path | None, sources: list[Path], target: Path) -> str:
+    """The build of `target` from `sources`, headers tracked. link: see `link_command`."""
     import pybind11
 
     includes = [f"-I{CSRC}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     flags = FLAGS + includes + shlex.split(os.environ.get("CXXFLAGS", ""))
-    libraries = []
+    libraries: list[str] = []
+    targets: list[str] = []
     if nvcc is not None:
-        flags.append(f'-DMMDPO_CUDA_TARGETS="{",".join(CUDA_TARGETS)}"')
+        targets, _ = cuda_targets(nvcc)
+        flags.append(f'-DMMDPO_CUDA_TARGETS="{",".join(targets)}"')
         libraries = [f"-L{cuda_library(nvcc)}", "-lcudart_static", "-ldl", "-lrt"]
     lines = [
         f"cxx = {_shell(compiler)}",
         f"flags = {_shell(flags)}",
-        f"ldflags = {_shell(['-shared', '-pthread', *shlex.split(os.environ.get('LDFLAGS', '')), *libraries])}",
+        f"link = {_shell(link)}",
+        f"ldflags = {_shell([*shlex.split(os.environ.get('LDFLAGS', '')), *libraries])}",
         "rule compile\n  command = $cxx $flags $level -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        "rule link\n  command = $cxx $in $ldflags -o $out",
+        "rule link\n  command = $link $in $ldflags -o $out",
     ]
     if nvcc is not None:
-        cuda_flags = [*CUDA_FLAGS, *cuda_codes(), "-ccbin", compiler[0], f"-I{CSRC}"]
+        cuda_flags = [*CUDA_FLAGS, *cuda_codes(targets), "-ccbin", compiler[0], f"-I{CSRC}"]
         lines += [
             f"nvcc = {_shell([str(nvcc)])}",
             f"cuda_flags = {_shell(cuda_flags)}",
@@ -182,5 +248,5 @@ setup(
             depends=[str(path.relative_to(ROOT)) for ending in ("h", "inl", "cuh") for path in sorted(CSRC.rglob(f"*.{ending}"))],
         )
     ],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "egg_info": LocalVersion},
 )

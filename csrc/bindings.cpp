@@ -244,9 +244,9 @@ mmdpo::LogitRowsArgs logit_rows_args(int64_t rows, int64_t coefficient_rows, uin
   return args;
 }
 
-void fold_logit_tile(const mmdpo::LogitRowsArgs& args, uintptr_t logits, int64_t stride, int64_t first, int64_t count,
+void fold_logit_tile(const mmdpo::LogitRowsArgs& args, uintptr_t logits, int dtype, int64_t stride, int64_t first, int64_t count,
                      int num_threads) {
-  const mmdpo::LogitTile tile{pointer<float>(logits), stride, first, count};
+  const mmdpo::LogitTile tile{pointer<void>(logits), static_cast<mmdpo::DType>(dtype), stride, first, count};
   py::gil_scoped_release unlocked;
   mmdpo::fold_logit_tile(args, tile, num_threads);
 }
@@ -299,9 +299,10 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init(&logit_rows_args), py::kw_only(), py::arg("rows"), py::arg("coefficient_rows"), py::arg("targets"),
            py::arg("ignore_index"), py::arg("bias"), py::arg("softcap"), py::arg("logit_scale"), py::arg("temperature"),
            py::arg("coefficient_scale"), py::arg("entropy"), py::arg("state"), py::arg("accumulator"), py::arg("hidden_size"));
-  m.def("fold_logit_tile", &fold_logit_tile, py::arg("args"), py::kw_only(), py::arg("logits"), py::arg("stride"), py::arg("first"),
-        py::arg("count"), py::arg("num_threads"));
+  m.def("fold_logit_tile", &fold_logit_tile, py::arg("args"), py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("stride"),
+        py::arg("first"), py::arg("count"), py::arg("num_threads"));
   m.def("cpu_level", [] { return std::string(mmdpo::name(mmdpo::cpu_level())); }, "The instruction set the kernels use now.");
+  m.def("multiplies_bfloat16", &mmdpo::multiplies_bfloat16, "Whether this CPU, at its level now, has instructions for products of bfloat16.");
   m.def("supported_cpu_levels", &supported_cpu_levels, "What MMDPO_CPU_LEVEL may name on this CPU, slowest first.");
   // In the order of mmdpo::LogitState.
   m.attr("logit_states") = std::vector<std::string>{"peak", "others", "target", "deviation", "sum"};

@@ -17,7 +17,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-TOP = ("benchmarks", "csrc", "docs", "mmdpo_kernels", "tests", "trainers")
+TOP = ("benchmarks", "csrc", "docs", "mmdpo_kernels", "tests", "tools", "trainers")
 FILES = [path.relative_to(ROOT).as_posix() for top in TOP for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 FILES += [path.name for path in ROOT.iterdir()]
 WRITTEN = {
@@ -31,6 +31,7 @@ WRITTEN = {
     "generation_config.json",
     "adapter_config.json",
     "quantization.json",
+    "mmdpo_run.yaml",
     "reward_model.json",
 }
 """Files of runs, trainings and models."""

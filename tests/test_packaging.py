@@ -16,6 +16,7 @@ import mmdpo_trainers
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+TOOLS = PYPROJECT["dependency-groups"]
 
 
 def project(requirement: str) -> str:
@@ -37,14 +38,14 @@ def test_installing_without_extras_needs_three_packages() -> None:
 
 
 # vLLM brings a torch and a transformers of its own into an environment of its own.
-@pytest.mark.parametrize("group", ["core", "build", *(name for name in EXTRAS if name != "vllm")])
+@pytest.mark.parametrize("group", ["core", "build", *TOOLS, *(name for name in EXTRAS if name != "vllm")])
 def test_every_dependency_is_pinned(group: str) -> None:
-    groups = {"core": PYPROJECT["project"]["dependencies"], "build": PYPROJECT["build-system"]["requires"], **EXTRAS}
+    groups = {"core": PYPROJECT["project"]["dependencies"], "build": PYPROJECT["build-system"]["requires"], **TOOLS, **EXTRAS}
     assert not {project(line) for line in groups[group]} - set(constraints())
 
 
 def test_constraints_are_exact_and_name_no_place() -> None:
-    for line in (*constraints().values(), *constraints("constraints-oldest.txt").values()):
+    for line in (line for file in ("", "-oldest", "-hub") for line in constraints(f"constraints{file}.txt").values()):
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line), line
 
 

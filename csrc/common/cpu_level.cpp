@@ -41,4 +41,13 @@ CpuLevel cpu_level() {
                               "'; unset it to let the fastest be chosen");
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  // Every CPU with AMX for bfloat16 has AVX-512-BF16 too.
+  return cpu_level() == CpuLevel::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace mmdpo

@@ -16,4 +16,7 @@ std::vector<CpuLevel> supported_cpu_levels();
 // Throws std::invalid_argument where that names no level or one this CPU cannot run.
 CpuLevel cpu_level();
 
+// Whether the CPU has instructions for products of bfloat16 (AVX-512-BF16, or AMX) and may use them: not below the level avx512.
+bool multiplies_bfloat16();
+
 }  // namespace mmdpo

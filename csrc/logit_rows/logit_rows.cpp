@@ -5,6 +5,7 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/cpu_level.h"
 #include "logit_rows/logit_rows_task.h"
@@ -23,6 +24,7 @@ void check(const LogitRowsArgs& a, const LogitTile& tile, int num_threads) {
   require(a.rows >= 0 && a.hidden_size >= 0 && tile.first >= 0 && tile.count >= 0, "sizes must not be negative");
   require(a.coefficient_rows >= 0 && a.coefficient_rows <= a.rows,
           "coefficient_rows must lie in [0, " + std::to_string(a.rows) + "], got " + std::to_string(a.coefficient_rows));
+  require(tile.dtype == DType::float32 || tile.dtype == DType::bfloat16, "logits must be float32 or bfloat16");
   require(tile.stride >= tile.count,
           "stride must be at least " + std::to_string(tile.count) + ", got " + std::to_string(tile.stride));
   require(std::isfinite(a.softcap) && a.softcap >= 0, "softcap must be finite and not negative");
@@ -55,7 +57,8 @@ void fold_logit_tile(const LogitRowsArgs& args, const LogitTile& tile, int num_t
   const int threads = static_cast<int>(std::min<int64_t>(num_threads, 1 + args.rows * tile.count / kLogitsPerThread));
   const int64_t tasks = std::min<int64_t>(args.rows, threads == 1 ? 1 : threads * kTasksPerThread);
   parallel_for(tasks, threads, [&](int64_t task) {
-    run({&args, &tile, args.rows * task / tasks, args.rows * (task + 1) / tasks});
+    std::vector<float> row(tile.dtype == DType::float32 ? 0 : tile.count);
+    run({&args, &tile, args.rows * task / tasks, args.rows * (task + 1) / tasks, row.data()});
   });
 }
 

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace mmdpo {
 
 // What a row knows of the tiles folded so far. Exponentials are of s - peak.
@@ -33,12 +35,13 @@ struct LogitRowsArgs {
 };
 
 struct LogitTile {
-  float* logits;         // rows of `count`
+  void* logits;          // rows of `count`
+  DType dtype;           // float32, or bfloat16, which a CPU's matrix units may write
   int64_t stride;        // elements from row to row
   int64_t first, count;  // vocabulary entries [first, first + count)
 };
 
-// Folds a tile. Its logits are overwritten: in the coefficient rows by coefficient_scale * exp(s - peak) * (1 - tanh^2(x / softcap)),
+// Folds a tile, in float32 whatever its dtype. Its logits are overwritten: in the coefficient rows by coefficient_scale * exp(s - peak) * (1 - tanh^2(x / softcap)),
 // with the peak as this call leaves it, and by 0 for the target; elsewhere by nothing of use. Results do not depend on the number of
 // threads. Throws std::invalid_argument that names the argument.
 void fold_logit_tile(const LogitRowsArgs& args, const LogitTile& tile, int num_threads);

@@ -11,6 +11,7 @@
 
 namespace {
 
+using mmdpo::DType;
 using mmdpo::LogitRowsArgs;
 using mmdpo::LogitRowsTask;
 using mmdpo::LogitTile;
@@ -18,23 +19,65 @@ using mmdpo::LogitTile;
 using V = Vec<float>;
 constexpr int kWidth = kLanes<float>;
 
-// Rows of a tile may start anywhere and end within a vector.
-inline V load_any(const float* from) {
-  V value;
-  memcpy(&value, from, sizeof(value));
-  return value;
+// How a tile keeps numbers, and how they come into vectors of float32. Rows may start anywhere and end within a vector.
+template <DType kDType>
+struct Stored;
+
+template <>
+struct Stored<DType::float32> {
+  using Element = float;
+  using Part = V;
+  static V widen(Part part) { return part; }
+  static Part narrow(V value) { return value; }
+};
+
+template <>
+struct Stored<DType::bfloat16> {
+  using Element = uint16_t;
+  typedef uint16_t Part __attribute__((vector_size(kVectorBytes / 2), may_alias));
+  using Bits = Vec<int32_t>;
+
+  static V widen(Part part) { return reinterpret_float(__builtin_convertvector(part, Bits) << 16); }
+
+  // To nearest, ties to even. NaN keeps a bit of its payload that no rounding carries away.
+  static Part narrow(V value) {
+    const Bits bits = reinterpret_int(value);
+    const Bits even = (bits >> 16) & 1;
+    const Bits rounded = (bits + 0x7FFF + even) >> 16;
+    const Bits found = value == value ? rounded : (bits >> 16) | 0x40;
+    return __builtin_convertvector(found & 0xFFFF, Part);
+  }
+};
+
+template <DType kDType>
+V load_any(const typename Stored<kDType>::Element* from) {
+  typename Stored<kDType>::Part part;
+  memcpy(&part, from, sizeof(part));
+  return Stored<kDType>::widen(part);
 }
 
-inline void store_any(float* to, V value) { memcpy(to, &value, sizeof(value)); }
-
-inline V load_first(const float* from, int64_t count, float fill) {
-  V value = broadcast(fill);
-  memcpy(&value, from, count * sizeof(float));
-  return value;
+template <DType kDType>
+void store_any(typename Stored<kDType>::Element* to, V value) {
+  const typename Stored<kDType>::Part part = Stored<kDType>::narrow(value);
+  memcpy(to, &part, sizeof(part));
 }
 
-inline void store_first(float* to, V value, int64_t count) { memcpy(to, &value, count * sizeof(float)); }
+template <DType kDType>
+V load_first(const typename Stored<kDType>::Element* from, int64_t count, float fill) {
+  typename Stored<kDType>::Part part = Stored<kDType>::narrow(broadcast(fill));
+  memcpy(&part, from, count * sizeof(*from));
+  return Stored<kDType>::widen(part);
+}
 
+template <DType kDType>
+void store_first(typename Stored<kDType>::Element* to, V value, int64_t count) {
+  const typename Stored<kDType>::Part part = Stored<kDType>::narrow(value);
+  memcpy(to, &part, count * sizeof(*to));
+}
+
+constexpr DType kWide = DType::float32;
+
+template <DType kDType>
 class Fold {
  public:
   explicit Fold(const LogitRowsTask& task)
@@ -48,7 +91,7 @@ class Fold {
   void run() {
     for (int64_t row = task_.first_row; row < task_.last_row; ++row) {
       if (a_.targets[row] == a_.ignore_index) {
-        if (row < a_.coefficient_rows) memset(logits(row), 0, tile_.count * sizeof(float));
+        if (row < a_.coefficient_rows) memset(logits(row), 0, tile_.count * sizeof(Element));
       } else {
         fold_row(row);
       }
@@ -56,16 +99,25 @@ class Fold {
   }
 
  private:
+  using Element = typename Stored<kDType>::Element;
   struct Sums {
     double exponentials, deviation;
   };
 
-  float* logits(int64_t row) const { return tile_.logits + row * tile_.stride; }
+  Element* logits(int64_t row) const { return static_cast<Element*>(tile_.logits) + row * tile_.stride; }
+
+  // Where s is kept until its exponential is known: in the place of the logits themselves where they are float32.
+  float* wide(Element* stored) const {
+    if constexpr (kDType == kWide) return stored;
+    return task_.row;
+  }
+
   double& state(mmdpo::LogitState which, int64_t row) const { return a_.state[which * a_.rows + row]; }
 
   void fold_row(int64_t row) {
-    float* x = logits(row);
-    const float peak = a_.softcap > 0 ? finish<true>(x, state(mmdpo::kSum, row)) : finish<false>(x, state(mmdpo::kSum, row));
+    Element* stored = logits(row);
+    float* x = wide(stored);
+    const float peak = a_.softcap > 0 ? finish<true>(stored, x, state(mmdpo::kSum, row)) : finish<false>(stored, x, state(mmdpo::kSum, row));
     raise_peak(row, peak);
     // The target is kept out of the exponentials, and in at the end.
     const int64_t target = a_.targets[row] - tile_.first;
@@ -77,33 +129,33 @@ class Fold {
     const bool wanted = row < a_.coefficient_rows;
     const float top = static_cast<float>(state(mmdpo::kPeak, row));
     const float shift = top == -INFINITY ? 0.0f : top;  // the row has nothing but -inf or NaN so far
-    const Sums sums = a_.entropy ? exponentials<true>(x, shift, wanted) : exponentials<false>(x, shift, wanted);
+    const Sums sums = a_.entropy ? exponentials<true>(x, stored, shift, wanted) : exponentials<false>(x, stored, shift, wanted);
     state(mmdpo::kOthers, row) += sums.exponentials;
     state(mmdpo::kDeviation, row) += sums.deviation;
-    if (here && wanted) x[target] = 0;
+    if (here && wanted) stored[target] = 0;
   }
 
-  // x: logits, which become s -> the largest; their sum is added to `sum`. NaN is not found largest, but spoils what comes after.
+  // logits -> s, in x, and the largest of them; their sum is added to `sum`. NaN is not found largest, but spoils what comes after.
   template <bool kSoftcap>
-  float finish(float* x, double& sum) const {
+  float finish(const Element* logits, float* x, double& sum) const {
     const int64_t whole = tile_.count - tile_.count % kWidth, rest = tile_.count - whole;
     const float* bias = a_.bias == nullptr ? nullptr : a_.bias + tile_.first;
     V peaks = broadcast(-INFINITY), sums = {};
     for (int64_t i = 0; i < whole; i += kWidth) {
-      V s = load_any(x + i);
-      if (bias != nullptr) s += load_any(bias + i);
+      V s = load_any<kDType>(logits + i);
+      if (bias != nullptr) s += load_any<kWide>(bias + i);
       s = scaled<kSoftcap>(s);
       peaks = s > peaks ? s : peaks;
       sums += s;
-      store_any(x + i, s);
+      store_any<kWide>(x + i, s);
     }
     if (rest > 0) {
-      V s = load_first(x + whole, rest, 0.0f);
-      if (bias != nullptr) s += load_first(bias + whole, rest, 0.0f);
-      store_first(x + whole, scaled<kSoftcap>(s), rest);
-      s = load_first(x + whole, rest, -INFINITY);
+      V s = load_first<kDType>(logits + whole, rest, 0.0f);
+      if (bias != nullptr) s += load_first<kWide>(bias + whole, rest, 0.0f);
+      store_first<kWide>(x + whole, scaled<kSoftcap>(s), rest);
+      s = load_first<kWide>(x + whole, rest, -INFINITY);
       peaks = s > peaks ? s : peaks;
-      sums += load_first(x + whole, rest, 0.0f);
+      sums += load_first<kWide>(x + whole, rest, 0.0f);
     }
     sum += sum_of<float>(sums);
     return fold<float>(peaks, [](float a, float b) { return a > b ? a : b; });
@@ -130,24 +182,24 @@ class Fold {
     for (int64_t h = 0; h < a_.hidden_size; ++h) sums[h] *= static_cast<float>(factor);
   }
 
-  // x: s, which become coefficients where `wanted`.
+  // x: s, from which come the coefficients, where `wanted`.
   template <bool kEntropy>
-  Sums exponentials(float* x, float shift, bool wanted) const {
+  Sums exponentials(const float* x, Element* coefficients, float shift, bool wanted) const {
     const int64_t whole = tile_.count - tile_.count % kWidth, rest = tile_.count - whole;
     V sums = {}, deviations = {};
     for (int64_t i = 0; i < whole; i += kWidth) {
-      const V s = load_any(x + i);
+      const V s = load_any<kWide>(x + i);
       const V e = exp_(s - shift);
       sums += e;
       if (kEntropy) deviations += e > 0.0f ? e * (s - shift) : V{};
-      if (wanted) store_any(x + i, coefficient(s, e));
+      if (wanted) store_any<kDType>(coefficients + i, coefficient(s, e));
     }
     if (rest > 0) {
-      const V s = load_first(x + whole, rest, -INFINITY);
+      const V s = load_first<kWide>(x + whole, rest, -INFINITY);
       const V e = exp_(s - shift);
       sums += e;
       if (kEntropy) deviations += e > 0.0f ? e * (s - shift) : V{};
-      if (wanted) store_first(x + whole, coefficient(s, e), rest);
+      if (wanted) store_first<kDType>(coefficients + whole, coefficient(s, e), rest);
     }
     return {sum_of<float>(sums), sum_of<float>(deviations)};
   }
@@ -165,5 +217,13 @@ class Fold {
   const float cap_;     // on tanh, up to s
   const float uncap_;   // on s, back to tanh
 };
+
+void fold_rows(const LogitRowsTask& task) {
+  if (task.tile->dtype == DType::bfloat16) {
+    Fold<DType::bfloat16>(task).run();
+  } else {
+    Fold<kWide>(task).run();
+  }
+}
 
 }  // namespace

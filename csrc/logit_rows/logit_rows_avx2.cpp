@@ -6,6 +6,6 @@ constexpr int kVectorBytes = 32;
 
 namespace mmdpo::avx2 {
 
-void fold_logit_rows(const LogitRowsTask& task) { Fold(task).run(); }
+void fold_logit_rows(const LogitRowsTask& task) { fold_rows(task); }
 
 }  // namespace mmdpo::avx2

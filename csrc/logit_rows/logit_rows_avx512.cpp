@@ -6,6 +6,6 @@ constexpr int kVectorBytes = 64;
 
 namespace mmdpo::avx512 {
 
-void fold_logit_rows(const LogitRowsTask& task) { Fold(task).run(); }
+void fold_logit_rows(const LogitRowsTask& task) { fold_rows(task); }
 
 }  // namespace mmdpo::avx512

@@ -6,6 +6,6 @@ constexpr int kVectorBytes = 16;
 
 namespace mmdpo::generic {
 
-void fold_logit_rows(const LogitRowsTask& task) { Fold(task).run(); }
+void fold_logit_rows(const LogitRowsTask& task) { fold_rows(task); }
 
 }  // namespace mmdpo::generic

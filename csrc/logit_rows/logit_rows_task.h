@@ -9,6 +9,7 @@ struct LogitRowsTask {
   const LogitRowsArgs* args;
   const LogitTile* tile;
   int64_t first_row, last_row;  // [first, last)
+  float* row;                   // room for a row of a tile that is not float32
 };
 
 namespace generic {

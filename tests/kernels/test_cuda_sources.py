@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import setup_functions
 import torch
 from emulated_cuda import EmulatedNative, Weather
 from mass_cases import REDUCTIONS, Call, Sizes, assert_sums_as_accurate, make_call
@@ -247,29 +247,30 @@ def test_the_emulation_finds_faults(emulated: EmulatedNative, kernel: str, messa
         emulated.set_weather(Weather.CALM)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def setup_module() -> ModuleType:
-    """setup.py's functions, without running it."""
-    source = (ROOT / "setup.py").read_text().partition("\nsetup(\n")[0]
-    module = ModuleType("setup_functions")
-    module.__file__ = str(ROOT / "setup.py")
-    sys.modules["setup_functions"] = module
-    exec(compile(source, module.__file__, "exec"), module.__dict__)
-    return module
+    return setup_functions.load()
 
 
-@pytest.mark.parametrize("target", ["sm_90", *(pytest.param(each, marks=pytest.mark.nightly) for each in ("sm_80", "sm_100"))])
-def test_nvcc_compiles_without_spills(
-    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str
-) -> None:
-    assert target in setup_module.CUDA_TARGETS
-    monkeypatch.setattr(setup_module, "CUDA_TARGETS", [target])
+OTHER_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
+
+
+@pytest.mark.parametrize("target", ["sm_90a", *(pytest.param(each, marks=pytest.mark.nightly) for each in OTHER_TARGETS)])
+def test_nvcc_compiles_without_spills(setup_module: ModuleType, tmp_path: Path, target: str) -> None:
+    assert {"sm_90a", *OTHER_TARGETS} == set(setup_module.CUDA_TARGETS)
     nvcc = setup_module.find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc on the PATH nor in CUDA_HOME: the CUDA sources cannot be compiled here")
     kernels = 0
     for source in sorted((ROOT / "csrc").rglob("*.cu")):
-        command = [str(nvcc), *setup_module.CUDA_FLAGS, *setup_module.cuda_codes(), f"-I{ROOT / 'csrc'}", "-c", str(source)]
+        command = [
+            str(nvcc),
+            *setup_module.CUDA_FLAGS,
+            *setup_module.cuda_codes([target]),
+            f"-I{ROOT / 'csrc'}",
+            "-c",
+            str(source),
+        ]
         done = subprocess.run([*command, "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         report = done.stdout + done.stderr
@@ -294,3 +295,17 @@ def test_the_build_says_what_it_leaves_out(setup_module: ModuleType, monkeypatch
     assert setup_module.find_nvcc() == nvcc
     with pytest.raises(setup_module.CompileError, match=r"unsupported GNU version(?s:.*)MMDPO_CUDA=0"):
         setup_module.check_host_compiler(nvcc, ["g++"])
+
+
+def test_an_older_nvcc_leaves_targets_out_by_name(setup_module: ModuleType, tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho sm_80 sm_86 sm_90\n")
+    nvcc.chmod(0o755)
+    assert setup_module.cuda_targets(nvcc) == (["sm_80", "sm_86", "sm_90a"], ["sm_89", "sm_100", "sm_120"])
+    assert setup_module.cuda_codes(["sm_80", "sm_90a"])[1:] == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    nvcc.write_text("#!/bin/sh\necho sm_70\n")
+    with pytest.raises(setup_module.CompileError, match="none of sm_80"):
+        setup_module.cuda_targets(nvcc)

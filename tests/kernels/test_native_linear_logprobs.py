@@ -18,6 +18,7 @@ from mmdpo_kernels.backends.reference import linear_logprobs as reference
 
 MODULE = extension.load()
 LEVELS = [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels()
+DTYPES = [] if isinstance(MODULE, str) else MODULE.dtypes
 STATS = ("entropy", "max_logp", "is_top1", "mean_logit")
 PLAIN = LogitOptions(None, 1.0, 1.0, -100)
 OPTIONS = {
@@ -29,6 +30,9 @@ OPTIONS = {
 # Rows and vocabulary: nothing, one entry, less than a vector, tiles of 64 and a part, whole tiles, several blocks of 64 rows.
 SIZES = [(0, 5), (1, 1), (7, 5), (7, 1000), (5, 192), (200, 333)]
 HALVES = [torch.bfloat16, torch.float16]
+WIDENED, MULTIPLIED = "widened", "multiplied"
+PRODUCTS = [(torch.float32, WIDENED), (torch.bfloat16, WIDENED), (torch.bfloat16, MULTIPLIED), (torch.float16, WIDENED)]
+"""Inputs, and what products are of: float32, or bfloat16 as on a CPU that multiplies it. PyTorch's products of it run on any CPU."""
 EVERYTHING = (True, True, True)
 GRADIENTS = ("row gradient", "hidden", "weight", "bias")
 
@@ -38,6 +42,13 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_logprobs_cpu, "TILE_COLUMNS", 64)
     monkeypatch.setattr(linear_logprobs_cpu, "BLOCK_ROWS", 64)
     monkeypatch.setattr(linear_logprobs_cpu, "BACKWARD_ELEMENTS", 50 * 333)
+
+
+@pytest.fixture(autouse=True)
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the test's parameter says; else as on a CPU that multiplies float32 alone, wherever the test runs."""
+    how = request.node.callspec.params.get("how", WIDENED) if hasattr(request.node, "callspec") else WIDENED
+    monkeypatch.setattr(linear_logprobs_cpu, "_multiplies_bfloat16", lambda: how == MULTIPLIED)
 
 
 class Call(NamedTuple):
@@ -122,7 +133,9 @@ def check(call: Call) -> None:
             assert torch.equal(mine.isinf(), exact.isinf()) and not mine.isnan().any(), name
             finite = exact.isfinite()
             size = float(exact[finite].abs().amax()) if exact[finite].numel() else 0.0
-            step = torch.finfo(torch.float32).eps * ((1 + 2 * largest) * size if name in GRADIENTS else size + 2 * largest)
+            step = torch.finfo(native.logit_dtype(call.hidden)).eps * (
+                (1 + 2 * largest) * size if name in GRADIENTS else size + 2 * largest
+            )
             step += torch.finfo(call.hidden.dtype).eps * size if name in ("weight", "bias") else 0.0
             excess = ((exact - mine).abs() - 2 * (exact - theirs).abs() - step)[finite]
             assert not (excess > 0).any(), f"{name}: beyond the bound by {excess.max():.2e}"
@@ -131,18 +144,19 @@ def check(call: Call) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype, how", PRODUCTS)
 def test_as_accurate_as_pytorch(
-    level: str, option: str, size: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    level: str, option: str, size: tuple[int, int], dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
     for bias in (True, False):
         check(make_call(*size, dtype, OPTIONS[option], bias=bias))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_tiles_as_they_are_shipped(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype, how", PRODUCTS)
+def test_tiles_as_they_are_shipped(dtype: torch.dtype, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
+    monkeypatch.setattr(linear_logprobs_cpu, "_multiplies_bfloat16", lambda: how == MULTIPLIED)
     check(make_call(40, 3000, dtype, hidden_size=64))
 
 
@@ -160,12 +174,12 @@ def test_rows_without_a_gradient_are_scored_alike(option: str) -> None:
         torch.testing.assert_close(got, reference.backward(few.grad_logps, *few.inputs, EVERYTHING)[1:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, how", PRODUCTS[:3])
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("remainder", [1e-2, 1e-6, 1e-8])
 @pytest.mark.parametrize("target", [0, 150, 299])
 def test_a_nearly_certain_target_keeps_its_gradient(
-    dtype: torch.dtype, softcap: float | None, remainder: float, target: int
+    dtype: torch.dtype, how: str, softcap: float | None, remainder: float, target: int
 ) -> None:
     """1 - p(target) about `remainder`, which float32 cannot hold beside 1: gradients keep all the digits of their dtype.
 
@@ -183,13 +197,13 @@ def test_a_nearly_certain_target_keeps_its_gradient(
         assert mine is not None and exact is not None
         # tanh is rounded to float32 before logits are subtracted. The head's gradients come from coefficients in the inputs' dtype.
         digits = (4 if softcap is None else 64) * torch.finfo(torch.float32).eps
-        digits += torch.finfo(dtype).eps if name in ("weight", "bias") else 0.0
+        digits += torch.finfo(dtype).eps if name in ("weight", "bias") or how == MULTIPLIED else 0.0
         torch.testing.assert_close(mine.double(), exact, rtol=digits, atol=digits * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("option", ["plain", "scaled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_that_cannot_come(option: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype, how", PRODUCTS[:3])
+def test_tokens_that_cannot_come(option: str, dtype: torch.dtype, how: str) -> None:
     """A bias of -inf, on a whole first tile and on more: probability and gradient 0, nothing spoilt."""
     call = make_call(30, 333, dtype, OPTIONS[option])
     assert call.bias is not None
@@ -202,8 +216,9 @@ def test_tokens_that_cannot_come(option: str, dtype: torch.dtype) -> None:
     assert call.by_native()["bias"][:70].eq(0).all()  # type: ignore[index]
 
 
-def test_what_is_not_finite_stays_so_and_where_it_is() -> None:
-    call = make_call(9, 200)
+@pytest.mark.parametrize("dtype, how", PRODUCTS[:3])
+def test_what_is_not_finite_stays_so_and_where_it_is(dtype: torch.dtype, how: str) -> None:
+    call = make_call(9, 200, dtype)
     call.hidden[3, 0] = float("nan")
     call.hidden[6, 0] = float("inf")
     assert call.targets[3] >= 0 and call.targets[6] >= 0
@@ -215,8 +230,9 @@ def test_what_is_not_finite_stays_so_and_where_it_is() -> None:
         assert bad.nonzero()[:, 0].tolist() == [3, 6], name
 
 
-def test_ignored_rows_may_hold_anything() -> None:
-    call = make_call(9, 200)
+@pytest.mark.parametrize("dtype, how", PRODUCTS[:3])
+def test_ignored_rows_may_hold_anything(dtype: torch.dtype, how: str) -> None:
+    call = make_call(9, 200, dtype)
     call.hidden[1] = float("inf")
     call.hidden[5] = float("nan")
     assert call.targets[1] == call.targets[5] == -100
@@ -233,8 +249,8 @@ def test_all_rows_ignored() -> None:
         assert all(values is not None and bool((values == 0).all()) for values in found.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_strides(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype, how", PRODUCTS[:3])
+def test_any_strides(dtype: torch.dtype, how: str) -> None:
     """Rows of a wider tensor, every second row, a weight that is the transpose of one, an expanded upstream gradient."""
     call = make_call(40, 100, dtype)
     wide = torch.cat((call.hidden, call.hidden), dim=1)[:, :24]
@@ -262,6 +278,42 @@ def test_kept_is_known_from_shapes() -> None:
     assert real[0].shape == (30, 100) and real[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_logits_of_bfloat16_are_rounded_as_pytorch_rounds_them(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of one row whose peak is 0: coefficients are exponentials, NaN among them; a row that ends within a vector."""
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
+    logits = -torch.rand(1, 333).mul(20).bfloat16()
+    logits[0, 7], logits[0, 100] = 0.0, float("-inf")
+    logits[0, 332] = float("nan")
+    tile, state = logits.clone(), torch.zeros(len(MODULE.logit_states), 1, dtype=torch.float64)  # type: ignore[union-attr]
+    state[0] = float("-inf")
+    target, sums = torch.tensor([5]), torch.zeros(1, 1)
+    args = MODULE.LogitRowsArgs(  # type: ignore[union-attr]
+        rows=1,
+        coefficient_rows=1,
+        targets=target.data_ptr(),
+        ignore_index=-100,
+        bias=0,
+        softcap=0.0,
+        logit_scale=1.0,
+        temperature=1.0,
+        coefficient_scale=1.0,
+        entropy=False,
+        state=state.data_ptr(),
+        accumulator=sums.data_ptr(),
+        hidden_size=1,
+    )
+    MODULE.fold_logit_tile(  # type: ignore[union-attr]
+        args, logits=tile.data_ptr(), dtype=DTYPES.index("bfloat16"), stride=333, first=0, count=333, num_threads=1
+    )
+    exact = logits.float().exp()
+    exact[0, 5] = 0.0
+    # An exponential is right to a unit in the last place of float32, which may lie on either side of a tie.
+    torch.testing.assert_close(tile.float(), exact.bfloat16().float(), rtol=2**-8, atol=0.0, equal_nan=True)
+    same = (tile == exact.bfloat16()) | tile.isnan()
+    assert same.float().mean() > 0.99
+
+
 def test_fold_does_not_depend_on_threads() -> None:
     """More threads than rows, enough logits for all of them; the products are PyTorch's own."""
     logits, targets = torch.randn(16, 40_000), torch.randint(0, 40_000, (16,))
@@ -286,16 +338,16 @@ def test_fold_does_not_depend_on_threads() -> None:
             hidden_size=3,
         )
         MODULE.fold_logit_tile(  # type: ignore[union-attr]
-            args, logits=tile.data_ptr(), stride=40_000, first=0, count=40_000, num_threads=threads
+            args, logits=tile.data_ptr(), dtype=DTYPES.index("float32"), stride=40_000, first=0, count=40_000, num_threads=threads
         )
         found.append((tile[:8], state, sums))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, how", PRODUCTS[:3])
 @pytest.mark.parametrize("trained, kept_bytes", [(False, 0), (True, 0), (True, 1 << 20)])
-def test_through_the_op(dtype: torch.dtype, trained: bool, kept_bytes: int) -> None:
+def test_through_the_op(dtype: torch.dtype, how: str, trained: bool, kept_bytes: int) -> None:
     """Gradients by autograd, rows of a reference model beside the policy's, whatever the threads."""
     call = make_call(90, 333, dtype)
     leaves = [call.hidden.requires_grad_()]

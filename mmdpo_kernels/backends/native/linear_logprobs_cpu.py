@@ -2,8 +2,9 @@
 
 As in flash attention a row's exponentials are relative to the largest logit so far, and what was summed before shrinks where that
 rises. So the logits that exist at a time are one tile's, each is written once and overwritten by its coefficient, and both products
-read a tile of the weight while it is in the cache. Everything is float32: half precision, whose products PyTorch makes slowly on a
-CPU, is widened, which is exact.
+read a tile of the weight while it is in the cache. Sums are float32. So are products: half precision, whose products PyTorch makes
+slowly on a CPU, is widened, which is exact. Where the CPU has instructions for products of bfloat16 these are taken, and logits are
+rounded to it, as in a model's own head; so are coefficients, and what a tile adds to a gradient.
 
 u = 2 T H V: forward 1u, forward_with_gradient 2u, backward_kept 1u, backward 3u, or 2u without a gradient of weight and bias.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..logit_options import LogitOptions
-from .extension import address, module
+from .extension import address, load, module
 
 OP = "linear_logprobs"
 
@@ -67,7 +68,13 @@ def forward_with_gradient(
         rows = slice(start, start + BLOCK_ROWS)
         room = None if kept is None else _Kept(kept[0][rows], kept[1][:, rows], kept[2][:, rows])
         block = _Block(
-            hidden[rows].float(), targets[rows].contiguous(), bias, options, "entropy" in stats, gradient[rows], _scale(hidden)
+            hidden[rows].to(logit_dtype(hidden)),
+            targets[rows].contiguous(),
+            bias,
+            options,
+            "entropy" in stats,
+            gradient[rows],
+            _scale(hidden),
         )
         block.fold(weight, room)
         block.finish_gradient(weight, room)
@@ -77,8 +84,8 @@ def forward_with_gradient(
 
 
 def logit_dtype(hidden: Tensor) -> torch.dtype:
-    """float32: the logits of half precision are not rounded to it."""
-    return torch.float32
+    """Of products, and so of logits: float32, or bfloat16 where the CPU multiplies that."""
+    return torch.bfloat16 if hidden.dtype == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
 
 
 def empty_kept(hidden: Tensor, weight: Tensor) -> list[Tensor]:
@@ -152,7 +159,7 @@ class _Block:
 
     def __init__(
         self,
-        hidden: Tensor,  # (R, H) float32
+        hidden: Tensor,  # (R, H) in the dtype of logits
         targets: Tensor,  # (R,) int64
         bias: Tensor | None,  # (V,) float32
         options: LogitOptions,
@@ -165,6 +172,7 @@ class _Block:
         self._options, self._scale = options, scale
         self._native = module(OP)
         self._used = targets != options.ignore_index
+        self._dtype = self._native.dtypes.index(str(hidden.dtype).removeprefix("torch."))
         self._state = hidden.new_zeros(len(self._native.logit_states), hidden.shape[0], dtype=torch.float64)
         self._peak, self._others, self._target, self._deviation, self._sum = self._state
         self._peak.fill_(float("-inf"))
@@ -189,23 +197,25 @@ class _Block:
         rows, count = self._hidden.shape[0], self._gradient.shape[0]
         vocabulary = weight.shape[0]
         buffer = self._hidden.new_empty(rows * min(TILE_COLUMNS, vocabulary))
-        wide = _Widened(weight)
+        heads = _Rows(weight, self._hidden.dtype)
+        product = _Sum(self._gradient, self._hidden.dtype)
         for tile, first in enumerate(range(0, vocabulary, TILE_COLUMNS)):
             columns = slice(first, min(first + TILE_COLUMNS, vocabulary))
-            head = wide.rows(columns)
+            head = heads.rows(columns)
             size = columns.stop - first
             logits = buffer[: rows * size].view(rows, size)
             torch.mm(self._hidden, head.T, out=logits)
             self._native.fold_logit_tile(
                 self._args,
                 logits=logits.data_ptr(),
+                dtype=self._dtype,
                 stride=size,
                 first=first,
                 count=size,
                 num_threads=torch.get_num_threads(),
             )
             if count:
-                self._gradient.addmm_(logits[:count], head)
+                product.add(logits[:count], head)
             if kept is not None:
                 kept.peaks[tile] = self._peak[:count]
                 kept.coefficients[:, columns] = logits[:count]
@@ -268,42 +278,60 @@ class _HeadGradients:
 
     def add(self, grad_logps: Tensor, kept: _Kept, hidden: Tensor, targets: Tensor) -> None:
         """grad_logps: (R,), hidden: (R, H), targets: (R,)."""
-        hidden, grad = hidden.float(), grad_logps.double()
+        hidden, grad = hidden.to(logit_dtype(hidden)), grad_logps.double()
         vocabulary = kept.coefficients.shape[1]
         lse, at_target = kept.factors
-        wide = _Widened(kept.coefficients.T)
+        parts = _Rows(kept.coefficients.T, hidden.dtype)
         scaled = torch.empty_like(hidden)
         for tile, first in enumerate(range(0, vocabulary, TILE_COLUMNS)):
             columns = slice(first, min(first + TILE_COLUMNS, vocabulary))
-            coefficients = wide.rows(columns)
+            coefficients = parts.rows(columns)
             factors = (-self._slope / _scale(kept.coefficients) * grad * (kept.peaks[tile] - lse).exp()).float()
             if self.weight is not None:
                 torch.mul(hidden, factors[:, None], out=scaled)
-                self.weight[columns].addmm_(coefficients, scaled)
+                _Sum(self.weight[columns], hidden.dtype).add(coefficients, scaled)
             if self.bias is not None:
-                self.bias[columns].addmv_(coefficients, factors)
+                self.bias[columns].addmv_(coefficients.float(), factors)
         # Ignored rows add 0 to row 0.
         where, factors = targets.where(targets != self._ignore_index, 0), (grad * at_target).float()
         if self.weight is not None:
-            self.weight.index_add_(0, where, torch.mul(hidden, factors[:, None], out=scaled))
+            self.weight.index_add_(0, where, hidden.float() * factors[:, None])
         if self.bias is not None:
             self.bias.index_add_(0, where, factors)
 
 
-class _Widened:
-    """Rows of a matrix in float32: themselves, or a copy that the next ones overwrite."""
+class _Rows:
+    """Rows of a matrix in a dtype: themselves, or a copy that the next ones overwrite."""
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
         self._matrix = matrix
-        narrow = matrix.dtype != torch.float32
         # The copy is laid out as its source, rows or columns dense: then it is one of consecutive elements to consecutive elements.
-        self._buffer = torch.empty_like(matrix[:TILE_COLUMNS], dtype=torch.float32) if narrow else None
+        self._buffer = None if matrix.dtype == dtype else torch.empty_like(matrix[:TILE_COLUMNS], dtype=dtype)
 
     def rows(self, rows: slice) -> Tensor:
         part = self._matrix[rows]
         return part if self._buffer is None else self._buffer[: part.shape[0]].copy_(part)
 
 
+class _Sum:
+    """A sum of products in float32, each of them rounded to the dtype of its factors."""
+
+    def __init__(self, sums: Tensor, dtype: torch.dtype) -> None:
+        self._sums = sums
+        self._buffer = None if sums.dtype == dtype else torch.empty_like(sums, dtype=dtype)
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        if self._buffer is None:
+            self._sums.addmm_(left, right)
+        else:
+            self._sums.add_(torch.mm(left, right, out=self._buffer))
+
+
 def _scale(hidden: Tensor) -> float:
     """What coefficients are kept times, a power of two."""
     return FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
+
+
+def _multiplies_bfloat16() -> bool:
+    native = load()
+    return not isinstance(native, str) and native.multiplies_bfloat16()

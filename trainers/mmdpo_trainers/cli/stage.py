@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mmdpo_trainers.cli import evaluate
 from mmdpo_trainers.cli.flags import add_fields, add_section, configuration, parser_of
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.sections.data import DataConfig
@@ -28,18 +29,20 @@ def _add(commands: Any, stage: str) -> None:
     parser = parser_of(
         commands, stage, kind, f"{kind.about} Settings not given come from FOLDER/config.yaml, or are the defaults."
     )
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="the run folder; created if it does not exist")
+    alone = stage == "evaluate"
+    parser.add_argument("--run", required=not alone, metavar="FOLDER", help="the run folder; created if it does not exist")
     parser.add_argument("--config", metavar="CONFIG", help="settings to start from, in place of FOLDER/config.yaml")
     parser.add_argument("--restart", action="store_true", help="remove this stage's files and those of later stages first")
     parser.add_argument("--arm", metavar="NAME", help="a control experiment of the configuration, in place of the main run")
-    if stage == "evaluate":
+    if alone:
         parser.add_argument("--moment", choices=("before", "after"), default="after", help="the model before or after training")
+        evaluate.add_flags(parser)
     if stage == "augment":
         add_fields(parser, DataConfig, "data")
     if stage == "train":
         add_fields(parser, OnlineConfig, "online")
     add_section(parser, stage)
-    parser.set_defaults(action=_stage, stage=stage)
+    parser.set_defaults(action=evaluate.action(_stage) if alone else _stage, stage=stage)
 
 
 def _stage(options: argparse.Namespace) -> None:

@@ -120,6 +120,7 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
             examples=(
                 "evaluate --run runs/mine --moment before",
                 "evaluate --run runs/mine --moment after --input my_questions.jsonl   # to evaluate/own/my_questions-after",
+                "evaluate --adapter my-adapter --model llava-1.5-7b-hf --input my_questions.jsonl   # without a run, beside its base",
             ),
             model=True,
             shared=True,

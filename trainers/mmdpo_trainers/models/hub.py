@@ -18,7 +18,8 @@ from mmdpo_trainers.errors import StageError
 
 MAIN = constants.DEFAULT_REVISION
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*")
+"""Its licence among them, which an export states."""
 _WEIGHTS = ("*.safetensors",)
 _OLD_WEIGHTS = ("pytorch_model*.bin",)
 """Fetched where a repository has nothing else."""

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from mmdpo_trainers.config.sections.quantization import QuantizationConfig
 from mmdpo_trainers.errors import StageError
@@ -27,7 +26,7 @@ from mmdpo_trainers.models.hub import resolve_model_path
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.processors import load_processor
 from mmdpo_trainers.models.template_date import TemplateDate
-from mmdpo_trainers.models.whole_weights import whole_weights
+from mmdpo_trainers.models.whole_weights import whole_weights, without_bars
 
 __all__ = [
     "FAMILIES",
@@ -37,6 +36,7 @@ __all__ = [
     "load_model",
     "render_prompt",
     "resolve_device",
+    "resolve_dtype",
     "resolve_model_path",
 ]
 
@@ -76,7 +76,7 @@ def load_model(
     in_4_bits = quantized.check_loadable(folder, config, quantization)
     its_processor = load_processor(folder if processor is None else resolve_model_path(processor), config.model_type)
     asked = quantization if quantization is not None and quantization.load_in_4bit else None
-    torch_dtype = dtype if isinstance(dtype, torch.dtype) else _dtype(dtype)
+    torch_dtype = dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype)
     if in_4_bits and torch.float64 in (torch_dtype, getattr(config, "dtype", None) if torch_dtype == "auto" else None):
         raise StageError(
             f"model {folder}: dtype: 4-bit weights compute in float32, bfloat16 or float16, got float64; set one of them"
@@ -110,8 +110,6 @@ def load_model(
 def _read(folder: Path, dtype: Any, quantization: Any, device: torch.device | None) -> Any:
     """The model, and what `from_pretrained` says of missing weights. device: where 4-bit weights are made; None: they are whole."""
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model_class = family_of(config).model_class
@@ -121,14 +119,12 @@ def _read(folder: Path, dtype: Any, quantization: Any, device: torch.device | No
             logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         if quantization is not None:
             options["quantization_config"] = quantized.settings_of(model_class, config, quantization)
-        return model_class.from_pretrained(folder, **options)
+        with without_bars():
+            return model_class.from_pretrained(folder, **options)
     except ImportError as error:
         raise StageError(f"model {folder}: a package that its family needs is missing: {error}") from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StageError(f"model {folder}: its weights cannot be loaded ({error}); download the checkpoint again") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _settle(model: Any, folder: Path, quantization: Any) -> None:
@@ -235,7 +231,8 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, *, merged: bool) -> Any
         raise StageError(f"adapter {adapter} does not fit the model ({error}); it was trained on another base") from error
 
 
-def _dtype(name: str) -> torch.dtype | str:
+def resolve_dtype(name: str) -> torch.dtype | str:
+    """The number type a name means; `auto` stays. Raises StageError for anything else."""
     if name == "auto":
         return "auto"
     dtype = getattr(torch, name, None)

@@ -1,4 +1,4 @@
-"""Reading a model whole in a process in which there are settings with ZeRO-3."""
+"""Reading a model whole in a process in which there are settings with ZeRO-3, and without transformers' own progress bars."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+from transformers.utils import logging
 
 
 @contextlib.contextmanager
@@ -22,3 +24,15 @@ def whole_weights() -> Iterator[None]:
         yield
     finally:
         integration._hf_deepspeed_config_weak_ref = kept
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """While it lasts, transformers shows no progress bars of its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

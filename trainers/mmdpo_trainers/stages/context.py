@@ -42,6 +42,8 @@ class StageContext:
     arm: str | None = None
     own: str | None = None
     """evaluate only: name of an evaluation beside the run's, on prompts of the user's own."""
+    adapter: Path | None = None
+    """evaluate only: what is evaluated in place of what the run trained."""
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -202,7 +204,7 @@ class StageContext:
     @property
     def trained(self) -> Path:
         """What train leaves: a PEFT adapter folder or a whole model."""
-        return self.folder_of("train") / "final"
+        return self.adapter or self.folder_of("train") / "final"
 
 
 def stage_module(stage: str) -> StageModule:

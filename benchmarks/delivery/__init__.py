@@ -1,0 +1,1 @@
+"""What is delivered, made and tried: `make wheels` and `make versions`."""

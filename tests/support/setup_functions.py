@@ -1,0 +1,20 @@
+"""setup.py's functions, without running it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@functools.cache
+def load() -> ModuleType:
+    source = (ROOT / "setup.py").read_text(encoding="utf-8").partition("\nsetup(\n")[0]
+    module = ModuleType("setup_functions_of_setup_py")
+    module.__file__ = str(ROOT / "setup.py")
+    sys.modules[module.__name__] = module
+    exec(compile(source, module.__file__, "exec"), module.__dict__)
+    return module

@@ -1,0 +1,200 @@
+"""Whether an exported model is the one that was trained: read back by transformers alone, and compared with base and adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig
+
+from mmdpo_trainers.checks.inputs import WIDE, drawn_image
+from mmdpo_trainers.checks.result import CheckFailure, Differences
+from mmdpo_trainers.data.records import read_prompts
+from mmdpo_trainers.errors import MmdpoError, StageError
+from mmdpo_trainers.models.encode import encode_prompts, load_images
+from mmdpo_trainers.models.families import family_of
+from mmdpo_trainers.models.loaded import LoadedModel
+from mmdpo_trainers.models.loading import check_folder
+from mmdpo_trainers.models.processors import load_processor
+from mmdpo_trainers.models.template_date import TemplateDate
+from mmdpo_trainers.models.whole_weights import without_bars
+from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.training.reference.model_hash import model_fingerprint
+
+PROMPTS, TOKENS = 4, 16
+"""Prompts that are answered, and tokens of an answer."""
+_LOOKED_AT = 200
+"""Records of a file among which prompts of different formats are looked for."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Greedy tokens (T), and the logits (T, V) that each was taken from, on the CPU."""
+
+    ids: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the exported model is held to."""
+
+    records: list[dict[str, Any]]
+    own: bool
+    """Whether the records are the run's own evaluation prompts."""
+    answers: list[Answer]
+    dtype: torch.dtype
+    device: torch.device
+    date: TemplateDate
+    weights: str = ""
+    """`model_fingerprint` of the weights as they were written."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the comparison found."""
+
+    prompts: int
+    own: bool
+    same: int
+    """Prompts whose greedy tokens are all the same; in others two tokens were as likely as each other, up to rounding."""
+    difference: float
+    """The largest difference of a logit, as a share of the largest logit."""
+    limit: float
+    dtype: str
+
+    def __str__(self) -> str:
+        what = "the run's own evaluation prompts" if self.own else "a built-in prompt"
+        return (
+            f"reloaded by transformers alone: weights bit for bit as merged; greedy tokens of {self.same} of {self.prompts} answers to {what} "
+            f"as of base and adapter; logits off by at most {self.difference:.1e} of the largest (rounding of {self.dtype}: "
+            f"{self.limit:.1e})"
+        )
+
+
+def prompts_for(context: StageContext | None) -> tuple[list[dict[str, Any]], bool]:
+    """A few prompts, and whether they are the run's own: one of each format that it evaluates, or a built-in one."""
+    path = None if context is None else context.evaluation_prompts
+    if path is not None and path.is_file():
+        found: dict[str, dict[str, Any]] = {}
+        for record in itertools.islice(read_prompts(path), _LOOKED_AT):
+            if all(Path(image).is_file() for image in record["images"]):
+                found.setdefault(f"{record['format']} {record['num_images']}", record)
+        if found:
+            return list(found.values())[:PROMPTS], True
+    picture = drawn_image(WIDE, 0).resize((224, 112))
+    return [{"id": "built-in", "prompt": "<image>\nWhat is in the picture?", "images": [picture]}], False
+
+
+@torch.no_grad()
+def answered(loaded: LoadedModel, records: Sequence[Mapping[str, Any]]) -> list[Answer]:
+    """Greedy answers by transformers' `generate`, one prompt after the other."""
+    config = GenerationConfig(
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=loaded.pad_id,
+        eos_token_id=sorted(loaded.end_ids) or None,
+        suppress_tokens=[loaded.image_token_id],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    found = []
+    for record in records:
+        pictures = [each if isinstance(each, Image.Image) else None for each in record["images"]]
+        shown = pictures if all(pictures) and pictures else load_images(record)
+        inputs = encode_prompts(loaded, [record], padding_side="left", pictures=[shown]).inputs
+        output = loaded.model.generate(**inputs, generation_config=config)
+        ids = output.sequences[0, inputs["input_ids"].shape[1] :].cpu()
+        found.append(Answer(ids, torch.stack([step[0].cpu() for step in output.logits])))
+    return found
+
+
+def expected_of(loaded: LoadedModel, context: StageContext | None) -> Expected:
+    """What base and adapter answer; `with_weights` says what they became once they were merged."""
+    records, own = prompts_for(context)
+    return Expected(records, own, answered(loaded, records), loaded.dtype, loaded.device, loaded.date)
+
+
+def with_weights(expected: Expected, model: Any) -> Expected:
+    return dataclasses.replace(expected, weights=model_fingerprint(model))
+
+
+def verify(folder: Path, expected: Expected) -> Verdict:
+    """Read the exported folder as anyone would, and compare. Raises StageError, saying what differs."""
+    again = _reloaded(folder, expected)
+    if model_fingerprint(again.model) != expected.weights:
+        raise StageError(f"{folder}: transformers reads other weights than were written; {_REMEDY}")
+    differences, same = Differences(again.dtype), 0
+    try:
+        for record, before, after in zip(expected.records, expected.answers, answered(again, expected.records), strict=True):
+            same += _compare(record["id"], before, after, differences)
+    except CheckFailure as error:
+        raise StageError(f"{folder}: {error}; {_REMEDY}") from error
+    if differences.largest > differences.limit:
+        raise StageError(
+            f"{folder}: the exported model's logits are off by {differences.largest:.1e} of the largest from those of base and adapter "
+            f"({differences.where}), and rounding of {_name(again.dtype)} is at most {differences.limit:.1e}; {_REMEDY}"
+        )
+    return Verdict(len(expected.records), expected.own, same, differences.largest, differences.limit, _name(again.dtype))
+
+
+_REMEDY = (
+    "nothing was kept. Report it with `mmdpo env`; --dtype float32 tells rounding from faults, and --no-verify keeps the folder"
+)
+
+
+def _compare(id: str, before: Answer, after: Answer, differences: Differences) -> bool:
+    """Add the logits of the steps that both answers have the same tokens before; whether they have the same tokens to the end."""
+    length = min(len(before.ids), len(after.ids))
+    other = (before.ids[:length] != after.ids[:length]).nonzero()
+    shared = length if not len(other) else int(other[0]) + 1
+    for step in range(shared):
+        differences.add(after.logits[step], before.logits[step], f"prompt {id}, token {step}")
+    if not len(other) and len(before.ids) == len(after.ids):
+        return True
+    step = shared - 1
+    row, scale = before.logits[step].double(), float(before.logits[step].double().abs().max())
+    gap = float(row[before.ids[step]] - row[after.ids[step]]) / max(scale, 1e-30)
+    if gap > 2 * differences.limit:
+        raise CheckFailure(
+            f"prompt {id}, token {step}: another greedy token, {gap:.1e} of the largest logit below the one expected"
+        )
+    return False
+
+
+def _reloaded(folder: Path, expected: Expected) -> LoadedModel:
+    """The folder's model by transformers' own class, without a patch. StageError where a weight is missing, left over or of another shape."""
+    config = check_folder(folder)
+    model_class = family_of(config).model_class
+    try:
+        with warnings.catch_warnings(), without_bars():
+            warnings.simplefilter("ignore")
+            model, info = model_class.from_pretrained(
+                folder, dtype=expected.dtype, local_files_only=True, output_loading_info=True
+            )
+        processor = load_processor(folder, config.model_type)
+    except MmdpoError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{folder}: transformers cannot read it back ({' '.join(str(error).split())}); {_REMEDY}") from error
+    for kind, names in info.items():
+        if kind.endswith("_keys") and names:
+            first = sorted(map(str, names))[0]
+            raise StageError(f"{folder}: read back, {len(names)} {kind.replace('_', ' ')}, such as {first}; {_REMEDY}")
+    model = model.to(expected.device).eval()
+    if model.dtype == torch.float64:
+        model.set_experts_implementation("eager")
+    return LoadedModel(model=model, processor=processor, path=folder, date=expected.date)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

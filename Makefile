@@ -69,7 +69,7 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=trainers $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers
+	MYPYPATH=trainers $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers -p tools
 
 wheels: install
 	$(BIN)/python -m benchmarks.delivery.wheels $(WHEELS)

@@ -32,3 +32,23 @@ def wheels_table(result: Mapping[str, Any]) -> str:
 
 def _platforms(result: Mapping[str, Any]) -> str:
     return ", ".join(sorted({row["platform"] for row in result["wheels"]}))
+
+
+def versions_table(result: Mapping[str, Any]) -> str:
+    """Markdown: a row an environment, with its tests or the reason why there are none. result: what `make versions` has written."""
+    header = ["environment", "Python", "torch", "triton", "transformers", "peft", "accelerate", "what ran", "outcome"]
+    rows = []
+    for row in result["rows"]:
+        versions = [row["versions"].get(name, "") for name in header[2:7]]
+        rows.append([row["name"], row["python"], *versions, ", ".join(row["suites"]), _outcome(row)])
+    machine = result["machine"]
+    return f"{markdown(header, rows)}\n\nRun on {machine['cpu']}, without a GPU."
+
+
+def _outcome(row: Mapping[str, Any]) -> str:
+    if row["state"] == "not run":
+        return f"not run here: {row['note']}"
+    if row["state"] == "failed":
+        return "failed"
+    skipped = f", {row['tests']['skipped']} skipped" if row["tests"]["skipped"] else ""
+    return f"{row['tests']['passed']} passed{skipped}, {row['seconds']} s"

@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from benchmarks.delivery import environments, without_torch
 from benchmarks.delivery.environments import PROJECT, Failed, run
 from benchmarks.delivery.page import versions_table
 from benchmarks.delivery.rows import ROWS, SUITES, Row
-from benchmarks.measure import ROOT, place_of
+from benchmarks.measure import ROOT, machine, place_of
 from benchmarks.progress import steps
 
 BUILD = ROOT / "build" / "versions"
@@ -56,6 +57,7 @@ import json, sys
 from importlib import metadata
 print(json.dumps({name: metadata.version(name) for name in sys.argv[1:]}))
 """
+QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
 NAMES = ("torch", "triton", "transformers", "peft", "accelerate")
 
 
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 where a row failed."""
     arguments = _parser().parse_args(argv)
     if arguments.list:
-        print("\n".join(f"{row.name}: {row.reason or row.suite}" for row in ROWS))
+        print("\n".join(f"{row.name}: {row.reason or ', '.join(row.suites)}" for row in ROWS))
         return 0
     unknown = set(arguments.row or ()) - {row.name for row in ROWS}
     if unknown:
@@ -74,11 +76,13 @@ def main(argv: list[str] | None = None) -> int:
     copy_suite()
     with steps(len(ROWS)) as progress:
         for row in ROWS:
+            before = done.get(row.name, {})
+            if arguments.row and row.name not in arguments.row:
+                continue
             wheel = wheel_of(row)
             key = _fingerprint(row, wheel)
-            chosen = not arguments.row or row.name in arguments.row
-            if not chosen or (done.get(row.name, {}).get("key") == key and not arguments.again):
-                progress.step(f"{row.name}: {done[row.name]['state'] if row.name in done else 'not asked for'}, as before")
+            if before.get("key") == key and before["state"] != "failed" and not arguments.again:
+                progress.step(f"{row.name}: {before['state']}, as before")
                 continue
             progress.say(row.name)
             done[row.name] = {"key": key, **result_of(row, wheel, pythons)}
@@ -86,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             progress.step(f"{row.name}: {done[row.name]['state']} {done[row.name]['note']}".rstrip())
     rows = [done[row.name] for row in ROWS if row.name in done]
     place = place_of(arguments, part=len(rows) < len(ROWS))
-    result = {"rows": [{name: value for name, value in row.items() if name != "key"} for row in rows]}
+    result = {"machine": machine(), "rows": [{name: value for name, value in row.items() if name != "key"} for row in rows]}
     place.result("versions", result)
     place.section("docs/installing.md", "versions", versions_table(result))
     return 1 if any(row["state"] == "failed" for row in rows) else 0
@@ -96,12 +100,9 @@ def copy_suite() -> None:
     """The tests without the packages that they test, below build/versions."""
     shutil.rmtree(SUITE, ignore_errors=True)
     shutil.copytree(ROOT / "tests", SUITE / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    markers = "\n".join(f"    {marker}" for marker in PROJECT_MARKERS)
+    markers = "\n".join(f"    {marker}" for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"])
     (SUITE / "pytest.ini").write_text(INI + markers + "\n", encoding="utf-8")
     (SUITE / "tests" / "test_installed.py").write_text(INSTALLED, encoding="utf-8")
-
-
-PROJECT_MARKERS: list[str] = PROJECT["tool"]["pytest"]["ini_options"]["markers"]
 
 
 def wheel_of(row: Row) -> Path:
@@ -118,14 +119,14 @@ def wheel_of(row: Row) -> Path:
 
 def result_of(row: Row, wheel: Path, pythons: dict[str, str]) -> dict[str, Any]:
     """One row: state (passed, failed, not run), a note, versions, numbers of tests, seconds."""
-    base = {"name": row.name, "python": row.python, "suite": row.suite, "versions": {}, "tests": {}, "seconds": 0}
+    base = {"name": row.name, "python": row.python, "suites": row.suites, "versions": {}, "tests": {}, "seconds": 0}
     if row.reason:
         return {**base, "state": "not run", "note": row.reason}
     if row.python not in pythons:
         return {**base, "state": "not run", "note": f"no Python {row.python} was found"}
     started = time.perf_counter()
     try:
-        found = _loaded(row, wheel, pythons[row.python]) if row.suite == "load" else _tested(row, wheel, pythons[row.python])
+        found = _loaded(row, wheel, pythons[row.python]) if "load" in row.suites else _tested(row, wheel, pythons[row.python])
     except Failed as error:
         return {**base, "state": "failed", "note": str(error)[-2000:]}
     return {**base, **found, "seconds": round(time.perf_counter() - started)}
@@ -141,22 +142,22 @@ def _loaded(row: Row, wheel: Path, program: str) -> dict[str, Any]:
 
 def _tested(row: Row, wheel: Path, program: str) -> dict[str, Any]:
     python = environment_of(row, wheel, program)
-    report = BUILD / f"{_folder(row)}.xml"
-    report.unlink(missing_ok=True)
-    versions = json.loads(run([python, "-c", SAY_VERSIONS, *NAMES], folder=SUITE))
+    versions = json.loads(run([python, "-c", SAY_VERSIONS, *NAMES], environment=QUIET, folder=SUITE))
     for name, wanted in row.pins.items():
         if name in versions and versions[name].partition("+")[0] != wanted:
             raise Failed(f"{name} {versions[name]} was installed, not {wanted}")
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
-    command = [python, "-m", "pytest", f"--junitxml={report}", "tests/test_installed.py", *SUITES[row.suite]]
-    note = ""
-    try:
-        run(command, environment=quiet, folder=SUITE)
-    except Failed as error:
-        note = str(error)[-2000:]
-    tests = _counts(report)
-    state = "passed" if not note and tests["passed"] > 1 else "failed"
-    return {"state": state, "note": note, "versions": versions, "tests": tests}
+    tests, notes = Counter({"passed": 0, "failed": 0, "skipped": 0}), []
+    for suite in row.suites:
+        report = BUILD / f"{_folder(row)}_{suite}.xml"
+        report.unlink(missing_ok=True)
+        command = [python, "-m", "pytest", f"--junitxml={report}", "tests/test_installed.py", *SUITES[suite]]
+        try:
+            run(command, environment=QUIET, folder=SUITE)
+        except Failed as error:
+            notes.append(str(error)[-2000:])
+        tests.update(_counts(report))
+    state = "failed" if notes or not tests["passed"] else "passed"
+    return {"state": state, "note": "\n".join(notes), "versions": versions, "tests": dict(tests)}
 
 
 def environment_of(row: Row, wheel: Path, program: str) -> Path:
@@ -190,13 +191,9 @@ def _name(requirement: str) -> str:
 def _counts(report: Path) -> dict[str, int]:
     if not report.is_file():
         return {"passed": 0, "failed": 0, "skipped": 0}
-    suites = ElementTree.parse(report).getroot().iter("testsuite")
-    total, failed, skipped = (0, 0, 0)
-    for suite in suites:
-        total += int(suite.get("tests", 0))
-        failed += int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-        skipped += int(suite.get("skipped", 0))
-    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+    (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
+    total, failures, errors, skipped = (int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped"))
+    return {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
 
 
 def _folder(row: Row) -> str:
@@ -205,7 +202,7 @@ def _folder(row: Row) -> str:
 
 def _fingerprint(row: Row, wheel: Path) -> str:
     """Changes with the row, the wheel and the tests: then it is run again."""
-    digest = hashlib.sha256(json.dumps([asdict(row), SUITES.get(row.suite)]).encode())
+    digest = hashlib.sha256(json.dumps([asdict(row), [SUITES[name] for name in row.suites]]).encode())
     for path in [wheel, *sorted((ROOT / "tests").rglob("*.py"))]:
         if path.is_file():
             digest.update(path.read_bytes())

@@ -17,7 +17,6 @@ from tiny_models import make_tiny_llava, sample_pictures
 
 from docs_code.blocks import ROOT, Block, every_block
 from mmdpo_kernels import image_segments
-from mmdpo_trainers.config.shipped import CONFIGS
 from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import load_model
@@ -36,8 +35,6 @@ def lay_out(folder: Path) -> Path:
     (folder / "FOLDER").symlink_to(folder / MODEL)
     adapted = get_peft_model(load_model(folder / MODEL, device="cpu").model, _lora())
     adapted.save_pretrained(str(folder / "runs" / "llava_mia_dpo" / "train" / "final"))
-    for launcher in ("accelerate", "slurm"):
-        shutil.copytree(CONFIGS / launcher, folder / launcher)
     (folder / "images").mkdir()
     turns = [{"from": "human", "value": "<image>\nwhat colour is it ?"}, {"from": "gpt", "value": "red"}]
     sources, pairs, answers = [], [], []

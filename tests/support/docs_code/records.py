@@ -10,10 +10,12 @@ from typing import Any
 from tiny_models import sample_pictures
 
 from mmdpo_trainers.answers.raters.file import FileRater
-from mmdpo_trainers.config.sections.rating import RateConfig
+from mmdpo_trainers.config.sections.ranking import RankConfig
+from mmdpo_trainers.config.sections.rating import ATTRIBUTES, RateConfig
 from mmdpo_trainers.data.pairs import read_pairs
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.data.sources import SourceRecord, TextRecord, read_source, read_texts
+from mmdpo_trainers.methods.ranking import rank_answers
 from mmdpo_trainers.stages.batches import require
 
 _PICTURES = (".png", ".jpg", ".jpeg")
@@ -63,6 +65,10 @@ def _responses(file: Path) -> int:
     return len(records)
 
 
+def _rated(file: Path) -> int:
+    return len(rank_answers(list(read_prompts(file)), RankConfig(), attributes=ATTRIBUTES, seed=0).pairs)
+
+
 def _ratings(file: Path) -> int:
     FileRater(RateConfig(source="file", file=str(file)))
     return len(file.read_text().splitlines())
@@ -76,5 +82,6 @@ READERS: dict[str, Callable[[Path], int]] = {
     "generate.input": lambda file: len(list(read_prompts(file))),
     "score.input": _responses,
     "rate.file": _ratings,
+    "rank.input": _rated,
 }
 """Setting -> how many records of a file it takes."""

@@ -15,6 +15,7 @@ CANNOT_BE_ASKED = frozenset({"apptainer", "docker", "sbatch", "scontrol", "srun"
 """Programs that are not here; a block with one of them is marked as not run."""
 
 _TARGET = re.compile(r"^([\w-]+):(?!=)", re.M)
+_SUBSTITUTION = re.compile(r"^[A-Za-z_]\w*=\$\(.*\)$")
 _ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
 
 
@@ -26,7 +27,7 @@ def commands_in(block: Block) -> list[list[str]]:
     """The words of each command, comments left out, lines that go on put together, what is set in front of a command taken off."""
     found = []
     for line in re.sub(r"\\\n\s*", " ", block.text).splitlines():
-        words = shlex.split(line, comments=True)
+        words = [] if _SUBSTITUTION.match(line) else shlex.split(line, comments=True)
         while words and _ASSIGNMENT.match(words[0]):
             words = words[1:]
         if words:

@@ -69,7 +69,7 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=trainers $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers -p tools
+	MYPYPATH=trainers $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers -p benchmarks.delivery.hub
 
 wheels: install
 	$(BIN)/python -m benchmarks.delivery.wheels $(WHEELS)
@@ -84,8 +84,8 @@ $(KERNELS)/.installed: constraints-hub.txt $(STAMP)
 
 # The tests of all ops on what `kernels` has loaded, but those of backends that are not in it.
 hub: install $(KERNELS)/.installed
-	PYTHONPATH=$(KERNELS) $(BIN)/python -m tools.hub $(HUB)
-	PYTHONPATH=$(KERNELS):$(CURDIR) $(PYTEST) -p tools.hub.plugin --hub $(HUB) -k "not native and not varlen and not compiled_without_a_graph_break" \
+	PYTHONPATH=$(KERNELS) $(BIN)/python -m benchmarks.delivery.hub $(HUB)
+	PYTHONPATH=$(KERNELS):$(CURDIR) $(PYTEST) -p benchmarks.delivery.hub.plugin --hub $(HUB) -k "not native and not varlen and not compiled_without_a_graph_break" \
 		$(addprefix tests/kernels/test_,attention_mass.py tree_attention.py linear_logprobs.py shared_rows.py preference_loss.py \
 		preference_loss_backends.py triton_attention_mass.py triton_tree_attention.py)
 

@@ -17,7 +17,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-TOP = ("benchmarks", "csrc", "docs", "mmdpo_kernels", "tests", "tools", "trainers")
+TOP = ("benchmarks", "csrc", "docs", "mmdpo_kernels", "tests", "trainers")
 FILES = [path.relative_to(ROOT).as_posix() for top in TOP for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 FILES += [path.name for path in ROOT.iterdir()]
 WRITTEN = {

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import mmdpo_kernels
+from benchmarks.delivery.hub import layout
+from benchmarks.delivery.hub.rules import namespaces, violations
+from benchmarks.delivery.hub.sources import fits
+from benchmarks.delivery.hub.variant import load
 from mmdpo_kernels.backends.ops_table import OPS
 from mmdpo_kernels.op_names import NAMESPACE
-from tools.hub import layout
-from tools.hub.rules import namespaces, violations
-from tools.hub.sources import fits
-from tools.hub.variant import load
 
 TREE = torch.tensor([[6] * 3 + [4, 6, 6]], dtype=torch.int32)
 

@@ -106,11 +106,9 @@ def _add_env(commands: Any) -> None:
 
 
 def _env(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from mmdpo_trainers.cli.env import print_environment
 
-    print_environment(Console())
+    print_environment()
 
 
 if __name__ == "__main__":

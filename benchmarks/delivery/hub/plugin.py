@@ -1,4 +1,4 @@
-"""Runs the ops' tests on a laid out repository: `pytest -p tools.hub.plugin --hub build/hub tests/kernels/...`.
+"""Runs the ops' tests on a laid out repository: `pytest -p benchmarks.delivery.hub.plugin --hub build/hub tests/kernels/...`.
 
 `kernels` loads it; then each import of `mmdpo_kernels` and of a module in it gives what it has, and nothing else is there.
 """
@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from tools.hub.sources import PACKAGE
+from benchmarks.delivery.hub.sources import PACKAGE
 
 
 class Alias(MetaPathFinder, Loader):
@@ -42,7 +42,7 @@ class Alias(MetaPathFinder, Loader):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--hub", type=Path, required=True, help="a repository that `python -m tools.hub` has laid out")
+    parser.addoption("--hub", type=Path, required=True, help="a repository that `python -m benchmarks.delivery.hub` has laid out")
 
 
 def pytest_configure(config: pytest.Config) -> None:

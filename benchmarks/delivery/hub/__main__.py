@@ -1,4 +1,4 @@
-"""`python -m tools.hub [FOLDER]`: lays the repository out, checks the rules, loads it by `kernels` and runs the card's example."""
+"""`python -m benchmarks.delivery.hub [FOLDER]`: lays the repository out, checks the rules, loads it by `kernels` and runs the card's example."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools.hub.layout import CARD, VARIANTS, write
-from tools.hub.rules import check_with_kernels, namespaces, violations
+from benchmarks.delivery.hub.layout import CARD, VARIANTS, write
+from benchmarks.delivery.hub.rules import check_with_kernels, namespaces, violations
 
 
 def main() -> int:
     """Returns 1 where a rule is broken, with a line for each."""
-    parser = argparse.ArgumentParser(prog="python -m tools.hub", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.delivery.hub", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("build/hub"))
     folder = parser.parse_args().folder.resolve()
     write(folder)

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.hub.sources import ALLOWED, ROOT, Source
-from tools.hub.variant import digest
+from benchmarks.delivery.hub.sources import ALLOWED, ROOT, Source
+from benchmarks.delivery.hub.variant import digest
 
 _BLOCKED = """
 import importlib.abc, sys
@@ -28,7 +28,7 @@ sys.meta_path.insert(0, Blocked())
 import warnings
 warnings.filterwarnings("ignore")
 import torch
-from tools.hub.variant import load
+from benchmarks.delivery.hub.variant import load
 before = set(torch._C._dispatch_get_all_op_names())
 module = load(Path(sys.argv[1]))
 query = torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True)

@@ -14,9 +14,9 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
+from benchmarks.delivery.hub.sources import PACKAGE, closure, fits
+from benchmarks.delivery.hub.variant import digest, load
 from mmdpo_kernels.backends.ops_table import OPS
-from tools.hub.sources import PACKAGE, closure, fits
-from tools.hub.variant import digest, load
 
 NAME = "mmdpo-kernels"
 VERSION = 0

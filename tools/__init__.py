@@ -1,1 +1,0 @@
-"""What builds something out of the sources beside the wheel."""

@@ -72,8 +72,13 @@ def run_pipeline(
     if not ranks.is_rank_0():
         return summary
     console = console or Console()
-    for table in run_tables(summary):
+    tables = run_tables(summary)
+    for table in tables:
         console.print(table)
+    if until is not None and not tables:
+        further = ", ".join(stage for stage in method.stages_of(config) if _ORDER.index(stage) > _ORDER.index(until))
+        said = f"done up to {until}: there is nothing to compare yet; the same command without --until does {further}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     report = run.path / "report.html"
     ending = f"report: {report}" if report.exists() else f"run folder: {run.path}"
     console.print(ending, markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import sys
 import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -22,7 +21,7 @@ from mmdpo_trainers.config.stages import STAGES, StageKind
 from mmdpo_trainers.config.values import parse_yaml, read_yaml, type_name, validated
 from mmdpo_trainers.errors import ConfigError, MmdpoError, RunFolderError
 from mmdpo_trainers.methods import METHODS, check_method
-from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.processes import notices, ranks
 
 _SHARED = ("method", "model", "seed", "threads", "dtype", "quantization", "device")
 _ALLOW = "allow_missing"
@@ -82,10 +81,8 @@ _PROMPTS = 1000
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `mmdpo`. Returns the exit code: 0; 2 for an error of the user's, printed in one line; 130 if interrupted."""
     options = _parser().parse_args(arguments)
-    # Notices between libraries (transformers to PEFT) that a user of this command can do nothing about.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
-        with ranks.failing():
+        with notices.aside(), ranks.failing():
             options.action(options)
     except MmdpoError as error:
         _print_error(error)

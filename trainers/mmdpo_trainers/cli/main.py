@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from mmdpo_trainers.cli import missing
 from mmdpo_trainers.cli.words import Parser, unknown_words
 from mmdpo_trainers.errors import MmdpoError
-from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.processes import notices, ranks
 
 _AT_ONCE = ("init", "check", "env", "export")
 """Commands that begin anew where they were interrupted."""
@@ -29,9 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"mmdpo {words[0]}" if words and not words[0].startswith("-") else "mmdpo"
     try:
         options = _options(words, command)
-        # Notices between libraries (transformers to PEFT) that a user of this command can do nothing about.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-        with ranks.failing():
+        with notices.aside(), ranks.failing():
             options.action(options)
     except MmdpoError as error:
         _print_error(error)
@@ -127,11 +124,9 @@ def _add_env(commands: Any) -> None:
 
 
 def _env(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from mmdpo_trainers.cli.env import print_environment
 
-    print_environment(Console())
+    print_environment()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.methods import check_method, method_named, online_settings
 from mmdpo_trainers.methods.ranking import with_attributes
 from mmdpo_trainers.methods.selection import match_of
-from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.processes import notices, ranks
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.run.preflight import check_declaration, check_run
 from mmdpo_trainers.run.tables import run_tables
@@ -94,6 +94,7 @@ def held(run: RunFolder) -> Iterator[None]:
             with ranks.failing():
                 stack.enter_context(run.lock())
                 run.date()
+                notices.keep_in(run.path)
         ranks.barrier()
         yield
 

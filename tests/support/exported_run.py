@@ -72,7 +72,7 @@ def make_run(folder: Path, base: Path) -> Path:
         make_adapter(base, place / "train" / "final", layers="0" if number else r"\d+")
         parts = {"model": "0" * 64, "input select/pairs.jsonl": "1" * 64}
         write_json(place / "train" / "state.json", {"fingerprint": "f", "parts": parts, "seconds": 1.0})
-        write_json(place / "train" / "summary.json", {"pairs": 30, "replay": 0, "steps": 4})
+        write_json(place / "train" / "summary.json", {"pairs": 30, "replay": 0, "steps": 4, "fingerprint": "f"})
     for place, moment in ((folder, "before"), (folder, "after"), (folder / "arms" / "chance", "after")):
         right = ACCURACY[moment]
         lines = [{**prompt, "correct": each} for prompt, each in zip(prompts, right, strict=True)]

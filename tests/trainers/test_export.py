@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from exported_run import make_adapter, make_base, make_run
+from hub_double import Hub
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import safe_open
@@ -322,40 +323,9 @@ def test_what_an_earlier_kill_left_goes(adapter: Path, base: Path, tmp_path: Pat
     assert load_model(tmp_path / "out", device="cpu")
 
 
-class Hub:
-    """Stands in for `HfApi`, and keeps what it is asked."""
-
-    asked: list[tuple[str, Any]] = []
-    refused: Exception | None = None
-
-    def whoami(self) -> dict[str, str]:
-        self.asked.append(("whoami", None))
-        if self.refused is not None:
-            raise self.refused
-        return {"name": "me"}
-
-    def create_repo(self, repo_id: str, **options: Any) -> Any:
-        self.asked.append(("create_repo", (repo_id, options)))
-
-        class Url(str):
-            pass
-
-        url = Url(f"https://example.org/{repo_id}")
-        url.repo_id = repo_id  # type: ignore[attr-defined]
-        return url
-
-    def upload_folder(self, **options: Any) -> None:
-        files = sorted(path.name for path in Path(options["folder_path"]).iterdir())
-        self.asked.append(("upload_folder", (options["repo_id"], files)))
-
-
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr(Hub, "asked", [])
-    monkeypatch.setattr(Hub, "refused", None)
-    monkeypatch.setenv("HF_TOKEN", "hf_notforanyone")
-    return Hub
+    return Hub.put_in(monkeypatch)
 
 
 def test_uploaded_to_the_hub(run: Path, tmp_path: Path, stub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:

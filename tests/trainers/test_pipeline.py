@@ -114,6 +114,17 @@ def test_stages_run_in_order_once_and_are_summed_up(tmp_path: Path, counting: Co
     assert text.count("done before") == len(MAIN)
 
 
+def test_a_run_that_uploads_asks_first_and_uploads_last(
+    tmp_path: Path, counting: CountingStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.upload, "check", lambda contexts, config: counting.calls.append("asked"))
+    monkeypatch.setattr(pipeline.upload, "push", lambda run, config, progress: counting.calls.append("sent") or "an address")
+    _, text = go(config_of(tmp_path), until="train")
+    assert counting.calls == ["asked", *MAIN[:5]] and "uploaded" not in text
+    _, text = go(config_of(tmp_path))
+    assert counting.calls == ["asked", *MAIN[:5], "asked", *MAIN[5:], "sent"] and "uploaded to: an address" in text
+
+
 def test_what_was_lost_is_in_the_closing_tables(
     tmp_path: Path, counting: CountingStages, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -241,7 +241,7 @@ def test_bad_input_is_named(run: Path, model: Path) -> None:
     for name, value in (
         ("learning_rat", 1.0),
         ("beta", -1),
-        ("push_to_hub", True),
+        ("hub_token", "hf_secret"),
         ("attention_layer", 9),
         ("output_dir", "x"),
         ("resume_from_checkpoint", "x"),

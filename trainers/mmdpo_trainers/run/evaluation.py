@@ -5,6 +5,7 @@ It is the stage evaluate in a folder of its own, so a killed command continues, 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +52,7 @@ def evaluate(config: RunConfig, *, adapter: Path | None, restart: bool = False, 
     with held(run), ranks.failing():
         for context in contexts.values():
             if restart:
-                ranks.on_rank_0(lambda name=context.name: run.remove(name))
+                ranks.on_rank_0(functools.partial(run.remove, context.name))
             run_stage(context)
     if not ranks.is_rank_0():
         return {}

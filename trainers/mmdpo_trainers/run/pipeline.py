@@ -23,6 +23,7 @@ from mmdpo_trainers.methods.ranking import with_attributes
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
+from mmdpo_trainers.run import upload
 from mmdpo_trainers.run.preflight import check_declaration, check_run
 from mmdpo_trainers.run.tables import run_tables
 from mmdpo_trainers.stages.context import StageContext, stage_module
@@ -61,6 +62,7 @@ def run_pipeline(
     contexts = [_context(config, run, progress, step) for step in steps]
     ranks.start()
     ranks.on_rank_0(lambda: check_run(contexts))
+    ranks.on_rank_0(lambda: upload.check(contexts, config))
     with held(run), ranks.failing():
         if restart:
             ranks.on_rank_0(lambda: restart_from(run, restart, tuple(config.arms)))
@@ -69,6 +71,7 @@ def run_pipeline(
                 ranks.on_rank_0(lambda: write_summary(run, config))
             run_stage(context, f"{number}/{len(contexts)} ", config=config)
         summary = ranks.on_rank_0(lambda: write_summary(run, config))
+        uploaded = ranks.on_rank_0(lambda: upload.push(run, config, progress) if until is None else None)
     if not ranks.is_rank_0():
         return summary
     console = console or Console()
@@ -77,6 +80,8 @@ def run_pipeline(
     report = run.path / "report.html"
     ending = f"report: {report}" if report.exists() else f"run folder: {run.path}"
     console.print(ending, markup=False, highlight=False, soft_wrap=True)
+    if uploaded:
+        console.print(f"uploaded to: {uploaded}", markup=False, highlight=False, soft_wrap=True)
     return summary
 
 

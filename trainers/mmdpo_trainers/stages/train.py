@@ -41,7 +41,8 @@ from mmdpo_trainers.training.training_log import LogFile, TrainingProgress
 
 _REFUSED = {
     "load_best_model_at_end": "not available in a run, whose last weights are final/",
-    "push_to_hub": "not available in a run, whose last weights are final/",
+    "hub_token": "it would be kept in the run's files; the token is taken from `hf auth login` or HF_TOKEN",
+    "hub_always_push": "nothing is uploaded before the end of a run",
     "output_dir": "a run writes into its own folder; choose that one with run_dir",
     "resume_from_checkpoint": "a run continues from its last whole checkpoint by itself",
 }
@@ -84,6 +85,10 @@ def run(context: StageContext) -> dict[str, Any]:
         _check_disk(context, trainer)
         trainer.train(resume_from_checkpoint="auto")
     _save(trainer, context.folder)
+    if context.options.args.get("push_to_hub"):
+        context.progress.print(
+            "train: uploaded at the end of `mmdpo run`; after single stages `mmdpo export --push-to-hub` does it"
+        )
     missing = counts.pop("missing")
     total = sum(counts.values()) + missing + len(trainer.left_out)
     sampled = {"online": online_summary(context.folder / ONLINE)} if trainer.online is not None else {}
@@ -189,9 +194,12 @@ def preference_config(context: StageContext, layers: Sequence[int], *, evaluate:
         if args.get(name):
             raise ConfigError(f"train.args.{name}: {reason}; leave it out")
     try:
-        return TRAINERS[context.method.trainer].config_class(**values)
+        settings = TRAINERS[context.method.trainer].config_class(**values)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"train.args: {_one_line(error)}") from error
+    # The end of a run uploads what was trained, with its card (`run.upload`); the trainer would upload this folder, bit by bit.
+    settings.push_to_hub = False
+    return settings
 
 
 def check_quantization(context: StageContext, config: Any, settings: PreferenceConfig) -> None:

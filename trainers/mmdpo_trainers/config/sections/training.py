@@ -24,6 +24,9 @@ class TrainConfig(Settings):
     args: Finite[dict[StrictStr, Any]] = option(
         help="fields of PreferenceConfig, such as learning_rate, beta, loss_type; of RewardConfig for a reward model, such as facts",
         factory=dict,
+        result=lambda args: {
+            name: value for name, value in args.items() if name != "push_to_hub" and not name.startswith("hub_")
+        },
     )
     replay: StrictFloat = option(
         0.0,

@@ -80,7 +80,7 @@ def accuracy(context: StageContext) -> list[Row]:
     """Rows (questions, their number, before, after, change), with 95 % intervals."""
     before, after = (summary_of(context, "evaluate", moment) for moment in ("before", "after"))
     outcomes = [_outcomes(context, moment) for moment in ("before", "after")]
-    rows = []
+    rows: list[Row] = []
     for name in dict.fromkeys([*(before.get("accuracy") or {}), *(after.get("accuracy") or {})]):
         change = paired_change(*({id: right for id, (group, right) in each.items() if group == name} for each in outcomes))
         said = "-" if change is None else f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})"

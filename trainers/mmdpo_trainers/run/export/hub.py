@@ -7,27 +7,28 @@ from typing import Any
 
 from mmdpo_trainers.errors import ConfigError, StageError
 
-_SET = "--push-to-hub"
 
-
-def check(id: str) -> None:
+def check(id: str, what: str = "--push-to-hub") -> None:
     """Raise ConfigError, before any work, for an id that there cannot be, and where the Hub cannot be reached or knows nobody."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(id)
     except HFValidationError as error:
-        raise ConfigError(f"{_SET} {id}: expected a name such as me/my-model ({_line(error)})") from error
-    _asked(f"{_SET} {id}", lambda api: api.whoami())
+        raise ConfigError(f"{what} {id}: expected a name such as me/my-model ({_line(error)})") from error
+    _asked(f"{what} {id}", lambda api: api.whoami())
 
 
-def upload(folder: Path, id: str, *, private: bool | None = None) -> str:
-    """Upload a folder to the repository `id`, made where there is none; returns its address."""
+def upload(folder: Path, id: str, *, private: bool | None = None, revision: str | None = None) -> str:
+    """Upload a folder to the repository `id`, made where there is none, on a branch of it; returns its address."""
     again = f"hf upload {id} {folder}"
 
     def work(api: Any) -> str:
         repository = api.create_repo(id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=str(folder), commit_message="Export of a training with mmdpo")
+        message = "Export of a training with mmdpo-kernels"
+        if revision is not None:
+            api.create_branch(repository.repo_id, branch=revision, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=str(folder), commit_message=message, revision=revision)
         return str(repository)
 
     return _asked(f"{folder} is whole, but could not be uploaded to {id}", work, f"; try again with `{again}`", StageError)

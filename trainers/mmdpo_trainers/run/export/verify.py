@@ -109,8 +109,8 @@ def answered(loaded: LoadedModel, records: Sequence[Mapping[str, Any]]) -> list[
     )
     found = []
     for record in records:
-        pictures = [each if isinstance(each, Image.Image) else None for each in record["images"]]
-        shown = pictures if all(pictures) and pictures else load_images(record)
+        made = all(isinstance(each, Image.Image) for each in record["images"])
+        shown: list[Image.Image] = list(record["images"]) if made else load_images(record)
         inputs = encode_prompts(loaded, [record], padding_side="left", pictures=[shown]).inputs
         output = loaded.model.generate(**inputs, generation_config=config)
         ids = output.sequences[0, inputs["input_ids"].shape[1] :].cpu()

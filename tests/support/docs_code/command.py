@@ -16,6 +16,9 @@ from mmdpo_trainers.stages.folder import RunFolder
 _WORK = (
     "mmdpo_trainers.run.calibrate.calibrate",
     "mmdpo_trainers.run.reference.run",
+    "mmdpo_trainers.run.evaluation.evaluate",
+    "mmdpo_trainers.run.export.source.find_source",
+    "mmdpo_trainers.run.export.write.export",
     "mmdpo_trainers.checks.command.check_command",
     "mmdpo_trainers.cli.env.print_environment",
 )

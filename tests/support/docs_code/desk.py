@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from tiny_models import make_tiny_llava, sample_pictures
 
 from docs_code.blocks import ROOT, Block, every_block
@@ -33,8 +33,6 @@ def lay_out(folder: Path) -> Path:
     """Fill the folder: the model, configurations, pictures, and each kind of data that pages name."""
     make_tiny_llava(folder / MODEL, layers=LAYERS, hidden=16, heads=2, kv_heads=2)
     (folder / "FOLDER").symlink_to(folder / MODEL)
-    adapted = get_peft_model(load_model(folder / MODEL, device="cpu").model, _lora())
-    adapted.save_pretrained(str(folder / "runs" / "llava_mia_dpo" / "train" / "final"))
     (folder / "images").mkdir()
     turns = [{"from": "human", "value": "<image>\nwhat colour is it ?"}, {"from": "gpt", "value": "red"}]
     sources, pairs, answers = [], [], []
@@ -154,6 +152,14 @@ def namespace(blocks: Sequence[Block], given: Given) -> dict[str, Any]:
     if unknown:
         raise NameError(f"{blocks[0].page}: nobody sets {', '.join(sorted(unknown))}")
     return {"__name__": "page", **{name: made[name]() for name in sorted(((used - bound) | first) & set(made))}}
+
+
+def imports(block: Block) -> set[str]:
+    """Top-level packages that a block imports."""
+    nodes = list(ast.walk(ast.parse(block.text)))
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.partition(".")[0] for name in found}
 
 
 def _used_before_set(blocks: Sequence[Block]) -> set[str]:

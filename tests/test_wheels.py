@@ -1,4 +1,4 @@
-"""What `make wheels` promises: old systems, no torch in the links, a name for each kind, the sdist; `make versions` in test_versions.py."""
+"""What `make wheels` promises: old systems, no torch in the links, a name for each kind, the sdist."""
 
 from __future__ import annotations
 

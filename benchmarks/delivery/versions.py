@@ -34,19 +34,21 @@ BUILD = ROOT / "build" / "versions"
 SUITE = BUILD / "suite"
 TEST_TOOLS = ["pytest", "hypothesis", "num2words"]
 INI = """[pytest]
-pythonpath = tests/support
+pythonpath = . tests/support
 addopts = -q -m "not nightly" -p no:cacheprovider
 markers =
 """
-# Goes into the suite: what the other tests import is what is installed.
+# Goes into the suite, with the mark by which some of it is chosen: what the other tests import is what is installed.
 INSTALLED = """
 import sys
 from pathlib import Path
 
 import mmdpo_kernels
 import mmdpo_trainers
+import pytest
 
 
+@pytest.mark.smoke
 def test_the_packages_are_the_installed_ones():
     for package in (mmdpo_kernels, mmdpo_trainers):
         folder = Path(package.__file__).parents[1]
@@ -99,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
 def copy_suite() -> None:
     """The tests without the packages that they test, below build/versions."""
     shutil.rmtree(SUITE, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", SUITE / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests", "benchmarks"):  # some tests say what the committed results hold
+        shutil.copytree(ROOT / name, SUITE / name, ignore=shutil.ignore_patterns("__pycache__"))
     markers = "\n".join(f"    {marker}" for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"])
     (SUITE / "pytest.ini").write_text(INI + markers + "\n", encoding="utf-8")
     (SUITE / "tests" / "test_installed.py").write_text(INSTALLED, encoding="utf-8")
@@ -202,8 +205,10 @@ def _folder(row: Row) -> str:
 
 def _fingerprint(row: Row, wheel: Path) -> str:
     """Changes with the row, the wheel and the tests: then it is run again."""
-    digest = hashlib.sha256(json.dumps([asdict(row), [SUITES[name] for name in row.suites]]).encode())
-    for path in [wheel, *sorted((ROOT / "tests").rglob("*.py"))]:
+    words = [word for name in row.suites for word in SUITES[name]]
+    digest = hashlib.sha256(json.dumps([asdict(row), words, INSTALLED]).encode())
+    tests = {ROOT / word for word in words if word.endswith(".py")}
+    for path in [wheel, *sorted(tests), *sorted((ROOT / "tests" / "support").rglob("*.py"))]:
         if path.is_file():
             digest.update(path.read_bytes())
     return digest.hexdigest()

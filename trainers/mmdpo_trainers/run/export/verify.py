@@ -6,13 +6,15 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mmdpo_trainers.checks.inputs import WIDE, drawn_image
@@ -29,8 +31,8 @@ from mmdpo_trainers.models.whole_weights import without_bars
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.training.reference.model_hash import model_fingerprint
 
-PROMPTS, TOKENS = 4, 16
-"""Prompts that are answered, and tokens of an answer."""
+PROMPTS, TOKENS, _ROWS = 4, 16, 4
+"""Prompts that are answered, tokens of an answer, and rows that a layer is tried on."""
 _LOOKED_AT = 200
 """Records of a file among which prompts of different formats are looked for."""
 
@@ -43,40 +45,53 @@ class Answer:
     logits: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Expected:
     """What the exported model is held to."""
 
     records: list[dict[str, Any]]
     own: bool
     """Whether the records are the run's own evaluation prompts."""
-    answers: list[Answer]
+    unmerged: list[Answer]
+    """Of base and adapter side by side."""
+    layers: dict[str, tuple[Tensor, Tensor]]
+    """Adapted layer -> rows of its input, and its output with the adapter at its side."""
+    unchecked: bool
+    """Whether there are adapted layers that are not among these."""
     dtype: torch.dtype
     device: torch.device
     date: TemplateDate
+    merged: list[Answer] = field(default_factory=list)
+    """Of the merged weights, before they were written."""
     weights: str = ""
     """`model_fingerprint` of the weights as they were written."""
+    rounding: float = 0.0
+    """The largest difference of an output of a merged layer, as a share of its largest."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the comparison found."""
+    """What the comparisons found. Differences are of a logit, as shares of the largest logit."""
 
     prompts: int
     own: bool
     same: int
-    """Prompts whose greedy tokens are all the same; in others two tokens were as likely as each other, up to rounding."""
-    difference: float
-    """The largest difference of a logit, as a share of the largest logit."""
+    """Prompts whose greedy tokens are those of base and adapter to the end."""
+    layers: int
+    layer_difference: float
+    from_merged: float
+    from_unmerged: float
     limit: float
     dtype: str
 
     def __str__(self) -> str:
         what = "the run's own evaluation prompts" if self.own else "a built-in prompt"
+        merged = f"{self.layers} merged layers off by at most {self.layer_difference:.1e}, " if self.layers else ""
         return (
             f"reloaded by transformers alone: weights bit for bit as merged; greedy tokens of {self.same} of {self.prompts} answers to {what} "
-            f"as of base and adapter; logits off by at most {self.difference:.1e} of the largest (rounding of {self.dtype}: "
-            f"{self.limit:.1e})"
+            f"as of base and adapter. {merged[:1].upper()}{merged[1:]}logits by at most {self.from_merged:.1e} from those before writing and "
+            f"{self.from_unmerged:.1e} from those of base and adapter side by side, as shares of the largest (rounding of {self.dtype} in one "
+            f"step: {self.limit:.1e})"
         )
 
 
@@ -118,33 +133,90 @@ def answered(loaded: LoadedModel, records: Sequence[Mapping[str, Any]]) -> list[
     return found
 
 
+@torch.no_grad()
 def expected_of(loaded: LoadedModel, context: StageContext | None) -> Expected:
-    """What base and adapter answer; `with_weights` says what they became once they were merged."""
+    """What base and adapter answer, and what each adapted layer makes of a few random rows, while they are side by side."""
     records, own = prompts_for(context)
-    return Expected(records, own, answered(loaded, records), loaded.dtype, loaded.device, loaded.date)
+    generator, layers, others = torch.Generator().manual_seed(0), {}, False
+    for name, module in loaded.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Linear):
+            rows = torch.randn(_ROWS, module.get_base_layer().in_features, generator=generator).to(loaded.device, loaded.dtype)
+            layers[name] = rows, module(rows)  # type: ignore[operator]
+        elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            others = True
+    return Expected(
+        records=records,
+        own=own,
+        unmerged=answered(loaded, records),
+        layers=layers,
+        unchecked=others,
+        **{"dtype": loaded.dtype, "device": loaded.device, "date": loaded.date},
+    )
 
 
-def with_weights(expected: Expected, model: Any) -> Expected:
-    return dataclasses.replace(expected, weights=model_fingerprint(model))
+@torch.no_grad()
+def with_merged(expected: Expected, loaded: LoadedModel, has_adapter: bool) -> Expected:
+    """The same with what the merged model makes of it. StageError where a layer is not what it was with the adapter at its side.
+
+    Layer by layer, as the rounding of one grows on its way through all the others, and more in some models than in others.
+    """
+    differences = Differences(loaded.dtype)
+    for name, (rows, before) in expected.layers.items():
+        differences.add(loaded.model.get_submodule(name)(rows), before, name)
+    if differences.largest > differences.limit:
+        raise StageError(
+            f"{differences.where}: merged, its output is off by {differences.largest:.1e} of the largest from that with the adapter beside it, "
+            f"and rounding of {_name(loaded.dtype)} is at most {differences.limit:.1e}; {_REMEDY}"
+        )
+    merged = answered(loaded, expected.records) if has_adapter else expected.unmerged
+    weights = model_fingerprint(loaded.model)
+    return dataclasses.replace(expected, merged=merged, weights=weights, rounding=differences.largest)
 
 
+@torch.no_grad()
 def verify(folder: Path, expected: Expected) -> Verdict:
     """Read the exported folder as anyone would, and compare. Raises StageError, saying what differs."""
     again = _reloaded(folder, expected)
     if model_fingerprint(again.model) != expected.weights:
         raise StageError(f"{folder}: transformers reads other weights than were written; {_REMEDY}")
-    differences, same = Differences(again.dtype), 0
+    after = answered(again, expected.records)
+    merged = _compared(folder, expected.records, expected.merged, after, again.dtype, strict=True)
+    unmerged = _compared(folder, expected.records, expected.unmerged, after, again.dtype, strict=expected.unchecked)
+    return Verdict(
+        prompts=len(expected.records),
+        own=expected.own,
+        same=unmerged[1],
+        layers=len(expected.layers),
+        layer_difference=expected.rounding,
+        from_merged=merged[0].largest,
+        from_unmerged=unmerged[0].largest,
+        limit=merged[0].limit,
+        dtype=_name(again.dtype),
+    )
+
+
+def _compared(
+    folder: Path,
+    records: Sequence[Mapping[str, Any]],
+    before: Sequence[Answer],
+    after: Sequence[Answer],
+    dtype: torch.dtype,
+    *,
+    strict: bool,
+) -> tuple[Differences, int]:
+    """Differences of logits, and how many answers have the same tokens. strict: StageError for more than rounding."""
+    differences, same = Differences(dtype), 0
     try:
-        for record, before, after in zip(expected.records, expected.answers, answered(again, expected.records), strict=True):
-            same += _compare(record["id"], before, after, differences)
+        for record, one, other in zip(records, before, after, strict=True):
+            same += _compare(record["id"], one, other, differences, strict=strict)
     except CheckFailure as error:
         raise StageError(f"{folder}: {error}; {_REMEDY}") from error
-    if differences.largest > differences.limit:
+    if strict and differences.largest > differences.limit:
         raise StageError(
-            f"{folder}: the exported model's logits are off by {differences.largest:.1e} of the largest from those of base and adapter "
-            f"({differences.where}), and rounding of {_name(again.dtype)} is at most {differences.limit:.1e}; {_REMEDY}"
+            f"{folder}: the exported model's logits are off by {differences.largest:.1e} of the largest ({differences.where}), and rounding of "
+            f"{_name(dtype)} is at most {differences.limit:.1e}; {_REMEDY}"
         )
-    return Verdict(len(expected.records), expected.own, same, differences.largest, differences.limit, _name(again.dtype))
+    return differences, same
 
 
 _REMEDY = (
@@ -152,7 +224,7 @@ _REMEDY = (
 )
 
 
-def _compare(id: str, before: Answer, after: Answer, differences: Differences) -> bool:
+def _compare(id: str, before: Answer, after: Answer, differences: Differences, *, strict: bool = True) -> bool:
     """Add the logits of the steps that both answers have the same tokens before; whether they have the same tokens to the end."""
     length = min(len(before.ids), len(after.ids))
     other = (before.ids[:length] != after.ids[:length]).nonzero()
@@ -164,7 +236,7 @@ def _compare(id: str, before: Answer, after: Answer, differences: Differences) -
     step = shared - 1
     row, scale = before.logits[step].double(), float(before.logits[step].double().abs().max())
     gap = float(row[before.ids[step]] - row[after.ids[step]]) / max(scale, 1e-30)
-    if gap > 2 * differences.limit:
+    if strict and gap > 2 * differences.limit:
         raise CheckFailure(
             f"prompt {id}, token {step}: another greedy token, {gap:.1e} of the largest logit below the one expected"
         )

@@ -139,7 +139,7 @@ def _write_model(source: Source, folder: Path, options: Options, task: Any) -> v
         loaded = merge(loaded, model)
         del model
     if expected is not None:
-        expected = verify.with_weights(expected, loaded.model)
+        expected = verify.with_merged(expected, loaded, source.is_adapter)
     write_weights(loaded.model, folder, max_shard_size=options.max_shard_size)
     copy_files(source.base, folder, loaded.dtype)
     if expected is None:

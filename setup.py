@@ -27,7 +27,8 @@ FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-
 # No other source may use these: the wheel must run on a CPU that lacks them.
 LEVEL_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"],
+    "avx512": (_AVX512 := ["-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]),
+    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 # Code for each GPU architecture, and of the newest also PTX, which later GPUs compile for themselves. An older nvcc knows fewer.
 CUDA_TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
@@ -64,8 +65,15 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         sources = [ROOT / name for name in extension.sources if nvcc is not None or not name.endswith(".cu")]
+        defines = []
+        if any(level_of(source) == "amx" for source in sources):
+            if accepts(compiler, LEVEL_FLAGS["amx"]):
+                defines.append("-DMMDPO_AMX")
+            else:
+                print(f"mmdpo_kernels: building without the CPU level amx, which {' '.join(compiler)} is too old for", flush=True)
+                sources = [source for source in sources if level_of(source) != "amx"]
         link = link_command(compiler, folder)
-        (folder / "build.ninja").write_text(ninja_file(compiler, link, nvcc, sources, target))
+        (folder / "build.ninja").write_text(ninja_file(compiler, link, nvcc, sources, target, defines))
         try:
             subprocess.run([*ninja_command(), "-C", str(folder)], check=True)
         except subprocess.CalledProcessError as error:
@@ -182,12 +190,14 @@ def cuda_library(nvcc: Path) -> Path:
     )
 
 
-def ninja_file(compiler: list[str], link: list[str], nvcc: Path | None, sources: list[Path], target: Path) -> str:
+def ninja_file(
+    compiler: list[str], link: list[str], nvcc: Path | None, sources: list[Path], target: Path, defines: list[str]
+) -> str:
     """The build of `target` from `sources`, headers tracked. link: see `link_command`."""
     import pybind11
 
     includes = [f"-I{CSRC}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
-    flags = FLAGS + includes + shlex.split(os.environ.get("CXXFLAGS", ""))
+    flags = FLAGS + defines + includes + shlex.split(os.environ.get("CXXFLAGS", ""))
     libraries: list[str] = []
     targets: list[str] = []
     if nvcc is not None:
@@ -218,9 +228,19 @@ def ninja_file(compiler: list[str], link: list[str], nvcc: Path | None, sources:
     return "\n".join(lines) + "\n"
 
 
+def level_of(source: Path) -> str:
+    """The SIMD level that a source is named after, if it is."""
+    return source.stem.rpartition("_")[2]
+
+
 def level_flags(source: Path) -> list[str]:
     """What a source named after a SIMD level is compiled with; nothing for all others."""
-    return LEVEL_FLAGS.get(source.stem.rpartition("_")[2], [])
+    return LEVEL_FLAGS.get(level_of(source), [])
+
+
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def native_sources() -> list[str]:

@@ -130,12 +130,12 @@ std::vector<std::string> cuda_targets() {
 using HeadsOf = std::pair<uintptr_t, std::array<int64_t, 3>>;  // address, strides
 
 mmdpo::Heads heads(const HeadsOf& array) {
-  mmdpo::Heads found{pointer<float>(array.first), {}};
+  mmdpo::Heads found{pointer<void>(array.first), {}};
   for (int i = 0; i < 3; ++i) found.strides[i] = array.second[i];
   return found;
 }
 
-mmdpo::TreeAttentionArgs tree_attention_args(const std::array<int64_t, 5>& sizes, const HeadsOf& query, const HeadsOf& key,
+mmdpo::TreeAttentionArgs tree_attention_args(const std::array<int64_t, 5>& sizes, int dtype, const HeadsOf& query, const HeadsOf& key,
                                              const HeadsOf& value, uintptr_t tree_end, uintptr_t reach, double scale, int num_threads,
                                              const HeadsOf& output, uintptr_t lse) {
   mmdpo::TreeAttentionArgs args{};
@@ -144,6 +144,7 @@ mmdpo::TreeAttentionArgs tree_attention_args(const std::array<int64_t, 5>& sizes
   args.Hkv = sizes[2];
   args.S = sizes[3];
   args.D = sizes[4];
+  args.dtype = static_cast<mmdpo::DType>(dtype);
   args.query = heads(query);
   args.key = heads(key);
   args.value = heads(value);
@@ -156,18 +157,18 @@ mmdpo::TreeAttentionArgs tree_attention_args(const std::array<int64_t, 5>& sizes
   return args;
 }
 
-void tree_attention_forward(const std::array<int64_t, 5>& sizes, const HeadsOf& query, const HeadsOf& key, const HeadsOf& value,
+void tree_attention_forward(const std::array<int64_t, 5>& sizes, int dtype, const HeadsOf& query, const HeadsOf& key, const HeadsOf& value,
                             uintptr_t tree_end, uintptr_t reach, double scale, int num_threads, const HeadsOf& output, uintptr_t lse) {
-  const mmdpo::TreeAttentionArgs args = tree_attention_args(sizes, query, key, value, tree_end, reach, scale, num_threads, output, lse);
+  const mmdpo::TreeAttentionArgs args = tree_attention_args(sizes, dtype, query, key, value, tree_end, reach, scale, num_threads, output, lse);
   py::gil_scoped_release unlocked;
   mmdpo::tree_attention_forward(args);
 }
 
-void tree_attention_backward(const std::array<int64_t, 5>& sizes, const HeadsOf& query, const HeadsOf& key, const HeadsOf& value,
+void tree_attention_backward(const std::array<int64_t, 5>& sizes, int dtype, const HeadsOf& query, const HeadsOf& key, const HeadsOf& value,
                              uintptr_t tree_end, uintptr_t reach, double scale, int num_threads, const HeadsOf& output, uintptr_t lse,
                              const HeadsOf& grad_output, uintptr_t grad_lse, const HeadsOf& grad_query, const HeadsOf& grad_key,
                              const HeadsOf& grad_value) {
-  mmdpo::TreeAttentionArgs args = tree_attention_args(sizes, query, key, value, tree_end, reach, scale, num_threads, output, lse);
+  mmdpo::TreeAttentionArgs args = tree_attention_args(sizes, dtype, query, key, value, tree_end, reach, scale, num_threads, output, lse);
   args.grad_output = heads(grad_output);
   args.grad_lse = pointer<const float>(grad_lse);
   args.grad_query = heads(grad_query);
@@ -281,9 +282,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_unavailable", &mmdpo::cuda::unavailable, "Why the CUDA kernels cannot run on a device, or an empty string.");
 #endif
   m.attr("cuda_targets") = cuda_targets();  // empty: built without CUDA, and there are no functions of that name
-  m.def("tree_attention_forward", &tree_attention_forward, py::kw_only(), py::arg("sizes"), py::arg("query"), py::arg("key"),
+  m.def("tree_attention_forward", &tree_attention_forward, py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("query"), py::arg("key"),
         py::arg("value"), py::arg("tree_end"), py::arg("reach"), py::arg("scale"), py::arg("num_threads"), py::arg("output"), py::arg("lse"));
-  m.def("tree_attention_backward", &tree_attention_backward, py::kw_only(), py::arg("sizes"), py::arg("query"), py::arg("key"),
+  m.def("tree_attention_backward", &tree_attention_backward, py::kw_only(), py::arg("sizes"), py::arg("dtype"), py::arg("query"), py::arg("key"),
         py::arg("value"), py::arg("tree_end"), py::arg("reach"), py::arg("scale"), py::arg("num_threads"), py::arg("output"), py::arg("lse"),
         py::arg("grad_output"), py::arg("grad_lse"), py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"));
   m.def("tree_attention_unavailable", &tree_attention_unavailable, "Why this CPU is not served, or an empty string.");

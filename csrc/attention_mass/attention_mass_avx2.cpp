@@ -1,6 +1,7 @@
 // Compiled with -mavx2 -mfma: 12 of 16 registers hold sums.
 namespace {
 constexpr int kVectorBytes = 32, kTileRows = 6, kTileVectors = 2;
+constexpr int kKeyBlock = 48;  // 48 x 128 floats stay in a 32 KiB L1 cache
 }
 #include "attention_mass/attention_mass_backward.inl"
 #include "attention_mass/attention_mass_forward.inl"

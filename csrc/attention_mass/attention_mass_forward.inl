@@ -7,9 +7,9 @@ namespace {
 // online: running maximum and total; fixed: probabilities are exp(score - shift) / total with both known.
 enum class Pass { online_total, online_mass, fixed_mass, fixed_columns };
 
-template <class T>
-class Forward : Rows<T> {
-  using Base = Rows<T>;
+template <class T, class Products = VectorProducts<T>>
+class Forward : Rows<T, Products> {
+  using Base = Rows<T, Products>;
   using Base::a_, Base::M_, Base::task_, Base::shift_, Base::total_;
   using typename Base::V;
 
@@ -19,6 +19,8 @@ class Forward : Rows<T> {
   bool run() {
     return Base::with_workspace([this](Arena& arena) { lay_out(arena); }, [this] { compute(); });
   }
+
+  const Products& products() const { return Base::products_; }
 
  private:
   void lay_out(Arena& arena) {

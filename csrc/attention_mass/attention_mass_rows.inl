@@ -1,27 +1,24 @@
 #pragma once
 
 // What forward and backward of attention_mass share: the rows of a task, packed; blocks of keys, packed and described; scores of rows on a
-// block. Each attention_mass_<level>.cpp defines kVectorBytes and the tile shape first. Written with the compiler's vector extensions; nothing
-// here may call an inline function of the standard library, see simd.inl.
+// block. Each attention_mass_<level>.cpp first defines kVectorBytes, the tile shape and kKeyBlock, the keys that are packed together: whole
+// tiles, and a multiple of their rows. Written with the compiler's vector extensions; nothing here may call an inline function of the standard
+// library, see simd.inl.
 
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
+#include "attention_mass/attention_mass_products.inl"
 #include "attention_mass/attention_mass_task.h"
 #include "common/simd.inl"
 #include "common/tanh.inl"
-#include "common/tile.inl"
 
 namespace {
 
 using mmdpo::AttentionMassArgs;
 using mmdpo::AttentionMassTask;
-using mmdpo::DType;
-
-// Keys packed together: a multiple of every tile's rows and columns, and 48 x 128 floats stay in a 32 KiB L1 cache.
-constexpr int kKeyBlock = 48;
 
 inline Vec<double> exp_(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = ::exp(x[i]);
@@ -31,39 +28,6 @@ inline Vec<double> exp_(Vec<double> x) {
 inline Vec<double> tanh_(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = ::tanh(x[i]);
   return x;
-}
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline float from_half(uint16_t half) {
-  // A power of two moves the exponent from half's bias to float's and brings subnormals along; infinity and NaN need theirs filled.
-  const float scaled = from_bits(static_cast<uint32_t>(half & 0x7FFF) << 13) * 0x1p112f;
-  const float special = from_bits((static_cast<uint32_t>(half & 0x3FF) << 13) | 0x7F800000u);
-  const float value = (half & 0x7C00) == 0x7C00 ? special : scaled;
-  return half & 0x8000 ? -value : value;
-}
-
-// Head vector `offset` elements into `data`, as T.
-template <class T>
-void convert(const void* data, DType dtype, int64_t offset, int64_t D, T* out) {
-  switch (dtype) {
-    case DType::float32:
-      for (int64_t d = 0; d < D; ++d) out[d] = static_cast<const float*>(data)[offset + d];
-      break;
-    case DType::bfloat16:
-      for (int64_t d = 0; d < D; ++d) out[d] = from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[offset + d]) << 16);
-      break;
-    case DType::float16:
-      for (int64_t d = 0; d < D; ++d) out[d] = from_half(static_cast<const uint16_t*>(data)[offset + d]);
-      break;
-    case DType::float64:
-      for (int64_t d = 0; d < D; ++d) out[d] = static_cast<T>(static_cast<const double*>(data)[offset + d]);
-      break;
-  }
 }
 
 // What the rows of a task need to know of kKeyBlock consecutive keys. Lanes past the last key are never visible.
@@ -80,10 +44,12 @@ struct KeyBlock {
 
 enum class Sight { none, part, all };
 
-template <class T>
+// Products: how queries and keys are packed, and the scores made of them.
+template <class T, class Products = VectorProducts<T>>
 class Rows {
  protected:
   using V = Vec<T>;
+  using Part = typename Products::Part;
   static constexpr int kTileKeys = kTileColumns<T>;
   static constexpr int kBlockVectors = kKeyBlock / kLanes<T>;
   static_assert(kKeyBlock % kTileKeys == 0 && kKeyBlock % kTileRows == 0, "blocks are whole tiles");
@@ -91,6 +57,7 @@ class Rows {
   explicit Rows(const AttentionMassTask& task)
       : task_(task),
         a_(*task.args),
+        products_(a_),
         group_(a_.Hq / a_.Hkv),
         M_(task.num_rows * group_),
         num_strips_((M_ + kTileRows - 1) / kTileRows) {}
@@ -110,9 +77,9 @@ class Rows {
   }
 
   void lay_out(Arena& arena) {
-    query_ = arena.take<T>(num_strips_ * kTileRows * a_.D);
-    keys_ = arena.take<T>(kKeyBlock * a_.D);
-    head_ = arena.take<T>(a_.D);
+    query_ = arena.take<Part>(num_strips_ * kTileRows * products_.width());
+    keys_ = arena.take<Part>(kKeyBlock * products_.width());
+    products_.lay_out(arena);
     position_ = arena.take<Int<T>>(M_);
     stop_ = arena.take<Int<T>>(M_);
     depth_ = arena.take<Int<T>>(M_);
@@ -131,14 +98,11 @@ class Rows {
     return task_.batch * a_.key_strides[0] + task_.key_head * a_.key_strides[1] + j * a_.key_strides[2];
   }
 
-  // query_: (strips, D, kTileRows), zero in the rows that fill up the last strip.
+  // query_: strips, zero in the rows that fill up the last one.
   void pack_query() {
-    memset(query_, 0, num_strips_ * kTileRows * a_.D * sizeof(T));
-    for (int64_t m = 0; m < M_; ++m) {
-      convert(a_.query, a_.dtype, query_offset(m), a_.D, head_);
-      T* to = query_ + m / kTileRows * kTileRows * a_.D + m % kTileRows;
-      for (int64_t d = 0; d < a_.D; ++d) to[d * kTileRows] = head_[d];
-    }
+    const int64_t strip = kTileRows * products_.width();
+    memset(query_, 0, num_strips_ * strip * sizeof(Part));
+    for (int64_t m = 0; m < M_; ++m) products_.pack_query(query_offset(m), m % kTileRows, query_ + m / kTileRows * strip);
   }
 
   // Where lse is known, exponentials are probabilities: their total is 1.
@@ -178,9 +142,9 @@ class Rows {
     bool packed = false;
     for (int64_t strip = 0; strip < num_strips_; ++strip) {
       if (!look(block, strip, sights)) continue;
-      if (!packed) pack_keys(block);
+      if (!packed) products_.pack_keys(key_offset(block.first), block.count, keys_);
       packed = true;
-      score(query_ + strip * kTileRows * a_.D, scores);
+      products_.score(query_ + strip * kTileRows * products_.width(), keys_, scores);
       for (int64_t r = 0; r < kTileRows && strip * kTileRows + r < M_; ++r) {
         if (sights[r] == Sight::none) continue;
         const int64_t m = strip * kTileRows + r;
@@ -224,30 +188,6 @@ class Rows {
       any |= !none;
     }
     return any;
-  }
-
-  // keys_: (kKeyBlock / kTileKeys, D, kTileKeys), zero past the last key.
-  void pack_keys(const KeyBlock<T>& block) {
-    if (block.count < kKeyBlock) memset(keys_, 0, kKeyBlock * a_.D * sizeof(T));
-    for (int64_t j = 0; j < block.count; ++j) {
-      convert(a_.key, a_.dtype, key_offset(block.first + j), a_.D, head_);
-      T* to = keys_ + j / kTileKeys * kTileKeys * a_.D + j % kTileKeys;
-      for (int64_t d = 0; d < a_.D; ++d) to[d * kTileKeys] = head_[d];
-    }
-  }
-
-  // scores: (kTileRows, kKeyBlock) products of one strip with the packed keys.
-  void score(const T* query, T* scores) const {
-    // Sums of kDotChunk products are formed in registers and added up: shorter chains of rounding than one sum over D.
-    constexpr int64_t kDotChunk = 32;
-    for (int64_t tile = 0; tile < kKeyBlock; tile += kTileKeys) {
-      const T* keys = keys_ + tile * a_.D;
-      multiply<false>(a_.D < kDotChunk ? a_.D : kDotChunk, query, 1, kTileRows, keys, kTileKeys, scores + tile, kKeyBlock);
-      for (int64_t d = kDotChunk; d < a_.D; d += kDotChunk) {
-        const int64_t count = a_.D - d < kDotChunk ? a_.D - d : kDotChunk;
-        multiply<true>(count, query + d * kTileRows, 1, kTileRows, keys + d * kTileKeys, kTileKeys, scores + tile, kKeyBlock);
-      }
-    }
   }
 
   // Scale, softcap and visibility -> the largest visible score, NaN where all visible ones are.
@@ -299,8 +239,10 @@ class Rows {
 
   const AttentionMassTask& task_;
   const AttentionMassArgs& a_;
+  Products products_;
   const int64_t group_, M_, num_strips_;  // M_: rows times heads of the group, row-major
-  T *query_, *keys_, *head_, *shift_;
+  Part *query_, *keys_;
+  T* shift_;
   Int<T> *position_, *stop_, *depth_;  // stop_: the row sees keys before it
   double* total_;  // (M) of exponentials relative to shift_
 };

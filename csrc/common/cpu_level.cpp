@@ -4,10 +4,37 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(MMDPO_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mmdpo {
+namespace {
+
+#if defined(__x86_64__)
+bool may_use_amx() {
+#if defined(MMDPO_AMX) && defined(__linux__)
+  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24;  // of EDX, CPUID leaf 7
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBfloat16) || !(d & kTile)) return false;
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
+  // Linux gives a process the state of tile registers only on request; its threads and children have it from then on.
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 const char* name(CpuLevel level) {
   switch (level) {
+    case CpuLevel::amx_emulated: return "amx_emulated";
+    case CpuLevel::amx: return "amx";
     case CpuLevel::avx512: return "avx512";
     case CpuLevel::avx2: return "avx2";
     default: return "generic";
@@ -23,6 +50,7 @@ std::vector<CpuLevel> supported_cpu_levels() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl")) {
     levels.push_back(CpuLevel::avx512);
+    if (may_use_amx()) levels.push_back(CpuLevel::amx);
   }
 #endif
   return levels;
@@ -32,6 +60,7 @@ CpuLevel cpu_level() {
   static const std::vector<CpuLevel> supported = supported_cpu_levels();
   const char* wanted = std::getenv("MMDPO_CPU_LEVEL");
   if (wanted == nullptr || *wanted == '\0') return supported.back();
+  if (std::string(wanted) == name(CpuLevel::amx_emulated)) return CpuLevel::amx_emulated;
   std::string names;
   for (CpuLevel level : supported) {
     if (std::string(wanted) == name(level)) return level;
@@ -44,7 +73,8 @@ CpuLevel cpu_level() {
 bool multiplies_bfloat16() {
 #if defined(__x86_64__)
   // Every CPU with AMX for bfloat16 has AVX-512-BF16 too.
-  return cpu_level() == CpuLevel::avx512 && __builtin_cpu_supports("avx512bf16");
+  const CpuLevel level = cpu_level();
+  return (level == CpuLevel::avx512 || level == CpuLevel::amx) && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif

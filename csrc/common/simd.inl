@@ -3,6 +3,8 @@
 // Nothing here may call an inline function of the standard library: a copy compiled for AVX-512 could be the one that the linker keeps for
 // every caller, and an older CPU would die in it. Only C functions, and anonymous namespaces throughout.
 
+#pragma once
+
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -88,6 +90,8 @@ inline Vec<float> exp_(Vec<float> x) {
   p = p * reinterpret_float(power);
   return under ? Vec<float>{} : p;
 }
+
+inline int64_t up_to(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 // Hands out 64-byte aligned arrays from one allocation; with no memory behind it, it measures.
 struct Arena {

@@ -1,4 +1,6 @@
-// The matrix product at the bottom of the kernels: one tile of the result, which stays in registers. Included by kernels, after simd.inl.
+// The matrix product at the bottom of the kernels: one tile of the result, which stays in registers. Included by kernels.
+
+#include "common/simd.inl"
 
 namespace {
 
@@ -32,7 +34,5 @@ inline void multiply(int64_t depth, const T* a, int64_t a_row, int64_t a_step, c
     }
   }
 }
-
-inline int64_t up_to(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 }  // namespace

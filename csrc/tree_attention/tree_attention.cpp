@@ -26,6 +26,7 @@ void check(const TreeAttentionArgs& a) {
   require(a.D > 0, "head size must be positive, got " + std::to_string(a.D));
   require(a.Hkv > 0 && a.Hq % a.Hkv == 0, "query heads must be a multiple of key heads, got " + std::to_string(a.Hq) + " and " +
                                               std::to_string(a.Hkv));
+  require(a.dtype != DType::float64, "dtype must be float32, bfloat16 or float16");
   require(std::isfinite(a.scale), "scale must be finite");
   require(a.num_threads >= 1, "num_threads must be at least 1");
 }
@@ -53,12 +54,16 @@ void run_all(const std::vector<TreeAttentionTask>& tasks, int num_threads, Run r
 Run select_run(bool forward) {
   const char* reason = tree_attention_unavailable();
   if (reason != nullptr) throw std::invalid_argument(std::string("tree_attention: ") + reason);
+  switch (cpu_level()) {
 #if defined(__x86_64__)
-  if (cpu_level() == CpuLevel::avx512) return forward ? avx512::tree_attention_forward : avx512::tree_attention_backward;
-  return forward ? avx2::tree_attention_forward : avx2::tree_attention_backward;
-#else
-  return nullptr;
+#if defined(MMDPO_AMX)
+    case CpuLevel::amx: return forward ? amx::tree_attention_forward : amx::tree_attention_backward;
 #endif
+    case CpuLevel::avx512: return forward ? avx512::tree_attention_forward : avx512::tree_attention_backward;
+    case CpuLevel::avx2: return forward ? avx2::tree_attention_forward : avx2::tree_attention_backward;
+#endif
+    default: return forward ? emulated::tree_attention_forward : emulated::tree_attention_backward;
+  }
 }
 
 }  // namespace

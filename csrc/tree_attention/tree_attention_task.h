@@ -26,6 +26,14 @@ namespace avx512 {
 bool tree_attention_forward(const TreeAttentionTask& task);
 bool tree_attention_backward(const TreeAttentionTask& task);
 }  // namespace avx512
+namespace amx {
+bool tree_attention_forward(const TreeAttentionTask& task);
+bool tree_attention_backward(const TreeAttentionTask& task);
+}  // namespace amx
 #endif
+namespace emulated {
+bool tree_attention_forward(const TreeAttentionTask& task);
+bool tree_attention_backward(const TreeAttentionTask& task);
+}  // namespace emulated
 
 }  // namespace mmdpo

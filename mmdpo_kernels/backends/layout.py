@@ -16,10 +16,13 @@ def dense_heads(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def empty_head_last(like: Tensor, dim: int) -> Tensor:
-    """(B, H, S, dim), in memory as (B, S, H, dim): what a model's next layer reads, and how projections make their outputs."""
+def empty_head_last(like: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """(B, H, S, dim), in memory as (B, S, H, dim): what a model's next layer reads, and how projections make their outputs.
+
+    dtype: that of `like` where it is None.
+    """
     batch, heads, length, _ = like.shape
-    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return like.new_empty(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
 
 
 def int32(tensor: Tensor | None) -> Tensor | None:

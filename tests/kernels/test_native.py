@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,11 @@ from mmdpo_kernels.backends.reference import attention_mass as reference
 
 MODULE = extension.load()
 LEVELS = [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels()
+# Levels that differ from the one below in products of bfloat16 only, the last on any CPU. Half precision is the forward's own there.
+PAIRED = [*(level for level in LEVELS if level == "amx"), "amx_emulated"]
+CASES = [(level, dtype) for level in LEVELS if level not in PAIRED for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+CASES += [(level, torch.bfloat16) for level in PAIRED]
+OWN_CASES = [(level, dtype) for level, dtype in CASES if dtype == (torch.bfloat16 if level in PAIRED else torch.float32)]
 OPTIONS = {"plain": {}, "softcap": {"softcap": 5.0}, "window": {"window": 20}}
 
 
@@ -37,10 +43,9 @@ def test_the_extension_is_built() -> None:
     assert backends()["attention_mass"]["native"] is None or torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("level", "dtype"), CASES)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("lse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_as_accurate_as_pytorch(level: str, option: str, lse: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
     for sizes in SIZES.values():
@@ -52,14 +57,16 @@ def test_as_accurate_as_pytorch(level: str, option: str, lse: bool, dtype: torch
                 assert_as_accurate(call.run(native, reduce), call.run(reference, reduce), truth, largest)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("level", "dtype"), OWN_CASES)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_reach_as_accurate_as_pytorch(level: str, option: str, reduce: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reach_as_accurate_as_pytorch(
+    level: str, dtype: torch.dtype, option: str, reduce: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
     for sizes in SIZES.values():
         for tree in (False, True):
-            call = make_call(sizes, torch.float32, OPTIONS[option], tree, reach=True)
+            call = make_call(sizes, dtype, OPTIONS[option], tree, reach=True)
             largest = call.largest_score()
             truth = call.run(reference, reduce, torch.float64)
             assert_as_accurate(call.run(native, reduce), call.run(reference, reduce), truth, largest)
@@ -80,7 +87,7 @@ def test_float64_is_float64(option: str, lse: bool, reduce: str | None, reach: b
         torch.testing.assert_close(call.run(native, reduce), call.run(reference, reduce), rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [*LEVELS, "amx_emulated"])
 def test_half_precision_inputs_are_read_exactly(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With D = 1 and a query of 1 the score is the key itself: subnormals, largest values and signs come through."""
     monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
@@ -98,28 +105,30 @@ def test_half_precision_inputs_are_read_exactly(level: str, monkeypatch: pytest.
             torch.testing.assert_close(got.flatten().double(), want, rtol=3e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("level", "dtype"), OWN_CASES)
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 @pytest.mark.parametrize("lse", [False, True])
 def test_rows_that_see_nothing_and_unused_rows_are_zero(
-    level: str, reduce: str | None, lse: bool, monkeypatch: pytest.MonkeyPatch
+    level: str, dtype: torch.dtype, reduce: str | None, lse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
-    call = make_call(SIZES["odd"], torch.float32, {})
+    call = make_call(SIZES["odd"], dtype, {})
     call.tree_end = torch.arange(67, dtype=torch.int32).repeat(2, 1)
     call.lse = torch.full((2, 6, 5), float("-inf")) if lse else None
     assert (call.run(native, reduce) == 0).all()
-    call = make_call(SIZES["odd"], torch.float32, {})
+    call = make_call(SIZES["odd"], dtype, {})
     call.row_positions[1] = -1
     assert (call.run(native, reduce)[1] == 0).all()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("level", "dtype"), OWN_CASES)
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_invisible_keys_leave_no_trace(level: str, reduce: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invisible_keys_leave_no_trace(
+    level: str, dtype: torch.dtype, reduce: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Padding may hold anything, NaN included; NaN in a visible key shows."""
     monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
-    call = make_call(SIZES["odd"], torch.float32, {}, tree=False)
+    call = make_call(SIZES["odd"], dtype, {}, tree=False)
     call.tree_end = torch.full((2, 67), 67, dtype=torch.int32)
     call.tree_end[:, 40:50] = torch.arange(40, 50, dtype=torch.int32)
     want = call.run(native, reduce)
@@ -129,6 +138,35 @@ def test_invisible_keys_leave_no_trace(level: str, reduce: str | None, monkeypat
     assert torch.equal(call.run(native, reduce), want)
     key[0, :, 0] = float("nan")
     assert call.run(native, reduce)[0].isnan().any()
+
+
+@pytest.mark.parametrize("level", PAIRED)
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_products_of_bfloat16_are_a_level_s_own(level: str, reduce: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen in the last bits, as these products add up in another order. In everything else the level is the one below."""
+    below = LEVELS[LEVELS.index(level) - 1] if level in LEVELS else "generic"
+    same = {}
+    calls = {dtype: make_call(Sizes(2, 6, 2, 9, 300, 80), dtype, {}) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    calls["large"] = make_call(Sizes(2, 6, 2, 9, 300, 80), torch.bfloat16, {})
+    # The matrix units would take these queries for zeros, whose scores on these keys are as large as any.
+    calls["large"].query_rows[..., 0], calls["large"].key[..., 0] = 2.0**-127, 2.0**127
+    calls["wide scale"] = make_call(Sizes(2, 6, 2, 9, 300, 80), torch.bfloat16, {"scale": 2.0**24})
+    for name, call in calls.items():
+        found = []
+        for either in (level, below):
+            monkeypatch.setenv("MMDPO_CPU_LEVEL", either)
+            found.append(call.run(native, reduce))
+        same[name] = torch.equal(*found)
+    # A mean of few segments may come out the same.
+    assert not same.pop(torch.bfloat16) or reduce == "mean"
+    assert same == {torch.float32: True, torch.float16: True, "large": True, "wide scale": True}
+
+
+def test_a_cpu_without_matrix_units_does_not_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    assert "amx" not in LEVELS or {"amx_tile", "amx_bf16", "avx512_bf16"} <= set(flags)
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", "amx")
+    assert (native.unavailable_reason("cpu", torch.bfloat16) is None) == ("amx" in LEVELS)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -151,10 +189,9 @@ def test_no_segments_and_no_rows() -> None:
     assert (call.run(native, "mean") == 0).all()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("level", "dtype"), [case for case in CASES if case[0] not in PAIRED])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("lse", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_are_as_accurate_as_pytorch_s(
     level: str, option: str, lse: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

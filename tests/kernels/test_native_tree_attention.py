@@ -12,15 +12,21 @@ from torch import Tensor
 from trees import assert_accurate, random_tree_end, with_reach
 
 from mmdpo_kernels import backends, tree_attention
+from mmdpo_kernels.backends.calls import TreeAttentionCall
 from mmdpo_kernels.backends.native import extension
 from mmdpo_kernels.backends.native import tree_attention as native
 
 MODULE = extension.load()
+LEVELS = [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels()
 REASON = native.unavailable_reason("cpu", torch.float32)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 # One token; an odd length with grouped heads; whole blocks of 96; one row more, a head dim that is no whole tile; several blocks.
 SHAPES = [(1, 1, 1, 1, 8), (3, 4, 2, 67, 24), (1, 2, 2, 192, 64), (2, 4, 1, 97, 80), (1, 2, 2, 301, 16)]
+# Levels that make products of bfloat16, the last on any CPU.
+PAIRED = [*(level for level in LEVELS if level == "amx"), "amx_emulated"]
+HALF = [(level, torch.bfloat16, shape) for level in [*LEVELS[1:], "amx_emulated"] for shape in SHAPES]
+HALF += [(level, torch.float16, shape) for level in LEVELS[-1:] for shape in SHAPES[1:4]]
 
 
 def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,19 +74,45 @@ def check_beside_flash(qkv: tuple[Tensor, ...], tree_end: Tensor | None, reach: 
         assert (mine - exact)[kept].abs().max() <= 1.5 * (theirs - exact)[kept].abs().max() + step
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES[1:4])
-def test_half_precision_keeps_the_accuracy_rule(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("level", "dtype", "shape"), HALF)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_half_precision_keeps_the_accuracy_rule(
+    level: str, dtype: torch.dtype, shape: tuple[int, ...], ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
     qkv = [t.detach().to(dtype) for t in inputs(shape)]
-    tree_end = random_tree_end(shape[0], shape[3], 1)
+    tree_end, reach = random_tree_end(shape[0], shape[3], 1), None
+    if ahead:
+        tree_end, reach = with_reach(tree_end, 2, kind="pictures")
     up = torch.randn(qkv[0].shape).to(dtype)
     ours, plain, truth = (
-        run(tuple(qkv), tree_end, up, *how) for how in ((dtype, "native"), (dtype, "reference"), (torch.float64, "reference"))
+        run(tuple(qkv), tree_end, up, *how, reach)
+        for how in ((dtype, "native"), (dtype, "reference"), (torch.float64, "reference"))
     )
     assert [t.dtype for t in ours] == [dtype, torch.float32, dtype, dtype, dtype]
     for mine, theirs, exact in zip(ours, plain, truth, strict=True):
         kept = exact.isfinite()
         assert_accurate(mine[kept], theirs[kept], exact[kept])
+
+
+@pytest.mark.parametrize("level", [*LEVELS[1:], "amx_emulated"])
+@pytest.mark.parametrize("large", [False, True])
+def test_where_bfloat16_is_multiplied_as_such(level: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At levels with such products, which round probabilities, and where they carry the numbers. Elsewhere it is only another way to write
+    float32: results differ by no bit before they are rounded."""
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
+    q, k, v, up = (t.detach().bfloat16() for t in (*inputs((1, 4, 2, 130, 24)), torch.randn(1, 4, 130, 24)))
+    if large:
+        # Beside numbers as large, those count that the matrix units take for zeros.
+        q[..., 0], k[..., 0] = 2.0**-127, 2.0**100
+    call = TreeAttentionCall(random_tree_end(1, 130, 1), None, 0, 0.2, None, None)
+    output, lse, _ = native.forward(q, k, v, call)
+    wide, wide_lse, _ = native.forward(q.float(), k.float(), v.float(), call)
+    grads = native.backward(up, None, None, q, k, v, output, lse, call)
+    wide_grads = native.backward(up.float(), None, None, q.float(), k.float(), v.float(), output.float(), lse, call)
+    same = [torch.equal(one, other.to(one.dtype)) for one, other in zip((output, *grads), (wide, *wide_grads), strict=True)]
+    assert same == [large or level not in PAIRED] * 4
+    torch.testing.assert_close(lse, wide_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_is_what_auto_takes() -> None:
@@ -92,8 +124,8 @@ def test_is_what_auto_takes() -> None:
         tree_attention(q, k, v, window=3, backend="native")
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_result_does_not_depend_on_threads(ahead: bool) -> None:
+@pytest.mark.parametrize(("ahead", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)])
+def test_result_does_not_depend_on_threads(ahead: bool, dtype: torch.dtype) -> None:
     qkv = inputs((1, 3, 3, 500, 32))
     tree_end, reach = random_tree_end(1, 500, 4), None
     if ahead:
@@ -104,7 +136,7 @@ def test_result_does_not_depend_on_threads(ahead: bool) -> None:
     try:
         for count in (1, 5):
             torch.set_num_threads(count)
-            found.append(run(qkv, tree_end, up, torch.float32, "native", reach))
+            found.append(run(qkv, tree_end, up, dtype, "native", reach))
     finally:
         torch.set_num_threads(threads)
     for one, five in zip(*found, strict=True):
@@ -141,9 +173,10 @@ def test_any_strides(how: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so_and_where_it_is(bad: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_so_and_where_it_is(bad: float, dtype: torch.dtype) -> None:
     """A bad key spoils the rows that see it, and no other."""
-    q, k, v = (t.detach().clone() for t in inputs((1, 1, 1, 200, 8)))
+    q, k, v = (t.detach().to(dtype, copy=True) for t in inputs((1, 1, 1, 200, 8)))
     k[0, 0, 120] = bad
     tree_end = torch.full((1, 200), 200, dtype=torch.int32)
     tree_end[0, 110:150] = 150
@@ -152,8 +185,9 @@ def test_what_is_not_finite_stays_so_and_where_it_is(bad: float) -> None:
     assert truth.isnan().any() and not truth[0, 0, 150:].isnan().any()
 
 
-def test_rows_that_see_nothing() -> None:
-    q, k, v = inputs((1, 1, 1, 130, 8))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_see_nothing(dtype: torch.dtype) -> None:
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in inputs((1, 1, 1, 130, 8)))
     tree_end = torch.full((1, 130), 130, dtype=torch.int32)
     tree_end[0, :100] = torch.arange(100)
     out = tree_attention(q, k, v, tree_end, backend="native")
@@ -173,7 +207,7 @@ def test_gradient_through_lse(with_output: bool) -> None:
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("level", [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels())
+@pytest.mark.parametrize("level", LEVELS)
 def test_levels(level: str) -> None:
     """Every instruction set in a process of its own; the lowest is refused with a reason."""
     program = (

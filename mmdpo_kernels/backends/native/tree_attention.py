@@ -1,6 +1,7 @@
 """`tree_attention` in C++ on the CPU: what a tree hides is never computed, and nothing is merged afterwards.
 
-The kernel is a float32 one. float16 and bfloat16 are widened for it, which is exact, and results rounded once.
+Products and sums are float32 ones: float16 and bfloat16 are widened as they are read, which is exact, and results rounded once. On a CPU
+with AMX, products of bfloat16 are made as such, with sums in float32, and probabilities and their gradients are rounded for them.
 """
 
 from __future__ import annotations
@@ -51,14 +52,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> output (B, Hq, S, D), lse (B, Hq, S), mass (B, Hq, S, 0). At most `torch.get_num_threads()` threads work."""
     batch, heads, length, dim = query.shape
-    dtype = query.dtype
-    query, key, value = (tensor.float() for tensor in (query, key, value))
-    output = empty_head_last(query, dim)
-    lse = query.new_empty(batch, heads, length)
+    output = empty_head_last(query, dim, torch.float32)
+    lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     if query.numel():
         tree = int32(call.tree_end), int32(call.reach)
         module(OP).tree_attention_forward(**_arguments(query, key, value, tree, call.scale, output, lse))
-    return output.to(dtype), lse, query.new_empty(batch, heads, length, 0)
+    return output.to(query.dtype), lse, lse.new_empty(batch, heads, length, 0)
 
 
 def backward(
@@ -74,11 +73,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of query, key, value, through output and lse."""
     dtype = query.dtype
-    query, key, value, output = (tensor.float() for tensor in (query, key, value, output))
-    grads = tuple(empty_head_last(tensor, tensor.shape[-1]) for tensor in (query, key, value))
+    grads = tuple(empty_head_last(tensor, tensor.shape[-1], torch.float32) for tensor in (query, key, value))
     if query.numel():
         tree = int32(call.tree_end), int32(call.reach)
-        grad_output = torch.zeros_like(output) if grad_output is None else dense_heads(grad_output.float())
+        grad_output = torch.zeros_like(output) if grad_output is None else dense_heads(grad_output)
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         module(OP).tree_attention_backward(
             **_arguments(query, key, value, tree, call.scale, output, lse),
@@ -103,6 +101,7 @@ def _arguments(
     batch, heads, length, dim = query.shape
     return {
         "sizes": (batch, heads, key.shape[1], length, dim),
+        "dtype": module(OP).dtypes.index(str(query.dtype).removeprefix("torch.")),
         "query": _heads(query),
         "key": _heads(key),
         "value": _heads(value),

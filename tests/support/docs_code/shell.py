@@ -76,7 +76,7 @@ def _pip(arguments: list[str]) -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     for word in arguments[1:]:
-        ours = re.fullmatch(rf"(?:\.|{project['name']}|dist/\S+\.whl)(?:\[([\w,]+)\])?", word)
+        ours = re.fullmatch(rf"(?:\.|{project['name']}|\S+\.whl)(?:\[([\w,]+)\])?", word)
         if ours and ours[1]:
             assert set(ours[1].split(",")) <= set(project["optional-dependencies"]), word
 

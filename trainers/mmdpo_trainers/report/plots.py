@@ -209,13 +209,12 @@ def dot_plot(
 
     series: label -> its values, one a row; None: no dot.
     """
-    marks = [
-        (label, place, *(scale * each for each in (value.value, value.low, value.high)))
-        for label, values in series.items()
-        for place, value in enumerate(values)
-        if value is not None
-        for scale in (100 if isinstance(value, Proportion) else 1,)
-    ]
+    marks: list[tuple[str, int, float, float, float]] = []
+    for label, values in series.items():
+        for place, value in enumerate(values):
+            if value is not None:
+                scale = 100 if isinstance(value, Proportion) else 1
+                marks.append((label, place, scale * value.value, scale * value.low, scale * value.high))
     words = "; ".join(f"{rows[place]}, {label}: {number(shown, '.3g')}" for label, place, shown, _, _ in marks)
     with _canvas(name, title, f"{title}. {words}", height=1.0 + 0.4 * len(rows)) as canvas:
         axes = canvas.axes

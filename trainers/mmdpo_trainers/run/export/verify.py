@@ -150,7 +150,9 @@ def expected_of(loaded: LoadedModel, context: StageContext | None) -> Expected:
         unmerged=answered(loaded, records),
         layers=layers,
         unchecked=others,
-        **{"dtype": loaded.dtype, "device": loaded.device, "date": loaded.date},
+        dtype=loaded.dtype,
+        device=loaded.device,
+        date=loaded.date,
     )
 
 

@@ -7,6 +7,9 @@ PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_D
 # Other transformers, each a folder that goes in front of the path: the oldest that is supported, and whatever is newest today.
 OLDEST := $(CURDIR)/build/transformers-oldest
 NEWEST := $(CURDIR)/build/transformers-newest
+# The `kernels` package, and the ops laid out for it.
+KERNELS := $(CURDIR)/build/kernels
+HUB := $(CURDIR)/build/hub
 # A worker more than there are cores, as many tests wait for processes of their own, and at most four; a thread a worker.
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
@@ -16,7 +19,7 @@ VERSIONED := $(addprefix tests/kernels/test_,patch.py qwen_patch.py patched_copi
 	preference_trainer.py mdpo_trainer.py given_models.py adapters.py arguments.py training_mode.py \
 	reference_cache.py resume.py)
 
-.PHONY: help install test nightly demo lint wheel bench gpu clean
+.PHONY: help install test nightly demo lint wheel hub bench gpu clean
 
 help:
 	@echo "make install  virtual environment $(VENV) with everything, C++ extension built"
@@ -25,6 +28,7 @@ help:
 	@echo "make demo     install, then a full MIA-DPO run on the embedded pictures, report in runs/shapes_mia_dpo"
 	@echo "make lint     install, then ruff and mypy"
 	@echo "make wheel    install, then a wheel in dist/"
+	@echo "make hub      install, then the ops as a repository for Hugging Face's kernels package in build/hub, checked and tested"
 	@echo "make bench    install, then every op against its peers (BENCH: options of python -m benchmarks)"
 	@echo "make gpu      on a machine with a GPU and CUDA, without make install: build, tests, sanitizer, benchmarks; results in build/gpu"
 	@echo "make clean    remove $(VENV) and everything that was built; runs/ stays"
@@ -64,11 +68,23 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=trainers $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers
+	MYPYPATH=trainers $(BIN)/python -m mypy -p mmdpo_kernels -p mmdpo_trainers -p tools
 
 wheel: install
 	rm -rf build/lib* build/bdist*
 	$(PIP) wheel --no-deps -w dist .
+
+$(KERNELS)/.installed: constraints-hub.txt $(STAMP)
+	@rm -rf $(KERNELS)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q --no-deps --target $(KERNELS) -r constraints-hub.txt
+	@touch $@
+
+# The tests of all ops on what `kernels` has loaded, but those of backends that are not in it.
+hub: install $(KERNELS)/.installed
+	PYTHONPATH=$(KERNELS) $(BIN)/python -m tools.hub $(HUB)
+	PYTHONPATH=$(KERNELS):$(CURDIR) $(PYTEST) -p tools.hub.plugin --hub $(HUB) -k "not native and not varlen and not compiled_without_a_graph_break" \
+		$(addprefix tests/kernels/test_,attention_mass.py tree_attention.py linear_logprobs.py shared_rows.py preference_loss.py \
+		preference_loss_backends.py triton_attention_mass.py triton_tree_attention.py)
 
 bench: install
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -31,7 +31,6 @@ from .patched import (
 )
 from .recorder import LayerCall
 from .recorder_ops import remove_watch, watch_attention
-from .recurrent import carry_no_trees, carry_trees
 from .tree_mask import PlanCache, depth, visible, visible_rows
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -61,6 +60,8 @@ def patch_model(model: ModelT, *, backend: str = "auto", mass_backend: str = "au
     for op, name in (("tree_attention", backend), ("attention_mass", mass_backend)):
         if name != "auto" and name not in OPS[op].backends:
             raise ValueError(f"patch_model: {op} has no backend {name!r}; choose 'auto' or one of {', '.join(OPS[op].backends)}")
+    from .recurrent import carry_trees  # with a decorator of torch.compile's, whose tracer comes with every transformers model
+
     tower = language_tower(model)
     state = state_of(tower) or PatchState()
     state.backend, state.mass_backend = backend, mass_backend
@@ -83,6 +84,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     Models that share one configuration object share its attention implementation: the last to be unpatched restores it, and until then
     the others run as with transformers' "sdpa". A copy of a patched model gets back what its original would.
     """
+    from .recurrent import carry_no_trees
+
     tower = language_tower(model)
     state = state_of(tower)
     detach(tower)

@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from .op_names import add_op_namespace_prefix
 from .ops.flat import schema_of
 from .patched import AttentionPlace, language_tower, state_of
 from .recorder import AttentionRecorder, LayerCall
@@ -50,7 +51,7 @@ def watch_attention(
 
 
 @torch.library.custom_op(
-    "mmdpo_kernels::record_attention_call",
+    add_op_namespace_prefix("record_attention_call"),
     mutates_args={"ticket"},
     schema=f"(Tensor(a0!) ticket, Tensor layer, Tensor query, Tensor key, {schema_of(LayerCall)}) -> ()",
 )
@@ -61,7 +62,7 @@ def _observe(ticket: Tensor, layer: Tensor, query: Tensor, key: Tensor, *fields:
         recorder.observe(int(layer), query, key, LayerCall(*fields))
 
 
-@torch.library.custom_op("mmdpo_kernels::record_forward", mutates_args={"ticket"})
+@torch.library.custom_op(add_op_namespace_prefix("record_forward"), mutates_args={"ticket"})
 def _reads(ticket: Tensor, past: int, past_on_device: Tensor | None, length: int) -> None:
     ticket[1] += 1
     recorder = _RECORDERS.get(int(ticket[0]))
@@ -69,7 +70,7 @@ def _reads(ticket: Tensor, past: int, past_on_device: Tensor | None, length: int
         recorder.before_decoder(past if past_on_device is None else int(past_on_device), length)
 
 
-@torch.library.custom_op("mmdpo_kernels::record_input_ids", mutates_args={"ticket"})
+@torch.library.custom_op(add_op_namespace_prefix("record_input_ids"), mutates_args={"ticket"})
 def _reads_ids(ticket: Tensor, input_ids: Tensor | None) -> None:
     ticket[1] += 1
     recorder = _RECORDERS.get(int(ticket[0]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
@@ -209,16 +208,16 @@ def _runs(ends: list[int]) -> Iterator[tuple[int, int, int]]:
 
 def _queries_of(start: int, stop: int, reach: list[int]) -> Iterator[tuple[int, int, int | None]]:
     """The queries that see keys of a run: first, last, and where those keys end for all of them; None: at the query itself for each."""
-    ahead = np.minimum(reach, stop)
-    seeing = np.flatnonzero(ahead > start)
-    ahead, itself = ahead[seeing], ahead[seeing] == seeing + 1
-    follows = np.diff(seeing) == 1
-    level, rising = follows & (np.diff(ahead) == 0), follows & itself[1:] & itself[:-1]
+    ahead = torch.tensor(reach, device="cpu").clamp(max=stop)
+    seeing = (ahead > start).nonzero().flatten()
+    ahead = ahead[seeing]
+    itself, follows = ahead == seeing + 1, seeing.diff() == 1
+    level, rising = follows & (ahead.diff() == 0), follows & itself[1:] & itself[:-1]
     # A picture's last token reaches up to itself too, and belongs to the picture; the last of causal ones belongs to them.
     rising[1:] &= ~level[:-1]
     level[1:] &= ~rising[:-1]
-    cuts = np.flatnonzero(~(level | rising)) + 1
-    for first, last in zip([0, *cuts], [*cuts, len(seeing)], strict=True):
+    cuts = ((~(level | rising)).nonzero().flatten() + 1).tolist()
+    queries, keys, is_level = seeing.tolist(), ahead.tolist(), level.tolist()
+    for first, last in zip([0, *cuts], [*cuts, len(queries)], strict=True):
         if first < last:
-            is_level = last - first == 1 or bool(level[first])
-            yield int(seeing[first]), int(seeing[last - 1]) + 1, int(ahead[first]) if is_level else None
+            yield queries[first], queries[last - 1] + 1, keys[first] if last - first == 1 or is_level[first] else None

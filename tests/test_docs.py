@@ -14,7 +14,7 @@ from mmdpo_kernels import TokenTree
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TOP = ("benchmarks", "csrc", "docs", "mmdpo_kernels", "tests", "trainers")
+TOP = ("benchmarks", "csrc", "docs", "mmdpo_kernels", "tests", "tools", "trainers")
 FILES = [path.relative_to(ROOT).as_posix() for top in TOP for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 FILES += [path.name for path in ROOT.iterdir()]
 WRITTEN = {

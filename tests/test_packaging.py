@@ -12,6 +12,7 @@ import pytest
 
 import mmdpo_kernels
 import mmdpo_trainers
+from mmdpo_trainers.config.shipped import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -44,7 +45,7 @@ def test_every_dependency_is_pinned(group: str) -> None:
 
 
 def test_constraints_are_exact_and_name_no_place() -> None:
-    for line in (*constraints().values(), *constraints("constraints-oldest.txt").values()):
+    for line in (line for file in ("", "-oldest", "-hub") for line in constraints(f"constraints{file}.txt").values()):
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line), line
 
 
@@ -69,6 +70,13 @@ def test_every_folder_of_modules_is_a_package(package: object) -> None:
     """A folder without `__init__.py` is not in the wheel, though it can be imported from a checkout."""
     files = Path(package.__file__).parent.rglob("*.py")  # type: ignore[attr-defined]
     assert not [folder for folder in {file.parent for file in files} if not (folder / "__init__.py").is_file()]
+
+
+def test_every_configuration_is_in_the_wheel() -> None:
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["mmdpo_trainers"]
+    carried = {path for pattern in patterns for path in CONFIGS.parent.glob(pattern)}
+    files = {path for path in CONFIGS.rglob("*") if path.is_file()}
+    assert files and not files - carried
 
 
 @pytest.mark.parametrize("package", [mmdpo_kernels, mmdpo_trainers])

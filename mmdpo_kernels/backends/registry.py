@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Mapping
@@ -17,9 +18,24 @@ logger = logging.getLogger("mmdpo_kernels")
 _announced: set[tuple[str, str, str, torch.dtype, str]] = set()
 
 
+@functools.cache
 def load(op: str, backend: str) -> ModuleType:
-    """The module that implements `op` in `backend`."""
-    return importlib.import_module(f"mmdpo_kernels.backends.{backend}.{op}")
+    """The module that implements `op` in `backend`; where that cannot be imported, one whose `unavailable_reason` says why."""
+    name = f"{__package__}.{backend}.{op}"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        stand_in, reason = ModuleType(name), _why_not(error)
+        stand_in.unavailable_reason = lambda *call, **features: reason  # type: ignore[attr-defined]
+        return stand_in
+
+
+def _why_not(error: ImportError) -> str:
+    if error.name is None or not isinstance(error, ModuleNotFoundError):
+        return f"it cannot be imported ({error})"
+    if error.name.startswith(f"{__package__}."):
+        return "this copy of the package comes without it"
+    return f"it needs {error.name}, which is not installed: pip install {error.name}"
 
 
 def backends() -> dict[str, dict[str, str | None]]:

@@ -14,6 +14,7 @@ from ..backends.calls import TreeAttentionCall
 from ..backends.layout import accumulation_dtype
 from ..backends.reference import tree_attention as reference
 from ..backends.registry import resolve
+from ..op_names import add_op_namespace_prefix
 from .checks import (
     check_devices,
     check_heads,
@@ -239,7 +240,7 @@ def own_tree(tree: Tensor | None) -> Tensor | None:
     return None if tree is None else own_tree_op(tree)
 
 
-@torch.library.custom_op("mmdpo_kernels::own_tree", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("own_tree"), mutates_args=())
 def own_tree_op(tree_end: Tensor) -> Tensor:
     """-> a tensor that the operator allocates, and not the memory plan of compiled code."""
     return tree_end.contiguous().clone()
@@ -251,7 +252,7 @@ def _(tree_end: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(
-    "mmdpo_kernels::tree_attention",
+    add_op_namespace_prefix("tree_attention"),
     mutates_args=(),
     tags=(torch.Tag.cudagraph_unsafe,),
     schema=f"(Tensor query, Tensor key, Tensor value, {schema_of(TreeAttentionCall)}, str backend, bool gradient)"
@@ -291,7 +292,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Te
 
 
 @torch.library.custom_op(
-    "mmdpo_kernels::tree_attention_backward",
+    add_op_namespace_prefix("tree_attention_backward"),
     mutates_args=(),
     tags=(torch.Tag.cudagraph_unsafe,),
     schema="(Tensor? grad_output, Tensor? grad_lse, Tensor? grad_mass, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, "

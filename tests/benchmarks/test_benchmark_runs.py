@@ -23,6 +23,7 @@ from benchmarks.runs import (
     attention_ratio,
     both_ways,
     families,
+    import_time,
     kill_demo,
     layer_cost,
     mdpo_seeds,
@@ -120,6 +121,13 @@ def test_attention_ratio(tmp_path: Path) -> None:
     attention_ratio.main(["--small", "--output", str(tmp_path)])
     found = result(tmp_path, "attention_ratio_cpu")
     assert set(found["seconds"]) == set(found["peak_bytes_above_model"]) == set(attention_ratio.WAYS)
+
+
+def test_import_time(tmp_path: Path) -> None:
+    import_time.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "import_time")
+    assert len(found["seconds"]) == len(found["processor_seconds"]) == 1 and found["modules"] > 20
+    assert (tmp_path / "results_import_time.md").is_file()
 
 
 def test_layer_cost(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from mmdpo_kernels import linear_logprobs
 from mmdpo_kernels.backends.chunked import linear_logprobs as chunked
 from mmdpo_kernels.backends.chunked import row_chunks
 from mmdpo_kernels.backends.logit_options import LogitOptions
+from mmdpo_kernels.op_names import NAMESPACE
 
 BACKENDS = ["reference", "chunked"]
 
@@ -295,7 +296,7 @@ def test_registered_operators_keep_their_promises() -> None:
             options = (None, 1.0, 1.0, -100, "entropy,is_top1", "chunked", gradient, kept_bytes)
             arguments = (leaves[0], hidden.detach(), leaves[1].detach(), leaves[2].detach(), targets, targets, *options)
             checks = ("test_schema", "test_faketensor")
-            torch.library.opcheck(torch.ops.mmdpo_kernels.linear_logprobs.default, arguments, test_utils=checks)
+            torch.library.opcheck(getattr(torch.ops, NAMESPACE).linear_logprobs.default, arguments, test_utils=checks)
 
 
 def test_no_second_derivative() -> None:

@@ -41,7 +41,7 @@ def backends(dtype: torch.dtype) -> list[str]:
 
 
 RUNS = [(backend, dtype) for dtype in (torch.float32, torch.float64) for backend in backends(dtype)]
-DEVICE = "cuda" if RUNS and all(backend == "triton" for backend, _ in RUNS) else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and all(backend == "triton" for backend, _ in RUNS) else "cpu"
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]}-{str(run[1]).removeprefix('torch.')}")
@@ -318,7 +318,7 @@ def test_saved_tensors_may_be_moved_away() -> None:
     policy = TokenLogps(logps=tokens, lengths=torch.tensor([[2, 1], [1, 2]]))
     expected = torch.autograd.grad(preference_loss(policy, backend="reference").loss, tokens)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda kept: kept):
-        found = preference_loss(policy, backend="native").loss
+        found = preference_loss(policy, backend=RUNS[0][0]).loss
     torch.testing.assert_close(torch.autograd.grad(found, tokens), expected)
 
 
@@ -328,7 +328,7 @@ def test_checkpointed() -> None:
 
     def loss(logps: Tensor) -> Tensor:
         policy = TokenLogps(logps=logps * 2, lengths=torch.tensor([[2, 1], [1, 2]]))
-        return preference_loss(policy, backend="native").loss * 3
+        return preference_loss(policy, backend=RUNS[0][0]).loss * 3
 
     expected = torch.autograd.grad(loss(tokens), tokens)
     found = torch.utils.checkpoint.checkpoint(loss, tokens, use_reentrant=False)

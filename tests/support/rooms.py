@@ -16,7 +16,7 @@ PACKAGES = {"mmdpo_kernels": ROOT / "mmdpo_kernels", "mmdpo_trainers": ROOT / "t
 ORDER = {
     "mmdpo_kernels": (
         *("record", "patch", "recurrent", "recorder_ops", "patched", "path_maps", "recorder", "ops", "backends"),
-        *("losses", "loss_terms", "load_balancing", "decoder_layers", "tree_mask", "tree", "segments", "head"),
+        *("losses", "loss_terms", "load_balancing", "decoder_layers", "op_names", "tree_mask", "tree", "segments", "head"),
     ),
     "mmdpo_trainers": (
         *("cli", "run", "checks", "stages", "report", "training", "answers", "shapes", "models"),

@@ -34,13 +34,15 @@ OF_TRAIN = (
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:
-    program = BLOCKED.format(names=OF_TRAIN, commands=[["--help"], ["run", "shapes_mdpo"], ["train", "--help"]])
+    program = BLOCKED.format(names=OF_TRAIN, commands=[["--help"], ["env"], ["run", "shapes_mdpo"], ["train", "--help"]])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     install = "which is not installed: pip install 'mmdpo-kernels[train]'"
-    help_text = " ".join(done.stdout.partition("exit 0")[0].split())
+    help_text, environment = done.stdout.split("exit 0")[:2]
+    help_text = " ".join(help_text.split())
+    assert "torch" in environment and "attention_mass" in environment
     assert "env print versions" in help_text and "Every other command needs" in help_text and install in help_text
-    assert done.stdout.partition("exit 0")[2].split() == ["exit", "2", "exit", "2"]
+    assert done.stdout.split("exit 0")[2].split() == ["exit", "2", "exit", "2"]
     run, train = done.stderr.strip().splitlines()
     assert run.startswith("mmdpo: error: mmdpo run needs ") and run.endswith(install)
     assert train.startswith("mmdpo: error: mmdpo train needs ") and train.endswith(install)

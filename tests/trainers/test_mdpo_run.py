@@ -18,6 +18,7 @@ from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods.held_out import flat_figures, held_out_figures, reward_curves
+from mmdpo_trainers.report.numbers import number
 from mmdpo_trainers.run import pipeline
 from mmdpo_trainers.stages import evaluate, pairs, report
 from mmdpo_trainers.stages.context import StageContext
@@ -110,7 +111,7 @@ def test_the_page_shows_arms_rewards_and_pictures(finished: tuple[Path, dict[str
         assert words in page, words
     assert "Where the answers look" not in page and "Attention ratios" not in page, "sections of MIA-DPO runs"
     gap = summary["arms"]["mdpo"]["held_out"]["caption"]["gap"]["crop"]
-    assert f"<td>{gap:.2f}</td>" in page
+    assert f"<td>{number(gap, '.2f')} <small>" in page
     assert page.count("data:image/") >= 4
 
 
@@ -122,8 +123,8 @@ def test_other_seeds_stand_beside_the_run(finished: tuple[Path, dict[str, Any], 
     values = {**SMALL, "run_dir": str(folder), "report": {**SMALL["report"], "seeds": [str(other)]}}
     go(RunConfig.from_dict(values))
     page = (folder / "report.html").read_text()
-    chosen = summary["arms"]["dpo"]["held_out"]["answer"]["gap"]["crop"]
-    assert "Over seeds" in page and f"{chosen:.2f} ({chosen:.2f} to {chosen:.2f})" in page
+    chosen = number(summary["arms"]["dpo"]["held_out"]["answer"]["gap"]["crop"], ".2f")
+    assert "Over seeds" in page and f"{chosen} ({chosen} to {chosen})" in page
     values["report"]["seeds"] = [str(tmp_path)]
     with pytest.raises(ConfigError, match=r"report\.seeds.*not the folder of a finished run with held-out pairs"):
         go(RunConfig.from_dict(values))

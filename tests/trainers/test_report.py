@@ -23,7 +23,8 @@ from mmdpo_trainers.report.contents import RunContents
 from mmdpo_trainers.report.examples import question_of
 from mmdpo_trainers.report.examples import text_of as text_of_content
 from mmdpo_trainers.report.images import outlined, overlaid, sized
-from mmdpo_trainers.report.intervals import Proportion, paired_change
+from mmdpo_trainers.report.intervals import Proportion, mean_change, paired_change, paired_difference
+from mmdpo_trainers.report.numbers import number
 from mmdpo_trainers.report.page import render
 from mmdpo_trainers.stages import report
 from mmdpo_trainers.stages.context import StageContext
@@ -81,9 +82,56 @@ def test_paired_change_is_of_the_shared_questions_only() -> None:
     change = paired_change(before, after)
     assert change is not None
     assert change.value == pytest.approx(0.25)
-    half = 1.959964 * math.sqrt(np.var([0, 1, 1, -1], ddof=1) / 4)
-    assert (change.low, change.high) == pytest.approx((max(-1, 0.25 - half), min(1, 0.25 + half)))
+    # Two gained and one lost of four, each one more of six: 3/6 and 2/6.
+    half = 1.959964 * math.sqrt((3 / 6 + 2 / 6 - (1 / 6) ** 2) / 6)
+    assert (change.low, change.high) == pytest.approx((1 / 6 - half, 1 / 6 + half))
     assert paired_change({"a": True}, {"a": True}) is None
+    # Twice the same groups: the same mean, by twice the questions.
+    twice = mean_change([(before, after)] * 2)
+    assert twice is not None and twice.value == pytest.approx(0.25)
+    assert twice.high - twice.low == pytest.approx((change.high - change.low) / math.sqrt(2))
+
+
+@pytest.mark.parametrize(("n", "gain", "loss"), [(20, 0.1, 0.05), (20, 0.3, 0.1), (8, 0.02, 0.02), (40, 0.5, 0.05)])
+def test_paired_change_holds_the_truth_as_often_as_it_says(n: int, gain: float, loss: float) -> None:
+    """Coverage summed over all outcomes of n questions; models that answer alike are among them, whose interval has a width too."""
+    covered = 0.0
+    for gained in range(n + 1):
+        for lost in range(n + 1 - gained):
+            same = n - gained - lost
+            ways = math.factorial(n) // (math.factorial(gained) * math.factorial(lost) * math.factorial(same))
+            first = {str(place): place >= gained for place in range(n)}
+            second = {str(place): place < gained or place >= gained + lost for place in range(n)}
+            change = paired_change(first, second)
+            assert change is not None and change.low <= change.value <= change.high and change.low < change.high
+            if change.low <= gain - loss <= change.high:
+                covered += ways * gain**gained * loss**lost * (1 - gain - loss) ** same
+    assert covered > 0.94
+
+
+def test_differences_of_numbers_are_paired() -> None:
+    """What records differ in among themselves is not in the interval."""
+    first = {str(place): 10.0 * place for place in range(6)}
+    second = {name: value + 1 + 0.1 * (-1) ** int(name) for name, value in first.items()}
+    difference = paired_difference(first, {**second, "other": 1e6})
+    half = 1.959964 * 0.1 * math.sqrt(6 / 5) / math.sqrt(6)
+    assert difference is not None
+    assert (difference.value, difference.low, difference.high) == pytest.approx((1, 1 - half, 1 + half), rel=1e-6)
+    assert paired_difference({"a": 1.0}, {"a": 2.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "spec", "text"),
+    [
+        (-1.25, ".1f", "−1.2"),
+        (-0.001, "+.2f", "0.00"),
+        (0.0, "+.1f", "0.0"),
+        (2.5e-8, ".3g", "2.5e−08"),
+        (-1234.0, ",.0f", "−1,234"),
+    ],
+)
+def test_numbers_have_one_minus_sign_and_zero_none(value: float, spec: str, text: str) -> None:
+    assert number(value, spec) == text
 
 
 def test_numbers_on_the_page_are_those_of_the_files(run_path: Path, full_page: str) -> None:

@@ -9,14 +9,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+REMEDY = "wheels of mmdpo-kernels have it, and in a checkout `pip install .` builds it with a C++17 compiler"
+
 
 @functools.cache
 def load() -> ModuleType | str:
-    """`mmdpo_kernels._native`, or one line that says why it cannot be imported and what to do."""
+    """The package's `_native`, or one line that says why it cannot be imported and what to do."""
     try:
-        return importlib.import_module("mmdpo_kernels._native")
+        return importlib.import_module("..._native", __package__)
     except ImportError as error:
-        return f"mmdpo_kernels._native cannot be imported ({error}); build it with `make install` or `pip install -e .`"
+        return f"mmdpo_kernels._native cannot be imported ({error}); {REMEDY}"
 
 
 def module(op: str) -> ModuleType:
@@ -31,8 +33,8 @@ def cuda_reason(native: ModuleType) -> str | None:
     """None, or why the CUDA kernels cannot run on the current device."""
     if not native.cuda_targets:
         return (
-            "mmdpo_kernels._native was built without CUDA, and so runs on cpu tensors; build it where nvcc is on the PATH, "
-            "or name the toolkit's folder in CUDA_HOME"
+            "mmdpo_kernels._native was built without CUDA, and so runs on cpu tensors; take a CUDA wheel, or build it where nvcc is on the "
+            "PATH or the toolkit's folder is named in CUDA_HOME"
         )
     if not torch.cuda.is_available():
         return "torch finds no cuda device"

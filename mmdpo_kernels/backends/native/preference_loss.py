@@ -21,7 +21,7 @@ def unavailable_reason(device_type: str, dtype: torch.dtype, **features: object)
     if isinstance(native, str):
         return native
     if not hasattr(native, "loss_links"):
-        return "mmdpo_kernels._native was built from older sources; build it again with `make install` or `pip install -e .`"
+        return "mmdpo_kernels._native was built from older sources; build it again: `pip install .` in the checkout"
     if device_type != "cpu":
         return f"it runs on cpu tensors, got {device_type}"
     if dtype not in DTYPES:

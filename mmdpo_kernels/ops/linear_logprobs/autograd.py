@@ -1,7 +1,7 @@
 """`linear_logprobs` as PyTorch operators with a gradient, so that `torch.compile` has them in its graph.
 
-`torch.ops.mmdpo_kernels.linear_logprobs` gives the log-probabilities, the statistics, and what backward needs; its backward multiplies, or
-calls `linear_logprobs_backward`.
+The operator `linear_logprobs` gives the log-probabilities, the statistics, and what backward needs; its backward multiplies, or calls
+`linear_logprobs_backward`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from ...backends.layout import accumulation_dtype
 from ...backends.logit_options import LogitOptions
 from ...backends.registry import resolve
+from ...op_names import add_op_namespace_prefix
 from ..flat import schema_of
 from ..precision import autocast_off
 
@@ -26,7 +27,7 @@ NONE, HIDDEN, HIDDEN_AND_HEAD = range(3)
 
 
 @torch.library.custom_op(
-    "mmdpo_kernels::linear_logprobs",
+    add_op_namespace_prefix("linear_logprobs"),
     mutates_args=(),
     schema="(Tensor hidden, Tensor? reference_hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? reference_targets, "
     f"{schema_of(LogitOptions)}, str stats, str backend, SymInt gradient, SymInt kept_bytes) -> Tensor[]",
@@ -90,7 +91,7 @@ def _(hidden: Tensor, reference_hidden: Tensor | None, weight: Tensor, *rest: An
 
 
 @torch.library.custom_op(
-    "mmdpo_kernels::linear_logprobs_backward",
+    add_op_namespace_prefix("linear_logprobs_backward"),
     mutates_args=(),
     schema="(Tensor grad_logps, Tensor[] kept, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
     f"{schema_of(LogitOptions)}, str backend, bool[] needs) -> Tensor[]",

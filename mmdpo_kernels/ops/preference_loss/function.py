@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from ...backends.loss_options import TableRows, table_rows
 from ...backends.reference import preference_loss as reference_backend
-from ...backends.registry import resolve
 from ...losses import LossParameters
 from .arrays import sequence_arrays, token_arrays
-from .fused import compiled_loss, fused_loss
+from .fused import compiled_loss, fused_loss, kept_backend
 from .logps import SequenceLogps, TokenLogps
 from .settings import OP, LossRequest, as_names, kept_settings, settings
 
@@ -151,7 +149,13 @@ def _evaluated(
         arrays = sequence_arrays(policy, reference, asked)
     else:
         raise TypeError(f"{OP}: policy must be SequenceLogps or TokenLogps, got {type(policy).__name__}")
-    name = (_backend if compiling else _kept_backend)(backend, arrays.policy.device, arrays.policy.dtype)
+    call = backend, arrays.policy.device, arrays.policy.dtype
+    if compiling:
+        from .traced import constant_backend
+
+        name = constant_backend(*call)
+    else:
+        name = kept_backend(*call)
     if name == "reference":
         loss, table = reference_backend.forward(arrays, asked.options)
     elif compiling:
@@ -159,12 +163,3 @@ def _evaluated(
     else:
         loss, table = fused_loss(name, arrays, asked.options)
     return PreferenceLoss(loss=loss, table=table, names=asked.options.names, branches=arrays.branches)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend that serves such calls."""
-    return resolve(OP, backend, device, dtype).__name__.split(".")[-2]
-
-
-_kept_backend = functools.lru_cache(maxsize=64)(_backend)

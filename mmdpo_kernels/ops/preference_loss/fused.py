@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...backends.loss_options import LossArrays, LossOptions, table_size
-from ...backends.registry import load
+from ...backends.registry import load, resolve
 from ...losses import LossParameters
+from ...op_names import add_op_namespace_prefix
 from ..flat import schema_of
 from .settings import OP, LossRequest, kept_settings
 
@@ -23,6 +24,14 @@ _ARRAYS = len(LossArrays._fields)
 def _module(backend: str) -> ModuleType:
     """Kept, as to look a module up again takes longer than the loss."""
     return load(OP, backend)
+
+
+def backend_of(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that serves such calls."""
+    return resolve(OP, backend, device, dtype).__name__.split(".")[-2]
+
+
+kept_backend = functools.lru_cache(maxsize=64)(backend_of)
 
 
 def fused_loss(backend: str, arrays: LossArrays, options: LossOptions) -> tuple[Tensor, Tensor]:
@@ -64,7 +73,7 @@ def compiled_loss(backend: str, arrays: LossArrays, request: LossRequest) -> tup
 
 
 @torch.library.custom_op(
-    "mmdpo_kernels::preference_loss",
+    add_op_namespace_prefix("preference_loss"),
     mutates_args=(),
     schema=f"({schema_of(LossArrays)}, str[] names, float[]? loss_weights, {schema_of(LossParameters)}, bool length_normalised, "
     "bool wanted, str backend) -> (Tensor, Tensor, Tensor)",

@@ -10,10 +10,11 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from mmdpo_trainers.cli.nearest import settings_named
 from mmdpo_trainers.config.run_config import RunConfig
-from mmdpo_trainers.config.shipped import config_file
+from mmdpo_trainers.config.shipped import SHIPPED, config_file
 from mmdpo_trainers.config.stages import STAGES, StageKind
-from mmdpo_trainers.config.values import parse_yaml, read_yaml, type_name, validated
+from mmdpo_trainers.config.values import UnknownKeyError, parse_yaml, read_yaml, type_name, validated, yaml_problem
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.methods import METHODS, check_method
 
@@ -82,13 +83,38 @@ def configuration(options: argparse.Namespace, saved: Path) -> RunConfig:
         if key.split(".")[0] in ("data", "online", *STAGES, *SHARED, ALLOW) and key != "config":
             values = assigned(values, key.split("."), typed(key, text))
     where = str(file) if file.exists() else "command line"
-    return check_method(RunConfig.from_dict(values, where=where), where).with_absolute_paths()
+    return check_method(checked(values, where), where).with_absolute_paths()
+
+
+def checked(values: dict[str, Any], where: str) -> RunConfig:
+    """As `RunConfig.from_dict`; the error of a key that there is not names the settings that may have been meant."""
+    try:
+        return RunConfig.from_dict(values, where=where)
+    except UnknownKeyError as error:
+        found = settings_named(error.key)
+        if not found or any(repr(each) in str(error) for each in found):
+            raise
+        raise ConfigError(f"{error.where}: unknown key {error.key!r}; did you mean {' or '.join(map(repr, found))}?") from None
+
+
+def check_places(config: RunConfig, file: Path) -> None:
+    """Raise ConfigError for a relative path that leads nowhere from here, and somewhere from the configuration's own folder."""
+    for section, hint in get_type_hints(RunConfig).items():
+        for each in dataclasses.fields(hint) if dataclasses.is_dataclass(hint) else ():
+            given = getattr(getattr(config, section), each.name)
+            for path in [given] if isinstance(given, str) and each.metadata["path"] else []:
+                beside = file.absolute().parent / path
+                if not Path(path).exists() and path not in SHIPPED and not Path(path).is_absolute() and beside.exists():
+                    raise ConfigError(
+                        f"{file}: {section}.{each.name}: {path} does not exist in {Path.cwd()}, from where relative paths count; write "
+                        f"{beside}, or start mmdpo in {beside.parent if '/' not in path else file.absolute().parent}"
+                    )
 
 
 def run_path(config: str) -> Path:
     """The run folder of a configuration, as `mmdpo run` has it."""
     values = {"name": Path(config).stem, **read_yaml(config_file(config))}
-    return RunConfig.from_dict(values, where=config).run_path
+    return checked(values, config).run_path
 
 
 def typed(key: str, text: Any) -> Any:
@@ -108,7 +134,7 @@ def yaml_value(flag: str, text: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{flag} {text}: not a valid value ({getattr(error, 'problem', None) or error})") from error
+        raise ConfigError(f"{flag} {text}: not a valid value ({yaml_problem(error)})") from error
 
 
 def assigned(values: dict[str, Any], parts: list[str], value: Any) -> dict[str, Any]:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from mmdpo_trainers.cli import missing
+from mmdpo_trainers.cli.words import Parser, unknown_words
 from mmdpo_trainers.errors import MmdpoError
-from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.processes import notices, ranks
 
+_AT_ONCE = ("init", "check", "env", "export")
+"""Commands that begin anew where they were interrupted."""
 _DESCRIPTION = "Preference training for models that read several pictures."
 
 
@@ -26,16 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = f"mmdpo {words[0]}" if words and not words[0].startswith("-") else "mmdpo"
     try:
         options = _options(words, command)
-        # Notices between libraries (transformers to PEFT) that a user of this command can do nothing about.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-        with ranks.failing():
+        with notices.aside(), ranks.failing():
             options.action(options)
     except MmdpoError as error:
         _print_error(error)
         return 2
     except KeyboardInterrupt:
         if ranks.is_rank_0():
-            print("mmdpo: interrupted; the same command continues the run", file=sys.stderr)
+            ending = "" if words and words[0] in _AT_ONCE else "; the same command continues the run"
+            print(f"mmdpo: interrupted{ending}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,17 +69,34 @@ def _options(words: Sequence[str], command: str) -> argparse.Namespace:
         if line is None or command not in ("mmdpo", "mmdpo env"):
             raise
         parser = _bare_parser(line)
-    return parser.parse_args(words)
+    if not words:
+        parser.print_help()
+        raise SystemExit(2)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(_unknown(unknown, options))
+    return options
+
+
+def _unknown(words: list[str], options: argparse.Namespace) -> str:
+    """What to say of words that no flag takes."""
+    bare = next((each for each in getattr(options, "set", []) if "=" not in each), None)
+    if bare is not None:
+        return f"--set {bare}: expected KEY=VALUE in one word, such as --set {bare}={words[0]}"
+    try:
+        return unknown_words(words, getattr(options, "stage", None))
+    except ImportError:
+        return f"{words[0]}: no such argument"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser with all commands. ImportError where a package of the extra `train` is missing."""
     from mmdpo_trainers.cli import commands
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmdpo",
         description=_DESCRIPTION,
-        epilog="examples:\n  mmdpo run shapes_mia_dpo\n  mmdpo env\n  mmdpo score --help",
+        epilog="examples:\n  mmdpo run shapes_mia_dpo\n  mmdpo init --list\n  mmdpo env\n  mmdpo score --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     added = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -89,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _bare_parser(line: str) -> argparse.ArgumentParser:
     """With `env` alone; `line` says what the others need."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmdpo",
         description=_DESCRIPTION,
         epilog=line[0].upper() + line[1:],
@@ -106,11 +124,9 @@ def _add_env(commands: Any) -> None:
 
 
 def _env(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from mmdpo_trainers.cli.env import print_environment
 
-    print_environment(Console())
+    print_environment()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.cli.flags import ALLOW, add_allow_missing, assigned, typed, yaml_value
-from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.cli.flags import ALLOW, add_allow_missing, assigned, check_places, checked, typed, yaml_value
 from mmdpo_trainers.config.shipped import config_file
 from mmdpo_trainers.config.stages import STAGES
 from mmdpo_trainers.config.values import read_yaml
@@ -40,7 +39,8 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     from mmdpo_trainers.run.pipeline import run_pipeline
 
-    values = read_yaml(config_file(options.config))
+    file = config_file(options.config)
+    values = read_yaml(file)
     for assignment in options.set:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
@@ -53,5 +53,6 @@ def _run(options: argparse.Namespace) -> None:
     if hasattr(options, ALLOW):
         values[ALLOW] = True
     values.setdefault("name", Path(options.config).stem)
-    config = check_method(RunConfig.from_dict(values, where=options.config), options.config)
+    config = check_method(checked(values, options.config), options.config)
+    check_places(config, file)
     run_pipeline(config, until=options.until, restart=options.restart)

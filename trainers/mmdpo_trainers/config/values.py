@@ -26,6 +26,14 @@ FILL_IN = "FILL_IN"
 """Stands in a configuration for a value that only the user has."""
 
 
+class UnknownKeyError(ConfigError):
+    """A key that there is not. `key`: dotted, as it was given; `where`: what opens the message."""
+
+    def __init__(self, message: str, key: str, where: str) -> None:
+        super().__init__(message)
+        self.key, self.where = key, where
+
+
 class Settings:
     """Base of configuration dataclasses: what pydantic reads them with, see `validated`. Made in code they are not checked.
 
@@ -36,6 +44,8 @@ class Settings:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+_UNKNOWN = ("unexpected_keyword_argument", "invalid_key")
+"""pydantic's names of a key that there is not."""
 _LIMITS = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 """pydantic's names of limits -> words."""
 
@@ -54,12 +64,31 @@ Finite = Annotated[T, AfterValidator(_finite)]
 """Arguments of something else, whose types are not known here: of any type, but no number in them is NaN or infinite."""
 
 
+_YAML_HINTS = {
+    "mapping values are not allowed": "is a space missing behind a colon in the line before, or are lines not equally far in?",
+    "cannot start any token": "lines are indented with spaces, not tabs, and a text that begins with a special character is quoted",
+}
+"""What YAML says -> what it mostly comes from."""
+
+
+def yaml_problem(error: yaml.YAMLError) -> str:
+    """What is wrong with a text that is not YAML, and what it mostly comes from."""
+    problem = str(getattr(error, "problem", None) or error)
+    hint = next((hint for words, hint in _YAML_HINTS.items() if words in problem), None)
+    return f"{problem}; {hint}" if hint else problem
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 5e-5 as a number (YAML 1.1 wants 5.0e-5) and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node, value_node in node.value:
+            text = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else ""
+            if node.flow_style and ":" in text and key_node.style is None and value_node.value == "":
+                name, _, rest = text.partition(":")
+                problem = f"a space is missing behind the colon of {text}: write {name}: {rest}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str | int | float) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
@@ -90,7 +119,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise ConfigError(f"{path}{place}: not valid YAML: {yaml_problem(error)}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -116,7 +145,11 @@ def validated(hint: Any, value: Any, *, where: str, name: str = "", flag: str = 
     try:
         return _adapter(hint).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explained(error.errors()[0], hint, name, flag)}") from None
+        first = error.errors()[0]
+        message = f"{where}: {_explained(first, hint, name, flag)}"
+        if first["type"] in _UNKNOWN:
+            raise UnknownKeyError(message, ".".join(map(str, (*([name] if name else []), *first["loc"]))), where) from None
+        raise ConfigError(message) from None
 
 
 @functools.cache
@@ -132,7 +165,7 @@ def _explained(error: ErrorDetails, hint: Any, name: str, flag: str) -> str:
     kind, value, place, context = error["type"], error["input"], error["loc"], error.get("ctx", {})
     if kind == "value_error":
         return str(context["error"])
-    unknown = kind in ("unexpected_keyword_argument", "invalid_key")
+    unknown = kind in _UNKNOWN
     # An unknown key, and an entry that a list lacks, are errors of what they are looked for in.
     hint, name, limits = _find(hint, place[:-1] if unknown or kind == "missing" else place, name, flag)
     if unknown:

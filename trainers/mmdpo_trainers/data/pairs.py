@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.config.options import Match
+from mmdpo_trainers.data.column_names import answers_alone, renaming
 from mmdpo_trainers.data.content import is_empty
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt, words
 from mmdpo_trainers.data.left_out import ALLOW
@@ -196,7 +197,8 @@ def _check_columns(path: Path, record: Mapping[str, Any], name: str) -> None:
     if missing:
         raise DataError(
             f"{path}, record {name}: no column {missing[0]!r}; preference data has {', '.join(_COLUMNS)} and images, as in TRL, or "
-            "question, chosen, rejected and image, as in MMPR"
+            f"question, chosen, rejected and image, as in MMPR; {renaming(record, _COLUMNS)}"
+            + ("; of answers alone `mmdpo init mia_dpo` makes pairs" if answers_alone(record) else "")
         )
 
 

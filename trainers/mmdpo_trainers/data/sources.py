@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmdpo_trainers.data.column_names import renaming
 from mmdpo_trainers.data.content import ImagePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
 from mmdpo_trainers.data.images import ImageError, content_key, embedded_bytes, locate_image
 from mmdpo_trainers.data.records import IMAGE_TOKEN, not_utf8
@@ -328,7 +329,8 @@ def _turns(raw: Mapping[str, Any]) -> tuple[list[_Turn], str, list[Any]]:
 def _trl_turns(raw: Mapping[str, Any], pictures: list[Any]) -> list[_Turn]:
     answer_name = next((name for name in ("chosen", "completion") if raw.get(name) is not None), None)
     if answer_name is None:
-        raise _BadRecord("no_conversation", "expected `conversations`, `messages`, or `prompt` with `chosen` or `completion`")
+        expected = "expected `conversations`, `messages`, or `prompt` with `chosen` or `completion`"
+        raise _BadRecord("no_conversation", f"{expected}; {renaming(raw, ('prompt', 'completion'))}")
     answer, prompt = raw[answer_name], raw.get("prompt")
     turns: list[_Turn] = []
     if isinstance(prompt, str):

@@ -17,6 +17,8 @@ from mmdpo_trainers.processes import ranks
 _SAMPLE = 16
 """Pieces by which the rest is estimated."""
 _LONG_SECONDS = 60.0
+_SOON_SECONDS, _SELDOM = 300.0, 40
+"""Lines become fewer as a task goes on: half as many after so many seconds, in the end one for so many. A day is 200 lines of a log."""
 _MUCH_BYTES = 2**28
 
 
@@ -30,12 +32,12 @@ class ProgressTask:
         self._first: tuple[float, int] | None = None
         self._said = False
         self._note = ""
-        self._printed = time.monotonic()
+        self._printed = self._begun = time.monotonic()
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """Count `steps` done; `note` is a few words shown beside the bar, such as the loss."""
+    def advance(self, steps: int = 1, note: str | None = None) -> None:
+        """Count `steps` done; `note` is a few words shown beside the bar, such as the loss, until there are others."""
         self.completed += steps
-        self._note = note or self._note
+        self._note = self._note if note is None else note
         if self._first is None:
             self._first = time.monotonic(), self.completed
         elif not self._said and self.completed - self._first[1] >= _SAMPLE:
@@ -85,7 +87,8 @@ def _size(count: int) -> str:
 
 
 class Progress:
-    """Shows the work of a run, of several processes in the first one. `every`: seconds between lines where the output is not a terminal."""
+    """Shows the work of a run, of several processes in the first one. `every`: seconds between lines where the output is not a terminal, at
+    least: they become fewer as a stage goes on."""
 
     def __init__(self, console: Console | None = None, every: float = 15.0) -> None:
         self.console = console or Console(stderr=True, quiet=not ranks.is_rank_0())
@@ -132,6 +135,8 @@ class Progress:
     def _show(self, task: ProgressTask) -> None:
         if self._bars is not None:
             self._bars.update(self._bar_of[id(task)], completed=task.completed, note=task._note)  # type: ignore[arg-type]
-        elif time.monotonic() - task._printed >= self._every:
-            task._printed = time.monotonic()
+            return
+        now = time.monotonic()
+        if now - task._printed >= self._every * min(_SELDOM, 1 + (now - task._begun) / _SOON_SECONDS):
+            task._printed = now
             self.print(task.line)

@@ -10,18 +10,20 @@ from typing import Any
 
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.methods import Method
-from mmdpo_trainers.methods.held_out import ALL, BASE, held_out_summary
+from mmdpo_trainers.methods.held_out import BASE, held_out_summary
 
 from .contents import Record, RunContents
 from .heatmaps import HeatMaps
+from .held_out import HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Arms side by side: their figures, and the answers of the base ("no training") and of each arm by question id."""
+    """Arms side by side: their figures, their held-out pairs, and the answers of the base ("no training") and of each arm by question id."""
 
     summary: Mapping[str, Any]
     answers: Mapping[str, Mapping[str, Record]]
+    held_out: HeldOut
 
     @classmethod
     def read(cls, run: RunContents, main: str) -> Comparison:
@@ -34,7 +36,8 @@ class Comparison:
         answers = {BASE: _by_id(run.before), main: _by_id(run.after)}
         answers |= {arm: _by_id(run.arms[arm][0]) for arm in arms if arm in run.arms}
         summary = held_out_summary(folder, arms, main=main)
-        return cls(summary=summary, answers={arm: a for arm, a in answers.items() if a})
+        held_out = HeldOut.read(folder, summary["arms"], main)
+        return cls(summary=summary, answers={arm: a for arm, a in answers.items() if a}, held_out=held_out)
 
     @property
     def figures(self) -> dict[str, Mapping[str, Any]]:
@@ -72,9 +75,3 @@ def _by_id(answers: Iterable[Record]) -> dict[str, Record]:
 def group_of(answer: Record) -> str:
     """What an answer is counted under."""
     return str(answer.get("group") or answer["format"])
-
-
-def kinds_of(figures: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Kinds of pairs, `all` last and only where there is more than one kind, or none."""
-    found = sorted({kind for each in figures for kind in each.get("held_out") or {}} - {ALL})
-    return [*found, ALL] if len(found) != 1 else found

@@ -15,7 +15,7 @@ from mmdpo_trainers.data.match import is_right
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
 
-from .intervals import Change, Proportion, paired_change
+from .intervals import Estimate, Outcomes, Proportion, mean_change, paired_change
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -55,6 +55,18 @@ def proportion(answers: Sequence[Record]) -> Proportion | None:
     return Proportion(sum(bool(a["correct"]) for a in answers), len(answers)) if answers else None
 
 
+def outcomes(answers: Iterable[Record]) -> Outcomes:
+    """Question id -> whether it was answered right."""
+    return {str(answer["id"]): bool(answer["correct"]) for answer in answers}
+
+
+def multi_image_difference(first: Iterable[Record], second: Iterable[Record]) -> Estimate | None:
+    """Accuracy of `second` minus that of `first`, averaged over the multi-image formats, paired by question."""
+    old, new = by_format(first), by_format(second)
+    formats = [name for name in MULTI_IMAGE if name in old or name in new]
+    return mean_change([(outcomes(old.get(name, ())), outcomes(new.get(name, ()))) for name in formats])
+
+
 def mean_ratio(answers: Iterable[Record]) -> float | None:
     """Mean `ratio` over the records that have one; None where none has."""
     ratios = [float(a["ratio"]) for a in answers if a.get("ratio") is not None]
@@ -68,7 +80,7 @@ class AccuracyRow:
     label: str
     before: Proportion | None
     after: Proportion | None
-    change: Change | None
+    change: Estimate | None
     ratio_before: float | None
     ratio_after: float | None
     nested: bool = False
@@ -210,7 +222,7 @@ def _accuracy_row(label: str, before: Sequence[Record], after: Sequence[Record],
         label=label,
         before=proportion(before),
         after=proportion(after),
-        change=paired_change(*({str(a["id"]): bool(a["correct"]) for a in group} for group in (before, after))),
+        change=paired_change(outcomes(before), outcomes(after)),
         ratio_before=mean_ratio(before),
         ratio_after=mean_ratio(after),
         nested=nested,

@@ -1,9 +1,10 @@
-"""Confidence intervals for accuracies."""
+"""95 % confidence intervals of shares, of means, and of differences between models that were asked the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Z95 = 1.959963984540054
@@ -41,25 +42,60 @@ class Proportion:
 
 
 @dataclass(frozen=True)
-class Change:
-    """Mean difference of paired outcomes and its normal 95 % interval, as fractions."""
+class Estimate:
+    """A mean, or a difference of two, and the ends of its interval."""
 
     value: float
     low: float
     high: float
 
 
-def paired_change(before: Mapping[str, bool], after: Mapping[str, bool]) -> Change | None:
-    """Accuracy after minus before on the questions that both answered; None with fewer than two of them.
+Outcomes = Mapping[str, bool]
+"""Question id -> whether it was answered right."""
 
-    Pairing by question removes the difficulty of the questions from the interval, which two Wilson intervals do not.
-    """
-    shared = before.keys() & after.keys()
-    n = len(shared)
-    if n < 2:
+
+def mean_estimate(values: Sequence[float]) -> Estimate | None:
+    """Mean with its normal interval; None with fewer than two values."""
+    if len(values) < 2:
         return None
-    differences = [int(after[key]) - int(before[key]) for key in shared]
-    mean = sum(differences) / n
-    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
-    half = Z95 * math.sqrt(variance / n)
-    return Change(mean, max(-1.0, mean - half), min(1.0, mean + half))
+    mean = statistics.fmean(values)
+    half = Z95 * statistics.stdev(values, mean) / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def paired_difference(first: Mapping[str, float], second: Mapping[str, float]) -> Estimate | None:
+    """Mean of `second` minus `first` over the ids that both have; None with fewer than two of them.
+
+    Pairing takes what the records themselves differ in out of the interval, which two separate intervals do not.
+    """
+    return mean_estimate([second[key] - first[key] for key in first if key in second])
+
+
+def paired_change(first: Outcomes, second: Outcomes) -> Estimate | None:
+    """Accuracy of `second` minus that of `first` on the questions that both answered; None with fewer than two of them.
+
+    The interval is the adjusted Wald interval of Bonett and Price (2012, Journal of Educational and Behavioral Statistics 37:479): each
+    of both kinds of change counts once more than it was seen, so that models that answer alike do not have an interval of no width.
+    """
+    return mean_change([(first, second)])
+
+
+def mean_change(groups: Sequence[tuple[Outcomes, Outcomes]]) -> Estimate | None:
+    """The same averaged over groups of questions, each of which counts the same; None where a group has fewer than two questions."""
+    value = centre = variance = 0.0
+    for first, second in groups:
+        shared = first.keys() & second.keys()
+        n = len(shared)
+        if n < 2:
+            return None
+        gained = sum(second[key] and not first[key] for key in shared)
+        lost = sum(first[key] and not second[key] for key in shared)
+        up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+        value += (gained - lost) / n
+        centre += up - down
+        variance += (up + down - (up - down) ** 2) / (n + 2)
+    if not groups:
+        return None
+    k = len(groups)
+    value, centre, half = value / k, centre / k, Z95 * math.sqrt(variance) / k
+    return Estimate(value, max(-1.0, min(value, centre - half)), min(1.0, max(value, centre + half)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import resources
@@ -10,8 +11,9 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-from . import tables
+from . import numbers, tables
 from .comparison import PageInputs
 from .sections import SECTIONS
 
@@ -32,6 +34,7 @@ def render(page: PageInputs) -> str:
             ("Date", now.strftime("%Y-%m-%d %H:%M UTC")),
         ],
         "lost": tables.lost_table(page.run),
+        "left_out": tables.lost_fact(page.run),
         "sections": [(name, values) for name, values in made if values is not None],
         "versions": tables.versions_table(),
         "config": yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False, allow_unicode=True) if config else "",
@@ -49,9 +52,10 @@ def _filled(template: str, page: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FunctionLoader(read), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": tables.percent, "bare": tables.bare, "points": tables.points, "ratio": _ratio}
+    environment.filters |= {"percent": numbers.percent, "points": numbers.points, "ratio": numbers.ratio, "breakable": _breakable}
     return environment.get_template(template).render(page=page, css=read("page.css"))
 
 
-def _ratio(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _breakable(text: str) -> Markup:
+    """With places at which a narrow column may break a name of several parts."""
+    return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(text))))

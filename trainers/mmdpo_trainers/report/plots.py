@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mmdpo_trainers.errors import StageError
 
-from .intervals import Proportion
+from .intervals import Estimate, Proportion
+from .numbers import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # matplotlib needs real colours; each stands for one CSS variable of the page and is replaced in the finished SVG.
 COLOURS = {
@@ -28,6 +31,10 @@ COLOURS = {
 }
 SERIES = ("after", "wrong", "third", "fourth", "before")
 BINS = 20
+WIDE = 4.2
+"""Inches of a plot that stands alone; the others' are half a page on a screen, and a phone's whole."""
+_NARROW = 3.6
+_SMALL = 8.5
 _FEW_CELLS = 100
 """Cells of a map whose numbers can be read when they are written in."""
 
@@ -53,11 +60,12 @@ class _Canvas:
     def __init__(self, axes: Axes, description: str) -> None:
         self.axes = axes
         self.description = description
+        self.legend = False
         self.svg = ""
 
 
 @contextmanager
-def _canvas(name: str, title: str, description: str, *, width: float = 3.9, height: float = 2.5) -> Iterator[_Canvas]:
+def _canvas(name: str, title: str, description: str, *, width: float = _NARROW, height: float = 2.4) -> Iterator[_Canvas]:
     """Axes in the page's style; on exit the figure becomes `canvas.svg`. Sizes in inches; `name` prefixes the SVG's ids."""
     matplotlib = require_matplotlib()
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -66,7 +74,7 @@ def _canvas(name: str, title: str, description: str, *, width: float = 3.9, heig
     style = {
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), COLOURS["ink"]),
         **dict.fromkeys(("axes.edgecolor", "grid.color"), COLOURS["faint"]),
-        **{"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"},
+        **{"font.size": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9, "axes.unicode_minus": True},
         **{"grid.linewidth": 0.5, "lines.linewidth": 1.6, "axes.facecolor": "none", "legend.frameon": False},
         **{"axes.spines.top": False, "axes.spines.right": False},
         # Text stays text, so that the page's fonts and colours reach it; labels from data are never formulas.
@@ -77,11 +85,23 @@ def _canvas(name: str, title: str, description: str, *, width: float = 3.9, heig
         FigureCanvasSVG(figure)
         canvas = _Canvas(figure.add_subplot(), description)
         if title:
-            canvas.axes.set_title(title)
+            # At the figure's edge: axes beside long labels are too narrow for it.
+            figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         yield canvas
+        if canvas.legend:
+            _legend(figure, canvas.axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None})
     canvas.svg = _inline(buffer.getvalue(), name, canvas.description)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the axes, where no line or bar can be, in as many columns as fit; the figure grows by what it takes."""
+    handles, labels = axes.get_legend_handles_labels()
+    # Of a letter about 0.08 inches, and of the mark before it.
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / (0.08 * max(map(len, labels)) + 0.45))))
+    figure.set_figheight(figure.get_figheight() + 0.19 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, columnspacing=1.2, borderaxespad=0.2)
 
 
 def _inline(svg: str, name: str, description: str) -> str:
@@ -99,14 +119,20 @@ def _inline(svg: str, name: str, description: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
 
 
+def _wrapped(label: str) -> str:
+    """A row's label, in lines that leave room for what is drawn."""
+    return textwrap.fill(label, 18)
+
+
 def accuracy_plot(rows: Sequence[tuple[str, Proportion | None, Proportion | None]], *, name: str = "accuracy") -> str:
     """Dots with 95 % Wilson intervals: one row a format, before over after."""
     words = [
-        f"{label}: {', '.join(f'{when} {p.value:.1%}' for when, p in (('before', before), ('after', after)) if p)}"
+        f"{label}: {', '.join(f'{when} {percent(p.value)}' for when, p in (('before', before), ('after', after)) if p)}"
         for label, before, after in rows
     ]
-    with _canvas(name, "", "Accuracy by format. " + "; ".join(words), width=6.4, height=0.7 + 0.52 * len(rows)) as canvas:
+    with _canvas(name, "", "Accuracy by format. " + "; ".join(words), width=WIDE, height=0.6 + 0.5 * len(rows)) as canvas:
         axes = canvas.axes
+        canvas.legend = True
         for index, series in enumerate(("before", "after")):
             points = [(place, (before, after)[index]) for place, (_, before, after) in enumerate(rows)]
             known = [(place, point) for place, point in points if point is not None]
@@ -118,13 +144,12 @@ def accuracy_plot(rows: Sequence[tuple[str, Proportion | None, Proportion | None
                 xerr=[[100 * (p.value - p.low) for _, p in known], [100 * (p.high - p.value) for _, p in known]],
                 fmt="os"[index], markersize=6, capsize=3, color=COLOURS[series], label=series,
             )  # fmt: skip
-        axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+        axes.set_yticks(range(len(rows)), [_wrapped(label) for label, _, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         lows = [p.low for _, *pair in rows for p in pair if isinstance(p, Proportion)]
         axes.set_xlim(0 if min(lows, default=0) < 0.35 else 10 * int(min(lows) * 10 - 0.5), 101)
-        axes.set_xlabel("accuracy, % (bars: 95 % Wilson interval)")
+        axes.set_xlabel("accuracy, %")
         axes.grid(axis="x", alpha=0.6)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return canvas.svg
 
 
@@ -135,7 +160,7 @@ def ratio_histogram(groups: Mapping[str, Sequence[float]], thresholds: Mapping[i
     """
     colours = {"wrong": "wrong", "right": "right", "unclear": "third"}
     counts = ", ".join(f"{len(values)} {group}" for group, values in groups.items())
-    marks = ", ".join(f"{value:g} for {n} pictures" for n, value in thresholds.items())
+    marks = ", ".join(f"{number(value, 'g')} for {n} pictures" for n, value in thresholds.items())
     description = f"Histogram of the attention ratio, {title}: {counts}." + (f" Threshold {marks}." if marks else "")
     with _canvas(name, title, description) as canvas:
         axes = canvas.axes
@@ -147,15 +172,14 @@ def ratio_histogram(groups: Mapping[str, Sequence[float]], thresholds: Mapping[i
         for n, value in thresholds.items():
             by_value.setdefault(value, []).append(str(n))
         top = axes.get_ylim()[1]
-        axes.set_ylim(0, top * (1.25 if by_value else 1.05))
+        axes.set_ylim(0, top * (1.3 if by_value else 1.05))
         for value, labels in by_value.items():
             axes.axvline(value, color=COLOURS["ink"], linewidth=1, linestyle="--")
-            axes.text(value - 0.008, top * 1.24, f"n = {', '.join(labels)}", rotation=90, ha="right", va="top", fontsize=7)
+            axes.text(value - 0.008, top * 1.29, f"n = {', '.join(labels)}", rotation=90, ha="right", va="top", fontsize=_SMALL)
         axes.set_xlim(0, 1)
         axes.set_xlabel("attention ratio")
         axes.set_ylabel("answers")
-        if len(groups) > 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(0, 0.97), fontsize=8)
+        canvas.legend = len(groups) > 1
     return canvas.svg
 
 
@@ -163,7 +187,9 @@ def similarity_histogram(groups: Mapping[str, Sequence[float]], threshold: float
     """Stacked histogram of similarities of answers to their truths, at most 1, by how they were made; the threshold dashed."""
     lowest = min(0.0, *(value for values in groups.values() for value in values))
     counts = ", ".join(f"{len(values)} {group}" for group, values in groups.items())
-    with _canvas("similarity", "", f"Histogram of similarity to the truth: {counts}. Threshold {threshold:g}.") as canvas:
+    with _canvas(
+        "similarity", "", f"Histogram of similarity to the truth: {counts}. Threshold {number(threshold, 'g')}."
+    ) as canvas:
         axes = canvas.axes
         axes.hist(
             list(groups.values()), bins=BINS, range=(lowest, 1), stacked=True, label=list(groups),
@@ -172,47 +198,43 @@ def similarity_histogram(groups: Mapping[str, Sequence[float]], threshold: float
         axes.axvline(threshold, color=COLOURS["ink"], linewidth=1, linestyle="--")
         axes.set_xlabel("similarity to the truth")
         axes.set_ylabel("answers")
-        if len(groups) > 1:
-            axes.legend(fontsize=8)
+        canvas.legend = len(groups) > 1
     return canvas.svg
 
 
 def dot_plot(
-    rows: Sequence[str], series: Mapping[str, Sequence[Proportion | float | None]], *, name: str, title: str, xlabel: str
+    rows: Sequence[str], series: Mapping[str, Sequence[Proportion | Estimate | None]], *, name: str, title: str, xlabel: str
 ) -> str:
-    """A dot for each row and series, with an interval where the value is a proportion, which is shown in percent.
+    """A dot with its interval for each row and series; proportions are shown in percent.
 
     series: label -> its values, one a row; None: no dot.
     """
     marks = [
-        (label, place, 100 * value.value if isinstance(value, Proportion) else value, value)
+        (label, place, *(scale * each for each in (value.value, value.low, value.high)))
         for label, values in series.items()
         for place, value in enumerate(values)
         if value is not None
+        for scale in (100 if isinstance(value, Proportion) else 1,)
     ]
-    words = "; ".join(f"{rows[place]}, {label}: {shown:.3g}" for label, place, shown, _ in marks)
-    with _canvas(name, title, f"{title}. {words}", width=4.6, height=0.9 + 0.38 * len(rows)) as canvas:
+    words = "; ".join(f"{rows[place]}, {label}: {number(shown, '.3g')}" for label, place, shown, _, _ in marks)
+    with _canvas(name, title, f"{title}. {words}", height=1.0 + 0.4 * len(rows)) as canvas:
         axes = canvas.axes
         for index, label in enumerate(series):
-            mine = [(place, shown, value) for each, place, shown, value in marks if each == label]
-            intervals = [
-                (shown - 100 * v.low, 100 * v.high - shown) if isinstance(v, Proportion) else (0, 0) for _, shown, v in mine
-            ]
+            mine = [mark[1:] for mark in marks if mark[0] == label]
             axes.errorbar(
-                [shown for _, shown, _ in mine],
-                [place + 0.16 * (index - (len(series) - 1) / 2) for place, _, _ in mine],
-                xerr=[list(side) for side in zip(*intervals, strict=True)] if any(map(any, intervals)) else None,
+                [shown for _, shown, _, _ in mine],
+                [place + 0.2 * (index - (len(series) - 1) / 2) for place, *_ in mine],
+                xerr=[[shown - low for _, shown, low, _ in mine], [high - shown for _, shown, _, high in mine]],
                 fmt="os^D"[index % 4], markersize=5, capsize=2, color=COLOURS[SERIES[index % len(SERIES)]], label=label,
             )  # fmt: skip
-        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_yticks(range(len(rows)), [_wrapped(row) for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.06)
-        if all(shown >= 0 for _, _, shown, _ in marks):
+        if all(low >= 0 for *_, low, _ in marks):
             axes.set_xlim(left=0)
         axes.set_xlabel(xlabel)
         axes.grid(axis="x", alpha=0.6)
-        if len(series) > 1:
-            axes.legend(fontsize=8, loc="best")
+        canvas.legend = len(series) > 1
     return canvas.svg
 
 
@@ -225,8 +247,9 @@ def layer_plot(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], 
     from matplotlib.ticker import MaxNLocator
 
     words = []
-    with _canvas(name, "", "", width=6.4, height=3.2) as canvas:
+    with _canvas(name, "", "", width=WIDE, height=2.6) as canvas:
         axes = canvas.axes
+        canvas.legend = True
         for index, (label, points) in enumerate(curves.items()):
             if not points:
                 continue
@@ -240,7 +263,7 @@ def layer_plot(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], 
                 s=70, facecolors="none", edgecolors=colour, linewidths=1.5,
             )  # fmt: skip
             best = max(points, key=lambda point: point[1])
-            words.append(f"{label}: largest {best[1]:.2f} at layer {best[0]}")
+            words.append(f"{label}: largest {number(best[1], '.2f')} at layer {best[0]}")
         axes.axhline(0.5, color=COLOURS["ink"], linewidth=0.8, linestyle="--")
         # Up to 1 whatever was found: what is missing is to be seen.
         axes.set_ylim(min(0.4, axes.get_ylim()[0]), 1.01)
@@ -248,7 +271,6 @@ def layer_plot(curves: Mapping[str, Sequence[tuple[int, float, float, float]]], 
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("AUC, right against wrong")
         axes.grid(alpha=0.5)
-        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
         canvas.description = f"AUC of the attention ratio by decoder layer. {'; '.join(words)}."
     return canvas.svg
 
@@ -272,9 +294,11 @@ def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, 
                     box.get_path().transformed(box.get_patch_transform())
                 )
     value, place, head = max(known, default=(0.5, 0, 0))
-    description = f"AUC of the attention ratio by layer and head: largest {value:.2f} at layer {layers[place]}, head {head}."
+    description = (
+        f"AUC of the attention ratio by layer and head: largest {number(value, '.2f')} at layer {layers[place]}, head {head}."
+    )
     heads = max(map(len, areas), default=0)
-    with _canvas(name, "", description, width=6.4, height=min(6.0, 1.8 + 0.14 * heads)) as canvas:
+    with _canvas(name, "", description, width=WIDE, height=min(6.0, 1.6 + 0.16 * heads)) as canvas:
         axes = canvas.axes
         # One path a shade: a thousand heads are a thousand rectangles.
         for (side, strength), outlines in sorted(cells.items()):
@@ -283,7 +307,7 @@ def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, 
                 axes.add_patch(PathPatch(outline, facecolor=COLOURS[side], alpha=strength, linewidth=0))
         if len(known) <= _FEW_CELLS:
             for value, place, head in known:
-                axes.text(place, head, f"{value:.2f}", ha="center", va="center", fontsize=7)
+                axes.text(place, head, number(value, ".2f"), ha="center", va="center", fontsize=_SMALL)
         axes.set_xlim(-0.5, len(areas) - 0.5)
         axes.set_ylim(-0.5, heads - 0.5)
         step = max(1, -(-len(layers) // 16))
@@ -296,7 +320,12 @@ def head_map(areas: Sequence[Sequence[float | None]], layers: Sequence[int], *, 
 
 def curve_plot(series: Series, *, name: str, title: str, zero: bool = False) -> str:
     """Training curves: one line a series, against the optimizer step. zero: with a line at 0."""
-    ends = ", ".join(f"{label} from {values[0]:.3g} to {values[-1]:.3g}" for label, (_, values) in series.items())
+    require_matplotlib()
+    from matplotlib.ticker import FixedLocator, MaxNLocator
+
+    ends = ", ".join(
+        f"{label} from {number(values[0], '.3g')} to {number(values[-1], '.3g')}" for label, (_, values) in series.items()
+    )
     with _canvas(name, title, f"{title} against the training step: {ends}.") as canvas:
         axes = canvas.axes
         for index, (label, (steps, values)) in enumerate(series.items()):
@@ -307,17 +336,18 @@ def curve_plot(series: Series, *, name: str, title: str, zero: bool = False) -> 
             )  # fmt: skip
         if zero:
             axes.axhline(0, color=COLOURS["ink"], linewidth=0.8)
+        places = {step for steps, _ in series.values() for step in steps}
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True) if len(places) > 1 else FixedLocator(list(places)))
         axes.set_xlabel("step")
         axes.grid(alpha=0.5)
-        if len(series) > 1:
-            axes.legend(fontsize=8)
+        canvas.legend = len(series) > 1
     return canvas.svg
 
 
 def bar_plot(edges: Sequence[float], counts: Sequence[int], *, name: str, title: str, xlabel: str) -> str:
     """A histogram that is counted already, with a line at 0. edges: one more than counts."""
     known = [place for place, count in enumerate(counts) if count]
-    ends = f" between {edges[known[0]]:.3g} and {edges[known[-1] + 1]:.3g}" if known else ""
+    ends = f" between {number(edges[known[0]], '.3g')} and {number(edges[known[-1] + 1], '.3g')}" if known else ""
     with _canvas(name, title, f"{title}: {sum(counts)}{ends}.") as canvas:
         axes = canvas.axes
         axes.stairs(counts, edges, fill=True, color=COLOURS["after"], alpha=0.85)

@@ -1,27 +1,44 @@
-"""Tables of the page that several sections or the layout show, and how numbers are written in them."""
+"""Tables of the page that several sections or the layout show, and cells that are numbers with intervals."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .contents import RunContents
-from .intervals import Proportion
+from .intervals import Estimate, Proportion, mean_estimate
+from .numbers import NONE, bare, number, percent
 
 PACKAGES = ("mmdpo-kernels", "torch", "transformers", "peft", "accelerate", "datasets", "pillow", "matplotlib")
 
 
+class Measured(NamedTuple):
+    """A number and its interval, as text."""
+
+    value: str
+    interval: str
+
+
+TableCell = str | Measured
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of ready text and proportions; the first cell of a row is its heading. `total`: the last row is set apart."""
+    """A table of ready text; the first cell of a row is its heading.
+
+    total: the last row is set apart. nested: numbers of the rows that are parts of the one before. words: numbers of the columns that hold
+    words, which begin at the left.
+    """
 
     caption: str
     head: Sequence[str]
-    rows: Sequence[Sequence[str | Proportion | None]]
+    rows: Sequence[Sequence[TableCell]]
     total: bool = False
+    nested: Collection[int] = ()
+    words: Collection[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,39 +49,70 @@ class Group:
     examples: list[Any]
 
 
-def percent(value: float | None) -> str:
-    """A fraction as a percentage with one decimal; the space does not break."""
-    return "–" if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+def share(p: Proportion | None) -> TableCell:
+    """A share in percent with its interval."""
+    return NONE if p is None else Measured(percent(p.value), f"{bare(p.low)}–{bare(p.high)}")
 
 
-def bare(value: float) -> str:
-    """A fraction as a percentage without its sign, for the ends of an interval."""
-    return f"{100 * value:.1f}"
+def measured(estimate: Estimate | None, spec: str, scale: float = 1.0) -> TableCell:
+    """A mean or a difference with its interval, in a format of `number`; scale: 100 for points."""
+    if estimate is None:
+        return NONE
+    low, high = (number(scale * end, spec) for end in (estimate.low, estimate.high))
+    return Measured(number(scale * estimate.value, spec), f"{low} to {high}")
 
 
-def points(value: float | None) -> str:
-    """A difference of fractions in signed percentage points."""
-    if value is None:
-        return "–"
-    text = f"{100 * value:+.1f}"
-    return "0.0" if float(text) == 0 else text.replace("-", "−")
+def mean(values: Collection[float], spec: str) -> TableCell:
+    """The mean of some values, with its interval where there are several."""
+    found = mean_estimate(list(values))
+    return measured(found, spec) if found else number(next(iter(values)), spec) if values else NONE
+
+
+def change(estimate: Estimate | None) -> TableCell:
+    """A difference of shares in points with its interval."""
+    return measured(estimate, "+.1f", 100)
+
+
+def in_words(cell: TableCell, unit: str = "") -> str:
+    """A cell within a sentence."""
+    return f"{cell}{unit}" if isinstance(cell, str) else f"{cell.value}{unit}, {cell.interval}"
 
 
 def lost_table(contents: RunContents) -> Table | None:
     """Records left out, by stage and reason; None where there are none."""
-    found = {"augment": contents.summaries.get("augment"), "evaluate": contents.evaluation_data, **contents.summaries}
-    losses = {name: summary["lost"] for name, summary in found.items() if summary and summary.get("lost")}
+    losses = {name: summary["lost"] for name, summary in _losses(contents).items()}
     if not losses:
         return None
     rows = []
     for name, loss in losses.items():
-        rows += [[name, reason.replace("_", " "), f"{count:,}"] for reason, count in loss["reasons"].items()]
-        rows.append([name, "all records left out, of those read", f"{loss['records']:,} of {loss['of']:,}"])
+        everything = f"{loss['records']:,} of {loss['of']:,}"
+        if list(loss["reasons"].values()) == [loss["records"]]:
+            rows.append([name, reason_words(next(iter(loss["reasons"]))), everything])
+            continue
+        rows += [[name, reason_words(reason), f"{count:,}"] for reason, count in loss["reasons"].items()]
+        rows.append([name, "all together, of those read", everything])
     return Table(
         caption="Records that were left out, by stage and reason; a record may have several. Each is in the stage's problems.jsonl.",
         head=["Stage", "Reason", "Number"],
         rows=rows,
+        words={1},
     )
+
+
+def lost_fact(contents: RunContents) -> str:
+    """How many records were left out, in a word or two; empty before any stage has finished."""
+    counts = [summary["lost"]["records"] for summary in _losses(contents).values()]
+    return f"{sum(counts):,}" if counts else "none" if contents.summaries else ""
+
+
+def reason_words(reason: str) -> str:
+    """A reason's name for readers."""
+    return reason.replace("_", " ")
+
+
+def _losses(contents: RunContents) -> dict[str, Any]:
+    found = {"augment": contents.summaries.get("augment"), "evaluate": contents.evaluation_data, **contents.summaries}
+    return {name: summary for name, summary in found.items() if summary and summary.get("lost")}
 
 
 def seconds_table(contents: RunContents) -> Table | None:
@@ -85,4 +133,4 @@ def versions_table() -> Table:
             rows.append([package, importlib.metadata.version(package)])
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Table(caption="Versions", head=["", "Version"], rows=rows)
+    return Table(caption="What it ran with.", head=["Package", "Version"], rows=rows)

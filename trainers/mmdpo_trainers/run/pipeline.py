@@ -21,7 +21,7 @@ from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.methods import check_method, method_named, online_settings
 from mmdpo_trainers.methods.ranking import with_attributes
 from mmdpo_trainers.methods.selection import match_of
-from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.processes import notices, ranks
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.run import upload
 from mmdpo_trainers.run.preflight import check_declaration, check_run
@@ -75,8 +75,13 @@ def run_pipeline(
     if not ranks.is_rank_0():
         return summary
     console = console or Console()
-    for table in run_tables(summary):
+    tables = run_tables(summary)
+    for table in tables:
         console.print(table)
+    if until is not None and not tables:
+        further = ", ".join(stage for stage in method.stages_of(config) if _ORDER.index(stage) > _ORDER.index(until))
+        said = f"done up to {until}: there is nothing to compare yet; the same command without --until does {further}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     report = run.path / "report.html"
     ending = f"report: {report}" if report.exists() else f"run folder: {run.path}"
     console.print(ending, markup=False, highlight=False, soft_wrap=True)
@@ -94,6 +99,7 @@ def held(run: RunFolder) -> Iterator[None]:
             with ranks.failing():
                 stack.enter_context(run.lock())
                 run.date()
+                notices.keep_in(run.path)
         ranks.barrier()
         yield
 

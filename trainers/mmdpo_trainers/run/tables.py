@@ -39,12 +39,14 @@ def _compared(summary: dict[str, Any], stage: str) -> list[str]:
     return [f"answers compared by {match}"] if match else []
 
 
-def _held_out_table(summary: dict[str, Any]) -> Table:
+def _held_out_table(summary: dict[str, Any]) -> Table | None:
     """Accuracy by group of questions, and gaps and rewards on held-out pairs."""
     # A column an arm: their names are longer than the figures, but can be broken.
     found = {"before": flat_figures(summary["before"])}
     found |= {arm: flat_figures(figures) for arm, figures in summary["arms"].items()}
     found = {arm: figures for arm, figures in found.items() if figures}
+    if not found:
+        return None
     names = dict.fromkeys(name for figures in found.values() for name in figures)
     table = Table(
         title="accuracy, and log-probability gaps and chosen rewards on held-out pairs",

@@ -43,7 +43,10 @@ def run(context: StageContext) -> dict[str, Any]:
     missing: list[str] = []
     made = _built_in(context) if context.options.source == SHAPES_PRIOR else _own(context, missing)
     if not made["pairs"]:
-        raise StageError(f"pairs.held_out: {context.options.held_out} leaves no pairs of {context.options.source} to train on")
+        raise StageError(
+            f"pairs.held_out: {context.options.held_out} leaves no pairs of {context.options.source} to train on; records that share a "
+            "picture stay on one side"
+        )
     for name, records in made.items():
         if records:
             write_atomic(context.folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))

@@ -29,14 +29,17 @@ class Example:
 
 
 def examples(page: PageInputs) -> dict[str, Any] | None:
-    """Answers of every arm to some questions; None where arms do not differ."""
-    found = _examples(page)
-    return {"examples": found} if found else None
+    """Answers of every arm to some questions; None before any arm is evaluated."""
+    answers = page.comparison.answers
+    trained = [arm for arm in answers if arm != BASE]
+    asked = len(answers.get(BASE, {}))
+    return {"examples": _examples(page), "asked": f"{asked:,}"} if asked and trained else None
 
 
 def pairs(page: PageInputs) -> dict[str, Any]:
     """Pairs that were given."""
-    return {"pairs": _pair_examples(page.run.folder / "pairs", page.run.own_pairs, page.pairs)}
+    made = (page.run.folder / "pairs" / "pairs.jsonl").is_file()
+    return {"pairs": _pair_examples(page.run.folder / "pairs", page.run.own_pairs, page.pairs), "made": made}
 
 
 def _examples(page: PageInputs) -> list[Example]:

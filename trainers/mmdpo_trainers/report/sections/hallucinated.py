@@ -14,6 +14,7 @@ from ..comparison import PageInputs
 from ..contents import Record, spread
 from ..examples import Cell, image_of, question_of, text_of
 from ..images import data_uri, sized
+from ..numbers import number
 from ..tables import Table
 
 STAGE = "hallucinate"
@@ -28,6 +29,7 @@ def hallucinated(page: PageInputs) -> dict[str, Any]:
         "summary": summary,
         "table": _tries(page) if summary else None,
         "plot": _plot(page, answers) if answers else None,
+        "answered": len(answers),
         "examples": [_example(record, folder) for record in spread([each for each in answers if _differs(each)], page.pairs)],
     }
 
@@ -54,25 +56,25 @@ def _tries(page: PageInputs) -> Table:
         name.split("/")[1]: name for name in page.run.summaries if name.startswith("arms/") and name.endswith(f"/{STAGE}")
     }
     found = {arm: summary for arm, name in names.items() if "tries" in (summary := page.run.summaries[name])}
-    numbers = sorted({int(number) for summary in found.values() for number in summary["tries"]})
+    tries = sorted({int(place) for summary in found.values() for place in summary["tries"]})
     rows = []
     for arm, summary in found.items():
-        tries = [f"{summary['tries'].get(str(number), 0):,}" for number in numbers]
+        counts = [f"{summary['tries'].get(str(place), 0):,}" for place in tries]
         lost = summary.get("lost", {}).get("reasons", {})
         rest = [summary["unguided"], summary["similar"], lost.get("same_words", 0), summary["pairs"]]
         rows.append(
             [
                 page.method.name_of(arm),
-                f"{summary['hide']:g}",
-                *tries,
+                number(summary["hide"], "g"),
+                *counts,
                 *(f"{n:,}" for n in rest),
-                f"{summary['mean_similarity']:.2f}",
+                number(summary["mean_similarity"], ".2f"),
             ]
         )
     return Table(
         caption="Answers by the tries they took; the last try has no truth to follow. Answers in the truth's own words make no pair.",
         head=[
-            *("Arm", "Hidden", *(f"{number}. try" for number in numbers)),
+            *("Arm", "Hidden", *(f"{place}. try" for place in tries)),
             *("Not guided", "Similar at last", "The truth's words", "Pairs", "Mean similarity"),
         ],
         rows=rows,
@@ -103,4 +105,5 @@ def _example(record: Record, folder: Path) -> dict[str, Any]:
         "truth": truth,
         "answer": answer,
         "sampled": record["sampled"],
+        "similarity": number(record["sampled"]["similarity"], ".2f"),
     }

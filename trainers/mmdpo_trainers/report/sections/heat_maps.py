@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..comparison import PageInputs
-from ..contents import RunContents, label_of
+from ..contents import MULTI_IMAGE, RunContents, label_of
 from ..examples import Cell, image_name, image_of, image_side, question_of
-from ..heatmaps import MOMENTS, HeatExample
+from ..heatmaps import MOMENTS, HeatExample, HeatMaps
 from ..images import data_uri, heat_gradient, outlined, overlaid, sized
 from ..tables import Group
 
@@ -17,12 +17,26 @@ def heat_maps(page: PageInputs) -> dict[str, Any]:
     contents, heat = page.run, page.heat
     if heat is None or not heat.examples:
         note = "No heat maps: they need answers before and after training. Run `mmdpo evaluate`, then `mmdpo report`."
-        return {"heatmaps": [], "heatmaps_note": note, "heat_layer": None, "heat_gradient": ""}
+        return {"heatmaps": [], "heatmaps_note": note}
     groups: dict[str, list[Any]] = {}
     for example in heat.examples:
         groups.setdefault(label_of(example.record["format"]), []).append(_heat_example(contents, example, heat.centre_crop))
     shown = [Group(label=label, examples=examples) for label, examples in groups.items()]
-    return {"heatmaps": shown, "heatmaps_note": "", "heat_layer": heat.layer, "heat_gradient": heat_gradient()}
+    return {"heatmaps": shown, "heat_layer": heat.layer, "heat_gradient": heat_gradient(), "mended": _mended(contents, heat)}
+
+
+def _mended(contents: RunContents, heat: HeatMaps) -> str:
+    """Which of the answers shown training has mended, and how many there were to choose from."""
+    before = {record["id"]: record["correct"] for record in contents.before if record["format"] in MULTI_IMAGE}
+    total = sum(record["correct"] and not before.get(record["id"], True) for record in contents.after)
+    shown = sum(each.answers["after"]["correct"] and not each.answers["before"]["correct"] for each in heat.examples)
+    count = len(heat.examples)
+    if not total:
+        return f"Training mended no answer to several pictures: {'the answer' if count == 1 else f'all {count} answers'} shown stayed as before."
+    chosen = (
+        f"Of the {count} answers shown, {shown} went from wrong to right with training, and {count - shown} stayed as they were"
+    )
+    return f"{chosen}; in all it mended {total:,} of {len(before):,}. Both are spread evenly over the questions."
 
 
 def _heat_example(contents: RunContents, example: HeatExample, centre_crop: bool) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from mmdpo_trainers.answers.raters.quality import WORDS
 from ..comparison import PageInputs
 from ..contents import Record
 from ..intervals import Proportion
-from ..tables import Table
+from ..numbers import number
+from ..tables import Table, TableCell, reason_words, share
 
 
 def judge(page: PageInputs) -> dict[str, Any] | None:
@@ -21,21 +22,23 @@ def judge(page: PageInputs) -> dict[str, Any] | None:
 
 
 def _ratings(rate: Record) -> Table:
-    scale = "" if rate["scale"] is None else " from {:g} to {:g}".format(*rate["scale"])
+    scale = "" if rate["scale"] is None else " from {} to {}".format(*(number(end, "g") for end in rate["scale"]))
     rows = [["Answers", f"{rate['answers']:,}"]]
-    rows += [[f"Mean {name}", f"{value:.2f}"] for name, value in rate["mean"].items()]
-    rows += [[f"Not rated: {reason.replace('_', ' ')}", f"{count:,}"] for reason, count in rate["unrated"].items()]
+    rows += [[f"Mean {name}", number(value, ".2f")] for name, value in rate["mean"].items()]
+    rows += [[f"Not rated: {reason_words(reason)}", f"{count:,}"] for reason, count in rate["unrated"].items()]
     rows += [[name.replace("_", " ").capitalize(), f"{count:,}"] for name, count in rate["costs"].items()]
-    return Table(caption=f"Ratings{scale}, and what they took.", head=["", "Number"], rows=rows)
+    return Table(caption=f"Ratings{scale}, and what they took.", head=["What", "Number"], rows=rows)
 
 
 def _quality(check: Record) -> Table:
     of = "of the user's own, held out" if check["of"] == "check_pairs" else "of a true answer and a wrong one"
-    rows: list[list[str | Proportion | None]] = [
-        [words.capitalize(), Proportion(share["correct"], share["total"]), f"{share['total']:,}"]
+    rows: list[list[TableCell]] = [
+        [words.capitalize(), share(Proportion(found["correct"], found["total"])), f"{found['total']:,}"]
         for name, words in WORDS.items()
-        if (share := check.get(name))
+        if (found := check.get(name))
     ]
     return Table(
-        caption=f"The rater on {check['pairs']:,} pairs {of}, with 95 % Wilson intervals.", head=["", "Share", "Of"], rows=rows
+        caption=f"The rater on {check['pairs']:,} pairs {of}, with 95 % Wilson intervals.",
+        head=["What", "Share", "Of"],
+        rows=rows,
     )

@@ -10,7 +10,8 @@ from mmdpo_trainers.answers.layer_choice import ALL, verdicts
 from .. import plots
 from ..comparison import PageInputs
 from ..contents import label_of
-from ..tables import Table, percent
+from ..numbers import number, percent
+from ..tables import Table
 
 
 def layers(page: PageInputs) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def _thresholds(curves: Mapping[str, Any]) -> Table | None:
     rows = [
         [
             f"{_label(name)}, {count} pictures",
-            f"{each['threshold']:.2f}",
+            number(each["threshold"], ".2f"),
             *(percent(each[key]) for key in ("wrong_under", "wrong", "found")),
         ]
         for name, table in curves["thresholds"].items()
@@ -67,6 +68,6 @@ def _thresholds(curves: Mapping[str, Any]) -> Table | None:
     return Table(
         caption="Thresholds that part right from wrong answers best at that layer (Youden's), chosen on one half of the answers and measured on "
         "the other: of the answers under the threshold, and of all, how many are wrong; and how many of the wrong ones are under it.",
-        head=["", "Threshold", "Wrong under it", "Wrong of all", "Wrong ones found"],
+        head=["Format and pictures", "Threshold", "Wrong under it", "Wrong of all", "Wrong ones found"],
         rows=rows,
     )

@@ -11,7 +11,8 @@ from typing import Any
 from ..comparison import PageInputs
 from ..contents import Record, RunContents, by_format, label_of, spread
 from ..examples import Cell, image_cells, question_of, text_of
-from ..tables import Group, Table
+from ..numbers import NONE, number
+from ..tables import Group, Table, reason_words
 
 _MOST_VALUES = 12
 """Columns that a table of ratings may have: more different whole numbers than that are shown by their mean alone."""
@@ -56,12 +57,12 @@ def _distribution(records: Sequence[Record]) -> Table | None:
     answers = sum(len(record["responses"]) for record in records)
     without = sum(each is None for record in records for each in record["ratings"])
     rows = [
-        [name, f"{sum(values) / len(values):.2f}", *(f"{counts[name][value]:,}" for value in shown)]
+        [name, number(sum(values) / len(values), ".2f"), *(f"{counts[name][value]:,}" for value in shown)]
         for name, values in found.items()
     ]
     return Table(
         caption=f"Ratings of {answers:,} answers to {len(records):,} prompts, {without:,} of them without; values rounded to whole numbers.",
-        head=["Attribute", "Mean", *map(str, shown)],
+        head=["Attribute", "Mean", *(number(value, "d") for value in shown)],
         rows=rows,
     )
 
@@ -86,18 +87,17 @@ def _arms_table(page: PageInputs) -> Table | None:
         summary = contents.summaries.get("rank" if arm == page.method.name else f"arms/{arm}/rank")
         if summary is None:
             continue
-        dropped = ", ".join(f"{rule.replace('_', ' ')} {count:,}" for rule, count in summary["dropped"].items()) or "–"
+        dropped = ", ".join(f"{reason_words(rule)} {count:,}" for rule, count in summary["dropped"].items()) or "none"
         numbers = [f"{sum(summary['pairs'].values()):,}", f"{summary['prompts']:,} of {summary['records']:,}"]
-        means = [f"{summary[name]:.2f}" if summary[name] is not None else "–" for name in ("mean_chosen", "mean_gap")]
-        rows.append(
-            [page.method.name_of(arm), summary["make"].replace("_", " "), *numbers, *means, f"{summary['ties']:,}", dropped]
-        )
+        means = [NONE if summary[name] is None else number(summary[name], ".2f") for name in ("mean_chosen", "mean_gap")]
+        rows.append([page.method.name_of(arm), reason_words(summary["make"]), *numbers, *means, f"{summary['ties']:,}", dropped])
     if not rows:
         return None
     return Table(
         caption="What each arm trains on. Ties: prompts of which several answers are best; the first one counts.",
         head=["Arm", "Made", "Records", "Prompts", "Mean value of chosen", "Mean gap", "Ties", "Prompts dropped"],
         rows=rows,
+        words={1, 7},
     )
 
 
@@ -126,4 +126,4 @@ def _pair(record: Record, folder: Path) -> RatedPair:
 
 
 def _in_words(ratings: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in ratings.items())
+    return ", ".join(f"{name} {number(value, '.3g')}" for name, value in ratings.items())

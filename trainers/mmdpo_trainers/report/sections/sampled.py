@@ -14,9 +14,20 @@ from ..comparison import PageInputs
 from ..contents import Record, spread
 from ..examples import Cell, image_of, question_of
 from ..images import data_uri, sized
-from ..tables import Table, percent
+from ..numbers import NONE, number, percent
+from ..tables import Table
 
-_HEAD = ("Arm", "Records asked", "Answers", "Pair", "Tie", "Not rated", "All cut", "Mean rating, first tenth", "last tenth")
+_HEAD = (
+    "Arm",
+    "Records asked",
+    "Answers",
+    "Pair",
+    "Tie",
+    "Not rated",
+    "All cut",
+    "Mean rating, first tenth",
+    "Mean rating, last tenth",
+)
 _CURVES = {"Mean rating of sampled answers": ("mean_rating",), "Share of records": ("share", "ties", "cut", "unrated", "skipped")}
 
 
@@ -53,7 +64,7 @@ def _cells(lines: Sequence[Record]) -> list[str]:
 
 def _mean_rating(lines: Sequence[Record]) -> str:
     ratings = [rating for line in lines for rating in line["ratings"] if rating is not None]
-    return f"{sum(ratings) / len(ratings):.2f}" if ratings else "–"
+    return number(sum(ratings) / len(ratings), ".2f") if ratings else NONE
 
 
 def _plots(log: Sequence[Record]) -> list[str]:
@@ -78,7 +89,7 @@ def _pairs(page: PageInputs, lines: Sequence[Record]) -> list[dict[str, Any]]:
         record = records[line["record"]]
         picture = image_of(record, int(record.get("target") or 0), page.run.folder / "pairs") if record.get("images") else None
         answers = [
-            (_role(line, index), text, "–" if rating is None else f"{rating:.2f}")
+            (_role(line, index), text, NONE if rating is None else number(rating, ".2f"))
             for index, (text, rating) in enumerate(zip(line["answers"], line["ratings"], strict=True))
         ]
         cells = [] if picture is None else [Cell(uri=data_uri(sized(picture)), alt="The picture")]

@@ -61,7 +61,13 @@ def ratios(page: PageInputs) -> dict[str, Any]:
 
 def selected_pairs(page: PageInputs) -> dict[str, Any]:
     """Pairs that selection made, by format."""
-    return {"pairs": _pair_groups(page.run, page.pairs)}
+    return {"pairs": _pair_groups(page.run, page.pairs), "note": _no_pairs(page.run)}
+
+
+def _no_pairs(contents: RunContents) -> str:
+    if contents.pairs is None:
+        return "No pairs yet: select/pairs.jsonl is missing. Run `mmdpo select`, then `mmdpo report`."
+    return f"No pairs to show: selection kept none of {len(contents.dropped):,} answers. Its table says which rules dropped them."
 
 
 def _selection_table(contents: RunContents) -> Table | None:
@@ -88,7 +94,7 @@ def _selection_table(contents: RunContents) -> Table | None:
     rows.append(row("Pairs selected", [pairs[f] for f in formats]))
     return Table(
         caption="Answers dropped, by the first rule each failed and by format; last column: answers that fail the rule at all.",
-        head=["", *(label_of(format) for format in formats), "All", "Failing"],
+        head=["Rule", *(label_of(format) for format in formats), "All", "Failing"],
         rows=rows,
         total=True,
     )
@@ -136,7 +142,9 @@ def _pair(record: Record, folder: Path) -> PairExample:
 def _selection_text(contents: RunContents) -> str:
     pairs = contents.pairs or []
     compared = f" Answers were compared with the truth by: {contents.selection_match}." if "select" in contents.summaries else ""
-    return f"{len(pairs):,} pairs selected from {len(pairs) + len(contents.dropped):,} answers.{compared}"
+    answers = len(pairs) + len(contents.dropped)
+    dropped = " No answer was dropped." if answers and not contents.dropped else ""
+    return f"{len(pairs):,} pairs selected from {answers:,} answers.{dropped}{compared}"
 
 
 def _ratios_caption(contents: RunContents, heat: HeatMaps | None) -> str:

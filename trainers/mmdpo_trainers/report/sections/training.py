@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from mmdpo_trainers.methods.held_out import ALL
+
 from .. import plots
-from ..comparison import ALL, PageInputs, kinds_of
+from ..comparison import PageInputs
 from ..contents import Record
 
 CURVES = (
@@ -25,19 +27,24 @@ def training(page: PageInputs) -> dict[str, Any]:
     """Losses, rewards and ratios of the run."""
     return {
         "training": _curve_plots(page.run.log),
-        "training_caption": "Logged every few optimizer steps; dashed lines are evaluations during training.",
+        "training_caption": "Logged every few optimizer steps"
+        + (
+            "; dashed: evaluations during training."
+            if any(key.startswith("eval_") for line in page.run.log for key in line)
+            else "."
+        ),
     }
 
 
 def main_training(page: PageInputs) -> dict[str, Any]:
     """The same of the main arm, where arms have curves of their own too."""
-    return {"training": _curve_plots(page.run.log)}
+    return training(page)
 
 
 def rewards(page: PageInputs) -> dict[str, Any]:
     """The chosen reward of every arm."""
     compared = page.comparison
-    return {"rewards": _reward_plots(compared.summary["arms"], kinds_of(compared.figures.values()), page.method.name_of)}
+    return {"rewards": _reward_plots(compared.summary["arms"], compared.held_out.kinds(), page.method.name_of)}
 
 
 def _curve_plots(log: Iterable[Record]) -> list[str]:

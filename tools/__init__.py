@@ -1,0 +1,1 @@
+"""What builds something out of the sources beside the wheel."""

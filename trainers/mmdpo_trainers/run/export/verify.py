@@ -140,7 +140,8 @@ def expected_of(loaded: LoadedModel, context: StageContext | None) -> Expected:
     generator, layers, others = torch.Generator().manual_seed(0), {}, False
     for name, module in loaded.model.named_modules():
         if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Linear):
-            rows = torch.randn(_ROWS, module.get_base_layer().in_features, generator=generator).to(loaded.device, loaded.dtype)
+            width = int(module.get_base_layer().in_features)  # type: ignore[arg-type]
+            rows = torch.randn(_ROWS, width, generator=generator).to(loaded.device, loaded.dtype)
             layers[name] = rows, module(rows)  # type: ignore[operator]
         elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             others = True
@@ -150,7 +151,9 @@ def expected_of(loaded: LoadedModel, context: StageContext | None) -> Expected:
         unmerged=answered(loaded, records),
         layers=layers,
         unchecked=others,
-        **{"dtype": loaded.dtype, "device": loaded.device, "date": loaded.date},
+        dtype=loaded.dtype,
+        device=loaded.device,
+        date=loaded.date,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ import pytest
 import torch
 from emulated_cuda import EmulatedNative, Weather
 from mass_cases import REDUCTIONS, Call, Sizes, assert_sums_as_accurate, make_call
+from setup_functions import setup_functions
 from torch import Tensor
 
 from mmdpo_kernels.backends.calls import AttentionMassCall
@@ -249,13 +249,7 @@ def test_the_emulation_finds_faults(emulated: EmulatedNative, kernel: str, messa
 
 @pytest.fixture(scope="session")
 def setup_module() -> ModuleType:
-    """setup.py's functions, without running it."""
-    source = (ROOT / "setup.py").read_text().partition("\nsetup(\n")[0]
-    module = ModuleType("setup_functions")
-    module.__file__ = str(ROOT / "setup.py")
-    sys.modules["setup_functions"] = module
-    exec(compile(source, module.__file__, "exec"), module.__dict__)
-    return module
+    return setup_functions()
 
 
 @pytest.mark.parametrize("target", ["sm_90", *(pytest.param(each, marks=pytest.mark.nightly) for each in ("sm_80", "sm_100"))])

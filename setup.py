@@ -25,11 +25,9 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-pthread"]
 # No other source may use these: the wheel must run on a CPU that lacks them.
-LEVEL_FLAGS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": (_AVX512 := ["-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]),
-    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-}
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
+LEVEL_FLAGS = {"avx2": AVX2, "avx512": AVX512, "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]}
 # Code for each GPU architecture, and of the newest also PTX, which later GPUs compile for themselves. An older nvcc knows fewer.
 CUDA_TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-pthread", "-Xptxas=-v", "--threads=0"]
@@ -65,13 +63,7 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         sources = [ROOT / name for name in extension.sources if nvcc is not None or not name.endswith(".cu")]
-        defines = []
-        if any(level_of(source) == "amx" for source in sources):
-            if accepts(compiler, LEVEL_FLAGS["amx"]):
-                defines.append("-DMMDPO_AMX")
-            else:
-                print(f"mmdpo_kernels: building without the CPU level amx, which {' '.join(compiler)} is too old for", flush=True)
-                sources = [source for source in sources if level_of(source) != "amx"]
+        sources, defines = compilable(compiler, sources)
         link = link_command(compiler, folder)
         (folder / "build.ninja").write_text(ninja_file(compiler, link, nvcc, sources, target, defines))
         try:
@@ -238,9 +230,16 @@ def level_flags(source: Path) -> list[str]:
     return LEVEL_FLAGS.get(level_of(source), [])
 
 
-def accepts(compiler: list[str], flags: list[str]) -> bool:
-    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def compilable(compiler: list[str], sources: list[Path]) -> tuple[list[Path], list[str]]:
+    """Those without the level amx where the compiler is too old for it, and the flags that tell all of them what there is."""
+    if all(level_of(source) != "amx" for source in sources):
+        return sources, []
+    command = [*compiler, *LEVEL_FLAGS["amx"], "-x", "c++", "-c", "-", "-o", os.devnull]
+    probe = "#include <immintrin.h>\nvoid release() { _tile_release(); }\n"
+    if subprocess.run(command, input=probe, capture_output=True, text=True, check=False).returncode == 0:
+        return sources, ["-DMMDPO_AMX"]
+    print(f"mmdpo_kernels: building without the CPU level amx, which {' '.join(compiler)} is too old for", flush=True)
+    return [source for source in sources if level_of(source) != "amx"], []
 
 
 def native_sources() -> list[str]:

@@ -36,6 +36,7 @@ void check(const LogitRowsArgs& a, const LogitTile& tile, int num_threads) {
 Run select_run() {
 #if defined(__x86_64__)
   switch (cpu_level()) {
+    case CpuLevel::amx:
     case CpuLevel::avx512: return avx512::fold_logit_rows;
     case CpuLevel::avx2: return avx2::fold_logit_rows;
     default: break;

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -160,13 +159,6 @@ def test_products_of_bfloat16_are_a_level_s_own(level: str, reduce: str | None, 
     # A mean of few segments may come out the same.
     assert not same.pop(torch.bfloat16) or reduce == "mean"
     assert same == {torch.float32: True, torch.float16: True, "large": True, "wide scale": True}
-
-
-def test_a_cpu_without_matrix_units_does_not_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    assert "amx" not in LEVELS or {"amx_tile", "amx_bf16", "avx512_bf16"} <= set(flags)
-    monkeypatch.setenv("MMDPO_CPU_LEVEL", "amx")
-    assert (native.unavailable_reason("cpu", torch.bfloat16) is None) == ("amx" in LEVELS)
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)

@@ -17,7 +17,8 @@ from mmdpo_kernels.backends.native import linear_logprobs as native
 from mmdpo_kernels.backends.reference import linear_logprobs as reference
 
 MODULE = extension.load()
-LEVELS = [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels()
+ALL_LEVELS = [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels()
+LEVELS = [level for level in ALL_LEVELS if level != "amx"]
 DTYPES = [] if isinstance(MODULE, str) else MODULE.dtypes
 STATS = ("entropy", "max_logp", "is_top1", "mean_logit")
 PLAIN = LogitOptions(None, 1.0, 1.0, -100)
@@ -151,6 +152,17 @@ def test_as_accurate_as_pytorch(
     monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
     for bias in (True, False):
         check(make_call(*size, dtype, OPTIONS[option], bias=bias))
+
+
+@pytest.mark.parametrize("level", [level for level in ALL_LEVELS if level == "amx"])
+def test_amx_is_avx512_here(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = make_call(200, 333)
+    found = []
+    for either in (level, "avx512", "generic"):
+        monkeypatch.setenv("MMDPO_CPU_LEVEL", either)
+        found.append((native.forward_with_gradient(*call.inputs, STATS, 200, None)[0], MODULE.multiplies_bfloat16()))
+    assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], found[2][0])
+    assert [multiplies for _, multiplies in found] == [True, True, False]
 
 
 @pytest.mark.parametrize("dtype, how", PRODUCTS)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "mmdpo_kernels"
 ALLOWED = frozenset({"torch", "triton"})
 """Besides the standard library. The rules name PyTorch alone; that Triton may be imported too is what their own pure Python kernels do."""

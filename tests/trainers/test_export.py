@@ -24,6 +24,7 @@ from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.errors import MmdpoError
 from mmdpo_trainers.models import published
 from mmdpo_trainers.models.loading import load_model
+from mmdpo_trainers.report.intervals import paired_change
 from mmdpo_trainers.run.export import hub, verify, write
 from mmdpo_trainers.run.export.scrub import scrubbed
 
@@ -152,10 +153,13 @@ def test_a_run_has_a_card(run: Path, base: Path, tmp_path: Path, capsys: pytest.
     head = card.data.to_dict()
     assert head["base_model"] == "me/tiny-llava" and head["library_name"] == "transformers" and "mia-dpo" in head["tags"]
     assert head["license"] == "llama2" and head["license_link"] == "https://example.org/licence"
+    # Those of the two questions with two pictures.
+    change = paired_change({"q1": False, "q3": False}, {"q1": True, "q3": False})
+    assert change is not None
     for sentence in (
         "decoder layer 1, counted from 0",
         "Sequence: 30 pairs; the ratio had to stay under: 2 pictures 0.70",
-        "| Sequence | 4 | 0.250 (0.150 to 0.350) | 0.750 (0.650 to 0.850) | +0.500 (-0.480 to +1.000) |",
+        f"| Sequence | 4 | 0.250 (0.150 to 0.350) | 0.750 (0.650 to 0.850) | +0.500 ({change.low:+.3f} to {change.high:+.3f}) |",
         "source data: my_data.json",
         "beta: 0.2",
         "Licence of the base: llama2",

@@ -23,17 +23,20 @@ namespace {
 class Tiles {
  public:
   Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    asm volatile("" ::: "memory");  // compilers take the instruction for one that reads the first 8 bytes
-    _tile_loadconfig(&config);
+    // Constant, as GCC takes the instruction for one that reads 8 bytes, and might not write the others of a local.
+    static constexpr Configuration kConfiguration;
+    _tile_loadconfig(&kConfiguration);
   }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  struct alignas(64) Configuration {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
 };
 
 // C (32, 32) = or += A (32, depth) B (depth, 32), B in pairs; depth is a multiple of 32. a_row, b_row: elements from row to row, of B from

@@ -5,7 +5,8 @@
 
 namespace mmdpo {
 
-// amx: avx512, and products of bfloat16 in the matrix units (AMX-BF16). amx_emulated: what is written for amx, in plain C++ and otherwise generic.
+// amx: avx512, and products of bfloat16 in the matrix units (AMX-BF16). amx_emulated: what is written for amx, in plain C++ and otherwise
+// generic.
 enum class CpuLevel { generic, avx2, avx512, amx, amx_emulated };
 
 const char* name(CpuLevel level);

@@ -3,6 +3,7 @@ with a gradient."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -177,12 +178,18 @@ def _followed(replaced: Replaced, args: tuple[Any, ...], kwargs: dict[str, Any])
     recorder = patch_state(module).recorder
     if recorder is None:  # a copy that was made while its original was recorded
         return original(*args, **kwargs)
-    given = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-    given = {**given, **given.get("kwargs", {})}
+    call = inspect.signature(original).bind_partial(*args, **kwargs)
+    given = {**call.arguments, **call.arguments.get("kwargs", {})}
     _check_generate(module, given, batch=recorder.segments.shape[0])
     recorder.begin_generate(_token_ids(_setting("eos_token_id", module, given)))
-    # Steps of a compiled forward would be made again for each number of tokens.
-    result = original(*args, **{**kwargs, "disable_compile": True})
+    # Steps of a compiled forward would be made again for each number of tokens. Said in the caller's configuration where there is one:
+    # transformers warns of an argument beside it.
+    if given.get("generation_config") is None:
+        result = original(*args, **{**kwargs, "disable_compile": True})
+    else:
+        call.arguments["generation_config"] = config = copy.copy(given["generation_config"])
+        config.disable_compile = True
+        result = original(*call.args, **call.kwargs)
     recorder.end_generate()
     return result
 

@@ -16,10 +16,12 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
+    GenerationConfig,
     LlamaConfig,
     MistralConfig,
     StaticCache,
 )
+from transformers.generation import utils as generation_utils
 
 from mmdpo_kernels import patch_model, record_attention, recorder, unpatch_model
 
@@ -385,3 +387,24 @@ def test_steps_that_wait_for_one_another_lose_nothing(
         else:
             close(mass, once[layer])
             assert recording.counts[layer].tolist() == [2 * STEPS] * 2
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_a_configuration_of_the_caller_stays_as_it_is_and_alone(
+    generated: dict[str, Any], monkeypatch: pytest.MonkeyPatch, positional: bool
+) -> None:
+    """`generate` is not given an argument beside the caller's GenerationConfig, which transformers warns of on every run."""
+    case = generated["full"]
+    warned: list[str] = []
+    monkeypatch.setattr(generation_utils.logger, "warning_once", lambda text, *args: warned.append(text))
+    config = GenerationConfig(**options(), eos_token_id=None)
+    before = config.to_dict()
+    with record_attention(case.model, segment_map(), None, layers=[1]) as recording:
+        if positional:
+            sequences = case.model.generate(case.inputs["input_ids"], config, attention_mask=case.inputs["attention_mask"])
+        else:
+            sequences = case.model.generate(**case.inputs, generation_config=config)
+    assert torch.equal(sequences, case.sequences)
+    assert recording.counts[1].tolist() == [STEPS, STEPS]
+    assert config.to_dict() == before
+    assert not [text for text in warned if "generation_config" in text]

@@ -85,4 +85,4 @@ def test_a_note_goes_with_what_it_is_about() -> None:
     with Progress(Console(file=output, width=80), every=0.0).task("reference", 2) as task:
         task.advance(note="about 2 min left")
         task.advance(note="")
-    assert output.getvalue().splitlines() == ["reference: 1/2 about 2 min left", "reference: 2/2", "reference: 2/2"]
+    assert output.getvalue().splitlines() == ["reference: 1/2 about 2 min left", "reference: 2/2"]

@@ -19,6 +19,7 @@ from mmdpo_trainers.report.comparison import PageInputs
 from mmdpo_trainers.report.contents import RunContents
 from mmdpo_trainers.report.numbers import number
 from mmdpo_trainers.report.page import render
+from mmdpo_trainers.report.tables import lost_fact
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -166,3 +167,10 @@ def test_nothing_is_wider_than_a_phone(page: str, tmp_path: Path) -> None:
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", shown, re.DOTALL)[1]))  # type: ignore[index]
     assert found["width"] == found["all"] == 390 and found["wide"] == [] and found["inside"] == 0
     assert found["smallest"] >= 9
+
+
+def test_a_record_that_two_stages_left_out_is_not_added_up() -> None:
+    lost = {"lost": {"records": 1, "of": 308, "reasons": {"missing": 1}}}
+    both = RunContents(Path("run"), summaries={"augment": lost}, evaluation_data=lost)
+    assert lost_fact(both) == "augment 1, evaluate 1"
+    assert lost_fact(RunContents(Path("run"), summaries={"augment": lost})) == "1"

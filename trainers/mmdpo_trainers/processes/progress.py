@@ -33,6 +33,7 @@ class ProgressTask:
         self._said = False
         self._note = ""
         self._printed = self._begun = time.monotonic()
+        self._last_line = ""
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
         """Count `steps` done; `note` is a few words shown beside the bar, such as the loss, until there are others."""
@@ -108,7 +109,7 @@ class Progress:
         task = ProgressTask(self, description, total, completed, folder)
         if not self.console.is_terminal:
             yield task
-            self.print(task.line)
+            self._print_line(task)
             return
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -139,4 +140,10 @@ class Progress:
         now = time.monotonic()
         if now - task._printed >= self._every * min(_SELDOM, 1 + (now - task._begun) / _SOON_SECONDS):
             task._printed = now
+            self._print_line(task)
+
+    def _print_line(self, task: ProgressTask) -> None:
+        """The task's line, unless it is what was printed last."""
+        if task.line != task._last_line:
+            task._last_line = task.line
             self.print(task.line)

@@ -100,9 +100,11 @@ def lost_table(contents: RunContents) -> Table | None:
 
 
 def lost_fact(contents: RunContents) -> str:
-    """How many records were left out, in a word or two; empty before any stage has finished."""
-    counts = [summary["lost"]["records"] for summary in _losses(contents).values()]
-    return f"{sum(counts):,}" if counts else "none" if contents.summaries else ""
+    """How many records were left out; by stage where several left any out, which may be the same ones. Empty before any has finished."""
+    counts = {name: summary["lost"]["records"] for name, summary in _losses(contents).items()}
+    if len(counts) > 1:
+        return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return f"{sum(counts.values()):,}" if counts else "none" if contents.summaries else ""
 
 
 def reason_words(reason: str) -> str:

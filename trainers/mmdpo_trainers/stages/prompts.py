@@ -113,7 +113,7 @@ def write_prompts(
     total = sum(count for _, count in plans)
     with _Writer(folder, singles=singles) as writer:
         writer.report(source.problems)
-        context.progress.print(f"{stage}: {total:,} prompts from {len(records):,} records")
+        context.progress.print(f"{stage}: {total:,} prompts from {len(records):,} questions")
         with context.progress.task(f"{stage}: prompts", total, folder=folder) as task:
             for plan, count in plans:
                 _make(plan, count, len(records), maker, writer, task)

@@ -80,8 +80,10 @@ def selection_table(summary: Mapping[str, Any]) -> Table:
     shown = [
         f"{name} {', '.join(f'{n}: {t:.2f}' for n, t in each.items())}" for name, each in summary["thresholds"].items() if each
     ]
+    says = "first: by the first rule that an answer failed; any: by each that it failed"
     if shown:
-        table.caption, table.caption_justify = f"ratios to stay under, by number of pictures: {'; '.join(shown)}", "left"
+        says += f"\nratios to stay under, by number of pictures: {'; '.join(shown)}"
+    table.caption, table.caption_justify = says, "left"
     return table
 
 

@@ -26,9 +26,20 @@ def renaming(record: Mapping[str, Any], wanted: Iterable[str]) -> str:
     return f"{found}: rename {' and '.join(reversed(steps.values()))}{''.join(lists[:1])}"
 
 
+def pair_remedy(record: Mapping[str, Any]) -> str:
+    """What to do with a preference record of other columns: a sentence as `renaming` gives, or where its layout is told."""
+    columns = f"its columns are {', '.join(str(name) for name in record)}"
+    told = "as docs/your_data.md shows under preference pairs"
+    if "text" in record and not any(name in record for name in ("chosen", "rejected")):
+        return f"{columns}; where its text is JSON of a question and two answers, as in RLHF-V, make columns of that, {told}"
+    if "conversations" in record and not answers_alone(record):
+        return f"{columns}; make the prompt of its conversations, and texts of its two answers, {told}"
+    return renaming(record, ("prompt", "chosen", "rejected"))
+
+
 def answers_alone(record: Mapping[str, Any]) -> bool:
     """Whether a record has an answer, and nothing that would be better or worse than another one."""
-    names = (*_OTHER_NAMES["chosen"], *_OTHER_NAMES["rejected"], "chosen", "rejected")
+    names = (*_OTHER_NAMES["chosen"], *_OTHER_NAMES["rejected"])
     return any(name in record for name in ("conversations", "messages", *_OTHER_NAMES["completion"])) and not any(
-        name in record for name in names
+        name in names or str(name).startswith(("chosen", "rejected")) for name in record
     )

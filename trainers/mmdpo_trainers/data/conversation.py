@@ -244,6 +244,10 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+
+
 def extract_prompt(record: Mapping[str, Any], columns: Sequence[str] = ()) -> dict[str, Any]:
     """A record whose prompt is the beginning that `chosen` and `rejected` share, with that in `prompt`, as TRL's `extract_prompt`.
 
@@ -253,7 +257,7 @@ def extract_prompt(record: Mapping[str, Any], columns: Sequence[str] = ()) -> di
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if record.get("prompt") is not None or chosen is None or rejected is None:
         return dict(record)
-    if isinstance(chosen, str) or isinstance(rejected, str) or not len(chosen) or not len(rejected):
+    if not (_is_conversation(chosen) and _is_conversation(rejected)):
         raise UnreadContent("there is no prompt; give it in `prompt`, or give chosen and rejected as messages that begin alike")
     least = min(len(chosen), len(rejected))
     shared = next((at for at in range(least) if chosen[at] != rejected[at]), least - 1)

@@ -40,6 +40,10 @@ _OTHER_IMAGES = (
 )
 """Columns that hold pictures elsewhere. Beside `images` all but the first are taken as where its pictures came from."""
 
+_NO_PICTURES = re.compile(r"id|images|prompt|chosen|rejected|rejected_images(_\d+)?")
+"""Columns that are not asked whether they hold a picture that is not read."""
+_PICTURE_NAME = re.compile(r"data:image/.*|[^\n]*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE | re.DOTALL)
+
 IMAGES, CORRUPTED = "images", "corrupted"
 """Views that every record has: its images, and these corrupted: by a corruption, or the record's own `rejected_images`. Where there are several
 corrupted ones, the others are `corrupted_2`, …, with the columns `rejected_images_2`, …"""
@@ -181,12 +185,24 @@ def record_images(record: Mapping[str, Any], column: str = "images") -> list[Any
 def _check_other_columns(record: Mapping[str, Any], images: Any) -> None:
     """DataError for pictures in a column that is not read."""
     other = next((name for name in _OTHER_IMAGES if not is_empty(record.get(name))), None)
+    if other is None and is_empty(images):
+        other = next((name for name, value in record.items() if not _NO_PICTURES.fullmatch(name) and _is_picture(value)), None)
     if other is None or (other == "image") == is_empty(images):
         return
     beside = "" if is_empty(images) else " beside other pictures; leave one of them"
     raise DataError(
-        f"record {record_name(record)}: it has `{other}`{beside or ', but pictures are read from `images`; make it a list of one'}"
+        f"record {record_name(record)}: it has `{other}`{beside or ', but pictures are read from `images`; rename it, and make it a list'}"
     )
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a column of any name holds a picture, or a list of them: by its bytes, or a file's name as pictures have it."""
+    if isinstance(value, list | tuple):
+        return any(_is_picture(each) for each in value)
+    if isinstance(value, Mapping):
+        # As `datasets` hold a picture that is not decoded.
+        return set(value) == {"bytes", "path"} and not is_empty(value)
+    return isinstance(value, Image.Image) or (isinstance(value, str) and _PICTURE_NAME.fullmatch(value.strip()) is not None)
 
 
 def _images_within(record: Mapping[str, Any]) -> list[Any]:
@@ -332,7 +348,9 @@ def response_turn(record: Mapping[str, Any], column: str) -> Turn:
 def _one_turn(messages: Any, column: str) -> Turn:
     one = isinstance(messages, Sequence) and len(messages) == 1 and isinstance(messages[0], Mapping)
     if not one or messages[0].get("role") != "assistant":
-        raise UnreadContent(f"{column} must be text or a list of one assistant message, got {str(messages)[:120]}")
+        raise UnreadContent(
+            f"{column} must be text or a list of one assistant message, got {str(messages)[:120]}; give it one, or remove the record"
+        )
     turns, places = read_turns(messages, column)
     if places:
         content = messages[0]["content"]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import os
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.config.options import Match
-from mmdpo_trainers.data.column_names import answers_alone, renaming
+from mmdpo_trainers.data.column_names import answers_alone, pair_remedy
 from mmdpo_trainers.data.content import is_empty
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt, words
+from mmdpo_trainers.data.dataset_checks import missing_pictures
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.data.match import is_right
 from mmdpo_trainers.data.pair_records import (
@@ -24,7 +26,7 @@ from mmdpo_trainers.data.pair_records import (
     with_images_from,
 )
 from mmdpo_trainers.data.records import read_prompts
-from mmdpo_trainers.data.sources import undecoded
+from mmdpo_trainers.data.sources import load_dataset, undecoded
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
 
@@ -34,7 +36,10 @@ _PICTURES = ("images", "rejected_images", "image")
 _ROWS = 1000
 """Rows of a dataset that are read at once."""
 _COLUMNS = ("prompt", "chosen", "rejected")
-_ACCEPTED = "preference data is a .jsonl file (one record a line), a .parquet file, or a folder that Dataset.save_to_disk wrote"
+_ACCEPTED = (
+    "preference data is a .jsonl file (one record a line), a .parquet file or a folder of them, or what "
+    "Dataset.save_to_disk wrote to a folder"
+)
 
 
 def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[str] = (), prompts: bool = False) -> Any:
@@ -43,8 +48,8 @@ def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[
     Records with MMPR's columns (arXiv 2411.10442: `question`, `chosen`, `rejected`, and `image`, a picture, a list of them, or none) are given
     TRL's: a question that names no place for its pictures has them in front.
 
-    Picture paths are relative to the file's folder, or to the saved folder; pictures that parts of a prompt hold come in `images`. Those
-    of a dataset are looked at when a record is read.
+    Picture paths are relative to the file's folder, or to the folder of a dataset; pictures that parts of a prompt hold come in `images`;
+    of a dataset these are looked at when a record is read.
 
     missing: takes the names of records that lack a picture, which are then left out; None: they are refused.
     views: columns of pictures beside `images` and `rejected_images`.
@@ -53,7 +58,7 @@ def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[
     Raises DataError naming the file that is no preference data, or the record that cannot be used.
     """
     if path.is_dir() or path.suffix.lower() == ".parquet":
-        return _read_dataset(path, views)
+        return _read_dataset(path, missing, views)
     folder, records = path.resolve().parent, []
     names: set[str] = set()
     gone: dict[str, str] = {}
@@ -130,15 +135,22 @@ def _lines(path: Path) -> Iterator[Record]:
         raise DataError(f"{error}; {_ACCEPTED}") from error
 
 
-def _read_dataset(path: Path, views: Sequence[str]) -> Any:
-    import datasets
-
+def _read_dataset(path: Path, missing: list[str] | None, views: Sequence[str]) -> Any:
     try:
-        dataset: Any = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_parquet(str(path))
+        dataset = load_dataset(path)
     except Exception as error:
         raise DataError(f"{path} cannot be read by `datasets` ({type(error).__name__}: {error}); {_ACCEPTED}") from error
-    if not isinstance(dataset, datasets.Dataset):
-        raise DataError(f"{path} holds several splits ({', '.join(dataset)}); give the folder of one")
+    if dataset is None:
+        raise DataError(f"{path} holds neither; {_ACCEPTED}")
+    if isinstance(dataset, dict):
+        if len(dataset) != 1:
+            first = path / next(iter(dataset), "train")
+            raise DataError(f"{path} holds several splits ({', '.join(dataset)}); give the folder of one, such as {first}")
+        [dataset] = dataset.values()
+    elif len(splits := _parquet_splits(path)) > 1:
+        raise DataError(
+            f"{path} holds parquet files of several splits ({', '.join(splits)}); give a folder with the files of one"
+        )
     _check_columns(path, dataset.features, "1")
     layout = "mmpr" if "question" in dataset.features and "prompt" not in dataset.features else "trl"
     # Pictures are opened with their record at hand, so that a damaged one has a name.
@@ -153,9 +165,22 @@ def _read_dataset(path: Path, views: Sequence[str]) -> Any:
         dataset = (dataset.remove_columns("id") if named else dataset).add_column("id", ids)
     check_contents(dataset)
     folder = path.resolve() if path.is_dir() else path.resolve().parent
+    gone = missing_pictures(dataset, (*_PICTURES, *views), str(folder))
+    if gone:
+        if missing is None or len(gone) == len(dataset):
+            refuse_missing(path, {ids[row]: picture for row, picture in gone.items()}, len(dataset))
+        else:
+            missing += [ids[row] for row in gone]
+        dataset = dataset.select([row for row in range(len(dataset)) if row not in gone])
     return dataset.with_transform(
         functools.partial(_rows_with_images_from, folder=str(folder), views=tuple(views), layout=layout)
     )
+
+
+def _parquet_splits(path: Path) -> list[str]:
+    """The splits that parquet files of a folder are named for, as on the Hub: `train-00000-of-00002.parquet`."""
+    found = (re.fullmatch(r"(.+)-\d+-of-\d+", file.stem) for file in path.rglob("*.parquet")) if path.is_dir() else ()
+    return sorted({match[1] for match in found if match is not None})
 
 
 def _rows_with_images_from(columns: dict[str, list[Any]], folder: str, views: Sequence[str], layout: str) -> dict[str, list[Any]]:
@@ -192,12 +217,14 @@ def check_contents(data: Any) -> None:
 def _check_columns(path: Path, record: Mapping[str, Any], name: str) -> None:
     chosen = record.get("chosen")
     # What chosen and rejected begin with is the prompt of messages.
-    elsewhere = "question" in record or not (isinstance(chosen, str | None) or getattr(chosen, "dtype", None) is not None)
+    elsewhere = "question" in record or not (
+        isinstance(chosen, str | Mapping | None) or getattr(chosen, "dtype", None) is not None
+    )
     missing = [column for column in _COLUMNS if column not in record and not (column == "prompt" and elsewhere)]
     if missing:
         raise DataError(
             f"{path}, record {name}: no column {missing[0]!r}; preference data has {', '.join(_COLUMNS)} and images, as in TRL, or "
-            f"question, chosen, rejected and image, as in MMPR; {renaming(record, _COLUMNS)}"
+            f"question, chosen, rejected and image, as in MMPR; {pair_remedy(record)}"
             + ("; of answers alone `mmdpo init mia_dpo` makes pairs" if answers_alone(record) else "")
         )
 

@@ -226,16 +226,10 @@ def _jsonl_items(path: Path) -> Iterator[Any]:
 
 
 def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import datasets
-
     try:
-        if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
-            data = datasets.load_from_disk(str(path))
-        else:
-            files = sorted(str(file) for file in path.rglob("*.parquet")) if path.is_dir() else [str(path)]
-            if not files or not all(file.endswith(".parquet") for file in files):
-                raise DataError(f"data source {path}: expected .json, .jsonl, .parquet, or a folder that `datasets` saved")
-            data = datasets.Dataset.from_parquet(files, split="train")
+        data = load_dataset(path)
+        if data is None:
+            raise DataError(f"data source {path}: expected .json, .jsonl, .parquet, or a folder that `datasets` saved")
     except DataError:
         raise
     except Exception as error:
@@ -245,6 +239,21 @@ def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
             raise DataError(f"data source {path} has the splits {', '.join(data)} and no `train`; give the folder of one split")
         data = data["train"] if "train" in data else next(iter(data.values()))
     yield from undecoded(data)
+
+
+def load_dataset(path: Path) -> Any:
+    """What `Dataset.save_to_disk` wrote to a folder (a dictionary where it was one of splits), or parquet: a file, or all in a folder.
+
+    None: it is neither. Raises what `datasets` raises.
+    """
+    import datasets
+
+    if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        return datasets.load_from_disk(str(path))
+    files = sorted(str(file) for file in path.rglob("*.parquet")) if path.is_dir() else [str(path)]
+    if not files or not all(file.lower().endswith(".parquet") for file in files):
+        return None
+    return datasets.Dataset.from_parquet(files, split="train")
 
 
 def undecoded(data: Any) -> Any:

@@ -16,11 +16,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from mmdpo_trainers.answers.attention_ratios import resolve_layer
 from mmdpo_trainers.answers.layer_choice import chosen_layers
 from mmdpo_trainers.answers.raters import Surroundings
+from mmdpo_trainers.data.dataset_checks import equal_answers, equal_answers_line
 from mmdpo_trainers.data.left_out import check_left_out, lost
 from mmdpo_trainers.data.pairs import read_pairs, replay_pairs, split
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.files.atomic import free_mib
-from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.files.json_lines import is_stage_file, read_jsonl
 from mmdpo_trainers.methods import online_settings, preset_args
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.models.families import image_layers
@@ -89,10 +90,17 @@ def run(context: StageContext) -> dict[str, Any]:
         context.progress.print(
             "train: uploaded at the end of `mmdpo run`; after single stages `mmdpo export --push-to-hub` does it"
         )
-    missing = counts.pop("missing")
+    missing, equal = counts.pop("missing"), counts.pop("equal_answers")
     total = sum(counts.values()) + missing + len(trainer.left_out)
     sampled = {"online": online_summary(context.folder / ONLINE)} if trainer.online is not None else {}
-    return {**counts, **_summary(trainer, log), **sampled, **lost(total, {"missing": missing, "too_long": len(trainer.left_out)})}
+    told = {"equal_answers": equal} if equal else {}
+    return {
+        **counts,
+        **told,
+        **_summary(trainer, log),
+        **sampled,
+        **lost(total, {"missing": missing, "too_long": len(trainer.left_out)}),
+    }
 
 
 def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tuple[PreferenceTrainer, dict[str, int]]:
@@ -257,15 +265,26 @@ def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
     prompts = online_settings(context.config).alpha == 1
     pairs = read_pairs(context.pairs, missing, views=context.further_views, prompts=prompts)
     if len(pairs) == 0:
-        raise StageError(f"{context.pairs} holds no pairs; loosen the rules of select, or give your own with --input")
+        remedy = (
+            "loosen the rules of select, or give your own with --input" if is_stage_file(context.pairs) else "give it records"
+        )
+        raise StageError(f"{context.pairs} holds no pairs; {remedy}")
+    equal = equal_answers(pairs)
+    if equal:
+        context.progress.print(f"train: warning: {equal_answers_line(equal, len(pairs))}")
     kept, held_out = split(len(pairs), options.held_out, context.seed)
     replay = replay_pairs(
         replay_source(context), round(options.replay * len(kept)), context.seed, match_of(context.config.select)
     )
     trained: Any = Subset(pairs, kept)
     replayed: Any = replay
-    counts = {"pairs": len(kept), "replay": len(replay), "held_out": len(held_out), "missing": len(missing or ())}
-    return ConcatDataset([trained, replayed]) if replay else trained, Subset(pairs, held_out) if held_out else None, counts
+    counts = {"pairs": len(kept), "replay": len(replay), "held_out": len(held_out)}
+    lacking = {"missing": len(missing or ()), "equal_answers": len(equal)}
+    return (
+        ConcatDataset([trained, replayed]) if replay else trained,
+        Subset(pairs, held_out) if held_out else None,
+        {**counts, **lacking},
+    )
 
 
 def _check_disk(context: StageContext, trainer: PreferenceTrainer) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 from torch.utils.data import IterableDataset, Sampler, Subset
 
+from mmdpo_trainers.data.dataset_checks import equal_answers, equal_answers_line
 from mmdpo_trainers.data.pair_records import check_content, record_name, shows_corrupted
 from mmdpo_trainers.data.pairs import check_contents
 from mmdpo_trainers.errors import DataError
@@ -287,6 +288,8 @@ def short_enough(
     if is_streaming(dataset):
         return _ShortOnes(dataset, collator, args, left_out)
     check_contents(dataset)
+    if equal := equal_answers(dataset):
+        logger.warning(equal_answers_line(equal, len(dataset)))
     limit = args.max_length
     if dataset is None or limit is None:
         return dataset

@@ -327,6 +327,7 @@ def _summary(trainer: PreferenceTrainer, log: Path) -> dict[str, Any]:
         "attention_layer": trainer.args.attention_layer,
         "final_loss": entries[-1]["loss"] if entries else None,
         "first": entries[0] if entries else None,
-        "last": entries[-1] if entries else None,
+        # Not the same object, which YAML would print as a reference to it.
+        "last": dict(entries[-1]) if entries else None,
         "last_evaluation": evaluations[-1] if evaluations else None,
     }

@@ -274,9 +274,12 @@ def _of_used(name: str, layer: int, found: Mapping[str, Any]) -> list[str]:
     where = f"at layer {layer}" if name == ALL else f"at layer {layer} in {name}"
     if found["high"] < 0.5:
         return [f"The other way round {where}: wrong answers look more at the asked-about picture (AUC {found['value']:.2f})."]
-    if found["value"] < _HARDLY:
-        return [f"This model's attention does not tell right from wrong {where} (AUC {found['value']:.2f})."]
-    return []
+    if found["value"] >= _HARDLY:
+        return []
+    figures = f"AUC {found['value']:.2f}, {found['low']:.2f} to {found['high']:.2f}"
+    if found["high"] >= _FAIRLY:
+        return [f"These answers are too few to say whether this model's attention tells right from wrong {where} ({figures})."]
+    return [f"This model's attention does not tell right from wrong {where} ({figures})."]
 
 
 def _left_out(curves: Mapping[str, Any]) -> str:

@@ -152,7 +152,10 @@ def test_without_words_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_control_c_is_no_traceback(here: Path) -> None:
-    command = [sys.executable, "-m", "mmdpo_trainers", "run", "shapes_mia_dpo", "--run-dir", "run"]
+    # What a shell starts in the background ignores the signal, and so does what that starts.
+    heeding = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    heeding += "runpy.run_module('mmdpo_trainers', None, '__main__')"
+    command = [sys.executable, "-c", heeding, "run", "shapes_mia_dpo", "--run-dir", "run"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     until = time.monotonic() + 120
     while not (here / "run/augment/state.json").exists() and time.monotonic() < until:

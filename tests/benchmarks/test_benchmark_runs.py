@@ -151,6 +151,7 @@ def test_seeds_of_mia_dpo(tmp_path: Path) -> None:
     assert "| 1 | attention-selected (MIA-DPO) |" in (tmp_path / "results_mia_dpo_seeds.md").read_text()
 
 
+@pytest.mark.nightly
 def test_worlds_of_mia_dpo(tmp_path: Path) -> None:
     part = ["--small", "--output", str(tmp_path), "--world", "shapes_looking", "--seeds", "1"]
     mia_dpo_worlds.main([*part, "--wrong-answers", "0.3", "--layer", "1"])

@@ -93,7 +93,14 @@ def counting(backend: str = "aot_eager") -> CompileCounterWithBackend:
     return CompileCounterWithBackend(backend)
 
 
-@pytest.mark.parametrize(("name", "batch"), [("llama", padded), ("llama", packed), ("softcap, every other layer slides", packed)])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        pytest.param("llama", padded, marks=pytest.mark.nightly),
+        ("llama", packed),
+        pytest.param("softcap, every other layer slides", packed, marks=pytest.mark.nightly),
+    ],
+)
 def test_one_graph_with_the_numbers_of_the_model_as_it_is(name: str, batch: Callable[[], dict[str, Any]]) -> None:
     model, inputs = build(name), batch()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -106,6 +113,7 @@ def test_one_graph_with_the_numbers_of_the_model_as_it_is(name: str, batch: Call
         same(got.mass, want.mass)
 
 
+@pytest.mark.nightly
 def test_a_graph_is_made_once_whatever_becomes_of_other_models() -> None:
     """Two graphs in all, one of which has the recorder's operators: for every recorder, and none for another model's sake."""
     model, other, inputs, graphs = build(), build(), padded(), counting()
@@ -141,6 +149,7 @@ def test_layers_compiled_by_themselves_share_their_graphs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+@pytest.mark.nightly
 def test_checkpointed_layers_count_once() -> None:
     model, inputs = build().train(), padded()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -185,6 +194,7 @@ def test_generate_with_a_compiled_forward() -> None:
     same(*found)
 
 
+@pytest.mark.nightly
 def test_export_of_a_padded_batch() -> None:
     """As the unpatched model is exported: the program takes other padding, too."""
     inputs = padded()

@@ -104,7 +104,9 @@ def assert_same(found: Path, expected: Path) -> None:
             assert value == pytest.approx(other[name], abs=0.2 if name == "epoch" else 1e-5, rel=1e-5), name
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy", ["zero3", *(pytest.param(each, marks=pytest.mark.nightly) for each in STRATEGIES if each != "zero3")]
+)
 def test_two_processes_train_one_reward_model(folder: Path, tmp_path: Path, strategy: str) -> None:
     """A head in shards too; the second process goes on after the second checkpoint with the first one's files."""
     needs(strategy)

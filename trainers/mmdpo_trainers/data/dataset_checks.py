@@ -21,7 +21,7 @@ def missing_pictures(dataset: Any, columns: Sequence[str], folder: str) -> dict[
     """
     gone: dict[int, str] = {}
     names = [name for name in columns if name in dataset.features]
-    rows = dataset.select_columns(names).with_format("arrow") if names else []
+    rows: Any = dataset.select_columns(names).with_format("arrow") if names else []
     for start in range(0, len(rows), _ROWS):
         table = rows[start : start + _ROWS]
         for name in names:

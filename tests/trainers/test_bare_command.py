@@ -34,7 +34,7 @@ OF_TRAIN = (
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:
-    program = BLOCKED.format(names=OF_TRAIN, commands=[["--help"], ["env"], ["run", "shapes_mdpo"], ["train", "--help"]])
+    program = BLOCKED.format(names=OF_TRAIN, commands=[["--help"], ["env"], ["run", "shapes_mdpo"], ["train", "--help"], ["evn"]])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     install = "which is not installed: pip install 'mmdpo-kernels[train]'"
@@ -42,10 +42,17 @@ def test_without_the_extra_it_says_what_to_install() -> None:
     help_text = " ".join(help_text.split())
     assert "torch" in environment and "attention_mass" in environment
     assert "env print versions" in help_text and "Every other command needs" in help_text and install in help_text
-    assert done.stdout.split("exit 0")[2].split() == ["exit", "2", "exit", "2"]
-    run, train = done.stderr.strip().splitlines()
+    assert "init, run, augment, generate" in help_text
+    assert done.stdout.split("exit 0")[2].split() == ["exit", "2"] * 3
+    run, train, *_, mistyped = done.stderr.strip().splitlines()
+    assert "invalid choice: 'evn' (choose from" in mistyped
     assert run.startswith("mmdpo: error: mmdpo run needs ") and run.endswith(install)
     assert train.startswith("mmdpo: error: mmdpo train needs ") and train.endswith(install)
+
+
+def test_it_knows_the_names_of_all_commands() -> None:
+    (added,) = (action for action in cli.make_parser()._actions if action.choices)
+    assert list(added.choices or ()) == [*cli._OF_TRAIN, "env"]
 
 
 def test_a_package_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

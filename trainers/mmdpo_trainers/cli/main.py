@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,25 @@ from mmdpo_trainers.processes import notices, ranks
 _AT_ONCE = ("init", "check", "env", "export")
 """Commands that begin anew where they were interrupted."""
 _DESCRIPTION = "Preference training for models that read several pictures."
+_OF_TRAIN = (
+    *(
+        "init",
+        "run",
+        "augment",
+        "generate",
+        "rate",
+        "score",
+        "select",
+        "rank",
+        "pairs",
+        "hallucinate",
+        "train",
+        "evaluate",
+        "report",
+    ),
+    *("reference", "calibrate", "check", "export"),
+)
+"""Commands that need the extra `train`, in the order of the help: known also where their own files cannot be imported."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +86,7 @@ def _options(words: Sequence[str], command: str) -> argparse.Namespace:
         parser = make_parser()
     except ImportError as error:
         line = missing.remedy(error, "every other command")
-        if line is None or command not in ("mmdpo", "mmdpo env"):
+        if line is None or command.removeprefix("mmdpo ") in _OF_TRAIN:
             raise
         parser = _bare_parser(line)
     if not words:
@@ -110,7 +130,7 @@ def _bare_parser(line: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog="mmdpo",
         description=_DESCRIPTION,
-        epilog=line[0].upper() + line[1:],
+        epilog=f"{line[0].upper()}{line[1:]}\n{textwrap.fill(', '.join(_OF_TRAIN), 79)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_env(parser.add_subparsers(metavar="COMMAND", required=True))

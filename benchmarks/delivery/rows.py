@@ -42,7 +42,8 @@ class Row:
 
 
 OLDEST = {"peft": "0.18.0", "accelerate": "1.6.0"}
-"""The floors of [train]: peft 0.16 and 0.17 do not import beside transformers 5, accelerate 1.4 cannot prepare a model for FSDP 2 (1.5 was not tried)."""
+"""The floors of [train]: peft 0.16 and 0.17 do not import beside transformers 5; accelerate 1.4 cannot prepare a model for FSDP 2, 1.5 was
+not tried."""
 
 NO_CPU_BUILD = "no CPU build of it at hand; its CUDA build alone is several gigabytes"
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import setup_functions
 
-from benchmarks.delivery import environments, page, wheels
+from benchmarks.delivery import environments, page, wheels, without_torch
 from benchmarks.measure import RESULTS, ROOT
+from mmdpo_kernels.backends.native import extension
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -101,3 +102,10 @@ def test_a_wheel_from_the_sdist(tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "csrc/bindings.cpp", "tests/conftest.py", "benchmarks/measure.py", "constraints.txt"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_the_compiled_half_computes_without_torch() -> None:
+    """What every wheel is held to when it is built, here with the extension of this environment."""
+    native = extension.load()
+    assert not isinstance(native, str), native
+    assert without_torch.largest_error(native) < 1e-6

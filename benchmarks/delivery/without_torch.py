@@ -49,6 +49,7 @@ def largest_error(native: Any) -> float:
     lse = np.full(query.shape[:3], np.nan, np.float32)
     native.tree_attention_forward(
         sizes=SIZES,
+        dtype=native.dtypes.index("float32"),
         query=_heads(query),
         key=_heads(key),
         value=_heads(value),

@@ -24,7 +24,7 @@ EXTRAS = {
     "pillow": "train",
     "pyyaml": "train",
     "bitsandbytes": "qlora",
-    "matplotlib": "plots",
+    "matplotlib": "train",
 }
 """Packages that are listed, and the extra that brings each; None: the package itself does."""
 

@@ -49,7 +49,7 @@ def require_matplotlib() -> Any:
     except ImportError as error:
         raise StageError(
             "the report draws its plots with matplotlib, which is not installed: "
-            "install it with `pip install 'mmdpo-kernels[plots]'`, then run `mmdpo report` again"
+            "install it with `pip install 'mmdpo-kernels[train]'`, then run `mmdpo report` again"
         ) from error
     return matplotlib
 

@@ -123,12 +123,15 @@ def test_missing_pictures_of_a_dataset_are_counted_before_training(kind: str, fo
 def test_equal_answers_are_counted(folder: Path) -> None:
     records = [{"rejected": "red "}, {}, {"rejected": ""}]
     listed = [{"prompt": "What?", **ANSWERS, **record} for record in records]
-    assert equal_answers(read_pairs(lines(folder, *listed))) == ["line 1"]
-    assert equal_answers(data(*records)) == ["row 0"]
+    assert equal_answers(read_pairs(lines(folder, *listed)), ["sigmoid"]) == ["line 1"]
+    assert equal_answers(data(*records), ["nll", "copo", "sigmoid"]) == ["row 0"]
     said = [{"role": "assistant", "content": "red"}]
-    assert equal_answers([{"id": 1, "chosen": said, "rejected": [dict(said[0])]}, {"id": 2, "prompt": "What?"}]) == ["1"]
+    assert equal_answers([{"id": 1, "chosen": said, "rejected": [dict(said[0])]}, {"id": 2, "prompt": "What?"}], ["hinge"]) == [
+        "1"
+    ]
     with pytest.raises(DataError, match="the same in all 2 records, such as row 0"):
-        equal_answers(data(*records[:1] * 2))
+        equal_answers(data(*records[:1] * 2), ["sigmoid"])
+    assert equal_answers(data(*records[:1] * 2), ["nll"]) == []
 
 
 def test_the_trainer_says_equal_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

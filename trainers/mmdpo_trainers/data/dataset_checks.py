@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mmdpo_kernels.losses import LOSSES, values_of
 from mmdpo_trainers.data.images import ImageError, local_path
 from mmdpo_trainers.data.pair_records import record_name
 from mmdpo_trainers.errors import DataError
@@ -55,14 +56,18 @@ def _paths(column: Any) -> Iterator[tuple[int, str]]:
             continue
 
 
-def equal_answers(data: Any) -> list[str]:
+def equal_answers(data: Any, losses: Sequence[str]) -> list[str]:
     """Names of the records of a list, or of a `datasets.Dataset`, whose chosen and rejected are the same; of other data none.
 
-    Raises DataError where that is so with all.
+    None either where no loss looks at the rejected answer, as in training on chosen answers alone. Raises DataError where that is so with
+    all.
     """
     import datasets
 
     found: list[str] = []
+    # A loss that is not known is refused with the other settings.
+    if not any(value.branch == "rejected" for name in losses if name in LOSSES for value in values_of(name)):
+        return found
     if isinstance(data, list):
         found = [record_name(record) for record in data if _equal(record)]
     elif isinstance(data, datasets.Dataset):

@@ -269,7 +269,8 @@ def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
             "loosen the rules of select, or give your own with --input" if is_stage_file(context.pairs) else "give it records"
         )
         raise StageError(f"{context.pairs} holds no pairs; {remedy}")
-    equal = equal_answers(pairs)
+    losses = preset_args(context.config).get("loss_type", "sigmoid")
+    equal = equal_answers(pairs, [losses] if isinstance(losses, str) else losses)
     if equal:
         context.progress.print(f"train: warning: {equal_answers_line(equal, len(pairs))}")
     kept, held_out = split(len(pairs), options.held_out, context.seed)

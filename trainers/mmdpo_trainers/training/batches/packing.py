@@ -288,7 +288,7 @@ def short_enough(
     if is_streaming(dataset):
         return _ShortOnes(dataset, collator, args, left_out)
     check_contents(dataset)
-    if equal := equal_answers(dataset):
+    if equal := equal_answers(dataset, args.loss_type):
         logger.warning(equal_answers_line(equal, len(dataset)))
     limit = args.max_length
     if dataset is None or limit is None:

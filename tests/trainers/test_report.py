@@ -359,7 +359,7 @@ def test_stage_writes_the_page(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(StageError, match=r"pip install 'mmdpo-kernels\[plots\]'"):
+    with pytest.raises(StageError, match=r"pip install 'mmdpo-kernels\[train\]'"):
         report.run(stage_context(tmp_path, model=str(tmp_path)))
 
 

@@ -19,7 +19,6 @@ from mmdpo_kernels.backends.reference import linear_logprobs as reference
 MODULE = extension.load()
 ALL_LEVELS = [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels()
 LEVELS = [level for level in ALL_LEVELS if level != "amx"]
-DTYPES = [] if isinstance(MODULE, str) else MODULE.dtypes
 STATS = ("entropy", "max_logp", "is_top1", "mean_logit")
 PLAIN = LogitOptions(None, 1.0, 1.0, -100)
 OPTIONS = {
@@ -290,6 +289,32 @@ def test_kept_is_known_from_shapes() -> None:
     assert real[0].shape == (30, 100) and real[0].dtype == torch.bfloat16
 
 
+def fold_tile(logits: Tensor, targets: Tensor, gradient: Tensor, threads: int) -> tuple[Tensor, Tensor]:
+    """A tile that is the whole vocabulary -> coefficients of the rows that `gradient`, of sums so far, has; and the state."""
+    native = extension.module("linear_logprobs")
+    rows, count = logits.shape
+    tile, state = logits.clone(), torch.zeros(len(native.logit_states), rows, dtype=torch.float64)
+    state[0] = float("-inf")
+    args = native.LogitRowsArgs(
+        rows=rows,
+        coefficient_rows=gradient.shape[0],
+        targets=targets.data_ptr(),
+        ignore_index=-100,
+        bias=0,
+        softcap=0.0,
+        logit_scale=1.0,
+        temperature=1.0,
+        coefficient_scale=1.0,
+        entropy=True,
+        state=state.data_ptr(),
+        accumulator=gradient.data_ptr(),
+        hidden_size=gradient.shape[1],
+    )
+    dtype = native.dtypes.index(str(logits.dtype).removeprefix("torch."))
+    native.fold_logit_tile(args, logits=tile.data_ptr(), dtype=dtype, stride=count, first=0, count=count, num_threads=threads)
+    return tile[: gradient.shape[0]], state
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_logits_of_bfloat16_are_rounded_as_pytorch_rounds_them(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tile of one row whose peak is 0: coefficients are exponentials, NaN among them; a row that ends within a vector."""
@@ -297,32 +322,12 @@ def test_logits_of_bfloat16_are_rounded_as_pytorch_rounds_them(level: str, monke
     logits = -torch.rand(1, 333).mul(20).bfloat16()
     logits[0, 7], logits[0, 100] = 0.0, float("-inf")
     logits[0, 332] = float("nan")
-    tile, state = logits.clone(), torch.zeros(len(MODULE.logit_states), 1, dtype=torch.float64)  # type: ignore[union-attr]
-    state[0] = float("-inf")
-    target, sums = torch.tensor([5]), torch.zeros(1, 1)
-    args = MODULE.LogitRowsArgs(  # type: ignore[union-attr]
-        rows=1,
-        coefficient_rows=1,
-        targets=target.data_ptr(),
-        ignore_index=-100,
-        bias=0,
-        softcap=0.0,
-        logit_scale=1.0,
-        temperature=1.0,
-        coefficient_scale=1.0,
-        entropy=False,
-        state=state.data_ptr(),
-        accumulator=sums.data_ptr(),
-        hidden_size=1,
-    )
-    MODULE.fold_logit_tile(  # type: ignore[union-attr]
-        args, logits=tile.data_ptr(), dtype=DTYPES.index("bfloat16"), stride=333, first=0, count=333, num_threads=1
-    )
+    found, _ = fold_tile(logits, torch.tensor([5]), torch.zeros(1, 1), threads=1)
     exact = logits.float().exp()
     exact[0, 5] = 0.0
     # An exponential is right to a unit in the last place of float32, which may lie on either side of a tie.
-    torch.testing.assert_close(tile.float(), exact.bfloat16().float(), rtol=2**-8, atol=0.0, equal_nan=True)
-    same = (tile == exact.bfloat16()) | tile.isnan()
+    torch.testing.assert_close(found.float(), exact.bfloat16().float(), rtol=2**-8, atol=0.0, equal_nan=True)
+    same = (found == exact.bfloat16()) | found.isnan()
     assert same.float().mean() > 0.99
 
 
@@ -331,28 +336,8 @@ def test_fold_does_not_depend_on_threads() -> None:
     logits, targets = torch.randn(16, 40_000), torch.randint(0, 40_000, (16,))
     found = []
     for threads in (1, 3, 40):
-        tile, state = logits.clone(), torch.zeros(len(MODULE.logit_states), 16, dtype=torch.float64)  # type: ignore[union-attr]
-        state[0] = float("-inf")
         sums = torch.ones(8, 3)
-        args = MODULE.LogitRowsArgs(  # type: ignore[union-attr]
-            rows=16,
-            coefficient_rows=8,
-            targets=targets.data_ptr(),
-            ignore_index=-100,
-            bias=0,
-            softcap=0.0,
-            logit_scale=1.0,
-            temperature=1.0,
-            coefficient_scale=1.0,
-            entropy=True,
-            state=state.data_ptr(),
-            accumulator=sums.data_ptr(),
-            hidden_size=3,
-        )
-        MODULE.fold_logit_tile(  # type: ignore[union-attr]
-            args, logits=tile.data_ptr(), dtype=DTYPES.index("float32"), stride=40_000, first=0, count=40_000, num_threads=threads
-        )
-        found.append((tile[:8], state, sums))
+        found.append((*fold_tile(logits, targets, sums, threads), sums))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 

@@ -229,7 +229,9 @@ class SavingTrainer(LoggingTrainer):
         policy: Any = self.model
         with whole_shapes(policy):
             super()._save(output_dir, state_dict)
-        save_settings(base_of(policy).config, output_dir or str(self.args.output_dir))
+        # transformers calls this in every process.
+        if self.args.should_save:
+            save_settings(base_of(policy).config, output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in `transformers.Trainer`; a whole model by `from_pretrained`, which knows under what names weights are saved."""

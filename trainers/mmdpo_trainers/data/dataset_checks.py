@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmdpo_kernels.losses import LOSSES, values_of
-from mmdpo_trainers.data.images import ImageError, local_path
+from mmdpo_trainers.data.images import ImageError, image_files, local_path
 from mmdpo_trainers.data.pair_records import record_name
 from mmdpo_trainers.errors import DataError
 
@@ -42,6 +43,12 @@ def _paths(column: Any) -> Iterator[tuple[int, str]]:
     rows: Any = range(len(column))
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         rows, column = pc.list_parent_indices(column).to_pylist(), pc.list_flatten(column)
+    if pa.types.is_struct(column.type) and column.type.get_field_index("recipe") >= 0:
+        for row, picture in zip(rows, column.to_pylist(), strict=True):
+            # A recipe that is none is refused by name later.
+            with contextlib.suppress(ImageError):
+                yield from ((row, path) for path in image_files(picture))
+        return
     if pa.types.is_struct(column.type):
         within = pc.is_valid(pc.struct_field(column, "bytes"))
         column = pc.if_else(within, None, pc.struct_field(column, "path"))

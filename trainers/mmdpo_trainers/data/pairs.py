@@ -15,6 +15,7 @@ from mmdpo_trainers.data.column_names import answers_alone, pair_remedy
 from mmdpo_trainers.data.content import is_empty
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt, words
 from mmdpo_trainers.data.dataset_checks import missing_pictures
+from mmdpo_trainers.data.images import image_files
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.data.match import is_right
 from mmdpo_trainers.data.pair_records import (
@@ -25,6 +26,7 @@ from mmdpo_trainers.data.pair_records import (
     record_rejected_images,
     with_images_from,
 )
+from mmdpo_trainers.data.recipes import is_recipe
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.data.streams import load_dataset, undecoded
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError
@@ -70,9 +72,11 @@ def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[
         check_record(record, prompts=prompts)
         record = with_images_from(record, folder, views=views)
         for column, images in _image_columns(record, views):
-            if not all(isinstance(image, str) for image in images):
-                raise DataError(f"{path}, record {record['id']}: {column} must be paths or data: URLs, got {str(images)[:120]}")
-            first = next((image for image in images if not (image.startswith("data:") or os.path.exists(image))), None)
+            if not all(isinstance(image, str) or is_recipe(image) for image in images):
+                raise DataError(
+                    f"{path}, record {record['id']}: {column} must be paths, data: URLs or recipes, got {str(images)[:120]}"
+                )
+            first = next((file for image in images for file in image_files(image) if not os.path.exists(file)), None)
             if first is not None:
                 gone.setdefault(str(record["id"]), first)
         known = str(record["id"]) not in gone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,15 @@ def inputs(context: StageContext) -> list[Path]:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Write `prompts.jsonl`, `singles.jsonl` (the same records as single-image prompts), `images/` and `problems.jsonl`."""
+    """Write `prompts.jsonl`, `singles.jsonl` (the same records as single-image prompts) and `problems.jsonl`.
+
+    No picture is written: prompts name files of the source, or recipes of what is made of them (`data/recipes.py`).
+    """
     options = context.config.augment
     check_options(options, options.formats, max_pixels=context.config.data.max_pixels)
-    source = training_records(context)
-    records = source.records
-    wanted = options.num_prompts if options.num_prompts is not None else max(1, round(options.per_record * len(records)))
-    plan = plan_prompts(records, context.seed, options.formats)
-    texts = training_texts(context, wanted)
-    return write_prompts(context, "augment", source, [(plan, wanted)], formats=options.formats, singles=True, texts=texts)
+    with contextlib.closing(training_records(context)) as source:
+        count = len(source.records)
+        wanted = options.num_prompts if options.num_prompts is not None else max(1, round(options.per_record * count))
+        plan = plan_prompts(source.records, context.seed, options.formats)
+        texts = training_texts(context, wanted)
+        return write_prompts(context, "augment", source, [(plan, wanted)], formats=options.formats, singles=True, texts=texts)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.data.images import content_key, is_made
+from mmdpo_trainers.data.images import content_key, image_files, is_made
 from mmdpo_trainers.data.left_out import lost
 from mmdpo_trainers.data.records import read_prompts, relative_images
 from mmdpo_trainers.errors import DataError, StageError
@@ -49,8 +49,9 @@ def own_records(context: StageContext, path: Path, what: str) -> tuple[list[Reco
 def missing_images(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Record's id -> its first picture that does not exist."""
     exists = functools.lru_cache(maxsize=None)(os.path.isfile)
-    gone = ((record["id"], next((image for image in record["images"] if not exists(image)), None)) for record in records)
-    return {id: image for id, image in gone if image is not None}
+    files = ((record["id"], (file for image in record["images"] for file in image_files(image))) for record in records)
+    gone = ((id, next((file for file in its if not exists(file)), None)) for id, its in files)
+    return {id: file for id, file in gone if file is not None}
 
 
 def require(records: Sequence[Mapping[str, Any]], names: Mapping[str, type | tuple[type, ...]], path: Path) -> None:
@@ -107,11 +108,16 @@ def run_batches(
 
 
 def check_images(batch: Sequence[Mapping[str, Any]], context: StageContext) -> None:
-    """Raise DataError, naming the record, for a picture that the run made and that is not what it was: its name is its content."""
+    """Raise DataError, naming the record, for a picture that the run made and that is not what it was: its name is its content.
+
+    Runs of older versions have such pictures; recipes are checked where they are drawn.
+    """
     for record in batch:
         for image in record["images"]:
+            if not is_made(image):
+                continue
             file = Path(image)
-            own = file.is_relative_to(context.run.path) and is_made(file)
+            own = file.is_relative_to(context.run.path)
             if own and file.is_file() and content_key(file.read_bytes()) != file.stem:
                 stage = file.relative_to(context.run.path).parts[0]
                 raise DataError(

@@ -11,10 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.data.images import content_key, embedded_bytes
+from mmdpo_trainers.data.images import content_key, embedded_bytes, image_files, placed
 from mmdpo_trainers.data.left_out import lost
 from mmdpo_trainers.data.pair_records import is_prompt, record_image_digest, record_name, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
+from mmdpo_trainers.data.recipes import is_recipe
 from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.files.atomic import write_atomic
@@ -137,13 +138,13 @@ def _held(ranked: Sequence[str], sizes: Mapping[str, int], *, share: float, most
 
 def _missing(record: Mapping[str, Any], columns: Sequence[str], folder: Path) -> str | None:
     """The first of the record's pictures that does not exist."""
-    paths = (str(folder / image) for name in columns for image in record.get(name) or ())
-    return next((path for path in paths if not Path(path).exists()), None)
+    pictures = (placed(image, folder) for name in columns for image in record.get(name) or ())
+    return next((path for picture in pictures for path in image_files(picture) if not Path(path).exists()), None)
 
 
 def _pictures(record: Mapping[str, Any], folder: Path) -> list[str]:
     """Content keys of the record's pictures; a record without pictures has itself."""
-    return [record_image_digest(record, str(folder / image)) for image in record["images"]] or [str(record["id"])]
+    return [record_image_digest(record, placed(image, folder)) for image in record["images"]] or [str(record["id"])]
 
 
 def _connected(pictures: Sequence[Sequence[str]]) -> list[str]:
@@ -177,13 +178,16 @@ def _stored(record: Mapping[str, Any], columns: Sequence[str], root: Path, conte
         ) from error
 
 
-def _path(record: Mapping[str, Any], image: Any, root: Path, folder: Path) -> str:
+def _path(record: Mapping[str, Any], image: Any, root: Path, folder: Path) -> Any:
+    """A picture as a path or a recipe, from anywhere."""
     data = embedded_bytes(image)
     if data is not None:
         file = folder / "images" / content_key(data)
         if not file.exists():
             write_atomic(file, data, durable=False)
         return str(file)
+    if is_recipe(image):
+        return placed(image, root)
     if isinstance(image, Mapping):
         image = image.get("path")
     if not isinstance(image, str) or not image:

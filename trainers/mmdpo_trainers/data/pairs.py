@@ -28,7 +28,7 @@ from mmdpo_trainers.data.pair_records import (
 )
 from mmdpo_trainers.data.recipes import is_recipe
 from mmdpo_trainers.data.records import read_prompts
-from mmdpo_trainers.data.sources import load_dataset, undecoded
+from mmdpo_trainers.data.streams import load_dataset, undecoded
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
 
@@ -142,10 +142,10 @@ def _lines(path: Path) -> Iterator[Record]:
 def _read_dataset(path: Path, missing: list[str] | None, views: Sequence[str]) -> Any:
     try:
         dataset = load_dataset(path)
+    except DataError as error:
+        raise DataError(f"{path} holds neither; {_ACCEPTED}") from error
     except Exception as error:
         raise DataError(f"{path} cannot be read by `datasets` ({type(error).__name__}: {error}); {_ACCEPTED}") from error
-    if dataset is None:
-        raise DataError(f"{path} holds neither; {_ACCEPTED}")
     if isinstance(dataset, dict):
         if len(dataset) != 1:
             first = path / next(iter(dataset), "train")

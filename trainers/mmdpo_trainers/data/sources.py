@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mmdpo_trainers.data.column_names import renaming
 from mmdpo_trainers.data.content import ImagePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
 from mmdpo_trainers.data.images import ImageError, content_key, embedded_bytes, locate_image
 from mmdpo_trainers.data.records import IMAGE_TOKEN, not_utf8
+from mmdpo_trainers.data.streams import Unreadable, existing, raw_records
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.atomic import write_atomic
 
@@ -95,18 +96,14 @@ def read_source(
 
     Raises DataError where the source itself is missing or broken.
     """
-    path = Path(source)
-    if not path.exists():
-        raise DataError(f"data source {path} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder")
+    path = existing(source)
     root = Path(image_folder) if image_folder is not None else (path if path.is_dir() else path.parent)
     if not root.is_dir():
         raise DataError(f"image folder {root} does not exist: give the folder that the records' picture paths are relative to")
-    seen: dict[str, str] = {}
-    for index, raw in enumerate(_raw_records(path)):
-        if limit is not None and index >= limit:
-            return
-        if isinstance(raw, Problem):
-            yield replace(raw, row=index)
+    seen = _Seen()
+    for index, raw in enumerate(itertools.islice(raw_records(path), limit)):
+        if isinstance(raw, Unreadable):
+            yield Problem(raw.name, raw.reason, raw.detail, row=index)
             continue
         record_id, problem = _unique_id(raw, index, seen)
         if problem is not None:
@@ -124,13 +121,10 @@ def read_texts(source: str | Path) -> Iterator[TextRecord | Problem]:
     Of a conversation the first turn: later ones are about what was said before. Records with pictures are passed over.
     Raises DataError where the source itself is missing or broken.
     """
-    path = Path(source)
-    if not path.exists():
-        raise DataError(f"data source {path} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder")
-    seen: dict[str, str] = {}
-    for index, raw in enumerate(_raw_records(path)):
-        if isinstance(raw, Problem):
-            yield replace(raw, row=index)
+    seen = _Seen()
+    for index, raw in enumerate(raw_records(existing(source))):
+        if isinstance(raw, Unreadable):
+            yield Problem(raw.name, raw.reason, raw.detail, row=index)
             continue
         if any(not is_empty(raw.get(column)) for column in _PICTURE_COLUMNS):
             continue
@@ -159,10 +153,34 @@ def _read_text(record_id: str, raw: Mapping[str, Any]) -> TextRecord | Problem |
     return TextRecord(record_id, question, answer, options)
 
 
-def _unique_turn(item: SourceRecord | Problem, index: int, seen: dict[str, str]) -> Iterator[SourceRecord | Problem]:
+class _Seen:
+    """Names of records, each with what it was given for: eight bytes of a hash for either, as there may be millions.
+
+    Two of a million names are taken for one another once in 37 million files; one of them then gets a number behind it.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[int, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return _number(name) in self._digests
+
+    def __getitem__(self, name: str) -> int:
+        return self._digests[_number(name)]
+
+    def __setitem__(self, name: str, digest: int) -> None:
+        self._digests[_number(name)] = digest
+
+
+def _number(text: str) -> int:
+    """64 bits of a text's hash."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _unique_turn(item: SourceRecord | Problem, index: int, seen: _Seen) -> Iterator[SourceRecord | Problem]:
     """A turn under an id that no other record has: another record may be called like it."""
     name = next(name for name in _names(item.id) if name not in seen)
-    seen[name] = ""
+    seen[name] = 0
     if name != item.id:
         detail = f"a turn of record {index} has the id {item.id!r} of another record"
         yield Problem(name, "duplicate_id", detail, dropped=False)
@@ -173,11 +191,11 @@ def _names(id: str) -> Iterator[str]:
     return itertools.chain([id], (f"{id}~{count}" for count in itertools.count(2)))
 
 
-def _unique_id(raw: Mapping[str, Any], index: int, seen: dict[str, str]) -> tuple[str, Problem | None]:
+def _unique_id(raw: Mapping[str, Any], index: int, seen: _Seen) -> tuple[str, Problem | None]:
     given = raw.get("id")
     record_id = str(given) if isinstance(given, str | int) and str(given).strip() else f"row{index}"
     record_id = record_id.encode(errors="backslashreplace").decode()
-    digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=repr).encode()).hexdigest()
+    digest = _number(json.dumps(raw, sort_keys=True, default=repr))
     # LLaVA's own files use one id for several conversations, so an id alone proves nothing.
     for name in _names(record_id):
         if name not in seen:
@@ -188,86 +206,6 @@ def _unique_id(raw: Mapping[str, Any], index: int, seen: dict[str, str]) -> tupl
     if name == record_id:
         return name, None
     return name, Problem(name, "duplicate_id", f"record {index} has the id {record_id!r} of another record", dropped=False)
-
-
-def _raw_records(path: Path) -> Iterator[dict[str, Any] | Problem]:
-    if path.suffix.lower() == ".json":
-        items: Iterable[Any] = _json_items(path)
-    elif path.suffix.lower() == ".jsonl":
-        items = _jsonl_items(path)
-    else:
-        items = _dataset_rows(path)
-    for index, item in enumerate(items):
-        if isinstance(item, dict | Problem):
-            yield item
-        else:
-            yield Problem(f"row{index}", "not_a_record", f"record {index}: expected an object, got {type(item).__name__}")
-
-
-def _json_items(path: Path) -> list[Any]:
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"data source {path} is not valid JSON ({error}); for one object a line, name it .jsonl") from error
-    if not isinstance(items, list):
-        raise DataError(f"data source {path}: expected a list of records, got {type(items).__name__}")
-    return items
-
-
-def _jsonl_items(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield Problem(f"line{number}", "invalid_json", f"line {number} of {path.name}: {error}")
-
-
-def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        data = load_dataset(path)
-        if data is None:
-            raise DataError(f"data source {path}: expected .json, .jsonl, .parquet, or a folder that `datasets` saved")
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"data source {path} cannot be read by `datasets` ({type(error).__name__}: {error})") from error
-    if isinstance(data, dict):
-        if "train" not in data and len(data) != 1:
-            raise DataError(f"data source {path} has the splits {', '.join(data)} and no `train`; give the folder of one split")
-        data = data["train"] if "train" in data else next(iter(data.values()))
-    yield from undecoded(data)
-
-
-def load_dataset(path: Path) -> Any:
-    """What `Dataset.save_to_disk` wrote to a folder (a dictionary where it was one of splits), or parquet: a file, or all in a folder.
-
-    None: it is neither. Raises what `datasets` raises.
-    """
-    import datasets
-
-    if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-        return datasets.load_from_disk(str(path))
-    files = sorted(str(file) for file in path.rglob("*.parquet")) if path.is_dir() else [str(path)]
-    if not files or not all(file.lower().endswith(".parquet") for file in files):
-        return None
-    return datasets.Dataset.from_parquet(files, split="train")
-
-
-def undecoded(data: Any) -> Any:
-    """A `datasets.Dataset` whose pictures, sounds and videos, alone or in lists, come as `bytes` and `path`."""
-    import datasets
-
-    media = (datasets.Image, datasets.Audio, datasets.Video)
-    for column, feature in list(data.features.items()):
-        each = getattr(feature, "feature", None)
-        if isinstance(feature, media):
-            data = data.cast_column(column, type(feature)(decode=False))
-        elif isinstance(each, media):
-            data = data.cast_column(column, datasets.List(type(each)(decode=False)))
-    return data
 
 
 def _read_record(record_id: str, raw: Mapping[str, Any], root: Path, cache: Path) -> Iterator[SourceRecord | Problem]:

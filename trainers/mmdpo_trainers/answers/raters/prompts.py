@@ -50,15 +50,9 @@ class JudgePrompts:
         """Asks which of two answers is better."""
         return self._filled("comparison_template", self._comparison, record, {"first": first, "second": second})
 
-    @staticmethod
-    def again(text: str, reply: str, complaint: str) -> str:
-        """The same after a reply that could not be used."""
-        shown = _plain(reply)[:_SHOWN]
-        return f"{text.rstrip()}\n\nYour last reply was:\n{shown}\n\nIt cannot be used: {complaint}. Reply again, in the form asked for."
-
     def _filled(self, name: str, template: Template, record: Mapping[str, Any], answers: Mapping[str, str]) -> str:
         options, prompt = self._options, words(record["prompt"])
-        prompt = prompt if options.images else _plain(prompt)
+        prompt = prompt if options.images else plain(prompt)
         values = {
             "prompt": prompt,
             "attributes": list(options.attributes),
@@ -66,7 +60,7 @@ class JudgePrompts:
             "highest": f"{options.highest:g}",
             "facts": self._facts(record),
             # A placeholder in what a model wrote would ask for a picture.
-            **{key: _plain(answer) for key, answer in answers.items()},
+            **{key: plain(answer) for key, answer in answers.items()},
         }
         try:
             text = template.render(values)
@@ -89,8 +83,16 @@ class JudgePrompts:
             value = record.get(name)
             text = "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
             if text.strip():
-                found["correct answer" if name == "answer" else name] = _plain(text)
+                found["correct answer" if name == "answer" else name] = plain(text)
         return found
+
+
+def again(text: str, reply: str, complaint: str) -> str:
+    """The same question after a reply that could not be used."""
+    shown = plain(reply)[:_SHOWN]
+    return (
+        f"{text.rstrip()}\n\nYour last reply was:\n{shown}\n\nIt cannot be used: {complaint}. Reply again, in the form asked for."
+    )
 
 
 def _template(environment: ImmutableSandboxedEnvironment, name: str, path: str | None, built_in: str) -> Template:
@@ -109,5 +111,6 @@ def _template(environment: ImmutableSandboxedEnvironment, name: str, path: str |
     return template
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A text without places for pictures: one in what a model wrote would ask for a picture."""
     return text.replace(IMAGE_TOKEN, "[picture]")

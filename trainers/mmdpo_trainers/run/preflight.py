@@ -31,10 +31,10 @@ def check_run(contexts: Sequence[StageContext]) -> None:
         _check_files(context)
         if context.stage == "pairs":
             stage_module("pairs").inputs(context)
-        if context.stage == "generate" and context.options.engine == "vllm":
+        if context.stage in ("generate", "evaluate") and context.options.engine == "vllm":
             from mmdpo_trainers.answers.vllm_engine import check_vllm
 
-            check_vllm(context.config)
+            check_vllm(context.config, context.stage)
         if context.stage == "rate":
             from mmdpo_trainers.training.reward.rater import check_rater
 

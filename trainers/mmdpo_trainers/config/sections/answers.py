@@ -35,7 +35,7 @@ _HOW_VLLM_RUNS = frozenset(
 """Arguments of vllm.LLM for memory, speed and lengths. An answer that max_model_len would cut is an error."""
 
 
-def _changing_answers(arguments: dict[str, Any]) -> dict[str, Any]:
+def changing_answers(arguments: dict[str, Any]) -> dict[str, Any]:
     """Those arguments of vllm.LLM that may change answers: all that are not known to leave them alone, such as quantization."""
     return {name: value for name, value in arguments.items() if name not in _HOW_VLLM_RUNS}
 
@@ -52,7 +52,7 @@ class GenerateConfig(Settings):
     engine_args: Finite[dict[StrictStr, Any]] = option(
         help="`engine: vllm` only: arguments of vllm.LLM, such as gpu_memory_utilization, max_model_len",
         factory=dict,
-        result=_changing_answers,
+        result=changing_answers,
     )
     batch_size: StrictInt = option(
         16,

@@ -35,6 +35,10 @@ def check_run(contexts: Sequence[StageContext]) -> None:
             from mmdpo_trainers.answers.vllm_engine import check_vllm
 
             check_vllm(context.config, context.stage)
+        if context.stage == "generate" and context.options.engine == "server":
+            from mmdpo_trainers.answers.server_engine import check_server
+
+            check_server(context.config)
         if context.stage == "rate":
             from mmdpo_trainers.training.reward.rater import check_rater
 

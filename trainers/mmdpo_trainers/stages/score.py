@@ -23,6 +23,7 @@ from mmdpo_trainers.answers.attention_ratios import (
 )
 from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.answers.layer_choice import FILE, Answers, layer_curves, verdicts
+from mmdpo_trainers.answers.perplexity import answer_perplexities
 from mmdpo_trainers.files.atomic import write_atomic
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods.selection import match_of
@@ -54,7 +55,14 @@ def run(context: StageContext) -> dict[str, Any]:
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
         given = all(records_what(record.get("recorded"), settings) for record in batch)
         recorded = [record["recorded"] for record in batch] if given else recorded_answers(model(), batch, **options.recording)
-        return [_scored(record, each, options.statistic, layer) for record, each in zip(batch, recorded, strict=True)]
+        scored = [_scored(record, each, options.statistic, layer) for record, each in zip(batch, recorded, strict=True)]
+        # A server may not have told the log-probabilities of its answers.
+        untold = [place for place, record in enumerate(batch) if record.get("perplexity", 0.0) is None]
+        if untold:
+            found = answer_perplexities(model(), [batch[place] for place in untold])
+            for place, perplexity in zip(untold, found, strict=True):
+                scored[place]["perplexity"] = perplexity
+        return scored
 
     path = run_batches(context, "scores.jsonl", records, options.batch_size, work, "score")
     if not ranks.is_rank_0():

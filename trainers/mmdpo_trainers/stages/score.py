@@ -116,7 +116,7 @@ def _curves(context: StageContext, path: Path, layers: Sequence[int], middle: in
 
 def layers_table(curves: Mapping[str, Any]) -> Table:
     """AUC by layer and format, with 95 % intervals; what is gone by is marked."""
-    table = Table(title="AUC of the ratio, right against wrong answers (* gone by)", title_justify="left", pad_edge=False)
+    table = Table(title="AUC of the ratio, right against wrong answers (* gone by, - none)", title_justify="left", pad_edge=False)
     table.add_column("layer", justify="right")
     for name in curves["auc"]:
         table.add_column(name, justify="right")

@@ -103,7 +103,8 @@ def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str
             return measure_batch(model, batch, [given[record["id"]] for record in batch], **settings)
         return answer_batch(model(), batch, **settings)
 
-    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, f"evaluate {context.moment or ''}".strip())
+    title = f"evaluate {context.moment or ''}".strip()
+    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, title, opened=True)
     if not ranks.is_rank_0():
         return {}
     # With the formats that were asked for and have no prompt.

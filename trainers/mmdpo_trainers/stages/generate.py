@@ -37,7 +37,9 @@ def run(context: StageContext) -> dict[str, Any]:
     records, left_out = own_records(context, context.prompts, "prompts")
     check_prompts(context.model, records, context.date)
     with contextlib.closing(_answerer(context, records)) as answerer:
-        path = run_batches(context, "responses.jsonl", records, answerer.batch_size, answerer.answer, "generate")
+        path = run_batches(
+            context, "responses.jsonl", records, answerer.batch_size, answerer.answer, "generate", opened=answerer.opened
+        )
     if not ranks.is_rank_0():
         return {}
     forget(context.folder)
@@ -83,6 +85,8 @@ def _several(written: Sequence[Record]) -> dict[str, Any]:
 class _Transformers:
     """Answers of the model in this process."""
 
+    opened = True
+
     def __init__(self, context: StageContext) -> None:
         self.context, self.batch_size = context, context.options.batch_size
         self._model = LazyModel(lambda: load_base(context))
@@ -109,6 +113,8 @@ class _Transformers:
 
 class _Vllm:
     """Answers of vLLM, which is started with the first batch; seeds are of records, because vLLM makes up batches of its own."""
+
+    opened = True
 
     def __init__(self, context: StageContext, records: Sequence[Record]) -> None:
         check_vllm(context.config)
@@ -145,6 +151,9 @@ class _Vllm:
 
 class _Server:
     """Answers of servers that run already; seeds are of records, because they make up batches of their own."""
+
+    opened = False
+    """A batch is long, and each of its pictures is opened when it is sent."""
 
     def __init__(self, context: StageContext) -> None:
         check_server(context.config)

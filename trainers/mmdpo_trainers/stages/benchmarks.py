@@ -6,6 +6,7 @@ moment are `benchmark-<key>.jsonl`, the answers with their marks, and `benchmark
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.answers.attention_ratios import ratios_at, resolve_layer
+from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.config.sections.evaluation import EvaluateConfig
 from mmdpo_trainers.data.left_out import check_left_out, left_out_line, lost
@@ -30,11 +32,18 @@ from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.models import LazyModel
 from mmdpo_trainers.suites import Suite, suite_named
 from mmdpo_trainers.suites.reading import layouts_of, read
+from mmdpo_trainers.suites.rows import benchmark_files
 
 
-def benchmark_files(options: EvaluateConfig) -> list[Path]:
-    """What the answers depend on beside the pictures in other folders."""
-    return [Path(path) for path in options.benchmarks.values()]
+def benchmark_marks(options: EvaluateConfig) -> dict[str, str]:
+    """Benchmark -> a hash of its files' names and contents: what answers depend on, beside the settings and pictures in other files."""
+    return {key: _mark(Path(path)) for key, path in options.benchmarks.items()}
+
+
+def _mark(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    named = [f"{file.relative_to(folder).as_posix()}\0{content_hash(file)}\n" for file in benchmark_files(path)]
+    return hashlib.sha256("".join(named).encode()).hexdigest()
 
 
 def check_benchmarks(options: EvaluateConfig) -> None:
@@ -66,6 +75,7 @@ def answer_benchmarks(context: StageContext, model: LazyModel, chosen: Mapping[s
             {**record, "images": [os.path.normpath(folder / image) for image in record["images"]]}
             for record in read_jsonl(folder / "prompts.jsonl")
         ]
+        check_prompts(context.model, records, context.date)
 
         def work(number: int, batch: Sequence[Record], suite: Suite = suite) -> list[dict[str, Any]]:
             return answer_batch(model, batch, suite, context, chosen)
@@ -142,7 +152,7 @@ def _prepare(context: StageContext, key: str, suite: Suite) -> Path:
     path, images = Path(options.benchmarks[key]), options.benchmark_images.get(key)
     parts = {
         "suite": suite.name,
-        "file": content_hash(path),
+        "files": _mark(path),
         "images": images,
         "suffix": options.benchmark_suffix.get(key, suite.suffix),
         "max_pixels": context.config.data.max_pixels,

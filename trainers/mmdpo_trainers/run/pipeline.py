@@ -23,6 +23,7 @@ from mmdpo_trainers.methods.ranking import with_attributes
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.processes import notices, ranks
 from mmdpo_trainers.processes.progress import Progress
+from mmdpo_trainers.report.benchmarks import benchmark_summary
 from mmdpo_trainers.run import upload
 from mmdpo_trainers.run.preflight import check_declaration, check_run
 from mmdpo_trainers.run.tables import run_tables
@@ -302,6 +303,10 @@ def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Write and return the run's `summary.json`, from the summaries of the stages that are done."""
     summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "model": config.model, "method": config.method}
     summary |= method_named(config.method).summary(run.path, tuple(config.arms))
+    evaluations = {"before": "evaluate/before", "after": "evaluate/after"}
+    evaluations |= {arm: f"arms/{arm}/evaluate/after" for arm in config.arms}
+    if benchmarks := benchmark_summary({who: run.path / folder for who, folder in evaluations.items()}):
+        summary["benchmarks"] = benchmarks
     names = stage_folders(tuple(config.arms))
     # Of evaluation prompts, which are made beside their answers.
     losses = {name: read_json(run.path / name / "summary.json", missing={}).get("lost") for name in ("evaluate", *names)}

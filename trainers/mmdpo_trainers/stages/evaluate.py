@@ -27,6 +27,7 @@ from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.report.intervals import Proportion
 from mmdpo_trainers.stages.batches import Record, own_records, require, run_batches
+from mmdpo_trainers.stages.benchmarks import answer_benchmarks, benchmark_files
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.models import LazyModel, load_evaluated, load_reward_model
 from mmdpo_trainers.stages.prompts import build_evaluation_prompts, evaluation_inputs
@@ -37,13 +38,15 @@ HELD_OUT, REWARDS = "held_out.jsonl", "rewards.jsonl"
 
 def inputs(context: StageContext) -> list[Path]:
     """The evaluation prompts or what they are made of, the held-out pairs with the base's figures, and what was trained."""
-    if context.rewards and context.options.input:
-        raise ConfigError("evaluate.input: a reward model rates answers and gives none; leave it out")
+    for name in ("input", "benchmarks"):
+        if context.rewards and getattr(context.options, name):
+            raise ConfigError(f"evaluate.{name}: a reward model rates answers and gives none; leave it out")
     trained = [context.trained] if context.moment == "after" else []
-    if context.method.evaluation_prompts == "augmented":
-        files = evaluation_inputs(context)
-    else:
-        files = [context.evaluation_prompts] if _has_prompts(context) else []
+    files = benchmark_files(context.options)
+    if _is_augmented(context):
+        files += evaluation_inputs(context)
+    elif _has_prompts(context):
+        files.append(context.evaluation_prompts)
     if context.config.score.layer == "best" and (layers := context.folder_of("score") / FILE).is_file():
         files = [*files, layers]
     if _has_held_out(context):
@@ -57,20 +60,22 @@ def run(context: StageContext) -> dict[str, Any]:
     """With the base (`before`) or the trained model (`after`): `answers.jsonl` to the evaluation prompts.
 
     Of a method that measures held-out pairs also `held_out.jsonl`, their log-probabilities. Of what stage pairs made, either may be missing.
-    Of a reward model only `rewards.jsonl`, its rewards of held-out pairs.
+    Of a reward model only `rewards.jsonl`, its rewards of held-out pairs. Of published benchmarks see `stages/benchmarks.py`.
     """
     if context.rewards:
         return _rewards(context)
     model = LazyModel(lambda: load_evaluated(context))
     summary: dict[str, Any] = {}
-    if context.method.evaluation_prompts == "augmented":
+    if _is_augmented(context):
         prompts = Path(ranks.on_rank_0(lambda: str(build_evaluation_prompts(context))))
         summary |= _answers(context, prompts, model)
     elif _has_prompts(context):
         summary |= _answers(context, context.evaluation_prompts, model)
-    elif not _has_held_out(context):
+    elif not _has_held_out(context) and not context.options.benchmarks:
         raise StageError(f"{context.held_out_pairs} does not exist: run pairs first, or give prompts with answers with --input")
-    return {**summary, **_held_out(context, model)} if _has_held_out(context) else summary
+    if _has_held_out(context):
+        summary |= _held_out(context, model)
+    return summary | answer_benchmarks(context, model, chosen_layers(context.run.path, context.config.score.layer))
 
 
 def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str, Any]:
@@ -140,8 +145,13 @@ def _rewards(context: StageContext) -> dict[str, Any]:
 
 
 def _has_prompts(context: StageContext) -> bool:
-    asked = "answers" in context.method.measures and context.evaluation_prompts.is_file()
+    """An evaluation of the user's own beside the run's is of what it was given alone."""
+    asked = "answers" in context.method.measures and not context.own and context.evaluation_prompts.is_file()
     return bool(context.options.input) or asked
+
+
+def _is_augmented(context: StageContext) -> bool:
+    return context.method.evaluation_prompts == "augmented" and (not context.own or bool(context.options.input))
 
 
 def _has_held_out(context: StageContext) -> bool:

@@ -152,7 +152,7 @@ class Endpoint:
         if hopeless:
             raise StageError(
                 f"the judge at {self._url} refused the first {_HOPELESS} questions ({reply.problem}); mend {self._where}.endpoint.model "
-                f"and .parameters, or {self._where}.images for a judge that takes no pictures; then --restart {self._where.partition('.')[0]}"
+                f"and .parameters, or rate.images for a judge that takes no pictures; then --restart {self._where.partition('.')[0]}"
             )
 
     def _send(self, body: bytes) -> Reply | _Failure:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pydantic import StrictInt, StrictStr
 
 from mmdpo_trainers.config.options import MATCH_WORDS, Count, Match, option
+from mmdpo_trainers.config.sections.rating import JudgeConfig, changing_judgements
 from mmdpo_trainers.config.values import Settings
 
 
@@ -62,6 +63,11 @@ class EvaluateConfig(Settings):
     )
     benchmark_tokens: StrictInt | None = option(
         None, "longest answer to a question of a benchmark, in tokens; None: what each benchmark says", ge=1
+    )
+    judge: JudgeConfig = option(
+        help="who marks the answers to benchmarks that need a judge, such as {source: endpoint, endpoint: {url: …, model: …}}",
+        factory=JudgeConfig,
+        result=changing_judgements,
     )
 
 

@@ -54,7 +54,7 @@ def test_figures_of_pope() -> None:
     silent = figures_of(marked("pope", [({"answer": "no"}, "no")]), described(suite_named("pope")))["figures"]
     assert silent["precision"]["value"] is None and silent["accuracy"]["value"] == 1
     worse = marked("pope", [({"answer": truth}, "no") for truth, _ in said])
-    change = changes_of(answers, worse, described(suite_named("pope")))
+    change = changes_of(answers, worse, described(suite_named("pope")))["figures"]
     assert change["accuracy"]["value"] == pytest.approx(-1 / 5) and change["precision"] is None
     assert change["f1"]["value"] == pytest.approx(-2 / 3) and change["f1"]["interval"][0] < -2 / 3 < change["f1"]["interval"][1]
 
@@ -114,8 +114,8 @@ def published(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "idx": f"val_{number}",
                 "sub_task": "Counting" if number % 2 else "Jigsaw",
                 "prompt": prompts[number],
-                "choices": ["unheard of", said["response"]],
-                "answer": "(B)" if number < 4 else "(A)",
+                "choices": [said["response"], "unheard of"],
+                "answer": "(A)" if number < 4 else "(B)",
                 "image_1": {"bytes": (folder / f"{number}.png").read_bytes(), "path": None},
                 "image_2": {"bytes": (folder / f"{5 - number}.png").read_bytes(), "path": None},
             }
@@ -156,12 +156,12 @@ def test_an_adapter_beside_its_base_on_benchmarks(
     found = json.loads(captured.out)["benchmarks"]
     folder = tmp_path / "r" / "evaluate" / "own" / "benchmarks-before"
     answers = list(read_jsonl(folder / "benchmark-blink.jsonl"))
-    right = [sum(c.lower() in a["response"].lower() for c in a["options"]) == 1 and a["answer"] == "B" for a in answers]
+    right = [sum(c.lower() in a["response"].lower() for c in a["options"]) == 1 and a["answer"] == "A" for a in answers]
     blink = found["models"]["before"]["blink"]
     assert blink["figures"]["accuracy"]["value"] == sum(right) / len(right) == 4 / 6
     assert blink["by"]["category"]["Counting"]["accuracy"]["count"] == 3 and blink["attention"]["count"] == 6
     assert 1 / 2 <= blink["attention"]["largest"] <= 1 and all(len(answer["attention"]) == 2 for answer in answers)
-    assert found["changes"]["after"]["blink"]["accuracy"]["interval"] is not None
+    assert found["changes"]["after"]["blink"]["figures"]["accuracy"]["interval"] is not None
     assert found["tables"]["mia_dpo"]["rows"]["before"]["BLINK"] == pytest.approx(100 * 4 / 6)
 
     whole = (folder / "benchmark-blink.jsonl").read_bytes(), (folder / "benchmarks.json").read_bytes()

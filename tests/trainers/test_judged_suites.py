@@ -193,7 +193,7 @@ def test_amber(tmp_path: Path) -> None:
     low, high = found["figures"]["score"]["interval"]
     assert low < found["figures"]["score"]["value"] < high and found["figures"]["score"]["count"] == 4
     assert "score" not in found["by"]["dimension"]["existence"]
-    assert changes_of(answers, answers, described(suite))["score"]["value"] == 0
+    assert changes_of(answers, answers, described(suite))["figures"]["score"]["value"] == 0
 
 
 def test_what_lacks_beside_the_questions_is_said(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_chairs_marks() -> None:
         {"all": 1.0, "naming": [1.0, 1.0], "chair_i": [1, 3], "recall": [1, 2], "words": 7.0},
     )
     said, marks = marks_of([], truth, 2)
-    assert said is None and marks["all"] == 0 and marks["naming"] == [0.0, 0.0] and marks["chair_i"] == [0, 0]
+    assert said == "no object" and marks["all"] == 0 and marks["naming"] == [0.0, 0.0] and marks["chair_i"] == [0, 0]
 
 
 def test_cocos_annotations_are_read_one_at_a_time(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_what_a_description_names() -> None:
     assert found.wrong == ["desk", "car"] and (found.covered, found.cognitive) == (2, 1)
     assert found.said == "dog, ground, light, desk (not there), car (not there)"
     nothing = described("Nothing.", ["dog"], [], ASSOCIATION)
-    assert (nothing.said, nothing.wrong, nothing.covered) == (None, [], 0)
+    assert (nothing.said, nothing.wrong, nothing.covered) == ("no object", [], 0)
 
 
 def test_dimensions() -> None:

@@ -188,3 +188,112 @@ def test_what_is_no_benchmark_is_named(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "x.jsonl", [{"a": 1}])
     with pytest.raises(DataError, match=r"no file of POPE: expected the columns image, label, question_id, text .*got a"):
         items("pope", file, tmp_path)
+
+
+def marks(name: str, record: dict[str, Any], response: str) -> tuple[str | None, float]:
+    mark = suite_named(name).mark
+    assert mark is not None
+    said, found = mark(record, response)
+    value = found["accuracy"]
+    assert isinstance(value, float)
+    return said, value
+
+
+def test_mathvista(tmp_path: Path) -> None:
+    """Options by letter or text; numbers and texts where the whole response is one."""
+    common = {
+        "question": "Hint: …\nQuestion: How many?",
+        "image": in_base64(RED),
+        "skills": "['statistical reasoning', 'x']",
+        "task": "TQA",
+    }
+    rows = [
+        {"index": 1, "question_type": "multi_choice", "answer_type": "text", "choices": "['3/11', '8/11']", "answer": "8/11"}
+        | {"answer_option": "B", **common},
+        {"index": 2, "question_type": "free_form", "answer_type": "integer", "answer": "12", **common},
+        {"index": 3, "question_type": "free_form", "answer_type": "float", "answer": "1.20", **common},
+        {"index": 4, "question_type": "free_form", "answer_type": "list", "answer": "[1, 2]", **common},
+        {"index": 5, "question_type": "free_form", "answer_type": "integer", "answer": "twelve", **common},
+    ]
+    records, problems = items("mathvista", write_tsv(tmp_path / "x.tsv", rows), tmp_path)
+    assert [problem.reason for problem in problems] == ["no_answer"]
+    assert records[0]["groups"] == {"task": ["TQA"], "skill": ["statistical reasoning", "x"]}
+    said = [(0, "(B) 8/11"), (0, "it is 3/11"), (1, " 12 "), (1, "There are 12"), (2, "1.2"), (2, "1.3"), (3, "[1, 2]"), (3, "")]
+    assert [marks("mathvista", records[number], response) for number, response in said] == [
+        ("B", 1.0),
+        ("A", 0.0),
+        ("12", 1.0),
+        (None, 0.0),
+        ("1.2", 1.0),
+        ("1.3", 0.0),
+        ("[1, 2]", 1.0),
+        (None, 0.0),
+    ]
+
+
+def test_mantis_and_its_short_answers(tmp_path: Path) -> None:
+    common = {"images": [hub_picture(RED), hub_picture(GREEN)], "category": "co-reference", "data_source": "x"}
+    rows = [
+        {
+            "id": "1",
+            "question_type": "multi-choice",
+            "question": "Left <image>, then?",
+            "options": ["(A) red", "green"],
+            "answer": "B",
+        },
+        {"id": "2", "question_type": "short-answer", "question": "<image><image> How many?", "options": [], "answer": "Two"},
+    ]
+    records, problems = items("mantis", write_parquet(tmp_path / "x.parquet", [{**row, **common} for row in rows]), tmp_path)
+    assert not problems
+    assert records[0]["prompt"] == (
+        "<image>Left <image>, then?\n (A) red\n (B) green\nAnswer with the option's letter from the given choices directly."
+    )
+    assert records[0]["choices"] == {"A": "red", "B": "green"} and records[1]["groups"]["kind"] == ["short-answer"]
+    assert marks("mantis", records[0], "green") == ("B", 1.0)
+    assert marks("mantis", records[1], "Both have one. Final Answer: two") == ("two", 1.0)
+    assert marks("mantis", records[1], "Two of them") == ("Two of them", 0.0)
+
+
+def test_nlvr2_in_its_own_files(tmp_path: Path) -> None:
+    for number, image in enumerate((RED, BLUE)):
+        image.save(tmp_path / f"test1-0-1-img{number}.png")
+    lines = [
+        {"sentence": "One is red.", "label": "True", "identifier": "test1-0-1-0", "left_url": "http://x/1.jpg"},
+        {"sentence": "Both are red.", "label": "False", "identifier": "test1-0-1-1"},
+        {"sentence": "None is.", "label": "False", "identifier": "test1-9-1-1"},
+    ]
+    records, problems = items("nlvr2", write_lines(tmp_path / "test1.json", lines), tmp_path)
+    assert [colour_of(path) for path in records[0]["images"]] == ["red", "blue"] and records[0]["prompt"].count("<image>") == 2
+    assert [marks("nlvr2", record, "True")[1] for record in records] == [1.0, 0.0]
+    assert [problem.reason for problem in problems] == ["missing"]
+
+
+def test_mvbench_shows_frames_and_decodes_no_video(tmp_path: Path) -> None:
+    for number in range(17):
+        (tmp_path / "video" / "clip").mkdir(parents=True, exist_ok=True)
+        (RED if number < 8 else BLUE).save(tmp_path / "video" / "clip" / f"{number:03d}.png")
+    (tmp_path / "video" / "other.mp4").write_bytes(b"a video")
+    row = {"question": "What happens?", "candidates": ["nothing", "all"], "answer": "all"}
+    lines = [
+        {**row, "video": "clip.mp4"},
+        {**row, "video": "other.mp4"},
+        {**row, "video": "../clip"},
+        {**row, "video": "clip", "answer": "x"},
+    ]
+    file = write_lines(tmp_path / "action_sequence.json", lines)
+    records, problems = items("mvbench", file, tmp_path, images=tmp_path / "video")
+    (record,) = records
+    assert [Path(path).name for path in record["images"]] == [f"{number:03d}.png" for number in (1, 3, 5, 7, 9, 11, 13, 15)]
+    assert record["answer"] == "B" and record["groups"] == {"category": ["action sequence"]}
+    assert [problem.reason for problem in problems] == ["video", "outside_image_folder", "no_answer"]
+    assert "videos are not decoded" in problems[0].detail
+    tsv = {
+        **row,
+        "candidates": str(row["candidates"]),
+        "video": "clip",
+        "prefix": "video/",
+        "task_type": "Action Sequence",
+        "index": 0,
+    }
+    (of_tsv,), _ = items("mvbench", write_tsv(tmp_path / "MVBench.tsv", [tsv]), tmp_path)
+    assert of_tsv["images"] == record["images"] and of_tsv["groups"] == {"category": ["Action Sequence"]}

@@ -18,7 +18,7 @@ from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
 
 from .benchmark_tables import published_tables
-from .intervals import Z95, Estimate, Outcomes, Proportion, paired_change
+from .intervals import Z95, Estimate, Proportion, paired_change
 
 LIST = "benchmarks.json"
 """Key -> what a benchmark is: suite, title, paper, figures by name."""
@@ -63,14 +63,25 @@ def figures_of(answers: Sequence[Record], described: Record) -> dict[str, Any]:
 
 
 def changes_of(before: Sequence[Record], after: Sequence[Record], described: Record) -> dict[str, Any]:
-    """Figure -> `value` and `interval` of after minus before, paired by question; null where fewer than two questions have both."""
+    """`figures` and `by` as `figures_of` has them, each figure `value` and `interval` of after minus before, paired by question; null where
+    fewer than two questions have both."""
+    by = {
+        kind: {name: _changes(_in_group(before, kind, name), _in_group(after, kind, name), described) for name in names}
+        for kind, names in _groups([*before, *after]).items()
+    }
+    return {"figures": _changes(before, after, described), "by": by}
+
+
+def _changes(before: Sequence[Record], after: Sequence[Record], described: Record) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, figure in described["figures"].items():
         change = _change(*(_marked(answers, name, figure["of_units"]) for answers in (before, after)))
-        found[name] = None if change is None else {"value": change.value, "interval": [change.low, change.high]}
+        known = change is not None and math.isfinite(change.high - change.low)
+        found[name] = (
+            None if change is None else {"value": change.value, "interval": [change.low, change.high] if known else None}
+        )
     for name, figure in _sums(described):
-        parts = [(weight, found[part]) for part, weight in figure["sum_of"].items()]
-        found[name] = _sum(parts, 0.0)
+        found[name] = _sum([(weight, found[part]) for part, weight in figure["sum_of"].items()], 0.0)
     return found
 
 
@@ -173,19 +184,18 @@ def _change(before: Marked, after: Marked) -> Estimate | None:
     if len(units) < 2:
         return None
     old, new = ({unit: marks[unit] for unit in sorted(units)} for marks in (before, after))
-    if all(mark in ((0, 1), (1, 1)) for marks in (old, new) for mark in marks.values()):
-        return paired_change(_outcomes(old), _outcomes(new))
+    if all(old[unit][1] == new[unit][1] and mark in ((0, 0), (0, 1), (1, 1)) for unit in old for mark in (old[unit], new[unit])):
+        # Shares of the same questions.
+        counted = [unit for unit in old if old[unit][1]]
+        return paired_change(*({unit: bool(marks[unit][0]) for unit in counted} for marks in (old, new)))
     sums = [[sum(values) for values in zip(*marks.values(), strict=True)] for marks in (old, new)]
     if not (sums[0][1] and sums[1][1]):
         return None
     value = sums[1][0] / sums[1][1] - sums[0][0] / sums[0][1]
     first, second = _effects(old), _effects(new)
-    half = _half_width([second[unit] - first[unit] for unit in first])
+    # Answers that are all alike say nothing of how far they may vary.
+    half = _half_width([second[unit] - first[unit] for unit in first]) or math.inf
     return Estimate(value, value - half, value + half)
-
-
-def _outcomes(marks: Marked) -> Outcomes:
-    return {unit: bool(top) for unit, (top, _) in marks.items()}
 
 
 def _mean_of_groups(answers: Sequence[Record], described: Record, kind: str) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from mmdpo_trainers.report.benchmarks import benchmark_summary
 from mmdpo_trainers.run import upload
 from mmdpo_trainers.run.preflight import check_declaration, check_run
 from mmdpo_trainers.run.tables import run_tables
+from mmdpo_trainers.stages.benchmarks import benchmark_marks
 from mmdpo_trainers.stages.context import StageContext, stage_module
 from mmdpo_trainers.stages.folder import RunFolder
 
@@ -176,6 +177,8 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
         parts["name"] = context.config.name
     if context.stage == "evaluate" and context.asked_attributes:
         parts["asked"] = with_attributes("", context.asked_attributes, context.config.rank)
+    if context.stage == "evaluate" and context.options.benchmarks:
+        parts["benchmark_files"] = benchmark_marks(context.options)
     if context.stage == "pairs" and context.further_views:
         parts["further_views"] = list(context.further_views)
     if context.method.file is not None:

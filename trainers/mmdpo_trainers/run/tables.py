@@ -37,7 +37,7 @@ def benchmark_tables(summary: dict[str, Any]) -> list[Table]:
             of_models = [(models[who].get(key) or {"figures": {}})["figures"].get(name) for who in models]
             if not any(of_models):
                 continue
-            of_changes = [(changes.get(key) or {}).get(name) for changes in summary["changes"].values()]
+            of_changes = [(changes.get(key) or {"figures": {}})["figures"].get(name) for changes in summary["changes"].values()]
             count = next(each["count"] for each in of_models if each)
             label = f"{described['title']}, {figure['label'].lower()}"
             cells = [*(_figure_cell(each) for each in of_models), *(_figure_cell(each, "+") for each in of_changes)]

@@ -6,6 +6,7 @@ moment are `benchmark-<key>.jsonl`, the answers with their marks, and `benchmark
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -15,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mmdpo_trainers.answers.attention_ratios import ratios_at, resolve_layer
+from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.config.sections.evaluation import EvaluateConfig
 from mmdpo_trainers.data.conversation import conversation_of
@@ -30,26 +32,27 @@ from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.report.benchmarks import LIST, answers_file, benchmarks_of, figures_of
 from mmdpo_trainers.stages.batches import Record, run_batches
 from mmdpo_trainers.stages.context import StageContext
-from mmdpo_trainers.stages.judging import check_judge, judge_benchmarks, judge_inputs
+from mmdpo_trainers.stages.judging import check_judge, judge_benchmarks, judge_files
 from mmdpo_trainers.stages.models import LazyModel
 from mmdpo_trainers.suites import Suite, suite_named
-from mmdpo_trainers.suites.reading import layouts_of, read
+from mmdpo_trainers.suites.reading import files_of, layouts_of, read
 
 COMMON = "common.json"
 """What marking needs beside the records of a benchmark."""
 
 
-def benchmark_files(options: EvaluateConfig) -> list[Path]:
-    """What the answers depend on beside the pictures in other folders."""
-    return [*(file for key in options.benchmarks for file in _files(options, key)), *judge_inputs(options)]
+def benchmark_marks(options: EvaluateConfig) -> dict[str, str]:
+    """Benchmark -> a hash of its files' names and contents: what answers depend on, beside the settings and pictures in other files. Of a judge
+    the same, as `judge …`."""
+    marks = {key: _mark(suite_named(key), Path(path)) for key, path in options.benchmarks.items()}
+    return marks | {name: content_hash(path) for name, path in judge_files(options).items()}
 
 
-def _files(options: EvaluateConfig, key: str) -> list[Path]:
-    """What a benchmark's records depend on: what was given, or of a folder with more in it the files that are read."""
-    suite, path = suite_named(key), Path(options.benchmarks[key])
-    if suite.files is None:
-        return [path]
-    return [*suite.files(path), *(suite.beside(path) if suite.beside else ())]
+def _mark(suite: Suite, path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    files = [*files_of(suite, path), *(suite.beside(path) if suite.beside else ())]
+    named = [f"{os.path.relpath(file, folder)}\0{content_hash(file)}\n" for file in files]
+    return hashlib.sha256("".join(named).encode()).hexdigest()
 
 
 def check_benchmarks(options: EvaluateConfig) -> None:
@@ -85,6 +88,7 @@ def answer_benchmarks(context: StageContext, model: LazyModel, chosen: Mapping[s
             {**record, "images": [os.path.normpath(folder / image) for image in record["images"]]}
             for record in read_jsonl(folder / "prompts.jsonl")
         ]
+        check_prompts(context.model, records, context.date)
 
         common[key] = dict(read_json(folder / COMMON, missing={}))
 
@@ -217,7 +221,7 @@ def _prepare(context: StageContext, key: str, suite: Suite) -> Path:
     path, images = Path(options.benchmarks[key]), options.benchmark_images.get(key)
     parts = {
         "suite": suite.name,
-        "file": [content_hash(file) for file in _files(options, key)],
+        "files": _mark(suite, path),
         "images": images,
         "suffix": options.benchmark_suffix.get(key, suite.suffix),
         "max_pixels": context.config.data.max_pixels,

@@ -27,7 +27,7 @@ from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.report.intervals import Proportion
 from mmdpo_trainers.stages.batches import Record, own_records, require, run_batches
-from mmdpo_trainers.stages.benchmarks import answer_benchmarks, benchmark_files
+from mmdpo_trainers.stages.benchmarks import answer_benchmarks, check_benchmarks
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.models import LazyModel, load_evaluated, load_reward_model
 from mmdpo_trainers.stages.prompts import build_evaluation_prompts, evaluation_inputs
@@ -37,16 +37,18 @@ HELD_OUT, REWARDS = "held_out.jsonl", "rewards.jsonl"
 
 
 def inputs(context: StageContext) -> list[Path]:
-    """The evaluation prompts or what they are made of, the held-out pairs with the base's figures, and what was trained."""
+    """The evaluation prompts or what they are made of, the held-out pairs with the base's figures, and what was trained. Of benchmarks
+    see `benchmark_marks`."""
     for name in ("input", "benchmarks"):
         if context.rewards and getattr(context.options, name):
             raise ConfigError(f"evaluate.{name}: a reward model rates answers and gives none; leave it out")
+    check_benchmarks(context.options)
     trained = [context.trained] if context.moment == "after" else []
-    files = benchmark_files(context.options)
+    files = []
     if _is_augmented(context):
-        files += evaluation_inputs(context)
+        files = evaluation_inputs(context)
     elif _has_prompts(context):
-        files.append(context.evaluation_prompts)
+        files = [context.evaluation_prompts]
     if context.config.score.layer == "best" and (layers := context.folder_of("score") / FILE).is_file():
         files = [*files, layers]
     if _has_held_out(context):

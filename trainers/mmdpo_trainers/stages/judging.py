@@ -57,12 +57,13 @@ def check_judge(options: EvaluateConfig) -> None:
         _prompts(options, key, suite).check()
 
 
-def judge_inputs(options: EvaluateConfig) -> list[Path]:
-    """What the judgements depend on: templates of the user's own, and a judge in a local folder."""
-    if not judged_suites(options):
-        return []
+def judge_files(options: EvaluateConfig) -> dict[str, Path]:
+    """What judgements depend on beside the settings: templates of the user's own, and a judge in a local folder."""
     judge = options.judge
-    return [*map(Path, judge.templates.values()), *([Path(judge.judge)] if judge.source == "model" and judge.judge else [])]
+    if not judged_suites(options):
+        return {}
+    found = {f"judge, template of {key}": Path(path) for key, path in judge.templates.items()}
+    return found | ({"judge": Path(judge.judge)} if judge.source == "model" and judge.judge else {})
 
 
 def judge_benchmarks(context: StageContext, common: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

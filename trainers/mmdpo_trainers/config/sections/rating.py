@@ -117,9 +117,10 @@ class JudgeConfig(AskedConfig):
 
 
 def changing_judgements(judge: JudgeConfig) -> dict[str, Any]:
-    """Which of a judge's settings may change what it says."""
-    names = ("source", "judge", "engine", "engine_args", "max_new_tokens", "tries", "templates")
-    return {**{name: getattr(judge, name) for name in names}, "endpoint": _changing_ratings(judge.endpoint)}
+    """Which of a judge's settings may change what it says; a local model and templates count by what is in them."""
+    names = ("source", "engine", "engine_args", "max_new_tokens", "tries")
+    found = {name: getattr(judge, name) for name in names}
+    return {**found, "templates": sorted(judge.templates), "endpoint": _changing_ratings(judge.endpoint)}
 
 
 @dataclass(kw_only=True)

@@ -120,7 +120,7 @@ _OF_OBJECT_HALBENCH = {
 """Object HalBench's response-level figure is of the answers that name an object of COCO's, CHAIR's of all."""
 
 
-def _named(found: tuple[str | None, Marks]) -> tuple[str | None, Marks]:
+def _named(found: tuple[str, Marks]) -> tuple[str, Marks]:
     said, marks = found
     every, naming = marks.pop("all"), marks.pop("naming")
     return said, {"chair_s": naming, "all_answers": every, **marks}
@@ -137,7 +137,7 @@ def _mark_naming(record: Record, response: str) -> tuple[str | None, Marks]:
     return _named(_mark_by_rule(record, response))
 
 
-def _mark_by_rule(record: Record, response: str) -> tuple[str | None, Marks]:
+def _mark_by_rule(record: Record, response: str) -> tuple[str, Marks]:
     return marks_of(_kinds(record).found(response), record["objects"], len(response.split()))
 
 

@@ -113,7 +113,7 @@ def _blink_of_the_hub(row: Row, source: Source) -> Question:
     )
 
 
-_TSV = Layout(about="VLMEvalKit's TSV", columns=frozenset({"index", "question", "A", "B", "answer"}), question=_question)
+TSV = Layout(about="VLMEvalKit's TSV", columns=frozenset({"index", "question", "A", "B", "answer"}), question=_question)
 _HUB_BLINK = Layout(
     about="BLINK-Benchmark/BLINK on the Hub, parquet",
     columns=frozenset({"idx", "sub_task", "prompt", "choices", "answer", "image_1"}),
@@ -122,21 +122,21 @@ _HUB_BLINK = Layout(
 
 
 def _suite(name: str, title: str, paper: str, **other: Any) -> Suite:
-    values: dict[str, Any] = {"layouts": (_TSV,), "figures": CIRCULAR, "mark": mark_circular, "cited": _CITED, **other}
+    values: dict[str, Any] = {"layouts": (TSV,), "figures": CIRCULAR, "mark": mark_circular, "cited": _CITED, **other}
     return Suite(name=name, title=title, paper=paper, **values)
 
 
 SUITES = (
-    _suite("mmbench", "MMBench", "arXiv 2307.06281", layouts=(replace(_TSV, question=_rolled),)),
+    _suite("mmbench", "MMBench", "arXiv 2307.06281", layouts=(replace(TSV, question=_rolled),)),
     _suite("mmstar", "MMStar", "arXiv 2403.20330"),
     _suite("ai2d", "AI2D", "arXiv 1603.07396"),
     _suite("scienceqa", "ScienceQA", "arXiv 2209.09513"),
-    _suite("blink", "BLINK", "arXiv 2404.12390", layouts=(_TSV, _HUB_BLINK), mean_of="category"),
+    _suite("blink", "BLINK", "arXiv 2404.12390", layouts=(TSV, _HUB_BLINK), mean_of="category"),
     _suite(
         "mmmu",
         "MMMU",
         "arXiv 2311.16502",
-        layouts=(replace(_TSV, question=_mmmu),),
+        layouts=(replace(TSV, question=_mmmu),),
         figures=ACCURACY,
         mark=mark_choice,
     ),

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mmdpo_trainers.suites.objects.words import singulars, tokens
+from mmdpo_trainers.suites.objects.words import NONE, singulars, tokens
 
 _BEFORE_VERBS = frozenset(
     {
@@ -130,9 +130,9 @@ class Description:
     """Imagined objects that it names."""
 
     @property
-    def said(self) -> str | None:
+    def said(self) -> str:
         """For readers: the nouns, those that are not there marked."""
-        return ", ".join(f"{noun} (not there)" if noun in self.wrong else noun for noun in dict.fromkeys(self.nouns)) or None
+        return ", ".join(f"{noun} (not there)" if noun in self.wrong else noun for noun in dict.fromkeys(self.nouns)) or NONE
 
 
 def described(text: str, truth: Sequence[str], imagined: Sequence[str], association: Association) -> Description:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.suites.objects.words import names_in, singulars, tokens
+from mmdpo_trainers.suites.objects.words import NONE, names_in, singulars, tokens
 from mmdpo_trainers.suites.suite import Marks
 
 COCO_KINDS = (
@@ -139,7 +139,7 @@ def truth_of(kinds: Kinds, categories: Iterable[str], captions: Iterable[str]) -
     return sorted(found.union(*({kind for _, kind in kinds.found(caption)} for caption in captions)))
 
 
-def marks_of(named: Sequence[tuple[str, str]], truth: Collection[str], words: int) -> tuple[str | None, Marks]:
+def marks_of(named: Sequence[tuple[str, str]], truth: Collection[str], words: int) -> tuple[str, Marks]:
     """What an answer that names these (word, kind), with repetitions, is worth, where the kinds in `truth` are in the picture.
 
     `all`: whether it names one that is not there; `naming`: the same of answers that name any; `chair_i`: of the objects named, those that
@@ -148,7 +148,7 @@ def marks_of(named: Sequence[tuple[str, str]], truth: Collection[str], words: in
     wrong = [word for word, kind in named if kind not in truth]
     hallucinates = float(bool(wrong))
     said = ", ".join(f"{word} (not there)" if word in wrong else word for word in dict.fromkeys(word for word, _ in named))
-    return said or None, {
+    return said or NONE, {
         "all": hallucinates,
         "naming": [hallucinates, float(bool(named))],
         "chair_i": [len(wrong), len(named)],

@@ -80,7 +80,7 @@ class Endpoint:
         if hopeless:
             raise StageError(
                 f"the judge at {self._endpoint.url} refused the first {_HOPELESS} questions ({reply.problem}); mend "
-                f"{self._where}.endpoint.model and .parameters, or {self._where}.images for a judge that takes no pictures; then "
+                f"{self._where}.endpoint.model and .parameters, or rate.images for a judge that takes no pictures; then "
                 f"--restart {self._where.partition('.')[0]}"
             )
 

@@ -123,7 +123,7 @@ class AskedModel:
         return [found[place] for place in range(len(prompts))]
 
     def _question(self, record: Record, text: str, form: Form, attempt: int) -> Question:
-        images = tuple(record.get("images") or ()) if self._options.images else ()
+        images = tuple(record.get("images") or ())
         seen = [record_image_digest(record, image) for image in images]
         told = json.dumps([self._identity, form.name, text, seen, attempt], sort_keys=True)
         return Question(hashlib.sha256(told.encode()).hexdigest(), str(record["id"]), text, images, form)
@@ -141,7 +141,7 @@ class Judge:
 
     def rate(self, records: Sequence[Record], responses: Sequence[Sequence[str]]) -> list[list[Rating]]:
         options = self._options
-        asked = [(record, text) for record, texts in zip(records, responses, strict=True) for text in texts]
+        asked = [(record, text) for record, texts in zip(self._shown(records), responses, strict=True) for text in texts]
 
         def parse(reply: str) -> dict[str, float]:
             return parse_ratings(reply, options.attributes, options.lowest, options.highest)
@@ -154,11 +154,14 @@ class Judge:
     def compare(self, records: Sequence[Record], pairs: Sequence[tuple[str, str]]) -> list[Choice | None]:
         """Which answer of each pair is the better one; None where the judge gave no reply that can be read."""
         prompts = [self._prompts.comparison(record, *pair) for record, pair in zip(records, pairs, strict=True)]
-        found = self._model.replies(records, prompts, CHOICE, parse_choice)
+        found = self._model.replies(self._shown(records), prompts, CHOICE, parse_choice)
         return [None if isinstance(each, Problem) else each for each in found]
 
     def close(self) -> None:
         self._model.close()
+
+    def _shown(self, records: Sequence[Record]) -> Sequence[Record]:
+        return records if self._options.images else [{**record, "images": []} for record in records]
 
 
 CHOICE = Form("choice", choice_schema())

@@ -33,11 +33,8 @@ class JudgePrompts:
 
     def __init__(self, options: RateConfig) -> None:
         self._options = options
-        environment = ImmutableSandboxedEnvironment(
-            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-        )
-        self._rating = _template(environment, "template", options.template, "rate.txt.j2")
-        self._comparison = _template(environment, "comparison_template", options.comparison_template, "compare.txt.j2")
+        self._rating = read_template("rate.template", options.template, "rate.txt.j2", __package__)
+        self._comparison = read_template("rate.comparison_template", options.comparison_template, "compare.txt.j2", __package__)
         sample = {"id": "sample", "prompt": f"{IMAGE_TOKEN}\nWhat is it?", "images": ["sample.png"], "answer": "A cat."}
         self.rating(sample, "A dog.")
         self.comparison(sample, "A cat.", "A dog.")
@@ -95,18 +92,18 @@ def again(text: str, reply: str, complaint: str) -> str:
     )
 
 
-def _template(environment: ImmutableSandboxedEnvironment, name: str, path: str | None, built_in: str) -> Template:
+def read_template(where: str, path: str | None, built_in: str, package: str) -> Template:
+    """A jinja2 file of the user's, or one of a package. Raises ConfigError, naming `where`, file and line, for one that cannot be read."""
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     try:
         source = (
-            Path(path).read_text(encoding="utf-8") if path else resources.files(__package__).joinpath(built_in).read_text("utf-8")
+            Path(path).read_text(encoding="utf-8") if path else resources.files(package).joinpath(built_in).read_text("utf-8")
         )
         template = environment.from_string(source)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"rate.{name}: {path} cannot be read ({error}); give a jinja2 file, or leave it out") from error
+        raise ConfigError(f"{where}: {path} cannot be read ({error}); give a jinja2 file, or leave it out") from error
     except TemplateError as error:
-        raise ConfigError(
-            f"rate.{name}: {path}, line {getattr(error, 'lineno', '?')}: not a jinja2 template ({error})"
-        ) from error
+        raise ConfigError(f"{where}: {path}, line {getattr(error, 'lineno', '?')}: not a jinja2 template ({error})") from error
     template.filename = path or built_in
     return template
 

@@ -56,7 +56,6 @@ class AskedConfig(Settings):
     endpoint: EndpointConfig = option(
         help="`source: endpoint` only: where the judge is and how it is asked", factory=EndpointConfig, result=_changing_ratings
     )
-    images: StrictBool = option(True, "whether the judge sees the pictures; False: it goes by the facts")
     batch_size: StrictInt = option(16, "records rated together, and lost at most by a kill", ge=1)
     max_new_tokens: StrictInt = option(256, "longest reply of the judge, in tokens", ge=1)
     tries: StrictInt = option(3, "times that a judge is asked for a rating in all, where its replies are none", ge=1)
@@ -82,6 +81,9 @@ class JudgeConfig(AskedConfig):
     source: Literal["none", "endpoint", "model"] = option(
         "none", "none: nobody; endpoint: a judge behind an OpenAI-compatible endpoint; model: a judge in a local model folder"
     )
+    templates: dict[StrictStr, StrictStr] = option(
+        help="benchmark -> a jinja2 file of your own in place of the judge's built-in prompt", factory=dict, path=True
+    )
 
     @property
     def where(self) -> str:
@@ -89,9 +91,10 @@ class JudgeConfig(AskedConfig):
 
 
 def changing_judgements(judge: JudgeConfig) -> dict[str, Any]:
-    """Which of a judge's settings may change what it says."""
-    names = ("source", "judge", "engine", "engine_args", "images", "max_new_tokens", "tries")
-    return {**{name: getattr(judge, name) for name in names}, "endpoint": _changing_ratings(judge.endpoint)}
+    """Which of a judge's settings may change what it says; a local model and templates count by what is in them."""
+    names = ("source", "engine", "engine_args", "max_new_tokens", "tries")
+    found = {name: getattr(judge, name) for name in names}
+    return {**found, "templates": sorted(judge.templates), "endpoint": _changing_ratings(judge.endpoint)}
 
 
 @dataclass(kw_only=True)
@@ -119,6 +122,7 @@ class RateConfig(AskedConfig):
     comparison_template: StrictStr | None = option(
         None, "the prompt that has the judge compare two answers, for `check`; None: the built-in one", path=True
     )
+    images: StrictBool = option(True, "whether the judge sees the pictures; False: it goes by the facts")
     check: StrictInt = option(
         100, "number of pairs on which the rater is tried: does it rate the better answer higher; 0: none", ge=0
     )

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmdpo_kernels.losses import LOSSES, values_of
-from mmdpo_trainers.data.images import ImageError, image_files, local_path
+from mmdpo_trainers.data.image_paths import image_files
+from mmdpo_trainers.data.images import ImageError, local_path
 from mmdpo_trainers.data.pair_records import record_name
 from mmdpo_trainers.errors import DataError
 

@@ -218,7 +218,7 @@ def _check_data(context: StageContext) -> None:
         and context.moment == "before"
         and not context.options.input
     ):
-        from mmdpo_trainers.stages.prompts import check_evaluation_source
+        from mmdpo_trainers.stages.prompt_sources import check_evaluation_source
 
         check_evaluation_source(context)
     path = getattr(context.options, "input", None)

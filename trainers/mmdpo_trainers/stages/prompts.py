@@ -15,11 +15,13 @@ from typing import Any
 
 from mmdpo_trainers.config.sections.data import DataConfig
 from mmdpo_trainers.data.held_out import hold_out
-from mmdpo_trainers.data.left_out import check_left_out, left_out_line, lost, named
+from mmdpo_trainers.data.layouts import LayoutReader
+from mmdpo_trainers.data.left_out import check_left_out, counted, left_out_line, lost, named
 from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id, text_prompts
 from mmdpo_trainers.data.records import FORMATS, TEXT
 from mmdpo_trainers.data.source_records import SourceRecords
 from mmdpo_trainers.data.sources import DUPLICATE, Problem, SourceRecord, TextRecord, read_source, read_texts
+from mmdpo_trainers.data.streams import existing
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.files.json_lines import JsonLines, read_jsonl
@@ -85,11 +87,7 @@ def evaluation_inputs(context: StageContext) -> list[Path]:
 def source_files(source: str) -> list[Path]:
     if source == SHAPES:
         return []
-    if not Path(source).exists():
-        raise DataError(
-            f"data source {source} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder"
-        )
-    return [Path(source)]
+    return [existing(source)]
 
 
 def write_prompts(
@@ -117,7 +115,8 @@ def write_prompts(
     total = sum(count for _, count in plans)
     with _Writer(folder, singles=singles) as writer, contextlib.closing(maker.looks):
         writer.report(source.problems)
-        context.progress.print(f"{stage}: {total:,} prompts from {len(records):,} questions")
+        layout = f"layout: {source.layout}; " if source.layout else ""
+        context.progress.print(f"{stage}: {layout}{counted(total, 'prompt')} from {counted(len(records), 'question')}")
         with context.progress.task(f"{stage}: prompts", total, folder=folder) as task:
             for plan, count in plans:
                 _make(plan, count, len(records), maker, writer, task)
@@ -218,6 +217,8 @@ class Source:
     problems: Spool[Problem]
     root: Path
     """What picture paths are relative to."""
+    layout: str | None = None
+    """Of the user's own data, see `data.layouts`."""
     rows: int = 0
     lost: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -343,7 +344,10 @@ def _read(data: DataConfig, folder: Path, seed: int) -> Source:
                 raise ConfigError(f"data.questions_per_picture: {error}") from error
     root = Path(image_folder) if image_folder else (path if path.is_dir() else path.parent)
     source = Source(SourceRecords(folder), Spool(str(folder)), root.resolve())
-    source.read(read_source(path, image_folder=image_folder, cache=folder / "source_images", limit=data.limit))
+    layouts = LayoutReader(data.columns, pairs=False)
+    cache = folder / "source_images"
+    source.read(read_source(path, image_folder=image_folder, cache=cache, limit=data.limit, layouts=layouts))
+    source.layout = layouts.layout if data.source != SHAPES else None
     return source
 
 
@@ -360,7 +364,7 @@ def _check_usable(source: Source, data: DataConfig, section: str, allow_missing:
         remedy = f"such as record {first.id}: {first.detail}; {remedy}"
     if not len(source.records):
         raise DataError(f"data source {data.source}: no usable record ({_reasons(source.reasons)}); {remedy}")
-    counts = f"{source.lost:,} of {source.rows:,} records cannot be used ({_reasons(source.reasons)})"
+    counts = f"{source.lost:,} of {counted(source.rows, 'record')} cannot be used ({_reasons(source.reasons)})"
     check_left_out(source.lost / source.rows, allow_missing, f"data source {data.source}: {counts}; {remedy}")
 
 
@@ -392,6 +396,7 @@ def _summarize(folder: Path, source: Source, formats: Sequence[str], texts: _Tex
     lost_on_the_way = sum(id in barren for id in source.records.ids()) if barren else 0
     kept = (1 - source.lost / source.rows) * (1 - lost_on_the_way / max(1, lost_on_the_way + len(made)))
     summary = {
+        **({"layout": source.layout} if source.layout else {}),
         "records": len(source.records),
         "prompts": {name: prompts[name] for name in (*FORMATS, TEXT) if name in prompts or name in formats},
         "num_images": {name: dict(sorted(counts.items())) for name, counts in sizes.items()},

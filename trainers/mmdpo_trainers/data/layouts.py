@@ -80,7 +80,7 @@ LAYOUTS: tuple[Layout, ...] = (
         (),
         True,
         records.povid,
-        _HUB + "YiyangAiLab/POVID_preference_data_for_VLLMs",
+        "https://github.com/YiyangZhou/POVID/blob/main/llava/train/train_dpo.py",
     ),
     Layout(
         "HA-DPO",
@@ -121,7 +121,7 @@ class UnknownLayout(Exception):
 class LayoutReader:
     """Reads the records of one file, all of one layout, as records with TRL's columns."""
 
-    def __init__(self, columns: Mapping[str, str] | None = None, *, pairs: bool) -> None:
+    def __init__(self, columns: Mapping[Any, str] | None = None, *, pairs: bool) -> None:
         """columns: `ColumnName` -> what the file calls it; None: its columns tell its layout. pairs: two answers are needed."""
         self._columns, self._pairs = dict(columns or {}), pairs
         self.layout: str | None = None

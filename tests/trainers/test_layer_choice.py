@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data.roc import area, youden
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.methods.selected import Facts
 from mmdpo_trainers.methods.selection import SelectionRules
 from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
@@ -213,7 +215,9 @@ def scored(index: int, ratio: float | None, right: bool, images: int = 2, format
 
 
 def rules(records: list[dict[str, Any]], **options: Any) -> SelectionRules:
-    return SelectionRules.from_options(RunConfig.from_dict({"select": options}).select, records)
+    chosen = RunConfig.from_dict({"select": options}).select
+    others = SelectionRules.from_options(dataclasses.replace(chosen, quantile=None, min_perplexity=None), attention=False)
+    return SelectionRules.from_options(chosen, Facts.of(records, {"others": others.failing}).ratios("others"))
 
 
 def test_thresholds_by_quantile() -> None:

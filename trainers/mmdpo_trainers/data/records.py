@@ -14,7 +14,7 @@ from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Stored, conversat
 from mmdpo_trainers.data.images import placed, with_paths
 from mmdpo_trainers.data.recipes import is_recipe, recipe_of
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.files.json_lines import Part, read_jsonl
 
 FORMATS = ("sequence", "grid", "pip", "single")
 """Prompt formats, in the order tables show them."""
@@ -66,11 +66,14 @@ def prompt_record(
     }
 
 
-def read_prompts(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the checked prompt records of a file, the paths in `images` absolute. Raises DataError naming record and field."""
+def read_prompts(path: str | os.PathLike[str], part: Part | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the checked prompt records of a file, the paths in `images` absolute. Raises DataError naming record and field.
+
+    part: of the file alone, see `line_parts`; records are counted, and ids told apart, within it.
+    """
     folder = Path(path).resolve().parent
     seen: set[str] = set()
-    for number, record in enumerate(read_jsonl(path), start=1):
+    for number, record in enumerate(read_jsonl(path, part), start=1):
         where = f"{path}, record {number} ({record.get('id')!r})"
         checked = check_prompt(record, where)
         if checked["id"] in seen:

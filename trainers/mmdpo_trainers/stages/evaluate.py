@@ -87,7 +87,8 @@ def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str
             batch = [{**record, "prompt": with_attributes(record["prompt"], asked, rank)} for record in batch]
         return answer_batch(model(), batch, options=options, score=context.config.score, chosen=chosen)
 
-    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, f"evaluate {context.moment or ''}".strip())
+    title = f"evaluate {context.moment or ''}".strip()
+    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, title, opened=True)
     if not ranks.is_rank_0():
         return {}
     # With the formats that were asked for and have no prompt.

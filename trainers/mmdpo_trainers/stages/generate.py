@@ -32,7 +32,7 @@ def run(context: StageContext) -> dict[str, Any]:
     check_prompts(context.model, records, context.date)
     answerer = _Vllm(context, records) if options.engine == "vllm" else _Transformers(context)
     with contextlib.closing(answerer):
-        path = run_batches(context, "responses.jsonl", records, options.batch_size, answerer.answer, "generate")
+        path = run_batches(context, "responses.jsonl", records, options.batch_size, answerer.answer, "generate", opened=True)
     if not ranks.is_rank_0():
         return {}
     written = list(read_jsonl(path))

@@ -69,7 +69,7 @@ def run(context: StageContext) -> dict[str, Any]:
         found = sampler[0].sample(number, [_asked(record) for record in batch], truths)
         return [{"sampled": vars(each)} for each in found]
 
-    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, STAGE)
+    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, STAGE, opened=True)
     return _finished(context, list(read_jsonl(path)), left_out) if ranks.is_rank_0() else {}
 
 

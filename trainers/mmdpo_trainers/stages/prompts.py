@@ -263,7 +263,9 @@ def training_texts(context: StageContext, prompts: int) -> _Texts | None:
     options = context.config.augment
     if not options.text_source:
         return None
-    items = list(read_texts(options.text_source))
+    layouts = LayoutReader(pairs=False)
+    items = list(read_texts(options.text_source, layouts))
+    context.progress.print(f"augment: layout of augment.text_source: {layouts.layout}")
     # Ids of problems are those of the source with pictures, which may call a record alike.
     problems = [replace(item, id=f"{item.id}/{TEXT}") for item in items if isinstance(item, Problem)]
     records = [item for item in items if isinstance(item, TextRecord)]

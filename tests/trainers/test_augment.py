@@ -229,7 +229,7 @@ def test_too_few_pictures_are_reported_and_do_not_hang(tmp_path: Path) -> None:
     summary = augment.run(context)
     assert summary["num_images"] == {"sequence": {"2": summary["prompts"]["sequence"]}}
     assert summary["problems"]["too_few_pictures"] == 3
-    with pytest.raises(DataError, match="no prompt could be made: too_few_pictures: 3"):
+    with pytest.raises(DataError, match="no prompt could be made: too few pictures: 3"):
         augment.run(context_of(tmp_path, run="none", augment={**options, "num_images": {"sequence": {5: 1}}}))
 
 
@@ -299,7 +299,7 @@ def test_damage_is_asked_about_too_and_a_repeated_record_is_no_loss(tmp_path: Pa
     for index in range(12):
         (tmp_path / "images" / f"{index}.png").write_bytes(b"no picture")
     context = context_of(tmp_path, run="b")
-    with pytest.raises(DataError, match=r"augment: 12 of 20 records left out .*not_a_picture: 12.*--allow-missing"):
+    with pytest.raises(DataError, match=r"augment: 12 of 20 records left out .*not a picture: 12.*--allow-missing"):
         augment.run(context)
     context.config.allow_missing = True
     assert augment.run(context)["lost"]["records"] == 12

@@ -105,3 +105,18 @@ def test_the_first_records_are_there_before_the_file_is_read(tmp_path: Path) -> 
     assert next(reading) == {"id": 0}
     with pytest.raises(DataError, match="cannot be read by `datasets`"):
         next(reading)
+
+
+@pytest.mark.nightly
+def test_a_list_of_fifty_megabytes(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    with file.open("w") as out:
+        out.write("[")
+        out.writelines(f"{',' * (number > 0)}{json.dumps({'id': number, 'text': 'word ' * 100})}" for number in range(100_000))
+        out.write("]")
+    assert file.stat().st_size > 50_000_000
+    tracemalloc.start()
+    count = sum(1 for _ in raw_records(file))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 100_000 and most < 6 * streams._CHUNK

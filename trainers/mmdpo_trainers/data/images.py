@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -46,6 +47,9 @@ PathLike = str | os.PathLike[str]
 ImageSource = PathLike | bytes | Mapping[str, Any] | Image.Image
 """A file's path, a `data:` URL, a file's bytes, an undecoded `datasets.Image` (`bytes`, or else `path`), a recipe, or a Pillow picture."""
 
+_BASE64_OF_PICTURES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
+"""How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{48,}={0,2}\s*")
 _PLAIN_MODES = ("RGB", "L", "1", "P")
 _ORIENTATION = ExifTags.Base.Orientation
 _ON_ITS_SIDE = (5, 6, 7, 8)
@@ -56,7 +60,7 @@ class ImageError(MmdpoError):
     """A picture that cannot be used. `reason`: missing, remote, outside_image_folder, not_a_picture, truncated, enormous or changed."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(f"{reason.replace('_', ' ')}: {detail}")
         self.reason, self.detail = reason, detail
 
 
@@ -80,7 +84,7 @@ def locate_image(path: PathLike, root: PathLike | None) -> Path:
         if root is None:
             file = Path(path).resolve()
         else:
-            folder = Path(root).resolve()
+            folder = _resolved(os.fspath(root))
             file = (folder / path).resolve()
             if not file.is_relative_to(folder):
                 raise ImageError("outside_image_folder", f"{os.fspath(path)!r} leads to {file}, outside {folder}")
@@ -92,6 +96,12 @@ def locate_image(path: PathLike, root: PathLike | None) -> Path:
     if not exists:
         raise ImageError("missing", f"{file} is not a file")
     return file
+
+
+@functools.lru_cache(maxsize=16)
+def _resolved(folder: str) -> Path:
+    """The folder of pictures, which is the same for all of a file."""
+    return Path(folder).resolve()
 
 
 def local_path(path: PathLike) -> PathLike:
@@ -118,6 +128,15 @@ def embedded_bytes(source: Any) -> bytes | None:
     if not kind.endswith(";base64"):
         raise ImageError("not_a_picture", f"{source[:60]!r} is not a data: URL in base64; write data:image/png;base64,…")
     return base64_bytes(data)
+
+
+def as_url(source: Any) -> Any:
+    """A picture as a `data:` URL where it is base64 alone, a text or the `bytes` of a mapping; any other as it is."""
+    text = source.get("bytes") if isinstance(source, Mapping) else source
+    if not isinstance(text, str):
+        return source
+    within = isinstance(source, Mapping) or (text.startswith(_BASE64_OF_PICTURES) and _BASE64.fullmatch(text) is not None)
+    return f"data:image;base64,{text}" if within and text else source
 
 
 def base64_bytes(text: str) -> bytes:

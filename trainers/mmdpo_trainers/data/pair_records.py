@@ -24,7 +24,7 @@ from mmdpo_trainers.data.conversation import (
     with_template_columns,
 )
 from mmdpo_trainers.data.image_paths import with_paths
-from mmdpo_trainers.data.images import ImageError, embedded_bytes, image_digest, image_size, local_path, open_image
+from mmdpo_trainers.data.images import ImageError, as_url, embedded_bytes, image_digest, image_size, local_path, open_image
 from mmdpo_trainers.data.recipes import is_recipe
 from mmdpo_trainers.data.records import IMAGE_TOKEN, check_placeholders
 from mmdpo_trainers.errors import DataError
@@ -305,6 +305,7 @@ def with_images_from(record: Mapping[str, Any], folder: str | os.PathLike[str], 
 
 def _placed(record: Mapping[str, Any], image: Any, folder: str | os.PathLike[str]) -> Any:
     with _named(record, image):
+        image = as_url(image)
         if isinstance(image, Image.Image) or embedded_bytes(image) is not None:
             return image
         path = image.get("path") if isinstance(image, Mapping) and not is_recipe(image) else image
@@ -344,6 +345,11 @@ def response_turn(record: Mapping[str, Any], column: str) -> Turn:
     if column == "chosen" and not turn.text.strip() and not turn.fields:
         # A rejected response may be empty: models do end at once.
         raise DataError(f"record {record_name(record)}: chosen is empty; give it a text, or remove the record")
+    if IMAGE_TOKEN in turn.text:
+        raise DataError(
+            f"record {record_name(record)}: {column} has {IMAGE_TOKEN}, which stands for a picture; only prompts have pictures, take it out, or "
+            "remove the record"
+        )
     return turn
 
 

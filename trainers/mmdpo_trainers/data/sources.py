@@ -1,4 +1,4 @@
-"""Single-image question-answer records out of LLaVA's conversation JSON and of `datasets` sources with TRL's columns.
+"""Single-image question-answer records out of instruction and preference data of any layout of `layouts.LAYOUTS`.
 
 A record that cannot be used becomes a `Problem` with its id and a reason; it never stops the reading and never passes silently.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.data.column_names import renaming
 from mmdpo_trainers.data.content import ImagePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
-from mmdpo_trainers.data.images import ImageError, content_key, embedded_bytes, locate_image
+from mmdpo_trainers.data.images import ImageError, as_url, content_key, embedded_bytes, locate_image
+from mmdpo_trainers.data.layouts import LayoutReader, LeftOut, Record, UnknownLayout
 from mmdpo_trainers.data.records import IMAGE_TOKEN, not_utf8
 from mmdpo_trainers.data.streams import Unreadable, existing, raw_records
 from mmdpo_trainers.errors import DataError
@@ -24,6 +25,9 @@ from mmdpo_trainers.files.atomic import write_atomic
 DUPLICATE = "duplicate_record"
 """Reason of a record that repeats another."""
 
+_EXPECTED = (
+    "expected the columns of a layout that docs/your_data.md lists, such as `prompt` with `completion`, or `conversations`"
+)
 _ASKS = ("human", "user")
 _ANSWERS = ("gpt", "assistant")
 _SYSTEM = ("system", "system_prompt")
@@ -84,15 +88,19 @@ class _BadRecord(Exception):
 
 
 def read_source(
-    source: str | Path, *, image_folder: str | Path | None = None, cache: str | Path, limit: int | None = None
+    source: str | Path,
+    *,
+    image_folder: str | Path | None = None,
+    cache: str | Path,
+    limit: int | None = None,
+    layouts: LayoutReader | None = None,
 ) -> Iterator[SourceRecord | Problem]:
     """Yield the records of a source, and a Problem for each that cannot be used.
 
-    source: a .json or .jsonl file (LLaVA's `id`, `image`, `conversations`, or TRL's columns), a parquet file, a folder saved with
-    `datasets.save_to_disk`, or a folder of parquet files. image_folder: what picture paths are relative to and may not leave; the
-    source's own folder if None. cache: folder that pictures stored inside a dataset are written to, named by their content.
-    limit: read at most this many records. A conversation of several turns gives several, with `-q0`, `-q1`, … added to the id. No
-    two records get the same id.
+    source: a file or folder as `streams.raw_records` takes them, in one of `layouts.LAYOUTS`. image_folder: what picture paths are relative to
+    and may not leave; the source's own folder if None. cache: folder that pictures stored inside records are written to, named by their
+    content. limit: read at most this many records. layouts: reads them, and says afterwards which layout it was; None: their columns tell it.
+    A conversation of several turns gives several records, with `-q0`, `-q1`, … added to the id. No two get the same id.
 
     Raises DataError where the source itself is missing or broken.
     """
@@ -101,40 +109,57 @@ def read_source(
     if not root.is_dir():
         raise DataError(f"image folder {root} does not exist: give the folder that the records' picture paths are relative to")
     seen = _Seen()
-    for index, raw in enumerate(itertools.islice(raw_records(path), limit)):
-        if isinstance(raw, Unreadable):
-            yield Problem(raw.name, raw.reason, raw.detail, row=index)
+    for index, found in enumerate(_laid_out(itertools.islice(raw_records(path), limit), layouts)):
+        if isinstance(found, Problem):
+            yield replace(found, row=index)
             continue
-        record_id, problem = _unique_id(raw, index, seen)
+        record_id, problem = _unique_id(found, index, seen)
         if problem is not None:
             yield replace(problem, row=index)
             if problem.dropped:
                 continue
-        for item in _read_record(record_id, raw, root, Path(cache)):
+        for item in _read_record(record_id, found, root, Path(cache)):
             item = replace(item, row=index)
             yield from (item,) if item.id == record_id else _unique_turn(item, index, seen)
 
 
-def read_texts(source: str | Path) -> Iterator[TextRecord | Problem]:
+def read_texts(source: str | Path, layouts: LayoutReader | None = None) -> Iterator[TextRecord | Problem]:
     """Yield what a source, as `read_source` takes them, asks without a picture, and a Problem for each such record that cannot be used.
 
     Of a conversation the first turn: later ones are about what was said before. Records with pictures are passed over.
     Raises DataError where the source itself is missing or broken.
     """
     seen = _Seen()
-    for index, raw in enumerate(raw_records(existing(source))):
-        if isinstance(raw, Unreadable):
-            yield Problem(raw.name, raw.reason, raw.detail, row=index)
+    for index, found in enumerate(_laid_out(raw_records(existing(source)), layouts)):
+        if isinstance(found, Problem):
+            yield replace(found, row=index)
             continue
-        if any(not is_empty(raw.get(column)) for column in _PICTURE_COLUMNS):
+        if any(not is_empty(found.get(column)) for column in _PICTURE_COLUMNS):
             continue
-        record_id, problem = _unique_id(raw, index, seen)
+        record_id, problem = _unique_id(found, index, seen)
         if problem is not None:
             yield replace(problem, row=index)
             if problem.dropped:
                 continue
-        if (item := _read_text(record_id, raw)) is not None:
+        if (item := _read_text(record_id, found)) is not None:
             yield replace(item, row=index)
+
+
+def _laid_out(raws: Iterable[Record | Unreadable], layouts: LayoutReader | None) -> Iterator[Record | Problem]:
+    """The records with TRL's columns, or LLaVA's; a Problem for each that is in no layout."""
+    layouts = layouts or LayoutReader(pairs=False)
+    for index, raw in enumerate(raws):
+        if isinstance(raw, Unreadable):
+            yield Problem(raw.name, raw.reason, raw.detail)
+            continue
+        try:
+            yield layouts.read(raw)
+        except UnknownLayout:
+            yield Problem(_name(raw, index), "no_conversation", f"{_EXPECTED}; {renaming(raw, ('prompt', 'completion'))}")
+        except LeftOut as left:
+            yield Problem(_name(raw, index), left.reason, str(left))
+        except UnreadContent as unread:
+            yield Problem(_name(raw, index), "unread_content", str(unread))
 
 
 def _read_text(record_id: str, raw: Mapping[str, Any]) -> TextRecord | Problem | None:
@@ -187,14 +212,18 @@ def _unique_turn(item: SourceRecord | Problem, index: int, seen: _Seen) -> Itera
     yield replace(item, id=name)
 
 
+def _name(raw: Mapping[str, Any], index: int) -> str:
+    given = raw.get("id")
+    name = str(given) if isinstance(given, str | int) and str(given).strip() else f"row{index}"
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _names(id: str) -> Iterator[str]:
     return itertools.chain([id], (f"{id}~{count}" for count in itertools.count(2)))
 
 
 def _unique_id(raw: Mapping[str, Any], index: int, seen: _Seen) -> tuple[str, Problem | None]:
-    given = raw.get("id")
-    record_id = str(given) if isinstance(given, str | int) and str(given).strip() else f"row{index}"
-    record_id = record_id.encode(errors="backslashreplace").decode()
+    record_id = _name(raw, index)
     digest = _number(json.dumps(raw, sort_keys=True, default=repr))
     # LLaVA's own files use one id for several conversations, so an id alone proves nothing.
     for name in _names(record_id):
@@ -274,10 +303,7 @@ def _turns(raw: Mapping[str, Any]) -> tuple[list[_Turn], str, list[Any]]:
 
 
 def _trl_turns(raw: Mapping[str, Any], pictures: list[Any]) -> list[_Turn]:
-    answer_name = next((name for name in ("chosen", "completion") if raw.get(name) is not None), None)
-    if answer_name is None:
-        expected = "expected `conversations`, `messages`, or `prompt` with `chosen` or `completion`"
-        raise _BadRecord("no_conversation", f"{expected}; {renaming(raw, ('prompt', 'completion'))}")
+    answer_name = next(name for name in ("chosen", "completion") if raw.get(name) is not None)
     answer, prompt = raw[answer_name], raw.get("prompt")
     turns: list[_Turn] = []
     if isinstance(prompt, str):
@@ -331,7 +357,7 @@ def _picture(raw: Mapping[str, Any], turns: list[_Turn], within: list[Any], root
     if len(pictures) > 1 or places > 1:
         detail = f"expected one picture, got {len(pictures)} and {places} {IMAGE_TOKEN} in the questions"
         raise _BadRecord("several_pictures", detail)
-    picture = pictures[0]
+    picture = as_url(pictures[0])
     data = embedded_bytes(picture)
     if data is not None:
         return _cached(data, cache)

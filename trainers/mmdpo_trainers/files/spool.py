@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 from array import array
@@ -34,6 +35,8 @@ class Spool(Generic[T]):
         with writing(self._folder, "What other files hold is kept"):
             self._file.seek(self._ends[-1])
             self._file.write(data)
+            if self._ends[-1] + len(data) > _IN_MEMORY:
+                self._file.flush()
         self._ends.append(self._ends[-1] + len(data))
 
     def __len__(self) -> int:
@@ -42,8 +45,13 @@ class Spool(Generic[T]):
     def __getitem__(self, index: int) -> T:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        self._file.seek(self._ends[index])
-        item: T = pickle.loads(self._file.read(self._ends[index + 1] - self._ends[index]))
+        start, end = self._ends[index], self._ends[index + 1]
+        if self._ends[-1] > _IN_MEMORY:
+            # Without the file's position, which processes share that were forked from this one.
+            item: T = pickle.loads(os.pread(self._file.fileno(), end - start, start))
+            return item
+        self._file.seek(start)
+        item = pickle.loads(self._file.read(end - start))
         return item
 
     def __iter__(self) -> Iterator[T]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mmdpo_trainers.data.image_paths import image_files
 from mmdpo_trainers.data.images import content_key, is_made
-from mmdpo_trainers.data.left_out import lost
+from mmdpo_trainers.data.left_out import counted, lost
 from mmdpo_trainers.data.records import read_prompts, relative_images
 from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.files.json_lines import JsonLines, is_stage_file
@@ -49,7 +49,7 @@ def own_records(context: StageContext, path: Path, what: str) -> tuple[list[Reco
     kept = [record for record in records if record["id"] not in gone]
     if not kept:
         raise DataError(
-            f"{path}: none of its {len(records):,} records has its pictures, such as {next(iter(gone.values()))}; mend the paths"
+            f"{path}: none of its {counted(len(records), 'record')} has its pictures, such as {next(iter(gone.values()))}; mend the paths"
         )
     return kept, lost(len(records), {"missing": len(gone)})
 

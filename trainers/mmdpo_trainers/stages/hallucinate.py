@@ -14,7 +14,7 @@ from mmdpo_trainers.answers.hallucination import HallucinationSampler
 from mmdpo_trainers.answers.similarity import similarity_name, similarity_of
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt
 from mmdpo_trainers.data.image_paths import image_files, placed
-from mmdpo_trainers.data.left_out import lost
+from mmdpo_trainers.data.left_out import counted, lost
 from mmdpo_trainers.data.pair_records import record_conversation, response_text, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
 from mmdpo_trainers.data.records import relative_images
@@ -101,7 +101,9 @@ def _records(context: StageContext) -> tuple[list[Record], dict[str, int]]:
         "no_truth": sum(bool(record["images"]) and not record["chosen"] for record in found),
     }
     if not usable:
-        raise StageError(f"{path}: none of its {sum(reasons.values()):,} records has a picture and a true answer; add them")
+        raise StageError(
+            f"{path}: none of its {counted(sum(reasons.values()), 'record')} has a picture and a true answer; add them"
+        )
     return usable, reasons
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from mmdpo_trainers.data.image_paths import image_files, placed
 from mmdpo_trainers.data.images import content_key, embedded_bytes
-from mmdpo_trainers.data.left_out import lost
+from mmdpo_trainers.data.layouts import LayoutReader
+from mmdpo_trainers.data.left_out import counted, lost
 from mmdpo_trainers.data.looks import learn_digests
 from mmdpo_trainers.data.pair_records import is_prompt, record_image_digest, record_name, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
@@ -34,7 +35,7 @@ def inputs(context: StageContext) -> list[Path]:
     if source == SHAPES_PRIOR:
         return []
     if not Path(source).exists():
-        raise ConfigError(f"pairs.source: {source} does not exist; give preference data with TRL's columns, or {SHAPES_PRIOR}")
+        raise ConfigError(f"pairs.source: {source} does not exist; give preference data, or {SHAPES_PRIOR}")
     return [Path(source)]
 
 
@@ -44,7 +45,9 @@ def run(context: StageContext) -> dict[str, Any]:
     For online training alone (alpha 1) the user's data may be prompts with truths: those held out are then `prompts.jsonl`.
     """
     missing: list[str] = []
-    made = _built_in(context) if context.options.source == SHAPES_PRIOR else _own(context, missing)
+    layouts = LayoutReader(context.options.columns, pairs=online_settings(context.config).alpha != 1)
+    built_in = context.options.source == SHAPES_PRIOR
+    made = _built_in(context) if built_in else _own(context, missing, layouts)
     if not made["pairs"]:
         raise StageError(
             f"pairs.held_out: {context.options.held_out} leaves no pairs of {context.options.source} to train on; records that share a "
@@ -54,7 +57,9 @@ def run(context: StageContext) -> dict[str, Any]:
         if records:
             write_atomic(context.folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     counts = {name: dict(sorted(Counter(_kind(record) for record in records).items())) for name, records in made.items()}
-    return {**counts, **lost(len(missing) + sum(map(len, made.values())), {"missing": len(missing)})}
+    found = {"layout": layouts.layout} if layouts.layout else {}
+    left = {"missing": len(missing), **layouts.left_out}
+    return {**found, **counts, **lost(sum(left.values()) + sum(map(len, made.values())), left)}
 
 
 def _kind(record: Mapping[str, Any]) -> str:
@@ -93,7 +98,7 @@ def _built_in(context: StageContext) -> dict[str, list[dict[str, Any]]]:
     return made
 
 
-def _own(context: StageContext, missing: list[str]) -> dict[str, list[dict[str, Any]]]:
+def _own(context: StageContext, missing: list[str], layouts: LayoutReader) -> dict[str, list[dict[str, Any]]]:
     """The user's records, those that share a picture on the same side; which side follows from seed and pictures' content.
 
     missing: takes the names of those whose pictures do not exist, where it is allowed to leave them out.
@@ -103,7 +108,9 @@ def _own(context: StageContext, missing: list[str]) -> dict[str, list[dict[str, 
     allowed = context.config.allow_missing
     columns = ("images", "rejected_images", *context.further_views)
     prompts = online_settings(context.config).alpha == 1
-    found = read_pairs(source, missing if allowed else None, views=context.further_views, prompts=prompts)
+    found = read_pairs(source, missing if allowed else None, views=context.further_views, prompts=prompts, layouts=layouts)
+    if layouts.layout:
+        context.progress.print(f"pairs: layout: {layouts.layout}; {counted(len(found), 'pair')}")
     records = [_stored(record, columns, root, context) for record in found]
     # Those of a dataset; read_pairs has looked at those of a file.
     gone = {str(record["id"]): path for record in records if (path := _missing(record, columns, context.folder)) is not None}

@@ -12,11 +12,13 @@ from typing import Any
 
 from mmdpo_trainers.config.sections.data import DataConfig
 from mmdpo_trainers.data.held_out import hold_out
-from mmdpo_trainers.data.left_out import check_left_out, named
+from mmdpo_trainers.data.layouts import LayoutReader
+from mmdpo_trainers.data.left_out import check_left_out, counted, named
 from mmdpo_trainers.data.multi_image import text_prompts
 from mmdpo_trainers.data.records import TEXT
 from mmdpo_trainers.data.source_records import SourceRecords
 from mmdpo_trainers.data.sources import DUPLICATE, Problem, SourceRecord, TextRecord, read_source, read_texts
+from mmdpo_trainers.data.streams import existing
 from mmdpo_trainers.errors import ConfigError, DataError
 from mmdpo_trainers.files.spool import Spool
 from mmdpo_trainers.stages.context import StageContext
@@ -34,6 +36,8 @@ class Source:
     problems: Spool[Problem]
     root: Path
     """What picture paths are relative to."""
+    layout: str | None = None
+    """Of the user's own data, see `data.layouts`."""
     rows: int = 0
     lost: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -78,7 +82,9 @@ def training_texts(context: StageContext, prompts: int) -> Texts | None:
     options = context.config.augment
     if not options.text_source:
         return None
-    items = list(read_texts(options.text_source))
+    layouts = LayoutReader(pairs=False)
+    items = list(read_texts(options.text_source, layouts))
+    context.progress.print(f"augment: layout of augment.text_source: {layouts.layout}")
     # Ids of problems are those of the source with pictures, which may call a record alike.
     problems = [replace(item, id=f"{item.id}/{TEXT}") for item in items if isinstance(item, Problem)]
     records = [item for item in items if isinstance(item, TextRecord)]
@@ -99,11 +105,7 @@ def source_files(source: str) -> list[Path]:
     """What a source's result depends on. DataError where it does not exist."""
     if source == SHAPES:
         return []
-    if not Path(source).exists():
-        raise DataError(
-            f"data source {source} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder"
-        )
-    return [Path(source)]
+    return [existing(source)]
 
 
 def training_records(context: StageContext) -> Source:
@@ -171,7 +173,10 @@ def _read(data: DataConfig, folder: Path, seed: int) -> Source:
                 raise ConfigError(f"data.questions_per_picture: {error}") from error
     root = Path(image_folder) if image_folder else (path if path.is_dir() else path.parent)
     source = Source(SourceRecords(folder), Spool(str(folder)), root.resolve())
-    source.read(read_source(path, image_folder=image_folder, cache=folder / "source_images", limit=data.limit))
+    layouts = LayoutReader(data.columns, pairs=False)
+    cache = folder / "source_images"
+    source.read(read_source(path, image_folder=image_folder, cache=cache, limit=data.limit, layouts=layouts))
+    source.layout = layouts.layout if data.source != SHAPES else None
     return source
 
 
@@ -188,7 +193,7 @@ def _check_usable(source: Source, data: DataConfig, section: str, allow_missing:
         remedy = f"such as record {first.id}: {first.detail}; {remedy}"
     if not len(source.records):
         raise DataError(f"data source {data.source}: no usable record ({reasons_of(source.reasons)}); {remedy}")
-    counts = f"{source.lost:,} of {source.rows:,} records cannot be used ({reasons_of(source.reasons)})"
+    counts = f"{source.lost:,} of {counted(source.rows, 'record')} cannot be used ({reasons_of(source.reasons)})"
     check_left_out(source.lost / source.rows, allow_missing, f"data source {data.source}: {counts}; {remedy}")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.data.left_out import check_left_out, left_out_line, lost
+from mmdpo_trainers.data.left_out import check_left_out, counted, left_out_line, lost
 from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id
 from mmdpo_trainers.data.records import FORMATS, TEXT
 from mmdpo_trainers.data.sources import Problem
@@ -98,7 +98,8 @@ def write_prompts(
     total = sum(count for _, count in plans)
     with _Writer(folder, singles=singles) as writer, contextlib.closing(maker.looks):
         writer.report(source.problems)
-        context.progress.print(f"{stage}: {total:,} prompts from {len(records):,} questions")
+        layout = f"layout: {source.layout}; " if source.layout else ""
+        context.progress.print(f"{stage}: {layout}{counted(total, 'prompt')} from {counted(len(records), 'question')}")
         with context.progress.task(f"{stage}: prompts", total, folder=folder) as task:
             for plan, count in plans:
                 _make(plan, count, len(records), maker, writer, task)
@@ -215,6 +216,7 @@ def _summarize(folder: Path, source: Source, formats: Sequence[str], texts: Text
     lost_on_the_way = sum(id in barren for id in source.records.ids()) if barren else 0
     kept = (1 - source.lost / source.rows) * (1 - lost_on_the_way / max(1, lost_on_the_way + len(made)))
     summary = {
+        **({"layout": source.layout} if source.layout else {}),
         "records": len(source.records),
         "prompts": {name: prompts[name] for name in (*FORMATS, TEXT) if name in prompts or name in formats},
         "num_images": {name: dict(sorted(counts.items())) for name, counts in sizes.items()},

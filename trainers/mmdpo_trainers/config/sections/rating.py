@@ -128,7 +128,7 @@ class RateConfig(AskedConfig):
     )
     check_pairs: StrictStr | None = option(
         None,
-        "preference data with TRL's columns for `check`; None: the records' own answers against wrong ones",
+        "preference data, in any layout of docs/your_data.md, for `check`; None: the records' own answers against wrong ones",
         path=True,
     )
 

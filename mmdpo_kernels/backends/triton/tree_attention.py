@@ -256,17 +256,17 @@ def specializations(target: int) -> list[Specialization]:
     return forms
 
 
-def candidates(target: int, *, tree: bool) -> list[Specialization]:
-    """`tree_attention_tiles.CANDIDATES` as `specializations` has the shipped forms: of causal calls, or those that serve calls with a tree."""
+def candidates(target: int) -> list[Specialization]:
+    """`tree_attention_tiles.CANDIDATES` as `specializations` has the shipped forms, once for each kind of call that they serve."""
     forms: list[Specialization] = []
     for name, several in tiles.CANDIDATES.items():
-        for tile in several:
-            if tree and tile in tiles.CAUSAL_ONLY:
-                continue
-            with tiles.override(tile):
-                launches = list(_example(torch.bfloat16, 128, divmod(target, 10), tree=tree))
-            label = f"tree_attention {name} bf16 128 {'tree' if tree else 'causal'} {tile.words}"
-            forms += [each.describe(label) for each in launches if each.kernel.__name__ == f"{name}_kernel"]
+        for tile, calls in several.items():
+            for call in calls:
+                with tiles.override(tile):
+                    features: dict[str, Any] = {"tree": call != "causal", "num_segments": 4 if "mass" in call else 0}
+                    launches = list(_example(torch.bfloat16, 128, divmod(target, 10), **features))
+                label = f"tree_attention {name} bf16 128 {call}, {tile.words}"
+                forms += [each.describe(label) for each in launches if each.kernel.__name__ == f"{name}_kernel"]
     return forms
 
 

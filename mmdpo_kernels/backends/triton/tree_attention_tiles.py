@@ -98,6 +98,11 @@ def choose(width: int, dtype: torch.dtype, capability: tuple[int, int], heavy: b
     return replace(chosen, **_REACH.get((family, column, heavy), {})) if reach else chosen
 
 
+def overridden() -> bool:
+    """Whether `override` is at work."""
+    return bool(_override)
+
+
 @contextmanager
 def override(forward: Tiles, grad_key: Tiles | None = None, grad_query: Tiles | None = None) -> Iterator[None]:
     """These tiles whatever the call: for tests, which want many blocks of few tokens, and for measurements."""

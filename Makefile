@@ -19,7 +19,7 @@ VERSIONED := $(addprefix tests/kernels/test_,patch.py qwen_patch.py patched_copi
 	preference_trainer.py mdpo_trainer.py given_models.py adapters.py arguments.py training_mode.py \
 	reference_cache.py resume.py)
 
-.PHONY: help install test nightly demo lint wheels versions hub bench gpu clean
+.PHONY: help install test nightly demo lint wheels versions hub bench gpu gpu-1 gpu-2 clean
 
 help:
 	@echo "make install  virtual environment $(VENV) with everything, C++ extension built"
@@ -31,7 +31,7 @@ help:
 	@echo "make versions install, then core tests on the installed wheel with other versions of what it stands on (VERSIONS: options)"
 	@echo "make hub      install, then the ops as a repository for Hugging Face's kernels package in build/hub, checked and tested"
 	@echo "make bench    install, then every op against its peers (BENCH: options of python -m benchmarks)"
-	@echo "make gpu      on a machine with a GPU and CUDA, without make install: build, tests, sanitizer, benchmarks; results in build/gpu"
+	@echo "make gpu      on a machine with a GPU and CUDA, without make install: gpu-1 and gpu-2 (five minutes each) in one; results in build/gpu"
 	@echo "make clean    remove $(VENV) and everything that was built; runs/ stays"
 
 install: $(STAMP)
@@ -95,6 +95,9 @@ bench: install
 # With the Python that the machine has.
 gpu:
 	$(PYTHON) benchmarks/gpu $(GPU)
+
+gpu-1 gpu-2:
+	$(PYTHON) benchmarks/gpu --part $(@:gpu-%=%) $(GPU)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mmdpo_kernels/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

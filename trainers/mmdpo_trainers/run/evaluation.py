@@ -61,7 +61,7 @@ def evaluate(config: RunConfig, *, adapter: Path | None, restart: bool = False, 
     if not ranks.is_rank_0():
         return {}
     folders = {moment: run.path / context.name for moment, context in contexts.items()}
-    found = {
+    found: dict[str, Any] = {
         "model": config.model,
         "adapter": None if adapter is None else str(adapter),
         "input": config.evaluate.input,

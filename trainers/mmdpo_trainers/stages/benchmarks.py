@@ -47,8 +47,11 @@ def _mark(path: Path) -> str:
     return hashlib.sha256("".join(named).encode()).hexdigest()
 
 
-def check_benchmarks(options: EvaluateConfig) -> None:
+def check_benchmarks(context: StageContext) -> None:
     """Raise ConfigError or DataError, before any work, for a benchmark that there is not, or files that are not of it."""
+    options = context.options
+    if context.rewards and options.benchmarks:
+        raise ConfigError("evaluate.benchmarks: a reward model rates answers and gives none; leave it out")
     for key, path in options.benchmarks.items():
         if not key.replace("-", "").replace("_", "").isalnum():
             raise ConfigError(f"evaluate.benchmarks: {key!r} becomes a file name: letters, digits, _ and - only")

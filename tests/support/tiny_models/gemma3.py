@@ -57,7 +57,8 @@ def make_tiny_gemma3(
         bos="<bos>",
         eos="<eos>",
         pad="<pad>",
-        words=("model", "Here", "here", "original", "some", "crops", "help", "you", "see", "better"),
+        # The first three are in published vocabularies, where vLLM looks for them.
+        words=("\n\n", "\n\n\n", "\n\n\n\n", *"model Here here original some crops help you see better".split()),
         named={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
         padding_side="left",
     )

@@ -30,6 +30,7 @@ from benchmarks.runs import (
     mia_dpo_seeds,
     mia_dpo_worlds,
     online_step,
+    published_benchmarks,
     recurrent_tree,
 )
 from benchmarks.runs.training_step import __main__ as training_step_cli
@@ -190,6 +191,15 @@ def test_a_killed_demo(tmp_path: Path) -> None:
     kill_demo.main(["--small", "--output", str(tmp_path)])
     found = result(tmp_path, "kill_demo")
     assert found["same"] and [kill["stage"] for kill in found["kills"]] == ["train"]
+
+
+@pytest.mark.nightly
+def test_published_benchmarks(tmp_path: Path) -> None:
+    """Nightly: a whole run."""
+    published_benchmarks.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "published_benchmarks")
+    assert found["same"] and found["models"]["after"]["pope"]["questions"] == 72
+    assert "| BLINK, accuracy |" in (tmp_path / "evaluation_published_benchmarks.md").read_text()
 
 
 def test_families(tmp_path: Path) -> None:

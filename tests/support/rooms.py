@@ -20,7 +20,7 @@ ORDER = {
     ),
     "mmdpo_trainers": (
         *("cli", "run", "checks", "stages", "report", "training", "answers", "shapes", "models"),
-        *("methods", "data", "processes", "files", "config", "errors"),
+        *("methods", "suites", "data", "processes", "files", "config", "errors"),
     ),
 }
 """Rooms from top to bottom: each may import those after it."""

@@ -15,7 +15,7 @@ from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.run.pipeline import run_pipeline, run_stage
-from mmdpo_trainers.stages import engine_answers, evaluate
+from mmdpo_trainers.stages import engine_answers
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
 
@@ -107,7 +107,7 @@ def test_a_killed_evaluation_asks_nothing_twice(
             run_stage(context)
     assert len(list(read_jsonl(context.folder / "responses.jsonl"))) == 2 and (context.folder / "model").is_dir()
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "recorded_answers", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(engine_answers, "recorded_answers", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_stage(context)
     assert not (context.folder / "model").exists()

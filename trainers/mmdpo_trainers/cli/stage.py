@@ -79,6 +79,10 @@ def _stage(options: argparse.Namespace) -> None:
 
 
 def _own_evaluation(options: argparse.Namespace, config: RunConfig) -> str | None:
-    """Name of the evaluation that `mmdpo evaluate --input FILE` makes: one beside the run's, whose answers stay as they are."""
-    given = options.stage == "evaluate" and getattr(options, "evaluate.input", None) is not None
-    return Path(config.evaluate.input).stem if given and config.evaluate.input else None
+    """Name of the evaluation that `mmdpo evaluate --input FILE` or `--benchmarks` makes: one beside the run's, whose answers stay as they
+    are."""
+    if options.stage != "evaluate":
+        return None
+    if getattr(options, "evaluate.input", None) is not None and config.evaluate.input:
+        return Path(config.evaluate.input).stem
+    return "benchmarks" if getattr(options, "evaluate.benchmarks", None) is not None else None

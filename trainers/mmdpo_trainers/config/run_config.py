@@ -162,9 +162,11 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placed(path: Any) -> Any:
-    """A path, or a list of them, as absolute ones; names of what is shipped stay."""
+    """A path, or a list or a mapping to them, as absolute ones; names of what is shipped stay."""
     if isinstance(path, list):
         return [_placed(each) for each in path]
+    if isinstance(path, dict):
+        return {name: _placed(each) for name, each in path.items()}
     return str(Path(path).expanduser().absolute()) if path and path not in SHIPPED else path
 
 

@@ -50,6 +50,27 @@ class EvaluateConfig(Settings):
         f"how an answer is compared with the truth; {MATCH_WORDS}",
         when="exact for one-word answers, contains where a model answers in sentences",
     )
+    benchmarks: dict[StrictStr, StrictStr] = option(
+        help="published benchmarks before and after training, such as {pope: coco_pope_random.json, blink: BLINK.tsv}: name -> file or "
+        "folder; as a flag: an evaluation beside the run's",
+        factory=dict,
+        path=True,
+        result=sorted,
+    )
+    benchmark_images: dict[StrictStr, StrictStr] = option(
+        help="benchmark -> folder that the picture paths in its files are relative to, where that is not the folder of the files",
+        factory=dict,
+        path=True,
+        result=False,
+    )
+    benchmark_suffix: dict[StrictStr, StrictStr] = option(
+        help="benchmark -> text behind each of its questions, in place of its own",
+        factory=dict,
+        when="what the model was trained to be asked with, such as {pope: ' Answer with yes or no.'}",
+    )
+    benchmark_tokens: StrictInt | None = option(
+        None, "longest answer to a question of a benchmark, in tokens; None: what each benchmark says", ge=1
+    )
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,244 @@
+"""Published benchmarks in an evaluation: their records made once, answered before and after training, marked as each declares it.
+
+`evaluate/benchmarks/<key>-<digest>/` has the records of one (`prompts.jsonl`, `problems.jsonl`, `images/`); beside the other answers of a
+moment are `benchmark-<key>.jsonl`, the answers with their marks, and `benchmarks.json`, which says what they are of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mmdpo_trainers.answers.attention_ratios import ratios_at, resolve_layer
+from mmdpo_trainers.answers.config_only import check_prompts
+from mmdpo_trainers.config.sections.evaluation import EvaluateConfig
+from mmdpo_trainers.data.left_out import check_left_out, left_out_line, lost
+from mmdpo_trainers.data.records import relative_images
+from mmdpo_trainers.data.sources import Problem
+from mmdpo_trainers.errors import ConfigError, DataError
+from mmdpo_trainers.files.atomic import write_atomic
+from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
+from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.processes import ranks
+from mmdpo_trainers.report.benchmarks import LIST, answers_file, figures_of
+from mmdpo_trainers.stages.batches import Record, run_batches
+from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.engine_answers import Questions, answered
+from mmdpo_trainers.stages.models import LazyModel
+from mmdpo_trainers.suites import Suite, suite_named
+from mmdpo_trainers.suites.reading import layouts_of, read
+from mmdpo_trainers.suites.rows import benchmark_files
+
+
+def benchmark_marks(options: EvaluateConfig) -> dict[str, str]:
+    """Benchmark -> a hash of its files' names and contents: what answers depend on, beside the settings and pictures in other files."""
+    return {key: _mark(Path(path)) for key, path in options.benchmarks.items()}
+
+
+def _mark(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    named = [f"{file.relative_to(folder).as_posix()}\0{content_hash(file)}\n" for file in benchmark_files(path)]
+    return hashlib.sha256("".join(named).encode()).hexdigest()
+
+
+def check_benchmarks(options: EvaluateConfig) -> None:
+    """Raise ConfigError or DataError, before any work, for a benchmark that there is not, or files that are not of it."""
+    for key, path in options.benchmarks.items():
+        if not key.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError(f"evaluate.benchmarks: {key!r} becomes a file name: letters, digits, _ and - only")
+        suite = suite_named(key)
+        layouts_of(suite, Path(path))
+    for name in ("benchmark_images", "benchmark_suffix"):
+        for key, value in getattr(options, name).items():
+            if key not in options.benchmarks:
+                raise ConfigError(
+                    f"evaluate.{name}: {key!r} is none of evaluate.benchmarks, {', '.join(options.benchmarks) or 'none'}"
+                )
+            if name == "benchmark_images" and not Path(value).is_dir():
+                raise ConfigError(
+                    f"evaluate.benchmark_images.{key}: {value} is not a folder; give the one with the benchmark's pictures"
+                )
+
+
+def benchmark_questions(context: StageContext) -> list[Questions]:
+    """All that the benchmarks ask, for an engine that answers before attention is measured."""
+    found = []
+    for key in context.options.benchmarks:
+        suite = suite_named(key)
+        longest = context.options.benchmark_tokens or suite.max_new_tokens
+        about = f"{suite.title}: answers {context.moment or ''}".strip()
+        found.append(Questions(key, _records(context, key, suite)[1], longest, about))
+    return found
+
+
+def _records(context: StageContext, key: str, suite: Suite) -> tuple[Path, list[Record]]:
+    """The folder of a benchmark's records, and the records."""
+    folder = Path(ranks.on_rank_0(lambda: str(_prepare(context, key, suite))))
+    records = [
+        {**record, "images": [os.path.normpath(folder / image) for image in record["images"]]}
+        for record in read_jsonl(folder / "prompts.jsonl")
+    ]
+    check_prompts(context.model, records, context.date)
+    return folder, records
+
+
+def answer_benchmarks(
+    context: StageContext,
+    model: LazyModel,
+    chosen: Mapping[str, int],
+    given: Mapping[str, Mapping[str, Record]] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Answer and mark every benchmark of the settings; what of it the stage's summary says, on rank 0. given: by benchmark, answers by an
+    engine."""
+    found: dict[str, Any] = {}
+    for key in context.options.benchmarks:
+        suite = suite_named(key)
+        folder, records = _records(context, key, suite)
+
+        def work(number: int, batch: Sequence[Record], suite: Suite = suite, key: str = key) -> list[dict[str, Any]]:
+            return answer_batch(model, batch, suite, context, chosen, given.get(key))
+
+        most = max(record["num_images"] for record in records)
+        run_batches(
+            context,
+            answers_file(key),
+            records,
+            max(1, context.options.batch_size // max(1, most)),
+            work,
+            f"{suite.title} {context.moment or ''}".strip(),
+        )
+        if ranks.is_rank_0():
+            made = context.run.summary(folder.relative_to(context.run.path).as_posix())
+            found[key] = described(suite) | {name: made[name] for name in ("records", "lost") if name in made}
+    if not ranks.is_rank_0() or not found:
+        return {}
+    write_atomic(context.folder / LIST, found)
+    return {"benchmarks": {key: figures_of(list(read_jsonl(context.folder / answers_file(key))), found[key]) for key in found}}
+
+
+def answer_batch(
+    model: LazyModel,
+    batch: Sequence[Record],
+    suite: Suite,
+    context: StageContext,
+    chosen: Mapping[str, int],
+    given: Mapping[str, Record] | None = None,
+) -> list[dict[str, Any]]:
+    """Greedy answers with what was read out of each and its marks; with several pictures the attention that each of them got.
+
+    `attention`: mass per picture, as in scores; with `target` also `ratio`, as of other prompts. given: see `answered`.
+    """
+    options, score = context.options, context.config.score
+    several = any(record["num_images"] > 1 for record in batch)
+    layer = resolve_layer(model().image_layers, score.layer, chosen, "sequence") if several else 0
+    asked = [{**record, "target": record["target"] or 0} if record["images"] else record for record in batch]
+    answers = answered(
+        model,
+        asked,
+        given,
+        max_new_tokens=options.benchmark_tokens or suite.max_new_tokens,
+        record={**score.recording, "layer": layer} if several else None,
+    )
+    results = []
+    for record, answer in zip(batch, answers, strict=True):
+        recorded = answer.pop("recorded", None)
+        looked: dict[str, Any] = {}
+        if recorded is not None and record["num_images"] > 1:
+            ratios = ratios_at({**record, "target": record["target"] or 0}, recorded, score.statistic, layer)
+            looked = {"attention": ratios["attention"], "ratio": None if record["target"] is None else ratios["ratio"]}
+        marked: dict[str, Any] = {}
+        if suite.mark is not None:
+            said, marks = suite.mark(record, answer["response"])
+            marked = {"said": said, "marks": marks}
+        results.append({**answer, **marked, **looked})
+    return results
+
+
+def described(suite: Suite) -> dict[str, Any]:
+    """What the page and the tables have to know of a benchmark."""
+    figures = {
+        name: {"label": each.label, "kind": each.kind, "lower_is_better": each.lower_is_better, "of_units": each.of_units}
+        for name, each in suite.figures.items()
+    }
+    return {
+        "suite": suite.name,
+        "title": suite.title,
+        "paper": suite.paper,
+        "cited": suite.cited,
+        "mean_of": suite.mean_of,
+        "figures": figures,
+    }
+
+
+def _prepare(context: StageContext, key: str, suite: Suite) -> Path:
+    """The folder of a benchmark's records, made where they are not there yet."""
+    options = context.options
+    path, images = Path(options.benchmarks[key]), options.benchmark_images.get(key)
+    parts = {
+        "suite": suite.name,
+        "files": _mark(path),
+        "images": images,
+        "suffix": options.benchmark_suffix.get(key, suite.suffix),
+        "max_pixels": context.config.data.max_pixels,
+    }
+    fingerprint = Fingerprint(json.loads(json.dumps(parts)))
+    name = f"evaluate/benchmarks/{key}-{fingerprint.digest[:8]}"
+    if context.run.stage_is_done(name, fingerprint):
+        return context.run.path / name
+    folder = context.run.begin_stage(name, fingerprint)
+    records: list[Record] = []
+    problems: list[Problem] = []
+    with context.run.clock(name), context.progress.task(f"{suite.title}: records", folder=folder) as task:
+        items = read(
+            suite,
+            path,
+            images=Path(images) if images else None,
+            cache=folder / "images",
+            suffix=options.benchmark_suffix.get(key),
+            max_pixels=context.config.data.max_pixels,
+        )
+        for item in items:
+            if isinstance(item, Problem):
+                problems.append(item)
+            else:
+                records.append({**item, "images": relative_images(item["images"], folder, context.run.path)})
+            task.advance()
+        summary = _counted(records, problems)
+        _write_lines(folder / "problems.jsonl", [problem.to_json() for problem in problems])
+        _check(suite, path, folder, summary, problems, context.config.allow_missing)
+        _write_lines(folder / "prompts.jsonl", records)
+    context.run.finish_stage(name, fingerprint, summary)
+    if line := left_out_line(summary):
+        context.progress.print(f"{suite.title}: {line}; see {folder / 'problems.jsonl'}")
+    return folder
+
+
+def _counted(records: Sequence[Record], problems: Sequence[Problem]) -> dict[str, Any]:
+    dropped = Counter(problem.reason for problem in problems if problem.dropped)
+    return {"records": len(records), **lost(len(records) + sum(dropped.values()), dropped)}
+
+
+def _check(
+    suite: Suite, path: Path, folder: Path, summary: Mapping[str, Any], problems: Sequence[Problem], allow_missing: bool
+) -> None:
+    loss = summary.get("lost")
+    if not loss and summary["records"]:
+        return
+    if loss is None:
+        raise DataError(f"{path} has no row of {suite.title}; get the file anew")
+    most = max(loss["reasons"], key=lambda reason: loss["reasons"][reason])
+    first = next(problem for problem in problems if problem.dropped and problem.reason == most)
+    said = f"{path}: {left_out_line(summary)}, such as {first.id}: {first.detail}. Each is in {folder / 'problems.jsonl'}"
+    if not summary["records"]:
+        raise DataError(said)
+    check_left_out(loss["records"] / loss["of"], allow_missing, said)
+
+
+def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -6,11 +6,14 @@ moment are `benchmark-<key>.jsonl`, the answers with their marks, and `benchmark
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +38,11 @@ from mmdpo_trainers.suites import Suite, suite_named
 from mmdpo_trainers.suites.reading import layouts_of, read
 from mmdpo_trainers.suites.rows import benchmark_files
 
+_TRIED = 20
+"""Rows of a benchmark that are read before any work."""
+_PLACES = ("missing", "outside_image_folder", "video")
+"""Reasons of problems that a folder given mends."""
+
 
 def benchmark_marks(options: EvaluateConfig) -> dict[str, str]:
     """Benchmark -> a hash of its files' names and contents: what answers depend on, beside the settings and pictures in other files."""
@@ -47,8 +55,11 @@ def _mark(path: Path) -> str:
     return hashlib.sha256("".join(named).encode()).hexdigest()
 
 
-def check_benchmarks(options: EvaluateConfig) -> None:
+def check_benchmarks(context: StageContext) -> None:
     """Raise ConfigError or DataError, before any work, for a benchmark that there is not, or files that are not of it."""
+    options = context.options
+    if context.rewards and options.benchmarks:
+        raise ConfigError("evaluate.benchmarks: a reward model rates answers and gives none; leave it out")
     for key, path in options.benchmarks.items():
         if not key.replace("-", "").replace("_", "").isalnum():
             raise ConfigError(f"evaluate.benchmarks: {key!r} becomes a file name: letters, digits, _ and - only")
@@ -66,6 +77,19 @@ def check_benchmarks(options: EvaluateConfig) -> None:
                 )
 
 
+def try_benchmarks(context: StageContext) -> None:
+    """Raise DataError where the first rows of a benchmark all lack their pictures: an evaluation may come after hours of training."""
+    for key, path in context.options.benchmarks.items():
+        with tempfile.TemporaryDirectory() as folder:
+            first = list(itertools.islice(_items(context, key, suite_named(key), Path(folder)), _TRIED))
+        gone = [each for each in first if isinstance(each, Problem) and each.reason in _PLACES]
+        if gone and len(gone) == len(first):
+            raise DataError(
+                f"{path}: its first {len(first)} rows lack their pictures, such as {gone[0].detail}. Give the folder that its paths are "
+                f"relative to: evaluate.benchmark_images: {{{key}: FOLDER}}"
+            )
+
+
 def benchmark_questions(context: StageContext) -> list[Questions]:
     """All that the benchmarks ask, for an engine that answers before attention is measured."""
     found = []
@@ -79,7 +103,7 @@ def benchmark_questions(context: StageContext) -> list[Questions]:
 
 def _records(context: StageContext, key: str, suite: Suite) -> tuple[Path, list[Record]]:
     """The folder of a benchmark's records, and the records."""
-    folder = Path(ranks.on_rank_0(lambda: str(_prepare(context, key, suite))))
+    folder = Path(ranks.on_rank_0(functools.partial(_prepare, context, key, suite)))
     records = [
         {**record, "images": [os.path.normpath(folder / image) for image in record["images"]]}
         for record in read_jsonl(folder / "prompts.jsonl")
@@ -176,7 +200,7 @@ def described(suite: Suite) -> dict[str, Any]:
     }
 
 
-def _prepare(context: StageContext, key: str, suite: Suite) -> Path:
+def _prepare(context: StageContext, key: str, suite: Suite) -> str:
     """The folder of a benchmark's records, made where they are not there yet."""
     options = context.options
     path, images = Path(options.benchmarks[key]), options.benchmark_images.get(key)
@@ -190,20 +214,12 @@ def _prepare(context: StageContext, key: str, suite: Suite) -> Path:
     fingerprint = Fingerprint(json.loads(json.dumps(parts)))
     name = f"evaluate/benchmarks/{key}-{fingerprint.digest[:8]}"
     if context.run.stage_is_done(name, fingerprint):
-        return context.run.path / name
+        return str(context.run.path / name)
     folder = context.run.begin_stage(name, fingerprint)
     records: list[Record] = []
     problems: list[Problem] = []
     with context.run.clock(name), context.progress.task(f"{suite.title}: records", folder=folder) as task:
-        items = read(
-            suite,
-            path,
-            images=Path(images) if images else None,
-            cache=folder / "images",
-            suffix=options.benchmark_suffix.get(key),
-            max_pixels=context.config.data.max_pixels,
-        )
-        for item in items:
+        for item in _items(context, key, suite, folder / "images"):
             if isinstance(item, Problem):
                 problems.append(item)
             else:
@@ -216,7 +232,20 @@ def _prepare(context: StageContext, key: str, suite: Suite) -> Path:
     context.run.finish_stage(name, fingerprint, summary)
     if line := left_out_line(summary):
         context.progress.print(f"{suite.title}: {line}; see {folder / 'problems.jsonl'}")
-    return folder
+    return str(folder)
+
+
+def _items(context: StageContext, key: str, suite: Suite, cache: Path) -> Iterator[Record | Problem]:
+    options = context.options
+    images = options.benchmark_images.get(key)
+    return read(
+        suite,
+        Path(options.benchmarks[key]),
+        images=Path(images) if images else None,
+        cache=cache,
+        suffix=options.benchmark_suffix.get(key),
+        max_pixels=context.config.data.max_pixels,
+    )
 
 
 def _counted(records: Sequence[Record], problems: Sequence[Problem]) -> dict[str, Any]:

@@ -40,11 +40,9 @@ HELD_OUT, REWARDS = "held_out.jsonl", "rewards.jsonl"
 def inputs(context: StageContext) -> list[Path]:
     """The evaluation prompts or what they are made of, the held-out pairs with the base's figures, and what was trained. Of benchmarks
     see `benchmark_marks`."""
-    given = {name: getattr(context.options, name) for name in ("input", "benchmarks")}
-    for name, value in {**given, "engine": context.options.engine != "transformers"}.items():
+    for name, value in {"input": context.options.input, "engine": context.options.engine != "transformers"}.items():
         if context.rewards and value:
             raise ConfigError(f"evaluate.{name}: a reward model rates answers and gives none; leave it out")
-    check_benchmarks(context.options)
     trained = [context.trained] if context.moment == "after" else []
     files = []
     if _is_augmented(context):
@@ -57,6 +55,7 @@ def inputs(context: StageContext) -> list[Path]:
         files += [context.held_out_pairs, *([_base_figures(context)] if trained else [])]
     if context.rewards:
         files.append(context.held_out_pairs)
+    check_benchmarks(context)
     return [*files, *trained]
 
 

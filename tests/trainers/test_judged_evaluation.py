@@ -199,3 +199,13 @@ def test_a_judge_that_cannot_be_is_refused_before_any_work(
     assert cli.main(["evaluate", "--model", str(base), "--benchmarks", given, "--judge", judge]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_its_judge_is_refused_before_training(
+    published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = json.dumps({"mt_bench": str(published["mt_bench"])})
+    assert cli.main(["run", "shapes_mia_dpo", "--set", f"evaluate.benchmarks={given}"]) == 2
+    assert "a judge marks mt_bench; say which as evaluate.judge.source" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "runs").glob("*/augment"))

@@ -22,7 +22,7 @@ from benchmarks.measure import ROOT, add_place, markdown, place_of, run_mmdpo
 from mmdpo_trainers.models.hub import resolve_model_path
 from mmdpo_trainers.shapes import world
 
-RENAMED = {"photograph": "yes", "photographs": "no"}
+RENAMED = {"photograph": "yes", "referring": "no"}
 SPLITS = ("random", "popular", "adversarial")
 POPULAR = "red circle"
 """What POPE's split `popular` asks for where it is not there."""
@@ -35,6 +35,8 @@ def make_base(folder: Path) -> Path:
     file = folder / "tokenizer.json"
     text = file.read_text(encoding="utf-8")
     for old, new in RENAMED.items():
+        if text.count(f'"{old}"') != 1:
+            raise SystemExit(f"{file} has not the word {old!r} once, which was to be called {new!r}")
         text = text.replace(f'"{old}"', f'"{new}"')
     file.write_text(text, encoding="utf-8")
     return folder

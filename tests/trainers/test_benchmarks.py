@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,14 +11,21 @@ from typing import Any
 import pytest
 from exported_run import make_adapter, make_base
 from published_files import hub_picture, write_lines, write_parquet
+from rich.console import Console
 from tiny_models import sample_pictures
 
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.methods import METHODS
 from mmdpo_trainers.models.loading import load_model
-from mmdpo_trainers.report.benchmarks import changes_of, figures_of
+from mmdpo_trainers.report.benchmarks import benchmark_summary, changes_of, figures_of
+from mmdpo_trainers.report.comparison import PageInputs
+from mmdpo_trainers.report.contents import RunContents
 from mmdpo_trainers.report.intervals import Proportion
+from mmdpo_trainers.report.page import render
+from mmdpo_trainers.report.sections.benchmarks import benchmarks
+from mmdpo_trainers.run.tables import benchmark_tables
 from mmdpo_trainers.stages.benchmarks import described
 from mmdpo_trainers.suites import suite_named
 
@@ -75,6 +83,52 @@ def test_the_mean_over_categories() -> None:
     rows.append(({"choices": choices, "answer": "B", "circular": False, "groups": {"category": ["y"]}}, "A"))
     figures = figures_of(marked("blink", rows), described(suite_named("blink")))["figures"]
     assert figures["accuracy"]["value"] == 3 / 4 and figures["mean_of_category"]["value"] == 1 / 2 and "each" not in figures
+
+
+def test_benchmarks_on_the_page_and_the_console(tmp_path: Path) -> None:
+    """Before, after and an arm: figures by group, changes, the table of the paper; a run without benchmarks has no such section."""
+    method = METHODS["mia_dpo"]
+
+    def section() -> dict[str, Any] | None:
+        return benchmarks(PageInputs(run=RunContents(folder=tmp_path), method=method, title="", config={}))
+
+    assert section() is None
+    choices, folders = {"A": "one", "B": "two"}, ("evaluate/before", "evaluate/after", "arms/sft/evaluate/after")
+    for number, folder in enumerate(folders):
+        (tmp_path / folder).mkdir(parents=True)
+        rows = [
+            (
+                {"choices": choices, "answer": "A", "circular": False, "groups": {"category": ["xy"[place % 2]]}},
+                "AB"[place > number],
+            )
+            for place in range(4)
+        ]
+        answers = [{**each, "attention": [0.3, 0.1]} for each in marked("blink", rows)]
+        write_lines(tmp_path / folder / "benchmark-blink.jsonl", answers)
+        listed = {
+            "blink": {**described(suite_named("blink")), "records": 4, "lost": {"records": 1, "of": 5, "reasons": {"missing": 1}}}
+        }
+        (tmp_path / folder / "benchmarks.json").write_text(json.dumps(listed))
+    found = section()
+    assert found is not None and found["plot"].startswith("<svg")
+    (table,), (published,) = found["tables"], found["published"]
+    assert table.head == ["Figure", "Questions", "Before", "After", "sft", "Change, After", "Change, sft"]
+    assert [cell if isinstance(cell, str) else cell.value for cell in table.rows[0]] == [
+        *("Accuracy", "4", "25.0", "50.0", "75.0"),
+        *("+25.0", "+50.0"),
+    ]
+    assert "1 of 5 rows could not be asked" in table.caption and [row[0] for row in table.rows[2:]] == [
+        "category x",
+        "category y",
+    ]
+    assert published.rows[1][published.head.index("BLINK")] == "50.00" and "After 0.750" in found["notes"][-1]
+    summary = benchmark_summary({"before": tmp_path / folders[0], "after": tmp_path / folders[1]})
+    console = Console(width=100, record=True, file=io.StringIO())
+    for each in benchmark_tables(summary):
+        console.print(each)
+    assert "0.250" in (text := console.export_text()) and "+0.250" in text and "50.00" in text
+    page = render(PageInputs(run=RunContents(folder=tmp_path), method=method, title="", config={}))
+    assert page.index('id="accuracy"') < page.index('id="benchmarks"') < page.index('id="time"')
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ class Published:
 PUBLISHED: Mapping[str, Published] = {
     "mia_dpo": Published(
         "Benchmarks with several pictures, as in MIA-DPO",
-        "arXiv 2410.17637, table 1",
+        "arXiv 2410.17637",
         (
             Column("MMMU", "mmmu", "accuracy", ("split", "validation")),
             Column("BLINK", "blink", "accuracy"),
@@ -45,7 +45,7 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     "mdpo": Published(
         "Hallucination, as in mDPO",
-        "arXiv 2406.11839, table 1",
+        "arXiv 2406.11839",
         (
             Column("MMHal-Bench score", "mmhal", "score", scale=1.0),
             Column("MMHal-Bench HalRate", "mmhal", "hallucination_rate", scale=1.0),

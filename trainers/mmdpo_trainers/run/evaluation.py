@@ -45,7 +45,6 @@ def evaluate(config: RunConfig, *, adapter: Path | None, restart: bool = False, 
     """
     if not config.evaluate.input and not config.evaluate.benchmarks:
         raise ConfigError("evaluate: give prompts with answers (.jsonl) with --input, or published benchmarks with --benchmarks")
-    check_benchmarks(config.evaluate)
     if adapter is not None and not any((adapter / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise StageError(f"--adapter {adapter}: expected the folder of a PEFT adapter, or of a whole model; there is neither")
     run = RunFolder(config.run_path)
@@ -53,6 +52,7 @@ def evaluate(config: RunConfig, *, adapter: Path | None, restart: bool = False, 
     # What may not fit comes first.
     moments: tuple[Moment, ...] = ("before",) if adapter is None else ("after", "before")
     contexts = {moment: _context(run, config, moment, adapter) for moment in moments}
+    check_benchmarks(contexts["before"])
     with held(run), ranks.failing():
         for context in contexts.values():
             if restart:
@@ -61,7 +61,7 @@ def evaluate(config: RunConfig, *, adapter: Path | None, restart: bool = False, 
     if not ranks.is_rank_0():
         return {}
     folders = {moment: run.path / context.name for moment, context in contexts.items()}
-    found = {
+    found: dict[str, Any] = {
         "model": config.model,
         "adapter": None if adapter is None else str(adapter),
         "input": config.evaluate.input,

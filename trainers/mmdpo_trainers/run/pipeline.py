@@ -313,6 +313,8 @@ def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     names = stage_folders(tuple(config.arms))
     # Of evaluation prompts, which are made beside their answers.
     losses = {name: read_json(run.path / name / "summary.json", missing={}).get("lost") for name in ("evaluate", *names)}
+    described = summary.get("benchmarks", {}).get("benchmarks", {})
+    losses |= {f"benchmark {key}": each.get("lost") for key, each in described.items()}
     summary["lost"] = {name: found for name, found in losses.items() if found}
     seconds = {name: round(run.seconds(name), 2) for name in names if (run.path / name / "state.json").exists()}
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}

@@ -180,9 +180,7 @@ def _check_evaluation(context: StageContext) -> None:
     from mmdpo_trainers.stages.benchmarks import check_benchmarks
     from mmdpo_trainers.stages.prompts import evaluation_inputs
 
-    check_benchmarks(context.options)
-    if context.options.benchmarks and context.rewards:
-        stage_module("evaluate").inputs(context)
+    check_benchmarks(context)
     if context.options.input:
         if context.rewards:
             stage_module("evaluate").inputs(context)

@@ -6,6 +6,7 @@ moment are `benchmark-<key>.jsonl`, the answers with their marks, and `benchmark
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -55,8 +56,11 @@ def _mark(suite: Suite, path: Path) -> str:
     return hashlib.sha256("".join(named).encode()).hexdigest()
 
 
-def check_benchmarks(options: EvaluateConfig) -> None:
+def check_benchmarks(context: StageContext) -> None:
     """Raise ConfigError or DataError, before any work, for a benchmark that there is not, or files that are not of it."""
+    options = context.options
+    if context.rewards and options.benchmarks:
+        raise ConfigError("evaluate.benchmarks: a reward model rates answers and gives none; leave it out")
     for key, path in options.benchmarks.items():
         if not key.replace("-", "").replace("_", "").isalnum():
             raise ConfigError(f"evaluate.benchmarks: {key!r} becomes a file name: letters, digits, _ and - only")
@@ -83,7 +87,7 @@ def answer_benchmarks(context: StageContext, model: LazyModel, chosen: Mapping[s
     common: dict[str, dict[str, Any]] = {}
     for key in context.options.benchmarks:
         suite = suite_named(key)
-        folder = Path(ranks.on_rank_0(lambda key=key, suite=suite: str(_prepare(context, key, suite))))
+        folder = Path(ranks.on_rank_0(functools.partial(_prepare, context, key, suite)))
         records = [
             {**record, "images": [os.path.normpath(folder / image) for image in record["images"]]}
             for record in read_jsonl(folder / "prompts.jsonl")
@@ -215,7 +219,7 @@ def described(suite: Suite) -> dict[str, Any]:
     }
 
 
-def _prepare(context: StageContext, key: str, suite: Suite) -> Path:
+def _prepare(context: StageContext, key: str, suite: Suite) -> str:
     """The folder of a benchmark's records, made where they are not there yet."""
     options = context.options
     path, images = Path(options.benchmarks[key]), options.benchmark_images.get(key)
@@ -229,7 +233,7 @@ def _prepare(context: StageContext, key: str, suite: Suite) -> Path:
     fingerprint = Fingerprint(json.loads(json.dumps(parts)))
     name = f"evaluate/benchmarks/{key}-{fingerprint.digest[:8]}"
     if context.run.stage_is_done(name, fingerprint):
-        return context.run.path / name
+        return str(context.run.path / name)
     folder = context.run.begin_stage(name, fingerprint)
     records: list[Record] = []
     problems: list[Problem] = []
@@ -259,7 +263,7 @@ def _prepare(context: StageContext, key: str, suite: Suite) -> Path:
     context.run.finish_stage(name, fingerprint, summary)
     if line := left_out_line(summary):
         context.progress.print(f"{suite.title}: {line}; see {folder / 'problems.jsonl'}")
-    return folder
+    return str(folder)
 
 
 def _counted(records: Sequence[Record], problems: Sequence[Problem]) -> dict[str, Any]:

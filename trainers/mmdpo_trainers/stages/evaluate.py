@@ -39,10 +39,8 @@ HELD_OUT, REWARDS = "held_out.jsonl", "rewards.jsonl"
 def inputs(context: StageContext) -> list[Path]:
     """The evaluation prompts or what they are made of, the held-out pairs with the base's figures, and what was trained. Of benchmarks
     see `benchmark_marks`."""
-    for name in ("input", "benchmarks"):
-        if context.rewards and getattr(context.options, name):
-            raise ConfigError(f"evaluate.{name}: a reward model rates answers and gives none; leave it out")
-    check_benchmarks(context.options)
+    if context.rewards and context.options.input:
+        raise ConfigError("evaluate.input: a reward model rates answers and gives none; leave it out")
     trained = [context.trained] if context.moment == "after" else []
     files = []
     if _is_augmented(context):
@@ -55,6 +53,7 @@ def inputs(context: StageContext) -> list[Path]:
         files += [context.held_out_pairs, *([_base_figures(context)] if trained else [])]
     if context.rewards:
         files.append(context.held_out_pairs)
+    check_benchmarks(context)
     return [*files, *trained]
 
 

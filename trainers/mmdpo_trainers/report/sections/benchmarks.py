@@ -23,7 +23,7 @@ def benchmarks(page: PageInputs) -> dict[str, Any] | None:
     found = benchmark_summary({**folders, **{arm: folder / "arms" / arm / "evaluate" / "after" for arm in arms}})
     if not found:
         return None
-    names = {who: who if who in folders else page.method.name_of(who) for who in found["models"]}
+    names = {who: who.capitalize() if who in folders else page.method.name_of(who) for who in found["models"]}
     return {
         "plot": _plot(found, names),
         "tables": [_table(key, found, names) for key in found["benchmarks"]],
@@ -77,7 +77,8 @@ def _table(key: str, found: Mapping[str, Any], names: Mapping[str, str]) -> Tabl
     if kind := described["mean_of"]:
         means = [each["figures"].get(f"mean_of_{kind}") for each in models.values()]
         if any(means):
-            rows.append(_row(f"Mean over each {kind}", means, [None] * len(changes), "share"))
+            many = next(each["count"] for each in means if each)
+            rows.append([f"Mean over {many} groups by {kind}", NONE, *_row("", means, [None] * len(changes), "share")[2:]])
     for kind, groups in next(iter(models.values()))["by"].items():
         for group in groups:
             for name in described["figures"] if len(groups) <= len(described["figures"]) else [first]:
@@ -142,7 +143,7 @@ def _notes(found: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
         models = {who: figures[key] for who, figures in found["models"].items() if key in figures}
         unread = {names[who]: each["unread"] for who, each in models.items() if each["unread"]}
         if unread:
-            counts = ", ".join(f"{who} {count:,}" for who, count in unread.items())
+            counts = ", ".join(f"{who.lower()} {count:,}" for who, count in unread.items())
             said.append(f"{_label(key, described)}: answers out of which nothing could be read: {counts}. They count as wrong.")
         looked = {names[who]: each["attention"] for who, each in models.items() if "attention" in each}
         if looked:

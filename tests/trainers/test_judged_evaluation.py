@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import pytest
 from exported_run import make_adapter, make_base
 from judge_server import Asked, JudgeServer, Said
 
+from mmdpo_trainers.answers.raters.judge import Question
+from mmdpo_trainers.answers.raters.local import LocalModel
 from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.stages.models import LazyModel
 
 TOKENS = "3"
 
@@ -170,6 +174,28 @@ def test_what_a_judge_does_not_say_is_counted(
     with JudgeServer(silent) as server:
         assert cli.main(command(base, chosen, server.url)) == 2
         assert "2 of 2 answers were not judged" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_judge_in_a_local_folder_has_the_room_of_the_model_that_answered(
+    base: Path, published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    held: list[LazyModel] = []
+    made = LazyModel.__init__
+    monkeypatch.setattr(LazyModel, "__init__", lambda self, load: (held.append(self), made(self, load))[1])
+
+    def answers(self: LocalModel, batch: Sequence[Question]) -> list[dict[str, Any]]:
+        assert [model._loaded for model in held] == [None]
+        return [{"response": '{"score": 0.3}', "ended": True, "num_tokens": 4} for _ in batch]
+
+    monkeypatch.setattr(LocalModel, "_answers", answers)
+    given = json.dumps({"mm_vet": str(published["mm_vet"])})
+    judge = json.dumps({"source": "model", "judge": str(base)})
+    command = ["evaluate", "--model", str(base), "--benchmarks", given, "--judge", judge, "--benchmark-tokens", TOKENS, "--json"]
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)["benchmarks"]
+    assert found["models"]["before"]["mm_vet"]["figures"]["score"]["value"] == pytest.approx(0.3)
+    assert found["benchmarks"]["mm_vet"]["judge"]["name"] == "tiny-llava"
 
 
 @pytest.mark.parametrize(

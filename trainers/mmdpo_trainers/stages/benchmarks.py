@@ -111,6 +111,8 @@ def answer_benchmarks(context: StageContext, model: LazyModel, chosen: Mapping[s
         if ranks.is_rank_0():
             made = context.run.summary(folder.relative_to(context.run.path).as_posix())
             found[key] = described(suite) | {name: made[name] for name in ("records", "lost", "note") if name in made}
+    if context.options.judge.source == "model":
+        model.release()
     judge = judge_benchmarks(context, common)
     if not ranks.is_rank_0() or not found:
         return {}

@@ -152,5 +152,6 @@ def _prompts(options: EvaluateConfig, key: str, suite: Suite) -> Prompts:
 
 def _earlier(context: StageContext, folder: Path) -> list[Path]:
     """Files of replies of the run's other evaluations."""
-    others = {path.parent for path in context.run.path.glob(f"**/evaluate/**/{FOLDER}/replies*.jsonl")} - {folder}
+    places = ("evaluate/*", "evaluate/own/*", "arms/*/evaluate/*")
+    others = {path for place in places for path in context.run.path.glob(f"{place}/{FOLDER}")} - {folder}
     return [file for other in sorted(others) for file in reply_files(other)]

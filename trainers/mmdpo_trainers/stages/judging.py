@@ -126,6 +126,8 @@ def _judged(answers: Sequence[Mapping[str, Any]], model: AskedModel, judging: Ju
     for answer, asked in zip(answers, texts, strict=True):
         replies = [next(found) for _ in asked]
         problems = [{"reason": each.reason, "detail": each.detail} for each in replies if isinstance(each, Problem)]
+        if "stopped" in answer:
+            problems.append({"reason": "turn_not_asked", "detail": answer["stopped"]})
         values = [None if isinstance(each, Problem) else each for each in replies]
         said, marks = judging.marked(answer, answer, values)
         results.append({"judged": values, "said": said, "marks": marks or None, **({"problems": problems} if problems else {})})

@@ -16,6 +16,8 @@ from tiny_models import sample_pictures
 
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.cli import main as cli
+from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods import METHODS
 from mmdpo_trainers.models.loading import load_model
@@ -25,6 +27,7 @@ from mmdpo_trainers.report.contents import RunContents
 from mmdpo_trainers.report.intervals import Proportion
 from mmdpo_trainers.report.page import render
 from mmdpo_trainers.report.sections.benchmarks import benchmarks
+from mmdpo_trainers.run.pipeline import run_pipeline
 from mmdpo_trainers.run.tables import benchmark_tables
 from mmdpo_trainers.stages.benchmarks import described
 from mmdpo_trainers.suites import suite_named
@@ -249,3 +252,13 @@ def test_what_is_no_benchmark_is_said_before_any_work(
     assert cli.main(["evaluate", "--model", str(base), "--benchmarks", given.replace("BLINK", str(published / "blink"))]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_that_are_elsewhere_are_said_before_a_run(published: Path, tmp_path: Path) -> None:
+    """Not after its training."""
+    moved = tmp_path / "coco_pope_random.json"
+    shutil.copy(published / "coco_pope_random.json", moved)
+    settings = {"evaluate": {"benchmarks": {"pope": str(moved)}, "per_format": {"single": 10}}, "method": "mia_dpo"}
+    with pytest.raises(DataError, match=r"its first 4 rows lack their pictures.*evaluate.benchmark_images: \{pope: FOLDER\}"):
+        run_pipeline(RunConfig.from_dict({"run_dir": str(tmp_path / "run"), **settings}))
+    assert not (tmp_path / "run").exists()

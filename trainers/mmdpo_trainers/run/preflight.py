@@ -177,10 +177,12 @@ def _check_hallucinate(context: StageContext) -> None:
 
 def _check_evaluation(context: StageContext) -> None:
     from mmdpo_trainers.data.multi_image import check_options
-    from mmdpo_trainers.stages.benchmarks import check_benchmarks
+    from mmdpo_trainers.stages.benchmarks import check_benchmarks, try_benchmarks
     from mmdpo_trainers.stages.prompts import evaluation_inputs
 
     check_benchmarks(context)
+    if context.moment == "before" and not context.config.allow_missing:
+        try_benchmarks(context)
     if context.options.input:
         if context.rewards:
             stage_module("evaluate").inputs(context)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -40,6 +42,11 @@ from mmdpo_trainers.suites.reading import files_of, layouts_of, read
 
 COMMON = "common.json"
 """What marking needs beside the records of a benchmark."""
+
+_TRIED = 20
+"""Rows of a benchmark that are read before any work."""
+_PLACES = ("missing", "outside_image_folder", "video")
+"""Reasons of problems that a folder given mends."""
 
 
 def benchmark_marks(options: EvaluateConfig) -> dict[str, str]:
@@ -79,6 +86,19 @@ def check_benchmarks(context: StageContext) -> None:
                 raise ConfigError(
                     f"evaluate.benchmark_images.{key}: {value} is not a folder; give the one with the benchmark's pictures"
                 )
+
+
+def try_benchmarks(context: StageContext) -> None:
+    """Raise DataError where the first rows of a benchmark all lack their pictures: an evaluation may come after hours of training."""
+    for key, path in context.options.benchmarks.items():
+        with tempfile.TemporaryDirectory() as folder:
+            first = list(itertools.islice(_items(context, key, suite_named(key), Path(folder)), _TRIED))
+        gone = [each for each in first if isinstance(each, Problem) and each.reason in _PLACES]
+        if gone and len(gone) == len(first):
+            raise DataError(
+                f"{path}: its first {len(first)} rows lack their pictures, such as {gone[0].detail}. Give the folder that its paths are "
+                f"relative to: evaluate.benchmark_images: {{{key}: FOLDER}}"
+            )
 
 
 def answer_benchmarks(context: StageContext, model: LazyModel, chosen: Mapping[str, int]) -> dict[str, Any]:
@@ -240,15 +260,7 @@ def _prepare(context: StageContext, key: str, suite: Suite) -> str:
     records: list[Record] = []
     problems: list[Problem] = []
     with context.run.clock(name), context.progress.task(f"{suite.title}: records", folder=folder) as task:
-        items = read(
-            suite,
-            path,
-            images=Path(images) if images else None,
-            cache=folder / "images",
-            suffix=options.benchmark_suffix.get(key),
-            max_pixels=context.config.data.max_pixels,
-        )
-        for item in items:
+        for item in _items(context, key, suite, folder / "images"):
             if isinstance(item, Problem):
                 problems.append(item)
             else:
@@ -266,6 +278,19 @@ def _prepare(context: StageContext, key: str, suite: Suite) -> str:
     if line := left_out_line(summary):
         context.progress.print(f"{suite.title}: {line}; see {folder / 'problems.jsonl'}")
     return str(folder)
+
+
+def _items(context: StageContext, key: str, suite: Suite, cache: Path) -> Iterator[Record | Problem]:
+    options = context.options
+    images = options.benchmark_images.get(key)
+    return read(
+        suite,
+        Path(options.benchmarks[key]),
+        images=Path(images) if images else None,
+        cache=cache,
+        suffix=options.benchmark_suffix.get(key),
+        max_pixels=context.config.data.max_pixels,
+    )
 
 
 def _counted(records: Sequence[Record], problems: Sequence[Problem]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ ORDER = {
         *("losses", "loss_terms", "load_balancing", "decoder_layers", "op_names", "tree_mask", "tree", "segments", "head"),
     ),
     "mmdpo_trainers": (
-        *("cli", "run", "checks", "stages", "report", "training", "answers", "shapes", "models"),
-        *("methods", "suites", "data", "processes", "files", "config", "errors"),
+        *("cli", "run", "checks", "stages", "suites", "report", "training", "answers", "shapes", "models"),
+        *("methods", "data", "processes", "files", "config", "errors"),
     ),
 }
 """Rooms from top to bottom: each may import those after it."""

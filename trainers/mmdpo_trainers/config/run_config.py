@@ -145,20 +145,26 @@ class RunConfig(Settings):
 def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     absolute = dict(values)
     for section, hint in get_type_hints(RunConfig).items():
-        given = values.get(section) if dataclasses.is_dataclass(hint) else None
-        paths = (
-            {f.name for f in dataclasses.fields(hint) if f.metadata["path"]}
-            if given and dataclasses.is_dataclass(hint)
-            else set()
-        )
-        if given and not paths.isdisjoint(given):
-            absolute[section] = {name: _placed(value) if name in paths else value for name, value in given.items()}
+        if dataclasses.is_dataclass(hint) and values.get(section):
+            absolute[section] = _absolute_section(hint, values[section])
     if values.get("method", "").endswith(".py"):
         absolute["method"] = _placed(values["method"])
     # What is no folder may be a name on a hub, which the error about it is to repeat as it was given.
     if values.get("model", "shapes") not in SHIPPED and Path(values["model"]).expanduser().is_dir():
         absolute["model"] = _placed(values["model"])
     return absolute
+
+
+def _absolute_section(section: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a section, and of those in it, with absolute paths."""
+    hints, absolute = get_type_hints(section), dict(values)
+    for each in dataclasses.fields(section):
+        value = values.get(each.name)
+        if each.metadata["path"]:
+            absolute[each.name] = _placed(value)
+        elif dataclasses.is_dataclass(hints[each.name]) and isinstance(value, dict):
+            absolute[each.name] = _absolute_section(hints[each.name], value)
+    return {name: value for name, value in absolute.items() if name in values}
 
 
 def _placed(path: Any) -> Any:

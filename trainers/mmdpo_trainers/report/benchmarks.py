@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,17 @@ def answers_file(key: str) -> str:
     return f"benchmark-{key}.jsonl"
 
 
+def judged_file(key: str) -> str:
+    """Where what a judge said of these answers is."""
+    return f"judged-{key}.jsonl"
+
+
 def figures_of(answers: Sequence[Record], described: Record) -> dict[str, Any]:
     """All that is said of a model on one benchmark.
 
-    described: the benchmark's entry in `LIST`. Returns `questions`, `unread` (answers out of which nothing was read), `figures` (name ->
-    value, interval, count) and `by` (kind of group -> group -> the same); where several pictures were asked about `attention`.
+    described: the benchmark's entry in `LIST`. Returns `questions`, `unread` (answers out of which nothing was read), `figures` (name -> value,
+    interval, count) and `by` (kind of group -> group -> the same); where several pictures were asked about `attention`, and where a judge's
+    replies were none `unjudged`, their number by reason.
     """
     marked = [answer for answer in answers if answer.get("marks") is not None]
     units = {str(answer["unit"]) for answer in marked}
@@ -50,7 +57,9 @@ def figures_of(answers: Sequence[Record], described: Record) -> dict[str, Any]:
     unread = sum(answer.get("said") is None for answer in marked)
     looked = attention_of(answers)
     lost = {"lost": described["lost"]} if "lost" in described else {}
-    return {**found, "unread": unread, "figures": whole, "by": by, **({"attention": looked} if looked else {}), **lost}
+    unjudged = Counter(problem["reason"] for answer in answers for problem in answer.get("problems", ()))
+    more = {"attention": looked, "unjudged": dict(unjudged)}
+    return {**found, "unread": unread, "figures": whole, "by": by, **{name: each for name, each in more.items() if each}, **lost}
 
 
 def changes_of(before: Sequence[Record], after: Sequence[Record], described: Record) -> dict[str, Any]:
@@ -71,6 +80,8 @@ def _changes(before: Sequence[Record], after: Sequence[Record], described: Recor
         found[name] = (
             None if change is None else {"value": change.value, "interval": [change.low, change.high] if known else None}
         )
+    for name, figure in _sums(described):
+        found[name] = _sum([(weight, found[part]) for part, weight in figure["sum_of"].items()], 0.0)
     return found
 
 
@@ -91,7 +102,36 @@ def _figures(answers: Sequence[Record], described: Record) -> dict[str, Any]:
         marks = _marked(answers, name, figure["of_units"])
         if marks:
             found[name] = _as_json(_ratio(marks, figure["kind"] == "share"), len(marks))
-    return found
+    sums = {}
+    for name, figure in _sums(described):
+        parts = [(weight, found.get(part)) for part, weight in figure["sum_of"].items()]
+        if total := _sum(parts, figure["plus"]):
+            sums[name] = {**total, "count": sum(part["count"] for _, part in parts if part)}
+    return {**sums, **found}
+
+
+def _sums(described: Record) -> list[tuple[str, Record]]:
+    """Figures that are sums of others."""
+    return [(name, figure) for name, figure in described["figures"].items() if figure["sum_of"]]
+
+
+def _sum(parts: Sequence[tuple[float, Record | None]], plus: float) -> dict[str, Any] | None:
+    """Value and interval of a weighted sum of figures of different questions, whose errors have nothing to do with each other.
+
+    None where one is missing; without a value where one has none.
+    """
+    known = [(weight, part) for weight, part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    if any(part["value"] is None for _, part in known):
+        return {"value": None, "interval": None}
+    value = plus + sum(weight * part["value"] for weight, part in known)
+    if any(part["interval"] is None for _, part in known):
+        return {"value": value, "interval": None}
+    # Intervals of shares are not symmetric: each end by the ends that move the sum that way.
+    ends = [sorted(weight * (end - part["value"]) for end in part["interval"]) for weight, part in known]
+    low, high = (math.hypot(*(end[side] for end in ends)) for side in (0, 1))
+    return {"value": value, "interval": [value - low, value + high]}
 
 
 def _as_json(estimate: Estimate | None, count: int) -> dict[str, Any]:
@@ -190,7 +230,7 @@ def _in_group(answers: Sequence[Record], kind: str, name: str) -> list[Record]:
 def benchmarks_of(folder: Path) -> tuple[dict[str, Any], dict[str, list[Record]]]:
     """What benchmarks an evaluation in this folder has, and the answers to each; nothing where it has none."""
     described = dict(read_json(folder / LIST, missing={}))
-    files = {key: folder / answers_file(key) for key in described}
+    files = {key: folder / (judged_file(key) if each["judged"] else answers_file(key)) for key, each in described.items()}
     return described, {key: list(read_jsonl(file)) for key, file in files.items() if file.is_file()}
 
 
@@ -215,3 +255,22 @@ def benchmark_summary(folders: Mapping[str, Path]) -> dict[str, Any]:
     }
     described = {key: each for found, _ in asked.values() for key, each in found.items()}
     return {"benchmarks": described, "models": models, "changes": changes, "tables": published_tables(models)}
+
+
+def notes_of(summary: Record) -> list[str]:
+    """What readers of a `benchmark_summary` have to know of its figures: who judged, by what objects are told, what was not judged."""
+    found = []
+    for key, each in summary["benchmarks"].items():
+        name = each["title"] if key == each["suite"] else f"{key} ({each['title']})"
+        said = [each["note"]] if "note" in each else []
+        if judge := each.get("judge"):
+            own = "a prompt of the user's" if judge["template"] else "a prompt of this project's"
+            said.append(f"marked by {judge['name']} with {own}, so not to be set beside figures of another judge or prompt")
+        lost = ", ".join(
+            f"{count:,} {who.replace('_', ' ')} ({reason})"
+            for who, models in summary["models"].items()
+            for reason, count in models.get(key, {}).get("unjudged", {}).items()
+        )
+        said += [f"judgements missing: {lost}"] if lost else []
+        found += [f"{name}: {'; '.join(said)}."] if said else []
+    return found

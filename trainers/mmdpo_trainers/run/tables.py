@@ -10,6 +10,7 @@ from rich.table import Table
 from mmdpo_trainers.data.records import FORMATS, TEXT
 from mmdpo_trainers.methods import method_named
 from mmdpo_trainers.methods.held_out import ALL, flat_figures
+from mmdpo_trainers.report.benchmarks import notes_of
 
 
 def run_tables(summary: dict[str, Any]) -> list[Table]:
@@ -41,6 +42,8 @@ def benchmark_tables(summary: dict[str, Any]) -> list[Table]:
             label = f"{described['title']}, {figure['label'].lower()}"
             cells = [*(_figure_cell(each) for each in of_models), *(_figure_cell(each, "+") for each in of_changes)]
             table.add_row(label if key == described["suite"] else f"{key}: {label}", f"{count:,}", *cells)
+    if notes := notes_of(summary):
+        table.caption, table.caption_justify = "\n".join(notes), "left"
     return [table, *(_published_table(each) for each in summary["tables"].values())]
 
 

@@ -20,23 +20,29 @@ from typing import Any
 
 from mmdpo_trainers.answers.attention_ratios import ratios_at, resolve_layer
 from mmdpo_trainers.answers.config_only import check_prompts
+from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.config.sections.evaluation import EvaluateConfig
+from mmdpo_trainers.data.conversation import conversation_of
 from mmdpo_trainers.data.left_out import check_left_out, left_out_line, lost
 from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.data.sources import Problem
 from mmdpo_trainers.errors import ConfigError, DataError
-from mmdpo_trainers.files.atomic import write_atomic
+from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.processes import ranks
-from mmdpo_trainers.report.benchmarks import LIST, answers_file, figures_of
+from mmdpo_trainers.report.benchmarks import LIST, answers_file, benchmarks_of, figures_of
 from mmdpo_trainers.stages.batches import Record, run_batches
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.engine_answers import Questions, answered
+from mmdpo_trainers.stages.judging import check_judge, judge_benchmarks, judge_files
 from mmdpo_trainers.stages.models import LazyModel
 from mmdpo_trainers.suites import Suite, suite_named
-from mmdpo_trainers.suites.reading import layouts_of, read
-from mmdpo_trainers.suites.rows import benchmark_files
+from mmdpo_trainers.suites.reading import files_of, layouts_of, read
+
+COMMON = "common.json"
+"""What marking needs beside the records of a benchmark."""
 
 _TRIED = 20
 """Rows of a benchmark that are read before any work."""
@@ -45,13 +51,16 @@ _PLACES = ("missing", "outside_image_folder", "video")
 
 
 def benchmark_marks(options: EvaluateConfig) -> dict[str, str]:
-    """Benchmark -> a hash of its files' names and contents: what answers depend on, beside the settings and pictures in other files."""
-    return {key: _mark(Path(path)) for key, path in options.benchmarks.items()}
+    """Benchmark -> a hash of its files' names and contents: what answers depend on, beside the settings and pictures in other files. Of a judge
+    the same, as `judge …`."""
+    marks = {key: _mark(suite_named(key), Path(path)) for key, path in options.benchmarks.items()}
+    return marks | {name: content_hash(path) for name, path in judge_files(options).items()}
 
 
-def _mark(path: Path) -> str:
+def _mark(suite: Suite, path: Path) -> str:
     folder = path if path.is_dir() else path.parent
-    named = [f"{file.relative_to(folder).as_posix()}\0{content_hash(file)}\n" for file in benchmark_files(path)]
+    files = [*files_of(suite, path), *(suite.beside(path) if suite.beside else ())]
+    named = [f"{os.path.relpath(file, folder)}\0{content_hash(file)}\n" for file in files]
     return hashlib.sha256("".join(named).encode()).hexdigest()
 
 
@@ -65,6 +74,9 @@ def check_benchmarks(context: StageContext) -> None:
             raise ConfigError(f"evaluate.benchmarks: {key!r} becomes a file name: letters, digits, _ and - only")
         suite = suite_named(key)
         layouts_of(suite, Path(path))
+        if suite.beside is not None:
+            suite.beside(Path(path))
+    check_judge(options)
     for name in ("benchmark_images", "benchmark_suffix"):
         for key, value in getattr(options, name).items():
             if key not in options.benchmarks:
@@ -121,12 +133,15 @@ def answer_benchmarks(
     """Answer and mark every benchmark of the settings; what of it the stage's summary says, on rank 0. given: by benchmark, answers by an
     engine."""
     found: dict[str, Any] = {}
+    common: dict[str, dict[str, Any]] = {}
     for key in context.options.benchmarks:
         suite = suite_named(key)
         folder, records = _records(context, key, suite)
 
+        common[key] = dict(read_json(folder / COMMON, missing={}))
+
         def work(number: int, batch: Sequence[Record], suite: Suite = suite, key: str = key) -> list[dict[str, Any]]:
-            return answer_batch(model, batch, suite, context, chosen, given.get(key))
+            return answer_batch(model, batch, suite, context, chosen, common[key], given.get(key))
 
         most = max(record["num_images"] for record in records)
         run_batches(
@@ -139,11 +154,22 @@ def answer_benchmarks(
         )
         if ranks.is_rank_0():
             made = context.run.summary(folder.relative_to(context.run.path).as_posix())
-            found[key] = described(suite) | {name: made[name] for name in ("records", "lost") if name in made}
+            found[key] = described(suite) | {name: made[name] for name in ("records", "lost", "note") if name in made}
+    if context.options.judge.source == "model":
+        model.release()
+    judge = judge_benchmarks(context, common)
     if not ranks.is_rank_0() or not found:
         return {}
+    if judge:
+        said = {name: judge[name] for name in ("name", "source", "settings")}
+        own = context.options.judge.templates
+        found = {
+            key: {**each, "judge": {**said, "template": key in own}} if each["judged"] else each for key, each in found.items()
+        }
     write_atomic(context.folder / LIST, found)
-    return {"benchmarks": {key: figures_of(list(read_jsonl(context.folder / answers_file(key))), found[key]) for key in found}}
+    _, answers = benchmarks_of(context.folder)
+    figures = {key: figures_of(answers[key], found[key]) for key in found}
+    return {"benchmarks": figures, **({"judge": judge} if judge else {})}
 
 
 def answer_batch(
@@ -152,11 +178,13 @@ def answer_batch(
     suite: Suite,
     context: StageContext,
     chosen: Mapping[str, int],
+    common: Mapping[str, Any] = MappingProxyType({}),
     given: Mapping[str, Record] | None = None,
 ) -> list[dict[str, Any]]:
     """Greedy answers with what was read out of each and its marks; with several pictures the attention that each of them got.
 
-    `attention`: mass per picture, as in scores; with `target` also `ratio`, as of other prompts. given: see `answered`.
+    `attention`: mass per picture, as in scores; with `target` also `ratio`, as of other prompts. `responses`: of a conversation all answers,
+    of which `response` is the last. common: what marking needs beside the records. given: see `answered`.
     """
     options, score = context.options, context.config.score
     several = any(record["num_images"] > 1 for record in batch)
@@ -169,6 +197,8 @@ def answer_batch(
         max_new_tokens=options.benchmark_tokens or suite.max_new_tokens,
         record={**score.recording, "layer": layer} if several else None,
     )
+    if suite.further is not None:
+        answers = _conversations(model(), asked, answers, suite, options)
     results = []
     for record, answer in zip(batch, answers, strict=True):
         recorded = answer.pop("recorded", None)
@@ -178,16 +208,52 @@ def answer_batch(
             looked = {"attention": ratios["attention"], "ratio": None if record["target"] is None else ratios["ratio"]}
         marked: dict[str, Any] = {}
         if suite.mark is not None:
-            said, marks = suite.mark(record, answer["response"])
+            said, marks = suite.mark({**record, "common": common}, answer["response"])
             marked = {"said": said, "marks": marks}
         results.append({**answer, **marked, **looked})
     return results
 
 
+def _conversations(
+    loaded: LoadedModel, records: Sequence[Record], answers: Sequence[dict[str, Any]], suite: Suite, options: EvaluateConfig
+) -> list[dict[str, Any]]:
+    """The answers with those to the turns that follow: each is asked behind the model's own answers."""
+    assert suite.further is not None
+    found: list[dict[str, Any]] = [{**answer, "responses": [answer["response"]]} for answer in answers]
+    while True:
+        going = []
+        for place, answer in enumerate(found):
+            prompt = None if "stopped" in answer else suite.further(records[place], answer["responses"])
+            if prompt is None:
+                continue
+            record = {**records[place], "prompt": list(prompt)}
+            try:
+                # What a model wrote may hold tokens of its own chat format.
+                loaded.texts.check_conversation(record["id"], conversation_of(record))
+            except DataError as error:
+                answer["stopped"] = str(error)
+            else:
+                going.append((place, record))
+        if not going:
+            return found
+        said = generate_responses(
+            loaded, [record for _, record in going], max_new_tokens=options.benchmark_tokens or suite.max_new_tokens
+        )
+        for (place, _), answer in zip(going, said, strict=True):
+            found[place] = {**answer, "responses": [*found[place]["responses"], answer["response"]]}
+
+
 def described(suite: Suite) -> dict[str, Any]:
     """What the page and the tables have to know of a benchmark."""
     figures = {
-        name: {"label": each.label, "kind": each.kind, "lower_is_better": each.lower_is_better, "of_units": each.of_units}
+        name: {
+            "label": each.label,
+            "kind": each.kind,
+            "lower_is_better": each.lower_is_better,
+            "of_units": each.of_units,
+            "sum_of": dict(each.sum_of),
+            "plus": each.plus,
+        }
         for name, each in suite.figures.items()
     }
     return {
@@ -197,6 +263,7 @@ def described(suite: Suite) -> dict[str, Any]:
         "cited": suite.cited,
         "mean_of": suite.mean_of,
         "figures": figures,
+        "judged": suite.judging is not None,
     }
 
 
@@ -206,7 +273,7 @@ def _prepare(context: StageContext, key: str, suite: Suite) -> str:
     path, images = Path(options.benchmarks[key]), options.benchmark_images.get(key)
     parts = {
         "suite": suite.name,
-        "files": _mark(path),
+        "files": _mark(suite, path),
         "images": images,
         "suffix": options.benchmark_suffix.get(key, suite.suffix),
         "max_pixels": context.config.data.max_pixels,
@@ -228,6 +295,10 @@ def _prepare(context: StageContext, key: str, suite: Suite) -> str:
         summary = _counted(records, problems)
         _write_lines(folder / "problems.jsonl", [problem.to_json() for problem in problems])
         _check(suite, path, folder, summary, problems, context.config.allow_missing)
+        if suite.common is not None:
+            common = suite.common(path)
+            write_atomic(folder / COMMON, common)
+            summary |= {"note": suite.note(common)} if suite.note else {}
         _write_lines(folder / "prompts.jsonl", records)
     context.run.finish_stage(name, fingerprint, summary)
     if line := left_out_line(summary):

@@ -20,11 +20,16 @@ from mmdpo_trainers.suites.suite import BadRow, Layout, Question, SameAs, Source
 _KINDS = ((b"\xff\xd8", ".jpg"), (b"\x89PNG", ".png"), (b"RIFF", ".webp"), (b"GIF8", ".gif"))
 
 
+def files_of(suite: Suite, path: Path) -> list[Path]:
+    """The files whose rows are a benchmark's questions. Raises DataError where there are none."""
+    return benchmark_files(path) if suite.files is None else list(suite.files(path))
+
+
 def layouts_of(suite: Suite, path: Path) -> list[tuple[Path, Layout]]:
     """The files of a benchmark with the layout of each. Raises DataError naming the columns where one has none of its layouts."""
     found = []
-    for file in benchmark_files(path):
-        columns = columns_of(file)
+    for file in files_of(suite, path):
+        columns = columns_of(file) if suite.rows is None else list(next(iter(suite.rows(file)), {}))
         layout = next((each for each in suite.layouts if each.columns <= set(columns)), None)
         if layout is None:
             known = "; or ".join(f"{', '.join(sorted(each.columns))} ({each.about})" for each in suite.layouts)
@@ -50,7 +55,7 @@ def read(
     reader = _Reader(suite, cache, suite.suffix if suffix is None else suffix, max_pixels)
     for file, layout in layouts_of(suite, path):
         folder = images if images is not None else (path if path.is_dir() else path.parent)
-        for number, row in enumerate(rows_of(file), start=1):
+        for number, row in enumerate((suite.rows or rows_of)(file), start=1):
             source = Source(file=file, number=number, pictures=folder)
             yield from reader.items(row, layout, source)
     yield from reader.waiting()

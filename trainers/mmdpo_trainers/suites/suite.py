@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from mmdpo_trainers.answers.raters.judge import Form
+
+Record = Mapping[str, Any]
+"""A prompt record, or an answer: the record with what the model said."""
 
 Row = Mapping[str, Any]
 """A row of a benchmark's file: its cells that hold something, by column."""
@@ -77,6 +82,23 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judging:
+    """What a benchmark asks of a judge."""
+
+    template: str
+    """File in `asked/`, jinja2."""
+    form: Form
+    parse: Callable[[str], Any]
+    """Reads a reply; raises ReplyError."""
+    asked: Callable[[Record, Record], Sequence[Mapping[str, Any]]]
+    """(record, answer) -> the template's values, of each question about the answer; none where there is nothing to ask."""
+    marked: Callable[[Record, Record, Sequence[Any]], tuple[str | None, Marks]]
+    """(record, answer, what was read off each reply, None where nothing was) -> as `Suite.mark`; no marks where it cannot be judged."""
+    sample: Mapping[str, Any]
+    """Values as the template is filled with, for trying one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Figure:
     """A number that a benchmark is reported as."""
 
@@ -86,6 +108,10 @@ class Figure:
     lower_is_better: bool = False
     of_units: bool = True
     """Whether several questions of one unit count once, with the least of their marks."""
+    sum_of: Mapping[str, float] = field(default_factory=dict)
+    """Figure -> weight, of a figure that has no marks of its own and is a sum of others, which are of different questions."""
+    plus: float = 0.0
+    """Added to that sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +136,20 @@ class Suite:
     """Put behind each question; `evaluate.benchmark_suffix` names another."""
     max_new_tokens: int = 64
     """Longest answer; `evaluate.benchmark_tokens` names another."""
+    files: Callable[[Path], Sequence[Path]] | None = None
+    """What was given -> the files whose rows are its questions; None: all that there are. Raises DataError where they lack."""
+    rows: Callable[[Path], Iterable[Row]] | None = None
+    """Rows of such a file, where they are not those that any file of its kind has."""
+    beside: Callable[[Path], Sequence[Path]] | None = None
+    """What was given -> further files that answers and marks depend on: annotations, references. Raises DataError where they lack."""
+    common: Callable[[Path], Mapping[str, Any]] | None = None
+    """What was given -> what marking needs beside each record, as its `common`; JSON-able."""
+    note: Callable[[Mapping[str, Any]], str] | None = None
+    """`common` -> what readers of the figures have to know."""
+    further: Callable[[Record, Sequence[str]], Sequence[Mapping[str, Any]] | None] | None = None
+    """(record, responses so far) -> the messages of the next turn, or None where the conversation has ended."""
+    judging: Judging | None = None
+    """How a judge marks answers, where `mark` is None."""
     mean_of: str | None = None
     """A kind of group over which the first figure's mean is reported too, each group counting the same."""
 

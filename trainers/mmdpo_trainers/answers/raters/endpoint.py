@@ -24,10 +24,9 @@ from typing import Any
 from PIL import Image
 
 from mmdpo_trainers.answers.raters.judge import Keep, Question
-from mmdpo_trainers.answers.raters.parsing import choice_schema, ratings_schema
 from mmdpo_trainers.answers.raters.rating import Surroundings
 from mmdpo_trainers.answers.raters.replies import NO_REPLY, Reply
-from mmdpo_trainers.config.sections.rating import RateConfig
+from mmdpo_trainers.config.sections.rating import AskedConfig
 from mmdpo_trainers.data.images import png_bytes
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.data.records import IMAGE_TOKEN
@@ -71,8 +70,8 @@ class Endpoint:
     until then is kept.
     """
 
-    def __init__(self, options: RateConfig, surroundings: Surroundings) -> None:
-        self._options, self._endpoint = options, options.endpoint
+    def __init__(self, options: AskedConfig, surroundings: Surroundings) -> None:
+        self._options, self._endpoint, self._where = options, options.endpoint, options.where
         self._allow_missing = surroundings.allow_missing
         self._httpx = _httpx()
         self._key = _key(options)
@@ -152,8 +151,8 @@ class Endpoint:
             hopeless = not self._answered and self._refused >= _HOPELESS
         if hopeless:
             raise StageError(
-                f"the judge at {self._url} refused the first {_HOPELESS} questions ({reply.problem}); mend rate.endpoint.model and "
-                "rate.endpoint.parameters, or rate.images for a judge that takes no pictures; then --restart rate"
+                f"the judge at {self._url} refused the first {_HOPELESS} questions ({reply.problem}); mend {self._where}.endpoint.model "
+                f"and .parameters, or rate.images for a judge that takes no pictures; then --restart {self._where.partition('.')[0]}"
             )
 
     def _send(self, body: bytes) -> Reply | _Failure:
@@ -175,7 +174,7 @@ class Endpoint:
             )
         if status in (404, 405) or 300 <= status < 400:
             raise StageError(
-                f"the judge at {self._url} answered with status {status} ({said}); mend rate.endpoint.url or rate.endpoint.model"
+                f"the judge at {self._url} answered with status {status} ({said}); mend {self._where}.endpoint.url or .model"
             )
         if status != 200:
             return Reply(text=None, problem=f"refused with status {status}: {said}", reason="refused")
@@ -227,11 +226,10 @@ class Endpoint:
             "max_tokens": options.max_new_tokens,
         }
         if endpoint.json_schema:
-            ratings = question.form == "ratings"
-            schema = ratings_schema(options.attributes, options.lowest, options.highest) if ratings else choice_schema()
+            form = question.form
             body["response_format"] = {
                 "type": "json_schema",
-                "json_schema": {"name": question.form, "strict": True, "schema": schema},
+                "json_schema": {"name": form.name, "strict": True, "schema": form.schema},
             }
         return {name: value for name, value in {**body, **endpoint.parameters}.items() if value is not None}
 
@@ -277,13 +275,13 @@ def data_url(image: Image.Image, longest: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def check_endpoint(options: RateConfig) -> None:
+def check_endpoint(options: AskedConfig) -> None:
     """Raise ConfigError for settings of an endpoint that cannot be, before anything is asked."""
     _httpx()
     _key(options)
     if not options.endpoint.model:
         raise ConfigError(
-            "rate.endpoint.model: expected the model's name at the endpoint, got none; GET .../v1/models lists them"
+            f"{options.where}.endpoint.model: expected the model's name at the endpoint, got none; GET .../v1/models lists them"
         )
 
 
@@ -292,16 +290,17 @@ def _httpx() -> Any:
         import httpx2
     except ImportError:
         raise ConfigError(
-            "rate.source: endpoint needs httpx2, which is not installed; pip install 'mmdpo-kernels[judge]'"
+            "a judge behind an endpoint needs httpx2, which is not installed; pip install 'mmdpo-kernels[judge]'"
         ) from None
     return httpx2
 
 
-def _key(options: RateConfig) -> str:
+def _key(options: AskedConfig) -> str:
     key = os.environ.get(options.endpoint.key_env, "").strip()
     if not key.isascii() or not key.isprintable():
         raise ConfigError(
-            f"rate.endpoint.key_env: the environment variable {options.endpoint.key_env} holds characters that no key has; set it again"
+            f"{options.where}.endpoint.key_env: the environment variable {options.endpoint.key_env} holds characters that no key has; set it "
+            "again"
         )
     return key
 

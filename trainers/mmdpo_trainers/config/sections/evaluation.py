@@ -9,6 +9,7 @@ from pydantic import StrictInt, StrictStr
 
 from mmdpo_trainers.config.options import MATCH_WORDS, Count, Match, option
 from mmdpo_trainers.config.sections.answers import changing_answers
+from mmdpo_trainers.config.sections.rating import JudgeConfig, changing_judgements
 from mmdpo_trainers.config.values import Finite, Settings
 
 
@@ -70,6 +71,11 @@ class EvaluateConfig(Settings):
     )
     benchmark_tokens: StrictInt | None = option(
         None, "longest answer to a question of a benchmark, in tokens; None: what each benchmark says", ge=1
+    )
+    judge: JudgeConfig = option(
+        help="who marks the answers to benchmarks that need a judge, such as {source: endpoint, endpoint: {url: …, model: …}}",
+        factory=JudgeConfig,
+        result=changing_judgements,
     )
 
 

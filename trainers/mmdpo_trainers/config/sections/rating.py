@@ -55,14 +55,14 @@ class EndpointConfig(Settings):
         # Neither message repeats what was given: it may be a key.
         if not _NAME.fullmatch(self.key_env):
             raise ConfigError(
-                "rate.endpoint.key_env: expected the name of an environment variable, such as OPENAI_API_KEY; a key itself is never put "
+                "endpoint.key_env: expected the name of an environment variable, such as OPENAI_API_KEY; a key itself is never put "
                 "into a configuration"
             )
         scheme, _, rest = self.url.partition("://")
         if scheme not in ("http", "https") or not rest or "@" in rest or "?" in rest or "#" in rest:
             raise ConfigError(
-                "rate.endpoint.url: expected http(s)://HOST[:PORT]/PATH without user, password, query and fragment; a key goes into the "
-                "environment variable that rate.endpoint.key_env names"
+                "endpoint.url: expected http(s)://HOST[:PORT]/PATH without user, password, query and fragment; a key goes into the "
+                "environment variable that endpoint.key_env names"
             )
 
 
@@ -73,7 +73,58 @@ def _changing_ratings(endpoint: Any) -> dict[str, Any]:
 
 
 @dataclass(kw_only=True)
-class RateConfig(Settings):
+class AskedConfig(Settings):
+    """A model that is asked in words: what ratings and judged benchmarks share."""
+
+    judge: StrictStr | None = option(None, "not with `source: endpoint`: local Hugging Face folder of what rates", path=True)
+    engine: Literal["transformers", "vllm"] = option("transformers", "`source: model` only: what runs it")
+    engine_args: Finite[dict[StrictStr, Any]] = option(help="`engine: vllm` only: arguments of vllm.LLM", factory=dict)
+    endpoint: EndpointConfig = option(
+        help="`source: endpoint` only: where the judge is and how it is asked", factory=EndpointConfig, result=_changing_ratings
+    )
+    batch_size: StrictInt = option(16, "records rated together, and lost at most by a kill", ge=1)
+    max_new_tokens: StrictInt = option(256, "longest reply of the judge, in tokens", ge=1)
+    tries: StrictInt = option(3, "times that a judge is asked for a rating in all, where its replies are none", ge=1)
+    replies: StrictStr | None = option(
+        None, "a judge's replies.jsonl of another run, of which nothing is asked again", path=True, result=False
+    )
+
+    @property
+    def source(self) -> str:
+        """Who is asked: `endpoint` and `model` are what this section is about."""
+        raise NotImplementedError
+
+    @property
+    def where(self) -> str:
+        """What the section is called, for error messages."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class JudgeConfig(AskedConfig):
+    """Who judges answers to benchmarks."""
+
+    source: Literal["none", "endpoint", "model"] = option(
+        "none", "none: nobody; endpoint: a judge behind an OpenAI-compatible endpoint; model: a judge in a local model folder"
+    )
+    templates: dict[StrictStr, StrictStr] = option(
+        help="benchmark -> a jinja2 file of your own in place of the judge's built-in prompt", factory=dict, path=True
+    )
+
+    @property
+    def where(self) -> str:
+        return "evaluate.judge"
+
+
+def changing_judgements(judge: JudgeConfig) -> dict[str, Any]:
+    """Which of a judge's settings may change what it says; a local model and templates count by what is in them."""
+    names = ("source", "engine", "engine_args", "max_new_tokens", "tries")
+    found = {name: getattr(judge, name) for name in names}
+    return {**found, "templates": sorted(judge.templates), "endpoint": _changing_ratings(judge.endpoint)}
+
+
+@dataclass(kw_only=True)
+class RateConfig(AskedConfig):
     """Ratings of answers: from a file, from the truth, or from a judge."""
 
     input: StrictStr | None = option(None, "your own responses .jsonl in place of generate/responses.jsonl", path=True)
@@ -89,14 +140,6 @@ class RateConfig(Settings):
     file: StrictStr | None = option(
         None, "`source: file` only: .jsonl with `id` and `ratings`, a mapping of attributes to numbers for each answer", path=True
     )
-    judge: StrictStr | None = option(
-        None, "`source: model, reward_model` only: local Hugging Face folder of what rates", path=True
-    )
-    engine: Literal["transformers", "vllm"] = option("transformers", "`source: model` only: what runs it")
-    engine_args: Finite[dict[StrictStr, Any]] = option(help="`engine: vllm` only: arguments of vllm.LLM", factory=dict)
-    endpoint: EndpointConfig = option(
-        help="`source: endpoint` only: where the judge is and how it is asked", factory=EndpointConfig, result=_changing_ratings
-    )
     template: StrictStr | None = option(None, "the judge's prompt, a jinja2 file of your own; None: the built-in one", path=True)
     facts: list[Fact] = option(
         help="what the judge is told beside question and answer, of a record's fields: answer (the truth), caption, options",
@@ -106,12 +149,6 @@ class RateConfig(Settings):
         None, "the prompt that has the judge compare two answers, for `check`; None: the built-in one", path=True
     )
     images: StrictBool = option(True, "whether the judge sees the pictures; False: it goes by the facts")
-    batch_size: StrictInt = option(16, "records rated together, and lost at most by a kill", ge=1)
-    max_new_tokens: StrictInt = option(256, "longest reply of the judge, in tokens", ge=1)
-    tries: StrictInt = option(3, "times that a judge is asked for a rating in all, where its replies are none", ge=1)
-    replies: StrictStr | None = option(
-        None, "a judge's replies.jsonl of another run, of which nothing is asked again", path=True, result=False
-    )
     check: StrictInt = option(
         100, "number of pairs on which the rater is tried: does it rate the better answer higher; 0: none", ge=0
     )
@@ -126,3 +163,7 @@ class RateConfig(Settings):
             raise ConfigError(f"rate.attributes: expected one or more, each once, got {self.attributes}")
         if not self.lowest < self.highest:
             raise ConfigError(f"rate.highest: expected more than rate.lowest, {self.lowest}, got {self.highest}")
+
+    @property
+    def where(self) -> str:
+        return "rate"

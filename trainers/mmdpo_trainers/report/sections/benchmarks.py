@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import plots
-from ..benchmarks import benchmark_summary
+from ..benchmarks import benchmark_summary, notes_of
 from ..comparison import PageInputs
 from ..intervals import Estimate
 from ..numbers import NONE, number
@@ -137,8 +137,8 @@ def _published(found: Mapping[str, Any], names: Mapping[str, str]) -> Table:
 
 
 def _notes(found: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """What answers could not be read, and where answers to several pictures look."""
-    said = []
+    """Who judged, what answers could not be read, and where answers to several pictures look."""
+    said = notes_of({**found, "models": {names[who]: each for who, each in found["models"].items()}})
     for key, described in found["benchmarks"].items():
         models = {who: figures[key] for who, figures in found["models"].items() if key in figures}
         unread = {names[who]: each["unread"] for who, each in models.items() if each["unread"]}

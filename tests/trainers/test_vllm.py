@@ -16,7 +16,7 @@ import torch
 import vllm_double
 from launches import launch
 from prompt_records import make_prompts
-from tiny_models import make_tiny_gemma4, make_tiny_llava, make_tiny_qwen
+from tiny_models import make_tiny_llava, make_tiny_qwen
 from transformers import GenerationConfig
 
 from mmdpo_trainers.answers import vllm_engine
@@ -143,20 +143,6 @@ def test_image_tokens_are_never_taken(llava: Path, prompts: Path, monkeypatch: p
     # Probabilities are those before the image token was ruled out, as with transformers.
     expected = generate_responses(loaded, records, max_new_tokens=6)
     assert [each["perplexity"] for each in found] == pytest.approx([each["perplexity"] for each in expected], rel=1e-5)
-
-
-def test_a_prompt_has_what_the_processor_expands(tmp_path: Path, llava: Path, prompts: Path) -> None:
-    """Gemma 4's processor puts marks around a picture's tokens, and vLLM does too: they are not in the prompt already."""
-    records = list(read_jsonl(prompts))[:2]
-    pictures = [load_images(record) for record in records]
-    for folder, marks in ((llava, ()), (make_tiny_gemma4(tmp_path / "gemma4"), ("<|image>", "<image|>"))):
-        loaded = load_model(folder, device="cpu")
-        kept = [encode_prompts(loaded, [record], padding_side="left").inputs["input_ids"][0].tolist() for record in records]
-        for ids, expanded, row in zip(vllm_engine._prompt_ids(loaded, records, pictures), kept, pictures, strict=True):
-            tokens = loaded.tokenizer.convert_ids_to_tokens(ids)
-            assert ids.count(loaded.image_token_id) == len(row) and not {*tokens}.intersection(marks)
-            without = {loaded.image_token_id, *loaded.tokenizer.convert_tokens_to_ids(list(marks))}
-            assert [each for each in expanded if each not in without] == [each for each in ids if each != loaded.image_token_id]
 
 
 def test_vllm_that_is_not_installed(tmp_path: Path, llava: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

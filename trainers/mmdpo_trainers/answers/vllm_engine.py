@@ -1,8 +1,7 @@
 """Answers by vLLM: the same prompts, pictures and fields as `generate_responses`, without recorded attention.
 
-vLLM puts the image tokens into the prompt by itself, in the place of what the model's processor takes for a picture. The first prompt of each
-number of pictures is compared with this project's own, so that scoring and training, which go through transformers, see what the answers
-were given to.
+vLLM puts the image tokens into the prompt by itself. The first prompt of each number of pictures is compared with this project's own, so that
+scoring and training, which go through transformers, see what the answers were given to.
 """
 
 from __future__ import annotations
@@ -20,10 +19,8 @@ from PIL import Image
 from mmdpo_trainers.answers.config_only import config_only, own_dtype
 from mmdpo_trainers.answers.response import response_of, several_responses
 from mmdpo_trainers.config.run_config import RunConfig
-from mmdpo_trainers.data.conversation import conversation_of
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.models.encode import encode_prompts, prompt_ids, refuse_images
-from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.processes import launcher
 
@@ -133,7 +130,8 @@ class VllmEngine:
             # A generated image token would ask for a picture when the answer is scored. Mllama's is none that can be generated.
             common["logit_bias"] = {image_token: _NEVER}
         warped = {"temperature": temperature, "top_p": top_p} if do_sample else {"temperature": 0.0}
-        prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in _prompt_ids(described, records, pictures)]
+        one_token = [[[described.image_token_id]] * len(row) for row in pictures]
+        prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in prompt_ids(described, records, one_token)]
         for prompt, row in zip(prompts, pictures, strict=True):
             if row:
                 prompt["multi_modal_data"] = {"image": list(row)}
@@ -206,18 +204,6 @@ class VllmEngine:
             )
         # The likeliest token's, and that of the token taken, where it is another.
         return response_of(self.config_only, ids, [max(each.logprob for each in step.values()) for step in steps])
-
-
-def _prompt_ids(
-    described: LoadedModel, records: Sequence[Mapping[str, Any]], pictures: Sequence[Sequence[Image.Image]]
-) -> list[list[int]]:
-    """Token ids of the prompts as vLLM takes them: what the model's processor would expand in the place of a picture, most often one image
-    token."""
-    found = prompt_ids(described, records, [[[described.image_token_id]] * len(row) for row in pictures])
-    family, processor = described.family, described.processor
-    if family.processor_text(processor) == family.placeholder(processor):
-        return found
-    return [described.texts.for_processor(record["id"], conversation_of(record)) for record in records]
 
 
 def _named(records: Sequence[Mapping[str, Any]]) -> str:

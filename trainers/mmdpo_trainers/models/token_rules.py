@@ -86,16 +86,6 @@ class TextEncoder:
             )
         return ids
 
-    def for_processor(self, name: str, prompt: str | Conversation) -> list[int]:
-        """Ids of a prompt as the processor takes it, with what it expands in the place of each picture (`Family.processor_text`).
-
-        The prompt is one that `prompt` takes.
-        """
-        conversation = Conversation.of_text(prompt) if isinstance(prompt, str) else prompt
-        family = family_of(self.processor)
-        rendered = self._rendered(name, conversation)
-        return self.tokens(rendered.replace(family.placeholder(self.processor), family.processor_text(self.processor)))
-
     def tokens(self, rendered: str) -> list[int]:
         """Ids of a rendered prompt."""
         plain = self._plain(rendered)

@@ -31,7 +31,7 @@ OWN, MODEL = "prompts", "model"
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked in one go. key: `OWN`, or a benchmark's."""
+    """What is asked in one go, as the model sees it. key: `OWN`, or a benchmark's."""
 
     key: str
     records: Sequence[Record]
@@ -43,15 +43,13 @@ class Questions:
         return "responses.jsonl" if self.key == OWN else f"responses-{self.key}.jsonl"
 
 
-def engine_answers(
-    context: StageContext, questions: Sequence[Questions], asked: Callable[[Sequence[Record]], Sequence[Record]]
-) -> dict[str, Mapping[str, Record]]:
+def engine_answers(context: StageContext, questions: Sequence[Questions]) -> dict[str, Mapping[str, Record]]:
     """Key -> id of a record -> what `response_of` says of its greedy answer; they are in `responses*.jsonl`, which a killed stage continues.
 
-    asked: records -> the prompts that the model sees. What was trained is written as a whole model beside those files until all is answered.
+    What was trained is written as a whole model beside those files until all is answered.
     """
     check_vllm(context.config, "evaluate")
-    options, found = context.options, {}
+    found: dict[str, Mapping[str, Record]] = {}
     folder = Path(ranks.on_rank_0(lambda: str(_model(context, questions))))
     with contextlib.ExitStack() as stack:
         started: list[VllmEngine] = []
@@ -67,7 +65,7 @@ def engine_answers(
 
             def work(number: int, batch: Sequence[Record], longest: int = each.max_new_tokens) -> list[dict[str, Any]]:
                 return engine().generate_responses(
-                    asked(batch),
+                    batch,
                     max_new_tokens=longest,
                     do_sample=False,
                     temperature=1.0,
@@ -76,7 +74,7 @@ def engine_answers(
                     pictures=[load_images(record) for record in batch],
                 )
 
-            path = run_batches(context, each.file, each.records, options.batch_size, work, each.about)
+            path = run_batches(context, each.file, each.records, context.options.batch_size, work, each.about)
             found[each.key] = {record["id"]: {name: record[name] for name in FIELDS} for record in read_jsonl(path)}
     ranks.on_rank_0(lambda: shutil.rmtree(context.folder / MODEL, ignore_errors=True))
     return found

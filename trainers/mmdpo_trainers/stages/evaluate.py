@@ -75,15 +75,15 @@ def run(context: StageContext) -> dict[str, Any]:
         prompts = context.evaluation_prompts
     elif not _has_held_out(context) and not context.options.benchmarks:
         raise StageError(f"{context.held_out_pairs} does not exist: run pairs first, or give prompts with answers with --input")
-    records, left_out = ([], {}) if prompts is None else _records(context, prompts)
+    records: list[Record] = []
+    left_out: dict[str, Any] = {}
+    if prompts is not None:
+        records, left_out = _records(context, prompts)
     given: Mapping[str, Mapping[str, Record]] = {}
     if context.options.engine == "vllm":
-        own = (
-            [Questions(OWN, records, context.options.max_new_tokens, f"answers {context.moment or ''}".strip())]
-            if records
-            else []
-        )
-        given = engine_answers(context, [*own, *benchmark_questions(context)], functools.partial(_asked, context))
+        about, longest = f"answers {context.moment or ''}".strip(), context.options.max_new_tokens
+        own = [Questions(OWN, _asked(context, records), longest, about)] if records else []
+        given = engine_answers(context, [*own, *benchmark_questions(context)])
     summary = _answers(context, records, given.get(OWN), model) | left_out if records else {}
     if _has_held_out(context):
         summary |= _held_out(context, model)
@@ -91,7 +91,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 def _records(context: StageContext, path: Path) -> tuple[list[Record], dict[str, Any]]:
-    """The evaluation prompts as the model is asked them, and what of them is left out."""
+    """The evaluation prompts, and what of them is left out."""
     records, left_out = own_records(context, path, "evaluation prompts")
     require(records, {"answer": str}, path)
     check_prompts(context.model, records, context.date)
@@ -219,7 +219,10 @@ def measure_batch(
 ) -> list[dict[str, Any]]:
     """`answer_batch` of answers that are there, by the records' ids: attention comes of a teacher-forced pass, if there is any to measure."""
     several = [record for record in batch if record["num_images"] > 1]
-    layers, wanted = _recording(model(), several, score, chosen) if several else ({}, None)
+    layers: Mapping[str, int] = {}
+    wanted: Mapping[str, Any] | None = None
+    if several:
+        layers, wanted = _recording(model(), several, score, chosen)
     answers = answered(model, batch, given, max_new_tokens=options.max_new_tokens, record=wanted)
     recorded = [answer.pop("recorded", None) for answer in answers]
     return [_judged(*each, layers, options, score) for each in zip(batch, answers, recorded, strict=True)]

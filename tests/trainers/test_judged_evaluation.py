@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import pytest
 from exported_run import make_adapter, make_base
 from judge_server import Asked, JudgeServer, Said
 
+from mmdpo_trainers.answers.raters.judge import Question
+from mmdpo_trainers.answers.raters.local import LocalModel
 from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.stages.models import LazyModel
 
 TOKENS = "3"
 
@@ -172,6 +176,28 @@ def test_what_a_judge_does_not_say_is_counted(
         assert "2 of 2 answers were not judged" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_judge_in_a_local_folder_has_the_room_of_the_model_that_answered(
+    base: Path, published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    held: list[LazyModel] = []
+    made = LazyModel.__init__
+    monkeypatch.setattr(LazyModel, "__init__", lambda self, load: (held.append(self), made(self, load))[1])
+
+    def answers(self: LocalModel, batch: Sequence[Question]) -> list[dict[str, Any]]:
+        assert [model._loaded for model in held] == [None]
+        return [{"response": '{"score": 0.3}', "ended": True, "num_tokens": 4} for _ in batch]
+
+    monkeypatch.setattr(LocalModel, "_answers", answers)
+    given = json.dumps({"mm_vet": str(published["mm_vet"])})
+    judge = json.dumps({"source": "model", "judge": str(base)})
+    command = ["evaluate", "--model", str(base), "--benchmarks", given, "--judge", judge, "--benchmark-tokens", TOKENS, "--json"]
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)["benchmarks"]
+    assert found["models"]["before"]["mm_vet"]["figures"]["score"]["value"] == pytest.approx(0.3)
+    assert found["benchmarks"]["mm_vet"]["judge"]["name"] == "tiny-llava"
+
+
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
@@ -199,3 +225,13 @@ def test_a_judge_that_cannot_be_is_refused_before_any_work(
     assert cli.main(["evaluate", "--model", str(base), "--benchmarks", given, "--judge", judge]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_its_judge_is_refused_before_training(
+    published: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = json.dumps({"mt_bench": str(published["mt_bench"])})
+    assert cli.main(["run", "shapes_mia_dpo", "--set", f"evaluate.benchmarks={given}"]) == 2
+    assert "a judge marks mt_bench; say which as evaluate.judge.source" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "runs").glob("*/augment"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,13 @@ def test_chair(tmp_path: Path) -> None:
     assert figures("chair", answers) == pytest.approx({"chair_s": 1 / 2, "chair_i": 1 / 3, "recall": 2 / 3, "words": 3.5})
     assert answers[0]["said"] == "dog, frisbee (not there)"
     assert suite.note(records[0]["common"]) == "objects are told by COCO's 80 names and their plurals"
+
+
+def test_chair_without_pictures_is_refused(tmp_path: Path) -> None:
+    folder = judged_files.coco(tmp_path / "coco")
+    shutil.rmtree(folder / "val2014")
+    with pytest.raises(DataError, match="holds no picture of its annotations"):
+        layouts_of(suite_named("chair"), folder)
 
 
 def test_object_halbench_by_rule_and_by_a_judge(tmp_path: Path) -> None:

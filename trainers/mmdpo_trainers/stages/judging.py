@@ -126,6 +126,8 @@ def _judged(answers: Sequence[Mapping[str, Any]], model: AskedModel, judging: Ju
     for answer, asked in zip(answers, texts, strict=True):
         replies = [next(found) for _ in asked]
         problems = [{"reason": each.reason, "detail": each.detail} for each in replies if isinstance(each, Problem)]
+        if "stopped" in answer:
+            problems.append({"reason": "turn_not_asked", "detail": answer["stopped"]})
         values = [None if isinstance(each, Problem) else each for each in replies]
         said, marks = judging.marked(answer, answer, values)
         results.append({"judged": values, "said": said, "marks": marks or None, **({"problems": problems} if problems else {})})
@@ -152,5 +154,6 @@ def _prompts(options: EvaluateConfig, key: str, suite: Suite) -> Prompts:
 
 def _earlier(context: StageContext, folder: Path) -> list[Path]:
     """Files of replies of the run's other evaluations."""
-    others = {path.parent for path in context.run.path.glob(f"**/evaluate/**/{FOLDER}/replies*.jsonl")} - {folder}
+    places = ("evaluate/*", "evaluate/own/*", "arms/*/evaluate/*")
+    others = {path for place in places for path in context.run.path.glob(f"{place}/{FOLDER}")} - {folder}
     return [file for other in sorted(others) for file in reply_files(other)]

@@ -11,6 +11,7 @@ names none: `object_halbench_judged` does so with `evaluate.judge`, `object_halb
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,15 +67,24 @@ def _note(common: Mapping[str, Any]) -> str:
 
 def _drawn(file: Path) -> Iterator[dict[str, Any]]:
     """The pictures that are described: of those that are there, by their ids."""
+    return iter(_chosen(file))
+
+
+@functools.lru_cache(maxsize=2)
+def _chosen(file: Path) -> list[dict[str, Any]]:
     folder, found = _folder(file), {}
     for entry in images_of(folder):
         places = (folder / place / str(entry["file_name"]) for place in PICTURE_FOLDERS)
         if any(place.is_file() for place in places):
             found[int(entry["id"])] = {"image_id": entry["id"], "file_name": entry["file_name"]}
+    if not found:
+        raise DataError(
+            f"{folder} holds no picture of its annotations: expected them in it, or in val2014/, train2014/ or images/"
+        )
     chosen = sorted(found)
     if len(chosen) > DRAWN:
         chosen = sorted(random.Random(0).sample(chosen, DRAWN))
-    yield from (found[name] for name in chosen)
+    return [found[name] for name in chosen]
 
 
 def _description(row: Row, source: Source) -> Question:

@@ -34,8 +34,11 @@ WRITTEN = {
     "quantization.json",
     "mmdpo_run.yaml",
     "reward_model.json",
+    # Of published benchmarks.
+    *("annotations.json", "relation.json", "query_all.json", "instances_*.json", "captions_*.json", "response_template.json"),
+    *("mm-vet.json", "alpaca_eval.json", "alpaca_eval_gpt4_baseline.json"),
 }
-"""Files of runs, trainings and models."""
+"""Files of runs, trainings and models, and of others."""
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.M | re.S)
 NAMED = re.compile(r"[\w./<>*-]+\.(?:py|md|yaml|json)\b")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +13,21 @@ from devices import DEVICE
 from property_cases import Call, check
 from torch import Tensor
 from trees import random_tree_end, with_reach
+from triton.runtime import _allocation
 
 from mmdpo_kernels import tree_attention
+from mmdpo_kernels.backends.calls import TreeAttentionCall
+from mmdpo_kernels.backends.triton import measured_tiles, tree_plan
 from mmdpo_kernels.backends.triton import tree_attention as backend
 from mmdpo_kernels.backends.triton import tree_attention_tiles as tiles
-from mmdpo_kernels.backends.triton import tree_plan
+from mmdpo_kernels.backends.triton.launch import Launch
 from mmdpo_kernels.backends.triton.tree_attention_tiles import Tiles
 from mmdpo_kernels.tree_mask import visible
 
 SQUARE, TALL, WIDE = (Tiles(m, n, 4, 2) for m, n in ((16, 16), (32, 16), (16, 32)))
+DESCRIBED = replace(TALL, descriptors=True)
+PARTED = replace(DESCRIBED, specialize=True)
+HALF = {"dtype": torch.bfloat16}
 
 # A prompt of one block, a branch of one that the next branch must skip, a branch that ends inside a block, padding.
 BRANCHES = [50] * 16 + [32] * 16 + [50] * 18 + [50, 51, 52]
@@ -91,6 +100,19 @@ CASES: dict[str, tuple[Tiles, dict[str, Any]]] = {
         {"length": 53, "ends": HIDDEN, "reach": LOOK_AHEAD, "segments": PICTURES, "upstream": ALL},
     ),
     "reach without a tree": (WIDE, {"length": 50, "reach": [40] * 40 + list(range(41, 51)), "window": 30}),
+    "descriptors, ragged last block, wide heads": (DESCRIBED, {"length": 37, "dims": (24, 40)}),
+    "descriptors, bfloat16 in rows of no whole 16 bytes": (DESCRIBED, {"length": 20, "dims": (20, 20), "heads": (1, 1), **HALF}),
+    "overlap": (replace(WIDE, overlap=True), {"length": 53, "ends": BRANCHES, "heads": (3, 1)}),
+    "overlap, descriptors, segments": (
+        replace(DESCRIBED, overlap=True),
+        {"length": 53, "ends": HIDDEN, "reach": LOOK_AHEAD, "segments": PICTURES, "upstream": ALL, **HALF},
+    ),
+    "overlap, no row sees anything": (replace(DESCRIBED, overlap=True), {"length": 18, "ends": list(range(18))}),
+    "own warps, causal": (PARTED, {"length": 50, "heads": (3, 1)}),
+    "own warps, window and softcap": (
+        PARTED,
+        {"length": 53, "ends": HIDDEN, "reach": LOOK_AHEAD, "window": 9, "softcap": 2.0},
+    ),
     "every token sees all": (
         SQUARE,
         {"length": 40, "reach": [40] * 40, "dtype": torch.bfloat16, "segments": PICTURES[:40], "upstream": ALL},
@@ -272,3 +294,72 @@ def test_plans_are_kept_and_follow_an_edit() -> None:
     assert tree_plan.query_plan(tree_end.view(1, 40), tree_end, None, 16, 16) is first
     tree_end[:] = torch.arange(40)
     assert tree_plan.query_plan(tree_end.view(1, 40), tree_end, None, 16, 16)[..., 1].sum() == 0
+
+
+def test_memory_for_descriptors_is_lent_for_one_launch() -> None:
+    """Triton asks the context's allocator; what the caller has set there stays."""
+    lent = []
+
+    class Asking:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda **given: lent.append(_allocation._allocator.get()(256, 128, None))
+
+    before = _allocation._allocator.get()
+    x = torch.zeros(4, device=DEVICE)
+    for descriptors in (True, False):
+        launch = Launch(
+            kernel=Asking(), programs=1, arguments={"x": x}, constants={}, num_warps=4, num_stages=1, descriptors=descriptors
+        )
+        if descriptors:
+            launch.run()
+        else:
+            with pytest.raises(RuntimeError, match="allocator"):
+                launch.run()
+    assert [(each.numel(), each.device) for each in lent] == [(256, x.device)]
+    assert _allocation._allocator.get() is before
+
+
+def test_tiles_of_a_sweep_are_taken_where_they_were_measured_and_serve_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = Tiles(128, 64, 8, 3)
+    causal, tree = (next(tile for tile, calls in tiles.CANDIDATES["forward"].items() if len(calls) == many) for many in (1, 2))
+    times = {shipped: 3.0, causal: 1.0, tree: 2.0}
+    rows = [
+        {"pass": "forward", **asdict(tile), "in_table": tile == shipped, "milliseconds": took} for tile, took in times.items()
+    ]
+    rows.append(
+        {"pass": "forward", **asdict(TALL), "in_table": False, "milliseconds": 0.5}
+    )  # for no call that is known to compile
+    rows.append({"pass": "grad_key", **asdict(causal), "in_table": False, "reason": "out of time"})
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps({"machine": {"gpu": "NVIDIA H100"}, "rows": rows}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    gpu = torch.device("cuda")
+    assert measured_tiles.fastest("causal", gpu) == {}
+    monkeypatch.setenv(measured_tiles.VARIABLE, str(file))
+    assert measured_tiles.fastest("causal", gpu) == {"forward": causal}
+    assert measured_tiles.fastest("tree", gpu) == {"forward": tree}
+    assert measured_tiles.fastest("tree mass", gpu) == measured_tiles.fastest(None, gpu) == {}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ValueError, match="measured on NVIDIA H100, this is NVIDIA A100"):
+        measured_tiles.fastest("causal", gpu)
+    monkeypatch.setenv(measured_tiles.VARIABLE, str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="expected what benchmarks.kernels.sweep_tiles writes"):
+        measured_tiles.fastest("causal", gpu)
+
+
+def test_the_kind_of_a_call_decides_whether_a_sweep_s_tiles_may_serve_it() -> None:
+    def kind(
+        capability: tuple[int, int] = (9, 0), dtype: torch.dtype = torch.bfloat16, dim: int = 128, **given: Any
+    ) -> str | None:
+        query = torch.empty(1, 4, 8, dim, dtype=dtype, device="meta")
+        ids = torch.empty(1, 8, dtype=torch.int32, device="meta")
+        fields = {"tree_end": ids if given.pop("tree", True) else None, "segments": None, "num_segments": 0, "scale": 1.0}
+        call = TreeAttentionCall(**{**fields, "softcap": None, "window": None, "reach": None, **given})
+        return backend._Launches(query, query, query, call)._kind(dim, capability)
+
+    assert [kind(tree=False), kind(), kind(num_segments=2), kind(dim=96)] == ["causal", "tree", "tree mass", "tree"]
+    reach = torch.empty(1, 8, dtype=torch.int32, device="meta")
+    unserved = [{"window": 4}, {"softcap": 2.0}, {"reach": reach}, {"dtype": torch.float32}, {"dim": 64}, {"capability": (8, 0)}]
+    assert [kind(**each) for each in unserved] == [None] * 6

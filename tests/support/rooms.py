@@ -19,7 +19,7 @@ ORDER = {
         *("losses", "loss_terms", "load_balancing", "decoder_layers", "op_names", "tree_mask", "tree", "segments", "head"),
     ),
     "mmdpo_trainers": (
-        *("cli", "run", "checks", "stages", "report", "training", "answers", "shapes", "models"),
+        *("cli", "run", "checks", "stages", "suites", "report", "training", "answers", "shapes", "models"),
         *("methods", "data", "processes", "files", "config", "errors"),
     ),
 }

@@ -21,7 +21,8 @@ from PIL import Image
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.sections.data import AugmentConfig
 from mmdpo_trainers.data.held_out import hold_out
-from mmdpo_trainers.data.images import image_files, open_image
+from mmdpo_trainers.data.image_paths import image_files
+from mmdpo_trainers.data.images import open_image
 from mmdpo_trainers.data.left_out import left_out_line
 from mmdpo_trainers.data.multi_image import PIP_OPENINGS, _draws, check_options
 from mmdpo_trainers.data.records import check_prompt, read_prompts

@@ -180,6 +180,21 @@ def test_nothing_is_chosen_by_a_handful_of_answers() -> None:
     assert "Nothing to compare" in verdicts(curves_of([]))[0]
 
 
+def test_what_has_no_area_is_explained() -> None:
+    """Of a format with wrong answers alone, and of a layer that sees no picture."""
+    wrong = [answered("grid", index, False, [0.1, 0.2, 0.3]) for index in range(31)]
+    unseen = [{**record, "ratios": [None, *record["ratios"][1:]]} for record in constructed(120, sequence=2)]
+    said = verdicts(curves_of([*wrong, *unseen]))
+    assert (
+        said.count(
+            "Format grid has no AUC: it takes two right and two wrong answers about as many pictures, and there are 0 right and 31 wrong ones."
+        )
+        == 1
+    )
+    assert said.count("No AUC at layer 4: too few answers see the pictures from there.") == 1
+    assert not [each for each in verdicts(curves_of(constructed(120, sequence=2))) if "no AUC" in each.lower()]
+
+
 def test_all_prompts_of_a_source_record_are_in_one_half_and_the_unclear_are_counted() -> None:
     records = constructed(60, sequence=1)
     twins = [{**record, "id": f"{record['id']}/grid", "format": "grid"} for record in records]

@@ -241,7 +241,7 @@ def test_the_truth_agrees_with_itself(tmp_path: Path) -> None:
         ({"attributes": ["a", "a"]}, "each once"),
         ({"lowest": 4.0, "highest": 4.0}, "rate.highest: expected more than rate.lowest"),
         ({"facts": ["box"]}, "rate.facts"),
-        ({"endpoint": {"url": "localhost:8000"}}, "rate.endpoint.url: expected http"),
+        ({"endpoint": {"url": "localhost:8000"}}, "endpoint.url: expected http"),
     ],
 )
 def test_settings_that_cannot_be(rate: dict[str, Any], said: str) -> None:

@@ -20,7 +20,9 @@ from tiny_models import make_tiny_llava, sample_pictures
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data import images
 from mmdpo_trainers.data.compose import grid_collage, pic_in_pic
-from mmdpo_trainers.data.images import ImageError, image_digest, image_files, image_size, open_image, placed, render
+from mmdpo_trainers.data.image_paths import image_files, placed, render
+from mmdpo_trainers.data.images import ImageError, image_digest, image_size, open_image
+from mmdpo_trainers.data.looks import learn_digests
 from mmdpo_trainers.data.pairs import read_pairs
 from mmdpo_trainers.data.records import check_prompt, read_prompts
 from mmdpo_trainers.errors import DataError
@@ -211,6 +213,15 @@ def test_a_mark_is_read_once_as_long_as_the_file_stays(folder: Path, monkeypatch
     for _ in range(3):
         open_image(recipe)
     assert len(read) == 3
+
+
+def test_digests_are_learned_side_by_side(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be used says so later, by its record."""
+    files = [str(folder / "photos" / f"{number}.jpg") for number in range(3)]
+    images._digests.clear()
+    learn_digests([*files, *files, str(folder / "gone.jpg"), grid_of(folder / "photos")])
+    monkeypatch.setattr(images, "_opened", lambda *_: pytest.fail("decoded again"))
+    assert len({image_digest(file) for file in files}) == 3
 
 
 def test_batches_are_prepared_one_ahead() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..calls import TreeAttentionCall
 from ..layout import empty_head_last, int32
-from . import runtime
+from . import measured_tiles, runtime
 from . import tree_attention_tiles as tiles
 from .attention_device import COLUMNS
 from .launch import Launch
@@ -157,12 +157,27 @@ class _Launches:
         width = max(self.query.shape[3], self.value.shape[3])
         capability = self.capability or runtime.capability(self.query.device)
         heavy = self.call.num_segments > 0 or self.call.softcap is not None
-        return tiles.choose(width, self.query.dtype, capability, heavy, self.call.reach is not None)
+        chosen = tiles.choose(width, self.query.dtype, capability, heavy, self.call.reach is not None)
+        if tiles.overridden():
+            return chosen
+        return replace(chosen, **measured_tiles.fastest(self._kind(width, capability), self.query.device))
+
+    def _kind(self, width: int, capability: tuple[int, int]) -> str | None:
+        """Which of the calls that candidates are for this one is, or None."""
+        if capability[0] != 9 or self.query.dtype == torch.float32 or not 64 < width <= 128:
+            return None
+        if any(each is not None for each in (self.call.reach, self.call.window, self.call.softcap)):
+            return None
+        if self.call.num_segments:
+            return "tree mass"
+        return "causal" if self.call.tree_end is None else "tree"
 
     def _launch(
         self, kernel: Any, programs: int, tile: Tiles, plan: Callable[..., Tensor], own: dict[str, Any], **constants: int
     ) -> Launch:
         """programs: of one batch row. own: arguments that not all kernels have."""
+        if tile.descriptors and not _describable(self.query, self.key, self.value, own.get("grad_output")):
+            tile = replace(tile, descriptors=False, specialize=False)
         tree_end, reach, window = self.call.tree_end, self.call.reach, self.call.window
         planned = any(each is not None for each in (tree_end, reach, window))
         blocks = plan(tree_end, self.query, window, tile.block_m, tile.block_n, reach) if planned else None
@@ -197,6 +212,7 @@ class _Launches:
             constants=self._constants(tile) | constants,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            descriptors=tile.descriptors,
         )
 
     def _constants(self, tile: Tiles) -> dict[str, int | bool]:
@@ -210,7 +226,19 @@ class _Launches:
             "BLOCK_V": _padded(value_dim),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
+            "DESCRIPTORS": tile.descriptors,
+            "SPECIALIZE": tile.specialize,
+            "OVERLAP": tile.overlap,
         }
+
+
+def _describable(*tensors: Tensor | None) -> bool:
+    """Whether tensor descriptors can stand for them: addresses and strides of whole 16 bytes."""
+    return all(
+        each.data_ptr() % 16 == 0 and all(stride * each.element_size() % 16 == 0 for stride in each.stride()[:-1])
+        for each in tensors
+        if each is not None
+    )
 
 
 def _padded(dim: int) -> int:
@@ -238,6 +266,20 @@ def specializations(target: int) -> list[Specialization]:
         for launch in _example(dtype, dim, divmod(target, 10), **features):
             name = launch.kernel.__name__.removesuffix("_kernel")
             forms.append(launch.describe(f"tree_attention {name} {label}"))
+    return forms
+
+
+def candidates(target: int) -> list[Specialization]:
+    """`tree_attention_tiles.CANDIDATES` as `specializations` has the shipped forms, once for each kind of call that they serve."""
+    forms: list[Specialization] = []
+    for name, several in tiles.CANDIDATES.items():
+        for tile, calls in several.items():
+            for call in calls:
+                with tiles.override(tile):
+                    features: dict[str, Any] = {"tree": call != "causal", "num_segments": 4 if "mass" in call else 0}
+                    launches = list(_example(torch.bfloat16, 128, divmod(target, 10), **features))
+                label = f"tree_attention {name} bf16 128 {call}, {tile.words}"
+                forms += [each.describe(label) for each in launches if each.kernel.__name__ == f"{name}_kernel"]
     return forms
 
 

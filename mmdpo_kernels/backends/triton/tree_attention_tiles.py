@@ -23,6 +23,18 @@ class Tiles:
     num_warps: int
     num_stages: int
     """Tiles in flight between global and shared memory."""
+    descriptors: bool = False
+    """Tiles of the loop come by tensor descriptors: the copy engine of sm_90 and newer fetches them."""
+    specialize: bool = False
+    """Loads, products and exponentials in warps of their own, where the compiler can part them; it adds warps."""
+    overlap: bool = False
+    """The softmax of a block runs beside the product before it."""
+
+    @property
+    def words(self) -> str:
+        """For labels and tables: `128x64, 8 warps, 3 stages, descriptors`."""
+        extras = [name for name in ("descriptors", "specialize", "overlap") if getattr(self, name)]
+        return ", ".join([f"{self.block_m}x{self.block_n}", f"{self.num_warps} warps", f"{self.num_stages} stages", *extras])
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,35 @@ WIDEST = 256
 CORRECTION = Tiles(64, 0, 4, 1)
 """Of the pass over rows that comes before the other backward ones; it has no keys."""
 
+_EVERY = ("causal", "tree", "tree mass")
+
+CANDIDATES: dict[str, dict[Tiles, tuple[str, ...]]] = {
+    "forward": {
+        Tiles(128, 64, 8, 3, descriptors=True): _EVERY,
+        Tiles(128, 128, 8, 2, descriptors=True): ("causal", "tree"),
+        Tiles(128, 64, 8, 3, descriptors=True, overlap=True): _EVERY,
+        Tiles(128, 128, 8, 2, descriptors=True, overlap=True): ("causal",),
+        Tiles(128, 64, 4, 3, descriptors=True, specialize=True): ("causal", "tree"),
+        Tiles(128, 128, 4, 2, descriptors=True, specialize=True): ("causal",),
+    },
+    "grad_key": {
+        Tiles(32, 128, 8, 3, descriptors=True): ("causal", "tree"),
+        Tiles(64, 128, 8, 2, descriptors=True): ("causal", "tree"),
+        Tiles(32, 128, 8, 2, descriptors=True, overlap=True): _EVERY,
+        Tiles(64, 64, 8, 2, descriptors=True, overlap=True): _EVERY,
+        Tiles(32, 128, 4, 2, descriptors=True, specialize=True): ("causal",),
+    },
+    "grad_query": {
+        Tiles(128, 64, 8, 3, descriptors=True): _EVERY,
+        Tiles(128, 128, 8, 2, descriptors=True): ("causal", "tree"),
+        Tiles(128, 64, 8, 2, descriptors=True, overlap=True): _EVERY,
+    },
+}
+"""For sm_90, half precision and head dim 128, by pass: tiles, and the calls for which they compile without spills. Measured nowhere yet.
+
+No call takes one but under `override`. Triton cannot part the warps of other calls and passes (`specialize`).
+"""
+
 _override: list[TreeAttentionTiles] = []
 
 
@@ -55,6 +96,11 @@ def choose(width: int, dtype: torch.dtype, capability: tuple[int, int], heavy: b
     family = {9: "hopper", 10: "blackwell"}.get(capability[0], "ampere")
     chosen = (_HALF_HEAVY if heavy else _HALF)[family][column]
     return replace(chosen, **_REACH.get((family, column, heavy), {})) if reach else chosen
+
+
+def overridden() -> bool:
+    """Whether `override` is at work."""
+    return bool(_override)
 
 
 @contextmanager

@@ -87,13 +87,15 @@ def _make(
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.75,
-            "mrope_section": [1, 1, 1],
+            "mrope_section": [hidden // heads // 8] * 3,
         },
         "pad_token_id": ids["<|endoftext|>"],
         "tie_word_embeddings": tied,
     }
     if family == "glm4v_moe":
         text |= {
+            "head_dim": hidden // heads,
+            "use_qk_norm": False,
             "moe_intermediate_size": hidden,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,

@@ -30,11 +30,14 @@ def action(of_run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.N
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    given = {"--model": "model", "--input": "evaluate.input"}
-    missing = [flag for flag, key in given.items() if getattr(options, key, None) is None and not options.config]
+    given = {"--model": ["model"], "--input": ["evaluate.input", "evaluate.benchmarks"]}
+    missing = [
+        flag for flag, keys in given.items() if all(getattr(options, key, None) is None for key in keys) and not options.config
+    ]
     if missing:
         raise ConfigError(
-            f"evaluate: give --run FOLDER, the folder of a run, or --adapter FOLDER, --model FOLDER and --input FILE; {missing[0]} is missing"
+            "evaluate: give --run FOLDER, the folder of a run, or --adapter FOLDER, --model FOLDER and --input FILE or --benchmarks "
+            f"'{{NAME: FILE}}'; {missing[0]} is missing"
         )
     if options.arm is not None:
         raise ConfigError(f"--arm {options.arm}: an evaluation without a run has no arms; leave it out")

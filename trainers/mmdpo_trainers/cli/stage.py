@@ -75,10 +75,15 @@ def _stage(options: argparse.Namespace) -> None:
     if not ranks.is_rank_0():
         return
     shown = {key: value for key, value in summary.items() if key != "fingerprint"}
+    shown |= {"trained": str(context.trained)} if options.stage == "train" else {}
     print(yaml.safe_dump({context.name: shown}, sort_keys=False, allow_unicode=True), end="")
 
 
 def _own_evaluation(options: argparse.Namespace, config: RunConfig) -> str | None:
-    """Name of the evaluation that `mmdpo evaluate --input FILE` makes: one beside the run's, whose answers stay as they are."""
-    given = options.stage == "evaluate" and getattr(options, "evaluate.input", None) is not None
-    return Path(config.evaluate.input).stem if given and config.evaluate.input else None
+    """Name of the evaluation that `mmdpo evaluate --input FILE` or `--benchmarks` makes: one beside the run's, whose answers stay as they
+    are."""
+    if options.stage != "evaluate":
+        return None
+    if getattr(options, "evaluate.input", None) is not None and config.evaluate.input:
+        return Path(config.evaluate.input).stem
+    return "benchmarks" if getattr(options, "evaluate.benchmarks", None) is not None else None

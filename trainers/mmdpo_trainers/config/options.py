@@ -24,7 +24,7 @@ def option(
     lt: float | None = None,
 ) -> Any:
     """A dataclass field with its help text. result=False: it cannot change what a stage writes, so fingerprints leave it out;
-    a function gives what of its value can. path: a path, or a list of them, which is saved absolute. when: when to change it, which
+    a function gives what of its value can. path: a path, or a list or a mapping to them, which is saved absolute. when: when to change it, which
     `mmdpo init` writes beside it. ge to lt are pydantic's limits of a number."""
     metadata = {"description": help, "result": result, "path": path, "when": when, "ge": ge, "gt": gt, "le": le, "lt": lt}
     if factory is not dataclasses.MISSING:

@@ -145,14 +145,8 @@ class RunConfig(Settings):
 def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     absolute = dict(values)
     for section, hint in get_type_hints(RunConfig).items():
-        given = values.get(section) if dataclasses.is_dataclass(hint) else None
-        paths = (
-            {f.name for f in dataclasses.fields(hint) if f.metadata["path"]}
-            if given and dataclasses.is_dataclass(hint)
-            else set()
-        )
-        if given and not paths.isdisjoint(given):
-            absolute[section] = {name: _placed(value) if name in paths else value for name, value in given.items()}
+        if dataclasses.is_dataclass(hint) and values.get(section):
+            absolute[section] = _absolute_section(hint, values[section])
     if values.get("method", "").endswith(".py"):
         absolute["method"] = _placed(values["method"])
     # What is no folder may be a name on a hub, which the error about it is to repeat as it was given.
@@ -161,10 +155,24 @@ def _absolute(values: dict[str, Any]) -> dict[str, Any]:
     return absolute
 
 
+def _absolute_section(section: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a section, and of those in it, with absolute paths."""
+    hints, absolute = get_type_hints(section), dict(values)
+    for each in dataclasses.fields(section):
+        value = values.get(each.name)
+        if each.metadata["path"]:
+            absolute[each.name] = _placed(value)
+        elif dataclasses.is_dataclass(hints[each.name]) and isinstance(value, dict):
+            absolute[each.name] = _absolute_section(hints[each.name], value)
+    return {name: value for name, value in absolute.items() if name in values}
+
+
 def _placed(path: Any) -> Any:
-    """A path, or a list of them, as absolute ones; names of what is shipped stay."""
+    """A path, or a list or a mapping to them, as absolute ones; names of what is shipped stay."""
     if isinstance(path, list):
         return [_placed(each) for each in path]
+    if isinstance(path, dict):
+        return {name: _placed(each) for name, each in path.items()}
     return str(Path(path).expanduser().absolute()) if path and path not in SHIPPED else path
 
 

@@ -120,13 +120,14 @@ STAGES: Mapping[str, StageKind] = MappingProxyType(
             examples=(
                 "evaluate --run runs/mine --moment before",
                 "evaluate --run runs/mine --moment after --input my_questions.jsonl   # to evaluate/own/my_questions-after",
+                "evaluate --run runs/mine --moment after --benchmarks '{blink: BLINK.tsv}'   # to evaluate/own/benchmarks-after",
                 "evaluate --adapter my-adapter --model llava-1.5-7b-hf --input my_questions.jsonl   # without a run, beside its base",
             ),
             model=True,
             shared=True,
             arm=True,
             also=("score",),
-            shown=("answers.jsonl", "held_out.jsonl", "rewards.jsonl"),
+            shown=("answers.jsonl", "held_out.jsonl", "rewards.jsonl", "benchmarks.json"),
         ),
         "report": StageKind(
             about="Write report.html, one self-contained page about the run.",

@@ -26,7 +26,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def read_image(source: ImageSource, *, root: PathLike | None = None, max_pixels:
     `root`: the folder that a path is relative to and may not leave. Pillow refuses pictures above twice
     `PIL.Image.MAX_IMAGE_PIXELS`, whatever `max_pixels` says.
     """
-    if (recipe := _recipe(source)) is not None:
+    if (recipe := recipe_in(source)) is not None:
         return Picture(_drawn(recipe, root, max_pixels), None)
     with _opened(_origin(source, root), max_pixels) as image:
         return _upright_rgb(image)
@@ -164,17 +164,9 @@ def open_image(source: ImageSource, *, root: PathLike | None = None, max_pixels:
     return read_image(source, root=root, max_pixels=max_pixels).image
 
 
-def render(recipe: Mapping[str, Any], *, folder: PathLike = ".") -> Image.Image:
-    """The picture that a recipe of a record makes, upright and in RGB. folder: that of the record's file, which paths are relative to.
-
-    Raises ImageError where one of its pictures is not what it was, or cannot be read.
-    """
-    return open_image(placed(recipe, folder))
-
-
 def image_size(source: ImageSource) -> tuple[int, int]:
     """Width and height of the picture that `open_image` gives; what files say of themselves is read, not their pixels."""
-    if (recipe := _recipe(source)) is not None:
+    if (recipe := recipe_in(source)) is not None:
         return recipe.size(image_size)
     with _opened(_origin(source, None), MAX_PIXELS) as image:
         # Pillow's TIFF pictures have the size of the upright picture by themselves.
@@ -189,7 +181,7 @@ def image_digest(source: ImageSource, *, opened: dict[str, Image.Image] | None =
     it had to be decoded, so that a caller who needs its pixels too has them. Of a recipe it is the recipe's own key, which no other picture
     has: it is not drawn, and with `sha256` no file is read.
     """
-    if (recipe := _recipe(source)) is not None:
+    if (recipe := recipe_in(source)) is not None:
         return recipe.key(recipe.marks or [image_digest(path) for path in recipe.images])
     origin = _origin(source, None)
     key: tuple[Any, ...] | None = None
@@ -217,32 +209,8 @@ def file_mark(file: Path) -> str:
     return _marks[key]
 
 
-def image_files(image: Any) -> list[str]:
-    """The files that a picture of a record is read from: one, those of a recipe, or none."""
-    if (recipe := _recipe(image)) is not None:
-        return list(recipe.images)
-    if isinstance(image, Mapping):
-        image = None if image.get("bytes") else image.get("path")
-    if not isinstance(image, str | os.PathLike) or os.fspath(image).startswith("data:"):
-        return []
-    return [os.fspath(image)]
-
-
-def placed(image: Any, folder: PathLike) -> Any:
-    """A picture of a record, a path or a recipe, whose paths are relative to `folder`, with absolute ones; any other as it is."""
-    return with_paths(image, lambda path: os.path.normpath(os.path.join(folder, path)))
-
-
-def with_paths(image: Any, place: Callable[[str], str]) -> Any:
-    """A picture of a record with `place` of its path, or of each of its recipe's; any other as it is."""
-    if (recipe := _recipe(image)) is not None:
-        return recipe.at(place).stored()
-    if not isinstance(image, str | os.PathLike) or os.fspath(image).startswith("data:"):
-        return image
-    return place(os.fspath(image))
-
-
-def _recipe(source: Any) -> Recipe | None:
+def recipe_in(source: Any) -> Recipe | None:
+    """The recipe that a picture is; None: it is none. Raises ImageError (not_a_picture) for one that is wrong."""
     try:
         return recipe_of(source)
     except ValueError as error:

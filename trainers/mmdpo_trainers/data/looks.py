@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mmdpo_trainers.data.compose import Size
-from mmdpo_trainers.data.images import ImageError, file_mark, read_image
+from mmdpo_trainers.data.images import ImageError, file_mark, image_digest, read_image
 
 
 class Look(NamedTuple):
@@ -31,7 +32,7 @@ class Looks:
     def __init__(self, *, max_pixels: int) -> None:
         self.max_pixels = max_pixels
         self._seen: dict[str, Look] = {}
-        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="looks")
+        self._pool = threads()
 
     def __contains__(self, path: str) -> bool:
         return path in self._seen
@@ -55,3 +56,21 @@ class Looks:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def threads() -> ThreadPoolExecutor:
+    """One for each core that this process may use."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="looks")
+
+
+def learn_digests(pictures: Iterable[Any]) -> None:
+    """Decode files side by side, after which `image_digest` knows them. What cannot be used says so when it is asked for."""
+
+    def learn(picture: Any) -> None:
+        with contextlib.suppress(ImageError, OSError):
+            image_digest(picture)
+
+    paths = dict.fromkeys(picture for picture in pictures if isinstance(picture, str | os.PathLike))
+    if len(paths) > 1:
+        with threads() as pool:
+            list(pool.map(learn, paths))

@@ -23,16 +23,8 @@ from mmdpo_trainers.data.conversation import (
     read_turns,
     with_template_columns,
 )
-from mmdpo_trainers.data.images import (
-    ImageError,
-    as_url,
-    embedded_bytes,
-    image_digest,
-    image_size,
-    local_path,
-    open_image,
-    with_paths,
-)
+from mmdpo_trainers.data.image_paths import with_paths
+from mmdpo_trainers.data.images import ImageError, as_url, embedded_bytes, image_digest, image_size, local_path, open_image
 from mmdpo_trainers.data.recipes import is_recipe
 from mmdpo_trainers.data.records import IMAGE_TOKEN, check_placeholders
 from mmdpo_trainers.errors import DataError

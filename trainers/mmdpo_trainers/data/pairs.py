@@ -15,7 +15,7 @@ from mmdpo_trainers.config.options import Match
 from mmdpo_trainers.data.column_names import answers_alone, pair_remedy
 from mmdpo_trainers.data.content import UnreadContent
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt, words
-from mmdpo_trainers.data.images import image_files
+from mmdpo_trainers.data.image_paths import image_files
 from mmdpo_trainers.data.layouts import LayoutReader, LeftOut, UnknownLayout
 from mmdpo_trainers.data.left_out import ALLOW, counted
 from mmdpo_trainers.data.match import is_right

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeGuard
 from mmdpo_trainers.data.content import IMAGE_TOKEN as IMAGE_TOKEN
 from mmdpo_trainers.data.content import UnreadContent, check_columns
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Stored, conversation_of
-from mmdpo_trainers.data.images import placed, with_paths
+from mmdpo_trainers.data.image_paths import placed, with_paths
 from mmdpo_trainers.data.recipes import is_recipe, recipe_of
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.json_lines import Part, read_jsonl

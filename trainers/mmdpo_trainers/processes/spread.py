@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -37,7 +38,10 @@ def spread(work: Callable[[T], R], pieces: Sequence[T], *, processes: int | None
             reader, writer = context.Pipe(duplex=False)
             readers.append(reader)
             child = context.Process(target=_work, args=(work, pieces[number::count], writer, list(readers)), daemon=True)
-            child.start()
+            with warnings.catch_warnings():
+                # They take no lock that another thread may hold.
+                warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+                child.start()
             children.append(child)
             writer.close()
         for place in range(len(pieces)):

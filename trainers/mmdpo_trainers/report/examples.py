@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.data.images import ImageError, open_image, placed
+from mmdpo_trainers.data.image_paths import placed
+from mmdpo_trainers.data.images import ImageError, open_image
 
 from .images import SIDE, data_uri, outlined, sized
 

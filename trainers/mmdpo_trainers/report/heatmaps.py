@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmdpo_trainers.answers.layer_choice import chosen_layers
-from mmdpo_trainers.data.images import placed
+from mmdpo_trainers.data.image_paths import placed
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from . import numbers, tables
 from .comparison import PageInputs
-from .sections import SECTIONS
+from .sections import OF_EVERY_METHOD, SECTIONS
 
 
 def render(page: PageInputs) -> str:
@@ -23,7 +23,9 @@ def render(page: PageInputs) -> str:
 
     Raises StageError where matplotlib is not installed.
     """
-    made = [(name, SECTIONS[name](page)) for name in page.method.page]
+    first, *others = page.method.page
+    names = [first, *(name for name in OF_EVERY_METHOD if name not in page.method.page), *others]
+    made = [(name, SECTIONS[name](page)) for name in names]
     config, now = page.config, page.now or datetime.now(UTC)
     values = {
         "title": page.title,

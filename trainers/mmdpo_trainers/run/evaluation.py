@@ -21,9 +21,12 @@ from mmdpo_trainers.files.fingerprint import content_hash
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.processes.progress import Progress
+from mmdpo_trainers.report.benchmarks import benchmark_summary
 from mmdpo_trainers.report.contents import label_of
 from mmdpo_trainers.report.intervals import paired_change
 from mmdpo_trainers.run.pipeline import held, run_stage, set_threads
+from mmdpo_trainers.run.tables import benchmark_tables
+from mmdpo_trainers.stages.benchmarks import check_benchmarks
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
 
@@ -36,12 +39,12 @@ def folder_for(given: str) -> Path:
 
 
 def evaluate(config: RunConfig, *, adapter: Path | None, restart: bool = False, as_json: bool = False) -> dict[str, Any]:
-    """Answer `evaluate.input` with the model, and with `adapter` on it; print and return accuracies with 95 % intervals.
+    """Answer `evaluate.input` and `evaluate.benchmarks` with the model, and with `adapter` on it; print and return figures with 95 % intervals.
 
     Raises MmdpoError as the stage does.
     """
-    if not config.evaluate.input:
-        raise ConfigError("evaluate: give prompts with answers (.jsonl) with --input")
+    if not config.evaluate.input and not config.evaluate.benchmarks:
+        raise ConfigError("evaluate: give prompts with answers (.jsonl) with --input, or published benchmarks with --benchmarks")
     if adapter is not None and not any((adapter / name).is_file() for name in ("adapter_config.json", "config.json")):
         raise StageError(f"--adapter {adapter}: expected the folder of a PEFT adapter, or of a whole model; there is neither")
     run = RunFolder(config.run_path)
@@ -49,6 +52,7 @@ def evaluate(config: RunConfig, *, adapter: Path | None, restart: bool = False, 
     # What may not fit comes first.
     moments: tuple[Moment, ...] = ("before",) if adapter is None else ("after", "before")
     contexts = {moment: _context(run, config, moment, adapter) for moment in moments}
+    check_benchmarks(contexts["before"])
     with held(run), ranks.failing():
         for context in contexts.values():
             if restart:
@@ -56,23 +60,28 @@ def evaluate(config: RunConfig, *, adapter: Path | None, restart: bool = False, 
             run_stage(context)
     if not ranks.is_rank_0():
         return {}
-    found = {
+    folders = {moment: run.path / context.name for moment, context in contexts.items()}
+    found: dict[str, Any] = {
         "model": config.model,
         "adapter": None if adapter is None else str(adapter),
         "input": config.evaluate.input,
         "match": config.evaluate.match,
         "folder": str(run.path),
-        "accuracy": compared({moment: run.path / context.name for moment, context in contexts.items()}, run),
+        "accuracy": compared(folders, run) if config.evaluate.input else {},
     }
+    if benchmarks := benchmark_summary({str(moment): folders[moment] for moment in reversed(folders)}):
+        found["benchmarks"] = benchmarks
     if as_json:
         print(json.dumps(found, indent=2))
-    else:
-        Console().print(table(found))
+        return found
+    console = Console()
+    for each in [*([table(found)] if found["accuracy"] else []), *benchmark_tables(found.get("benchmarks") or {})]:
+        console.print(each)
     return found
 
 
 def _context(run: RunFolder, config: RunConfig, moment: Moment, adapter: Path | None) -> StageContext:
-    own = Path(config.evaluate.input or "").stem
+    own = Path(config.evaluate.input).stem if config.evaluate.input else "benchmarks"
     return StageContext(run=run, config=config, stage="evaluate", moment=moment, own=own, adapter=adapter, progress=Progress())
 
 

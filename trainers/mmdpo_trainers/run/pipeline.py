@@ -23,9 +23,11 @@ from mmdpo_trainers.methods.ranking import with_attributes
 from mmdpo_trainers.methods.selection import match_of
 from mmdpo_trainers.processes import notices, ranks
 from mmdpo_trainers.processes.progress import Progress
+from mmdpo_trainers.report.benchmarks import benchmark_summary
 from mmdpo_trainers.run import upload
 from mmdpo_trainers.run.preflight import check_declaration, check_run
 from mmdpo_trainers.run.tables import run_tables
+from mmdpo_trainers.stages.benchmarks import benchmark_marks
 from mmdpo_trainers.stages.context import StageContext, stage_module
 from mmdpo_trainers.stages.folder import RunFolder
 
@@ -175,6 +177,8 @@ def stage_fingerprint(context: StageContext, inputs: list[Path]) -> Fingerprint:
         parts["name"] = context.config.name
     if context.stage == "evaluate" and context.asked_attributes:
         parts["asked"] = with_attributes("", context.asked_attributes, context.config.rank)
+    if context.stage == "evaluate" and context.options.benchmarks:
+        parts["benchmark_files"] = benchmark_marks(context.options)
     if context.stage == "pairs" and context.further_views:
         parts["further_views"] = list(context.further_views)
     if context.method.file is not None:
@@ -302,9 +306,15 @@ def write_summary(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Write and return the run's `summary.json`, from the summaries of the stages that are done."""
     summary: dict[str, Any] = {"name": config.name, "seed": config.seed, "model": config.model, "method": config.method}
     summary |= method_named(config.method).summary(run.path, tuple(config.arms))
+    evaluations = {"before": "evaluate/before", "after": "evaluate/after"}
+    evaluations |= {arm: f"arms/{arm}/evaluate/after" for arm in config.arms}
+    if benchmarks := benchmark_summary({who: run.path / folder for who, folder in evaluations.items()}):
+        summary["benchmarks"] = benchmarks
     names = stage_folders(tuple(config.arms))
     # Of evaluation prompts, which are made beside their answers.
     losses = {name: read_json(run.path / name / "summary.json", missing={}).get("lost") for name in ("evaluate", *names)}
+    described = summary.get("benchmarks", {}).get("benchmarks", {})
+    losses |= {f"benchmark {key}": each.get("lost") for key, each in described.items()}
     summary["lost"] = {name: found for name, found in losses.items() if found}
     seconds = {name: round(run.seconds(name), 2) for name in names if (run.path / name / "state.json").exists()}
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}

@@ -11,12 +11,59 @@ from mmdpo_trainers.data.left_out import by_stages, reason_words
 from mmdpo_trainers.data.records import FORMATS, TEXT
 from mmdpo_trainers.methods import method_named
 from mmdpo_trainers.methods.held_out import ALL, flat_figures
+from mmdpo_trainers.report.benchmarks import notes_of
 
 
 def run_tables(summary: dict[str, Any]) -> list[Table]:
     """Those that the run's method names, from the run's summary, and what was left out."""
     found = [TABLES[name](summary) for name in method_named(summary["method"]).tables]
+    found += benchmark_tables(summary.get("benchmarks") or {})
     return [table for table in (*found, _lost_table(summary)) if table is not None]
+
+
+def benchmark_tables(summary: dict[str, Any]) -> list[Table]:
+    """Each published benchmark's figures, with intervals, and the tables of papers that have one of them; none where there are no benchmarks."""
+    if not summary:
+        return []
+    models = summary["models"]
+    table = Table(title="published benchmarks, with 95 % intervals", title_justify="left", pad_edge=False, collapse_padding=True)
+    table.add_column("benchmark")
+    changed = (
+        [f"change, {who}" for who in summary["changes"]] if len(summary["changes"]) > 1 else ["change"] * len(summary["changes"])
+    )
+    for name in ("number", *models, *changed):
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for key, described in summary["benchmarks"].items():
+        for name, figure in described["figures"].items():
+            of_models = [(models[who].get(key) or {"figures": {}})["figures"].get(name) for who in models]
+            if not any(of_models):
+                continue
+            of_changes = [(changes.get(key) or {"figures": {}})["figures"].get(name) for changes in summary["changes"].values()]
+            count = next(each["count"] for each in of_models if each)
+            label = f"{described['title']}, {figure['label'].lower()}"
+            cells = [*(_figure_cell(each) for each in of_models), *(_figure_cell(each, "+") for each in of_changes)]
+            table.add_row(label if key == described["suite"] else f"{key}: {label}", f"{count:,}", *cells)
+    if notes := notes_of(summary):
+        table.caption, table.caption_justify = "\n".join(notes), "left"
+    return [table, *(_published_table(each) for each in summary["tables"].values())]
+
+
+def _figure_cell(figure: dict[str, Any] | None, sign: str = "") -> str:
+    if figure is None or figure["value"] is None:
+        return "-"
+    interval = figure["interval"]
+    ends = f"\n{interval[0]:{sign}.3f} to {interval[1]:{sign}.3f}" if interval else ""
+    return f"{figure['value']:{sign}.3f}{ends}"
+
+
+def _published_table(found: dict[str, Any]) -> Table:
+    table = Table(title=f"{found['title']} ({found['paper']})", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for name in found["columns"]:
+        table.add_column(name, justify="right")
+    for who, row in found["rows"].items():
+        table.add_row(who, *("-" if row[name] is None else f"{row[name]:.2f}" for name in found["columns"]))
+    return table
 
 
 def _lost_table(summary: dict[str, Any]) -> Table | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from mmdpo_trainers.data.multi_image import check_options, plan_prompts
 from mmdpo_trainers.stages.context import StageContext
-from mmdpo_trainers.stages.prompts import need_regions, source_files, training_records, training_texts, write_prompts
+from mmdpo_trainers.stages.prompt_sources import source_files, training_records, training_texts
+from mmdpo_trainers.stages.prompts import need_regions, write_prompts
 
 
 def inputs(context: StageContext) -> list[Path]:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.data.images import content_key, image_files, is_made
+from mmdpo_trainers.data.image_paths import image_files
+from mmdpo_trainers.data.images import content_key, is_made
 from mmdpo_trainers.data.left_out import counted, lost
 from mmdpo_trainers.data.records import read_prompts, relative_images
 from mmdpo_trainers.errors import DataError, StageError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +27,9 @@ from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.report.intervals import Proportion
 from mmdpo_trainers.stages.batches import Record, own_records, require, run_batches
+from mmdpo_trainers.stages.benchmarks import answer_benchmarks, benchmark_questions, check_benchmarks
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.engine_answers import OWN, Questions, answered, engine_answers
 from mmdpo_trainers.stages.models import LazyModel, load_evaluated, load_reward_model
 from mmdpo_trainers.stages.prompts import build_evaluation_prompts, evaluation_inputs
 from mmdpo_trainers.training.pair_logps import pair_logps
@@ -36,20 +38,24 @@ HELD_OUT, REWARDS = "held_out.jsonl", "rewards.jsonl"
 
 
 def inputs(context: StageContext) -> list[Path]:
-    """The evaluation prompts or what they are made of, the held-out pairs with the base's figures, and what was trained."""
-    if context.rewards and context.options.input:
-        raise ConfigError("evaluate.input: a reward model rates answers and gives none; leave it out")
+    """The evaluation prompts or what they are made of, the held-out pairs with the base's figures, and what was trained. Of benchmarks
+    see `benchmark_marks`."""
+    for name, given in (("input", context.options.input), ("engine", context.options.engine != "transformers")):
+        if context.rewards and given:
+            raise ConfigError(f"evaluate.{name}: a reward model rates answers and gives none; leave it out")
     trained = [context.trained] if context.moment == "after" else []
-    if context.method.evaluation_prompts == "augmented":
+    files = []
+    if _is_augmented(context):
         files = evaluation_inputs(context)
-    else:
-        files = [context.evaluation_prompts] if _has_prompts(context) else []
+    elif _has_prompts(context):
+        files = [context.evaluation_prompts]
     if context.config.score.layer == "best" and (layers := context.folder_of("score") / FILE).is_file():
         files = [*files, layers]
     if _has_held_out(context):
         files += [context.held_out_pairs, *([_base_figures(context)] if trained else [])]
     if context.rewards:
         files.append(context.held_out_pairs)
+    check_benchmarks(context)
     return [*files, *trained]
 
 
@@ -57,34 +63,57 @@ def run(context: StageContext) -> dict[str, Any]:
     """With the base (`before`) or the trained model (`after`): `answers.jsonl` to the evaluation prompts.
 
     Of a method that measures held-out pairs also `held_out.jsonl`, their log-probabilities. Of what stage pairs made, either may be missing.
-    Of a reward model only `rewards.jsonl`, its rewards of held-out pairs.
+    Of a reward model only `rewards.jsonl`, its rewards of held-out pairs. Of published benchmarks see `stages/benchmarks.py`.
     """
     if context.rewards:
         return _rewards(context)
     model = LazyModel(lambda: load_evaluated(context))
-    summary: dict[str, Any] = {}
-    if context.method.evaluation_prompts == "augmented":
+    prompts: Path | None = None
+    if _is_augmented(context):
         prompts = Path(ranks.on_rank_0(lambda: str(build_evaluation_prompts(context))))
-        summary |= _answers(context, prompts, model)
     elif _has_prompts(context):
-        summary |= _answers(context, context.evaluation_prompts, model)
-    elif not _has_held_out(context):
+        prompts = context.evaluation_prompts
+    elif not _has_held_out(context) and not context.options.benchmarks:
         raise StageError(f"{context.held_out_pairs} does not exist: run pairs first, or give prompts with answers with --input")
-    return {**summary, **_held_out(context, model)} if _has_held_out(context) else summary
+    records: list[Record] = []
+    left_out: dict[str, Any] = {}
+    if prompts is not None:
+        records, left_out = _records(context, prompts)
+    given: Mapping[str, Mapping[str, Record]] = {}
+    if context.options.engine == "vllm":
+        about, longest = f"answers {context.moment or ''}".strip(), context.options.max_new_tokens
+        own = [Questions(OWN, _asked(context, records), longest, about)] if records else []
+        given = engine_answers(context, [*own, *benchmark_questions(context)])
+    summary = _answers(context, records, given.get(OWN), model) | left_out if records else {}
+    if _has_held_out(context):
+        summary |= _held_out(context, model)
+    return summary | answer_benchmarks(context, model, chosen_layers(context.run.path, context.config.score.layer), given)
 
 
-def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str, Any]:
-    options = context.options
-    records, left_out = own_records(context, prompts, "evaluation prompts")
-    require(records, {"answer": str}, prompts)
+def _records(context: StageContext, path: Path) -> tuple[list[Record], dict[str, Any]]:
+    """The evaluation prompts, and what of them is left out."""
+    records, left_out = own_records(context, path, "evaluation prompts")
+    require(records, {"answer": str}, path)
     check_prompts(context.model, records, context.date)
+    return records, left_out
 
+
+def _asked(context: StageContext, batch: Sequence[Record]) -> Sequence[Record]:
+    asked = context.asked_attributes
+    return [{**each, "prompt": with_attributes(each["prompt"], asked, context.config.rank)} for each in batch] if asked else batch
+
+
+def _answers(
+    context: StageContext, records: Sequence[Record], given: Mapping[str, Record] | None, model: LazyModel
+) -> dict[str, Any]:
+    """given: answers by an engine, by the records' ids."""
+    options, asked = context.options, context.asked_attributes
     chosen = chosen_layers(context.run.path, context.config.score.layer)
-    asked, rank = context.asked_attributes, context.config.rank
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
-        if asked:
-            batch = [{**record, "prompt": with_attributes(record["prompt"], asked, rank)} for record in batch]
+        batch = _asked(context, batch)
+        if given is not None:
+            return measure_batch(model, batch, given, options=options, score=context.config.score, chosen=chosen)
         return answer_batch(model(), batch, options=options, score=context.config.score, chosen=chosen)
 
     title = f"evaluate {context.moment or ''}".strip()
@@ -97,8 +126,8 @@ def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str
         if not options.input and context.method.evaluation_prompts == "augmented"
         else []
     )
-    named = {"asked": str(with_attributes("", asked, rank)).strip()} if asked else {}
-    return {**accuracy_summary(list(read_jsonl(path)), wanted), "match": options.match, **named, **left_out}
+    named = {"asked": str(with_attributes("", asked, context.config.rank)).strip()} if asked else {}
+    return {**accuracy_summary(list(read_jsonl(path)), wanted), "match": options.match, **named}
 
 
 def _held_out(context: StageContext, model: LazyModel) -> dict[str, Any]:
@@ -141,8 +170,13 @@ def _rewards(context: StageContext) -> dict[str, Any]:
 
 
 def _has_prompts(context: StageContext) -> bool:
-    asked = "answers" in context.method.measures and context.evaluation_prompts.is_file()
+    """An evaluation of the user's own beside the run's is of what it was given alone."""
+    asked = "answers" in context.method.measures and not context.own and context.evaluation_prompts.is_file()
     return bool(context.options.input) or asked
+
+
+def _is_augmented(context: StageContext) -> bool:
+    return context.method.evaluation_prompts == "augmented" and (not context.own or bool(context.options.input))
 
 
 def _has_held_out(context: StageContext) -> bool:
@@ -168,22 +202,56 @@ def answer_batch(
     options: an `EvaluateConfig`. score: a `ScoreConfig`, so that the ratios are those that selection looks at. chosen: the layers that stage
     score chose, see `resolve_layer`.
     """
-    results = []
     several = [record for record in batch if record["num_images"] > 1]
-    layers = {name: resolve_layer(loaded.image_layers, score.layer, chosen, name) for name in {r["format"] for r in several}}
-    # One layer, or where the formats go by different ones all of them, in the same pass.
+    layers, wanted = _recording(loaded, several, score, chosen)
+    answers = generate_responses(loaded, batch, max_new_tokens=options.max_new_tokens, record=wanted if several else None)
+    recorded = [answer.pop("recorded", None) for answer in answers]
+    return [_judged(*each, layers, options, score) for each in zip(batch, answers, recorded, strict=True)]
+
+
+def measure_batch(
+    model: Callable[[], LoadedModel],
+    batch: Sequence[Mapping[str, Any]],
+    given: Mapping[str, Mapping[str, Any]],
+    *,
+    options: Any,
+    score: Any,
+    chosen: Mapping[str, int] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """`answer_batch` of answers that are there, by the records' ids: attention comes of a teacher-forced pass, if there is any to measure."""
+    several = [record for record in batch if record["num_images"] > 1]
+    layers: Mapping[str, int] = {}
+    wanted: Mapping[str, Any] | None = None
+    if several:
+        layers, wanted = _recording(model(), several, score, chosen)
+    answers = answered(model, batch, given, max_new_tokens=options.max_new_tokens, record=wanted)
+    recorded = [answer.pop("recorded", None) for answer in answers]
+    return [_judged(*each, layers, options, score) for each in zip(batch, answers, recorded, strict=True)]
+
+
+def _recording(
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], score: Any, chosen: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """The layer that each format goes by; and what is recorded: one layer, or where they go by different ones all, in the same pass."""
+    layers = {name: resolve_layer(loaded.image_layers, score.layer, chosen, name) for name in {r["format"] for r in records}}
     layer = next(iter(layers.values())) if len(set(layers.values())) == 1 else "all"
-    wanted = {**score.recording, "layer": layer} if several else None
-    for record, answer in zip(
-        batch, generate_responses(loaded, batch, max_new_tokens=options.max_new_tokens, record=wanted), strict=True
-    ):
-        recorded = answer.pop("recorded", None)
-        correct = answers_match(answer["response"], record["answer"], options=record.get("options"), match=options.match)
-        # The only picture of a single-image prompt has all the attention on pictures: nothing to measure.
-        counts = record["num_images"] > 1
-        ratios = ratios_at(record, recorded, score.statistic, layers[record["format"]]) if counts else {"ratio": None}
-        results.append({**answer, "correct": correct, **ratios})
-    return results
+    return layers, {**score.recording, "layer": layer}
+
+
+def _judged(
+    record: Mapping[str, Any],
+    answer: Mapping[str, Any],
+    recorded: Any,
+    layers: Mapping[str, int],
+    options: Any,
+    score: Any,
+) -> dict[str, Any]:
+    """An answer with what is found of it: whether it is right, and its ratios."""
+    correct = answers_match(answer["response"], record["answer"], options=record.get("options"), match=options.match)
+    # The only picture of a single-image prompt has all the attention on pictures: nothing to measure.
+    counts = record["num_images"] > 1
+    ratios = ratios_at(record, recorded, score.statistic, layers[record["format"]]) if counts else {"ratio": None}
+    return {**answer, "correct": correct, **ratios}
 
 
 def accuracy_summary(answers: Sequence[Mapping[str, Any]], asked: Sequence[str] = ()) -> dict[str, Any]:

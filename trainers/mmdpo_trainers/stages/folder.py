@@ -25,6 +25,9 @@ from mmdpo_trainers.files.locks import take
 _GROWING = (".reference.jsonl",)
 """Kept beside a stage's files, and added to after it is done."""
 
+_SHARED_RECORDS = "evaluate/benchmarks/"
+"""Records of published benchmarks, which every evaluation of the run reads."""
+
 
 def is_own(name: str) -> bool:
     """Whether a stage's name is that of an evaluation beside the run's, on a file of the user's own; no later stage depends on it."""
@@ -123,7 +126,9 @@ class RunFolder:
             if found != size:
                 now = "is gone" if found is None else f"has {found} bytes"
                 remedy = (
-                    "or pass --restart to do this evaluation anew"
+                    f"or remove {path.parent}: it is made again"
+                    if name.startswith(_SHARED_RECORDS)
+                    else "or pass --restart to do this evaluation anew"
                     if is_own(name)
                     else f"pass --restart {name} to make it and what follows anew, or give a file of your own to the next stage with --input"
                 )

@@ -13,7 +13,7 @@ from mmdpo_trainers.answers.config_only import config_only
 from mmdpo_trainers.answers.hallucination import HallucinationSampler
 from mmdpo_trainers.answers.similarity import similarity_name, similarity_of
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt
-from mmdpo_trainers.data.images import image_files, placed
+from mmdpo_trainers.data.image_paths import image_files, placed
 from mmdpo_trainers.data.left_out import counted, lost
 from mmdpo_trainers.data.pair_records import record_conversation, response_text, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from mmdpo_kernels import patch_model
 from mmdpo_trainers.errors import StageError
@@ -26,6 +29,16 @@ class LazyModel:
             self._loaded = self._load()
             patch_model(self._loaded.model)
         return self._loaded
+
+    def release(self) -> None:
+        """Make room for another model; asked for again, it is loaded again."""
+        if self._loaded is None:
+            return
+        self._loaded = None
+        # Modules refer to one another in circles.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def load_base(context: StageContext) -> LoadedModel:

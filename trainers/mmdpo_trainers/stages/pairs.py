@@ -11,9 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.data.images import content_key, embedded_bytes, image_files, placed
+from mmdpo_trainers.data.image_paths import image_files, placed
+from mmdpo_trainers.data.images import content_key, embedded_bytes
 from mmdpo_trainers.data.layouts import LayoutReader
 from mmdpo_trainers.data.left_out import counted, lost
+from mmdpo_trainers.data.looks import learn_digests
 from mmdpo_trainers.data.pair_records import is_prompt, record_image_digest, record_name, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
 from mmdpo_trainers.data.recipes import is_recipe
@@ -118,6 +120,7 @@ def _own(context: StageContext, missing: list[str], layouts: LayoutReader) -> di
     records = [record for record in records if str(record["id"]) not in gone]
     if not records:
         raise StageError(f"pairs.source: {source} holds no records")
+    learn_digests(placed(image, context.folder) for record in records for image in record["images"])
     groups = _connected([_pictures(record, context.folder) for record in records])
     ranked = sorted(set(groups), key=lambda group: hashlib.sha256(f"{context.seed}|{group}".encode()).hexdigest())
     held = _held(ranked, Counter(groups), share=context.options.held_out, most=context.options.max_held_out)

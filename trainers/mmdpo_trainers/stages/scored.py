@@ -156,6 +156,9 @@ class PairWriter:
 
     def write(self, *, pairs: bool = True) -> None:
         """`dropped.jsonl`, and `pairs.jsonl` where pairs are to be written."""
+        for unfinished in self.folder.glob(".*.jsonl.*.tmp"):
+            # Of an attempt that was killed; the run's lock keeps others away.
+            unfinished.unlink()
         pieces = list(zip(self.scores.parts, accumulate([0, *self.scores.counts]), strict=False))
         with contextlib.ExitStack() as stack:
             kept = stack.enter_context(replacing(self.folder / "pairs.jsonl")) if pairs else None

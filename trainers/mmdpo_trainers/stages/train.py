@@ -29,6 +29,7 @@ from mmdpo_trainers.models.families import image_layers
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import check_folder, load_model
 from mmdpo_trainers.models.quantized import check_loadable
+from mmdpo_trainers.models.whole_weights import without_bars
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.training import quantized_models
@@ -80,13 +81,14 @@ def reference_cache(context: StageContext) -> Path:
 def run(context: StageContext) -> dict[str, Any]:
     """Train; writes `checkpoint-*`, `log.jsonl` and `final/` (an adapter, or the whole model, with the processor)."""
     log = context.folder / "log.jsonl"
-    with TrainingProgress(context.progress) as bar, contextlib.ExitStack() as rater:
-        trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_rank_0() else []), bar, _LogLastStep()])
-        if trainer.online is not None:
-            rater.callback(trainer.online.rater.close)
-        _check_disk(context, trainer)
-        trainer.train(resume_from_checkpoint="auto")
-    _save(trainer, context.folder)
+    with without_bars():
+        with TrainingProgress(context.progress) as bar, contextlib.ExitStack() as rater:
+            trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_rank_0() else []), bar, _LogLastStep()])
+            if trainer.online is not None:
+                rater.callback(trainer.online.rater.close)
+            _check_disk(context, trainer)
+            trainer.train(resume_from_checkpoint="auto")
+        _save(trainer, context.folder)
     if context.options.args.get("push_to_hub"):
         context.progress.print(
             "train: uploaded at the end of `mmdpo run`; after single stages `mmdpo export --push-to-hub` does it"

@@ -10,7 +10,7 @@ from mmdpo_trainers.answers.config_only import config_only
 from mmdpo_trainers.answers.raters.judge import Keep, Question
 from mmdpo_trainers.answers.raters.rating import Surroundings
 from mmdpo_trainers.answers.raters.replies import Reply
-from mmdpo_trainers.config.sections.rating import RateConfig
+from mmdpo_trainers.config.sections.rating import AskedConfig
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.fingerprint import content_hash
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class LocalModel:
     """An `Asker` that loads the model with the first question: a continued stage may have none left."""
 
-    def __init__(self, options: RateConfig, surroundings: Surroundings) -> None:
+    def __init__(self, options: AskedConfig, surroundings: Surroundings) -> None:
         self._options, self._surroundings = options, surroundings
         self._folder = Path(str(options.judge))
         self._texts = config_only(self._folder, surroundings.date).texts
@@ -82,6 +82,7 @@ class LocalModel:
                 most_images=around.most_images,
                 arguments=self._options.engine_args,
                 date=around.date,
+                section="rate",
             )
         return self._engine
 

@@ -25,7 +25,7 @@ def parse_ratings(reply: str, attributes: Sequence[str], lowest: float, highest:
     are taken. ReplyError where an attribute is missing, is no finite number, or is out of range.
     """
     wanted = {name.casefold(): name for name in attributes}
-    objects = [{str(key).strip().casefold(): value for key, value in each.items()} for each in _objects(reply)]
+    objects = [{str(key).strip().casefold(): value for key, value in each.items()} for each in json_objects(reply)]
     found = next((each for each in reversed(objects) if wanted.keys() & each.keys()), None)
     if found is None:
         raise ReplyError(f"expected a JSON object with the keys {', '.join(attributes)}, got none")
@@ -34,7 +34,7 @@ def parse_ratings(reply: str, attributes: Sequence[str], lowest: float, highest:
 
 def parse_choice(reply: str) -> Choice:
     """The better one of two answers: a JSON object with the key `better`, or nothing but A, B or tie. ReplyError for anything else."""
-    objects = [each for each in _objects(reply) if BETTER in each]
+    objects = [each for each in json_objects(reply) if BETTER in each]
     said = objects[-1][BETTER] if objects else reply
     word = str(said).strip().strip(".\"'`").removeprefix("Answer ").casefold()
     choices: dict[str, Choice] = {"a": "A", "b": "B", "tie": "tie"}
@@ -58,7 +58,7 @@ def _schema(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
+def json_objects(text: str) -> Iterator[dict[str, Any]]:
     """JSON objects in a text, from left to right, none inside another."""
     decoder, start = json.JSONDecoder(), text.find("{")
     while start >= 0:

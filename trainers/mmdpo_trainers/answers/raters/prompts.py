@@ -33,11 +33,8 @@ class JudgePrompts:
 
     def __init__(self, options: RateConfig) -> None:
         self._options = options
-        environment = ImmutableSandboxedEnvironment(
-            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-        )
-        self._rating = _template(environment, "template", options.template, "rate.txt.j2")
-        self._comparison = _template(environment, "comparison_template", options.comparison_template, "compare.txt.j2")
+        self._rating = read_template("rate.template", options.template, "rate.txt.j2", __package__)
+        self._comparison = read_template("rate.comparison_template", options.comparison_template, "compare.txt.j2", __package__)
         sample = {"id": "sample", "prompt": f"{IMAGE_TOKEN}\nWhat is it?", "images": ["sample.png"], "answer": "A cat."}
         self.rating(sample, "A dog.")
         self.comparison(sample, "A cat.", "A dog.")
@@ -50,15 +47,9 @@ class JudgePrompts:
         """Asks which of two answers is better."""
         return self._filled("comparison_template", self._comparison, record, {"first": first, "second": second})
 
-    @staticmethod
-    def again(text: str, reply: str, complaint: str) -> str:
-        """The same after a reply that could not be used."""
-        shown = _plain(reply)[:_SHOWN]
-        return f"{text.rstrip()}\n\nYour last reply was:\n{shown}\n\nIt cannot be used: {complaint}. Reply again, in the form asked for."
-
     def _filled(self, name: str, template: Template, record: Mapping[str, Any], answers: Mapping[str, str]) -> str:
         options, prompt = self._options, words(record["prompt"])
-        prompt = prompt if options.images else _plain(prompt)
+        prompt = prompt if options.images else plain(prompt)
         values = {
             "prompt": prompt,
             "attributes": list(options.attributes),
@@ -66,7 +57,7 @@ class JudgePrompts:
             "highest": f"{options.highest:g}",
             "facts": self._facts(record),
             # A placeholder in what a model wrote would ask for a picture.
-            **{key: _plain(answer) for key, answer in answers.items()},
+            **{key: plain(answer) for key, answer in answers.items()},
         }
         try:
             text = template.render(values)
@@ -89,25 +80,34 @@ class JudgePrompts:
             value = record.get(name)
             text = "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
             if text.strip():
-                found["correct answer" if name == "answer" else name] = _plain(text)
+                found["correct answer" if name == "answer" else name] = plain(text)
         return found
 
 
-def _template(environment: ImmutableSandboxedEnvironment, name: str, path: str | None, built_in: str) -> Template:
+def again(text: str, reply: str, complaint: str) -> str:
+    """The same question after a reply that could not be used."""
+    shown = plain(reply)[:_SHOWN]
+    return (
+        f"{text.rstrip()}\n\nYour last reply was:\n{shown}\n\nIt cannot be used: {complaint}. Reply again, in the form asked for."
+    )
+
+
+def read_template(where: str, path: str | None, built_in: str, package: str) -> Template:
+    """A jinja2 file of the user's, or one of a package. Raises ConfigError, naming `where`, file and line, for one that cannot be read."""
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     try:
         source = (
-            Path(path).read_text(encoding="utf-8") if path else resources.files(__package__).joinpath(built_in).read_text("utf-8")
+            Path(path).read_text(encoding="utf-8") if path else resources.files(package).joinpath(built_in).read_text("utf-8")
         )
         template = environment.from_string(source)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"rate.{name}: {path} cannot be read ({error}); give a jinja2 file, or leave it out") from error
+        raise ConfigError(f"{where}: {path} cannot be read ({error}); give a jinja2 file, or leave it out") from error
     except TemplateError as error:
-        raise ConfigError(
-            f"rate.{name}: {path}, line {getattr(error, 'lineno', '?')}: not a jinja2 template ({error})"
-        ) from error
+        raise ConfigError(f"{where}: {path}, line {getattr(error, 'lineno', '?')}: not a jinja2 template ({error})") from error
     template.filename = path or built_in
     return template
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A text without places for pictures: one in what a model wrote would ask for a picture."""
     return text.replace(IMAGE_TOKEN, "[picture]")

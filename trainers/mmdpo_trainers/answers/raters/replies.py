@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,17 @@ class Reply:
 class KeptReplies:
     """Replies by the hash of their question, in memory and in an append-only file: `replies.jsonl`, or that with a process's number.
 
-    folder: the stage's; what other processes write there is known after `refresh`. earlier: a file of another run, whose replies are
+    folder: the stage's; what other processes write there is known after `refresh`. earlier: files of other runs or stages, whose replies are
     taken over where their question is asked. Threads may add at the same time.
     """
 
-    def __init__(self, folder: Path, earlier: Path | None = None) -> None:
+    def __init__(self, folder: Path, earlier: Sequence[Path] = ()) -> None:
         rank = ranks.rank()
         self._folder, self._lock = folder, threading.Lock()
         self._lines = JsonLines(folder / (f"replies-{rank:05}.jsonl" if rank else _FILE), key="key")
         self._replies: dict[str, Reply] = {}
         self._read: dict[Path, int] = {}
-        self._earlier = {} if earlier is None else {key: (id, reply) for key, id, reply, _ in _lines_of(earlier)}
+        self._earlier = {key: (id, reply) for path in earlier for key, id, reply, _ in _lines_of(path)}
         self.refresh()
 
     def refresh(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ..comparison import PageInputs
 from ..tables import seconds_table
 from .accuracy import accuracy, control_arms
+from .benchmarks import benchmarks
 from .comparison import comparison, seeds
 from .examples import examples, pairs
 from .hallucinated import hallucinated
@@ -55,6 +56,10 @@ SECTIONS: dict[str, Section] = {
         reward_accuracy,
         reward_margins,
         sampled,
+        benchmarks,
     )
 }
 """By name, which is its template's too."""
+
+OF_EVERY_METHOD = ("benchmarks",)
+"""Sections behind the first one of every page, where a run has something for them."""

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from mmdpo_trainers.checks.inputs import WIDE, drawn_image
 from mmdpo_trainers.checks.result import CheckFailure, Differences
-from mmdpo_trainers.data.images import image_files
+from mmdpo_trainers.data.image_paths import image_files
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.errors import MmdpoError, StageError
 from mmdpo_trainers.models.encode import encode_prompts, load_images

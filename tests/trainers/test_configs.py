@@ -123,7 +123,7 @@ def test_held_out_pairs_are_a_share_with_a_cap(tmp_path: Path, share: float, mos
     options = {"source": str(write_pairs(tmp_path)), "held_out": share, "max_held_out": most}
     config = RunConfig.from_dict({"method": "mdpo", "pairs": options})
     context = StageContext(run=RunFolder(tmp_path / "run"), config=config, stage="pairs")
-    assert pairs.run(context) == {"pairs": {"all": 10 - held_out}, "held_out": {"all": held_out}}
+    assert pairs.run(context) == {"layout": "TRL", "pairs": {"all": 10 - held_out}, "held_out": {"all": held_out}}
 
 
 @pytest.mark.parametrize(("name", "make"), OWN_PAIRS.items())

@@ -248,7 +248,7 @@ def test_own_data_is_split_by_picture(tmp_path: Path, form: str) -> None:
         {"method": "mdpo", "pairs": {"source": str(source), "held_out": 0.34}, "run_dir": str(tmp_path / "run")}
     )
     context = StageContext(run=RunFolder(tmp_path / "run"), config=config, stage="pairs")
-    assert pairs.run(context) == {"pairs": {"all": 8}, "held_out": {"all": 4}}
+    assert pairs.run(context) == {"layout": "TRL", "pairs": {"all": 8}, "held_out": {"all": 4}}
     sides = [list(read_jsonl(context.folder / f"{name}.jsonl")) for name in ("pairs", "held_out")]
     pictures = [{(context.folder / record["images"][0]).resolve().read_bytes() for record in side} for side in sides]
     assert len(pictures[0]) == 4 and len(pictures[1]) == 2 and not pictures[0] & pictures[1]

@@ -20,7 +20,6 @@ from tiny_models import make_tiny_llava, sample_pictures
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data import images
 from mmdpo_trainers.data.compose import grid_collage, pic_in_pic
-from mmdpo_trainers.data.dataset_checks import missing_pictures
 from mmdpo_trainers.data.image_paths import image_files, placed, render
 from mmdpo_trainers.data.images import ImageError, image_digest, image_size, open_image
 from mmdpo_trainers.data.looks import learn_digests
@@ -166,7 +165,8 @@ def test_training_sees_the_same_in_a_file_a_dataset_and_a_picture(folder: Path, 
     rows = datasets.Dataset.from_list(
         [*read[0], {**read[0][0], "id": "path", "images": [{"path": str(folder / "photos" / "0.jpg")}]}]
     )
-    assert missing_pictures(rows, ["images"], ".") == {}
+    rows.save_to_disk(str(folder / "saved"))
+    assert len(read_pairs(folder / "saved")) == 3
     expected = collator(pictures)["batch"]
     for records in (*read, [rows[0], rows[1]]):
         found = collator(records)["batch"]
@@ -174,7 +174,8 @@ def test_training_sees_the_same_in_a_file_a_dataset_and_a_picture(folder: Path, 
         assert torch.equal(found.input_ids, expected.input_ids)
     assert collator([rows[2]])["batch"].pictures.pixel_values.shape == expected.pictures.pixel_values[:1].shape
     (folder / "photos" / "1.jpg").unlink()
-    assert list(missing_pictures(rows, ["images"], ".")) == [0, 1]
+    missing: list[str] = []
+    assert [row["id"] for row in read_pairs(folder / "saved", missing)] == ["path"] and missing == [rows[0]["id"], rows[1]["id"]]
     with pytest.raises(DataError, match=r"record r0: picture .*1.jpg does not exist, and so it is with 2 of 2 records"):
         read_pairs(folder / "pairs.jsonl")
 

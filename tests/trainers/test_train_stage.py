@@ -183,7 +183,7 @@ def test_pairs_of_ones_own(run: Path, model: Path) -> None:
 
 def test_files_that_are_no_preference_data(tmp_path: Path) -> None:
     records = tmp_path / "pairs.json"
-    records.write_text("[]")
+    records.write_text("{}")
     parquet = tmp_path / "pairs.parquet"
     parquet.write_bytes(b"no parquet")
     (tmp_path / "empty").mkdir()

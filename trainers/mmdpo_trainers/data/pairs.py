@@ -30,7 +30,7 @@ from mmdpo_trainers.data.pair_records import (
 from mmdpo_trainers.data.pair_rows import LaidOutRows, light_rows, missing_file
 from mmdpo_trainers.data.recipes import is_recipe
 from mmdpo_trainers.data.records import read_prompts
-from mmdpo_trainers.data.streams import FILES, Unreadable, existing, load_dataset, raw_records, undecoded
+from mmdpo_trainers.data.streams import FILES, Unreadable, load_dataset, raw_records, undecoded
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError
 from mmdpo_trainers.files.json_lines import is_stage_file, read_jsonl
 from mmdpo_trainers.files.spool import Spool
@@ -109,10 +109,17 @@ def _places(path: Path) -> Iterator[tuple[str, Record]]:
     if path.suffix.lower() != ".json":
         yield from ((f"line {number}", record) for number, record in enumerate(_lines(path), start=1))
         return
-    for number, record in enumerate(raw_records(existing(path))):
+    for number, record in enumerate(_items(path)):
         if isinstance(record, Unreadable):
             raise DataError(f"{path}: {record.detail}; mend it, or take it out")
         yield f"row {number}", record
+
+
+def _items(path: Path) -> Iterator[Record | Unreadable]:
+    try:
+        yield from raw_records(path)
+    except DataError as error:
+        raise DataError(f"{error}; {_ACCEPTED}") from error
 
 
 def _laid_out(path: Path, raw: Record, layouts: LayoutReader, prompts: bool = False) -> Record | None:

@@ -11,6 +11,7 @@ import judged_files
 import pytest
 
 from mmdpo_trainers.answers.raters.parsing import ReplyError
+from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data.sources import Problem
 from mmdpo_trainers.errors import ConfigError, DataError
 from mmdpo_trainers.report.benchmarks import changes_of, figures_of
@@ -235,3 +236,10 @@ def test_a_judges_prompts_are_filled_and_the_users_may_stand_in_their_place(name
         own.write_text(text)
         with pytest.raises(ConfigError, match=f"where: .*{said}"):
             Prompts(suite.judging, "where", str(own)).check()
+
+
+def test_paths_of_a_judge_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"evaluate": {"judge": {"source": "model", "judge": "m", "templates": {"mmhal": "a.j2"}}}}
+    judge = RunConfig.from_dict(given).with_absolute_paths().evaluate.judge
+    assert (judge.judge, judge.templates, judge.replies) == (str(tmp_path / "m"), {"mmhal": str(tmp_path / "a.j2")}, None)

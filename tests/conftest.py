@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from by_day import leave_to_the_night
 
 if not torch.cuda.is_available():
     # Read when triton is imported, which the first use of its kernels does.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that the other workers do not wait for it in the end."""
+    leave_to_the_night(items, "tests/")
     items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What all tests have imported is not looked through again and again: every training begins with a collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from typing import Any, Protocol
@@ -35,9 +35,9 @@ from mmdpo_kernels.backends.triton import tree_attention as kernels
 from mmdpo_kernels.backends.triton import tree_attention_tiles as tiles
 
 Tiles = tiles.Tiles
-Candidate = tuple[int, int, int, int]
-# Queries, keys, warps, stages; what others use on Hopper for head dim 128, and its neighbours.
-CANDIDATES = {
+Candidate = tuple[int, ...]
+# Queries, keys, warps, stages; what others use on Hopper for head dim 128, and its neighbours; then the variants.
+CANDIDATES: dict[str, list[Candidate]] = {
     "forward": [
         (128, 64, 8, 3),
         (128, 128, 8, 2),
@@ -66,6 +66,8 @@ CANDIDATES = {
         (128, 128, 8, 2),
     ],
 }
+for _name, _variants in tiles.CANDIDATES.items():
+    CANDIDATES[_name] += [astuple(each) for each in _variants]
 # Columns, warps, stages, registers a thread.
 BLOCKS = [
     (2048, 8, 4, 64),
@@ -252,7 +254,17 @@ def _timer(device: torch.device) -> Callable[[Callable[[], Any]], list[float]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, the fastest of each pass first."""
     ordered = sorted(rows, key=lambda row: (list(candidates()).index(row["pass"]), row.get("milliseconds", float("inf"))))
-    header = ["pass", "queries", "keys or columns", "warps", "stages", "registers", "ms of forward, backward or rows", ""]
+    header = [
+        "pass",
+        "queries",
+        "keys or columns",
+        "warps",
+        "stages",
+        "registers",
+        "variant",
+        "ms of forward, backward or rows",
+        "",
+    ]
     return markdown(
         header,
         [
@@ -261,6 +273,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 str(row.get("block_m", "")),
                 str(row.get("block_n", row.get("columns"))),
                 *(str(row.get(name, "")) for name in ("num_warps", "num_stages", "registers")),
+                " ".join(name for name in ("descriptors", "specialize", "overlap") if row.get(name)),
                 f"{row['milliseconds']:.3f}" if "milliseconds" in row else row["reason"],
                 "in the table" if row["in_table"] else "",
             ]

@@ -22,6 +22,7 @@ from benchmarks.runs import (
     arm_seeds,
     attention_ratio,
     both_ways,
+    data_at_size,
     families,
     import_time,
     kill_demo,
@@ -200,6 +201,16 @@ def test_published_benchmarks(tmp_path: Path) -> None:
     found = result(tmp_path, "published_benchmarks")
     assert found["same"] and found["models"]["after"]["pope"]["questions"] == 72
     assert "| BLINK, accuracy |" in (tmp_path / "evaluation_published_benchmarks.md").read_text()
+
+
+@pytest.mark.nightly
+def test_data_at_size(tmp_path: Path) -> None:
+    """Nightly: a dozen commands, each in a process of its own."""
+    data_at_size.main(["--small", "--million", "--output", str(tmp_path)])
+    found = result(tmp_path, "data_at_size_cpu")
+    assert found["million"]["augment"]["prompts"] == 1000 and found["million"]["select"]["pairs"] > 50
+    assert all(kills["same"] and len(kills["kills_at"]) == 1 for kills in found["kills"].values())
+    assert set(found["loading"]["workers"]) == {"0", "1", "2"}
 
 
 def test_families(tmp_path: Path) -> None:

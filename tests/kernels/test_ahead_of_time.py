@@ -32,6 +32,15 @@ print(row)
 assert row.spilled > 0 and "spills" in row.problem
 """
 
+CANDIDATES = """
+from mmdpo_kernels.backends.triton import tree_attention
+from mmdpo_kernels.backends.triton.ahead_of_time import compile_one
+
+rows = [compile_one(form, 90) for tree in (False, True) for form in tree_attention.candidates(90, tree=tree)]
+assert {row.label.split()[1] for row in rows} == {"forward", "grad_key", "grad_query"}
+assert not [row for row in rows if row.problem], rows
+"""
+
 
 def run(arguments: list[str], cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -60,6 +69,14 @@ def test_no_form_spills_and_shared_memory_fits(tmp_path: Path, target: int) -> N
 def test_a_kernel_that_spills_is_caught(tmp_path: Path) -> None:
     program = tmp_path / "spilling.py"
     program.write_text(SPILLING)
+    done = run([str(program)], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.nightly
+def test_candidates_compile_for_sm_90_without_spills(tmp_path: Path) -> None:
+    program = tmp_path / "candidates.py"
+    program.write_text(CANDIDATES)
     done = run([str(program)], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,15 +11,20 @@ from devices import DEVICE
 from property_cases import Call, check
 from torch import Tensor
 from trees import random_tree_end, with_reach
+from triton.runtime import _allocation
 
 from mmdpo_kernels import tree_attention
 from mmdpo_kernels.backends.triton import tree_attention as backend
 from mmdpo_kernels.backends.triton import tree_attention_tiles as tiles
 from mmdpo_kernels.backends.triton import tree_plan
+from mmdpo_kernels.backends.triton.launch import Launch
 from mmdpo_kernels.backends.triton.tree_attention_tiles import Tiles
 from mmdpo_kernels.tree_mask import visible
 
 SQUARE, TALL, WIDE = (Tiles(m, n, 4, 2) for m, n in ((16, 16), (32, 16), (16, 32)))
+DESCRIBED = replace(TALL, descriptors=True)
+PARTED = replace(DESCRIBED, specialize=True)
+HALF = {"dtype": torch.bfloat16}
 
 # A prompt of one block, a branch of one that the next branch must skip, a branch that ends inside a block, padding.
 BRANCHES = [50] * 16 + [32] * 16 + [50] * 18 + [50, 51, 52]
@@ -91,6 +97,19 @@ CASES: dict[str, tuple[Tiles, dict[str, Any]]] = {
         {"length": 53, "ends": HIDDEN, "reach": LOOK_AHEAD, "segments": PICTURES, "upstream": ALL},
     ),
     "reach without a tree": (WIDE, {"length": 50, "reach": [40] * 40 + list(range(41, 51)), "window": 30}),
+    "descriptors, ragged last block, wide heads": (DESCRIBED, {"length": 37, "dims": (24, 40)}),
+    "descriptors, bfloat16 in rows of no whole 16 bytes": (DESCRIBED, {"length": 20, "dims": (20, 20), "heads": (1, 1), **HALF}),
+    "overlap": (replace(WIDE, overlap=True), {"length": 53, "ends": BRANCHES, "heads": (3, 1)}),
+    "overlap, descriptors, segments": (
+        replace(DESCRIBED, overlap=True),
+        {"length": 53, "ends": HIDDEN, "reach": LOOK_AHEAD, "segments": PICTURES, "upstream": ALL, **HALF},
+    ),
+    "overlap, no row sees anything": (replace(DESCRIBED, overlap=True), {"length": 18, "ends": list(range(18))}),
+    "own warps, causal": (PARTED, {"length": 50, "heads": (3, 1)}),
+    "own warps, window and softcap": (
+        PARTED,
+        {"length": 53, "ends": HIDDEN, "reach": LOOK_AHEAD, "window": 9, "softcap": 2.0},
+    ),
     "every token sees all": (
         SQUARE,
         {"length": 40, "reach": [40] * 40, "dtype": torch.bfloat16, "segments": PICTURES[:40], "upstream": ALL},
@@ -272,3 +291,26 @@ def test_plans_are_kept_and_follow_an_edit() -> None:
     assert tree_plan.query_plan(tree_end.view(1, 40), tree_end, None, 16, 16) is first
     tree_end[:] = torch.arange(40)
     assert tree_plan.query_plan(tree_end.view(1, 40), tree_end, None, 16, 16)[..., 1].sum() == 0
+
+
+def test_memory_for_descriptors_is_lent_for_one_launch() -> None:
+    """Triton asks the context's allocator; what the caller has set there stays."""
+    lent = []
+
+    class Asking:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda **given: lent.append(_allocation._allocator.get()(256, 128, None))
+
+    before = _allocation._allocator.get()
+    x = torch.zeros(4, device=DEVICE)
+    for descriptors in (True, False):
+        launch = Launch(
+            kernel=Asking(), programs=1, arguments={"x": x}, constants={}, num_warps=4, num_stages=1, descriptors=descriptors
+        )
+        if descriptors:
+            launch.run()
+        else:
+            with pytest.raises(RuntimeError, match="allocator"):
+                launch.run()
+    assert [(each.numel(), each.device) for each in lent] == [(256, x.device)]
+    assert _allocation._allocator.get() is before

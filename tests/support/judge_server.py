@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on loopback that plays a judge: a real HTTP server, in threads of this process."""
+"""An OpenAI-compatible endpoint on loopback that plays a judge, or a server of the model: a real HTTP server, in threads of this process."""
 
 from __future__ import annotations
 
@@ -57,9 +57,12 @@ Plays = Callable[[Asked], "str | Said"]
 
 
 class JudgeServer:
-    """`with JudgeServer(plays) as server`: `plays` gives the text of the reply to a request, or `Said`. `asked` is all that came."""
+    """`with JudgeServer(plays) as server`: `plays` gives the text of the reply to a request, or `Said`. `asked` is all that came.
 
-    def __init__(self, plays: Plays) -> None:
+    serves: the models that it says it has; None: it does not say. port: 0 for any that is free.
+    """
+
+    def __init__(self, plays: Plays, *, serves: list[str] | None = None, port: int = 0) -> None:
         self.asked: list[Asked] = []
         self.closing = threading.Event()
         self._plays, self._lock = plays, threading.Lock()
@@ -71,12 +74,21 @@ class JudgeServer:
             def do_POST(self) -> None:
                 owner._serve(self)
 
+            def do_GET(self) -> None:
+                known = serves is not None and self.path == "/v1/models"
+                data = json.dumps({"object": "list", "data": [{"id": name} for name in serves or ()]}).encode()
+                owner._send(self, Said(body=data) if known else Said(404))
+
             def log_message(self, format: str, *arguments: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
 
     @property
     def url(self) -> str:

@@ -25,7 +25,7 @@ from unittest import mock
 HANGS = 600
 """Seconds after which a process is taken for one that hangs; nothing is shown by ending sooner."""
 
-_PRELOADED = ("distributed", "launches", "prompt_records", "mmdpo_trainers.cli.main", "mmdpo_trainers.run.pipeline")
+_PRELOADED = ("distributed", "launches", "prompt_records", "mmdpo_trainers.cli.main", "mmdpo_trainers.run.pipeline", "frozen")
 # Imports that would start threads: of OpenMP and OpenBLAS, and of pyarrow's allocator.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ def test_transformers_defaults_of_what_is_refused_are_taken(tmp_path: Path) -> N
     defaults = config(tmp_path)
     for name in INHERITED.keys() & {field.name for field in dataclasses.fields(PreferenceConfig)}:
         INHERITED[name].check(name, getattr(defaults, name))
+
+
+def test_checkpointing_is_handed_on_by_the_name_that_transformers_has_for_it(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        args = config(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+    names = [name for name in ("gradient_checkpointing", "activation_checkpointing") if hasattr(args, name)]
+    assert [getattr(args, name) for name in names] == [True] * len(names)
+    assert [getattr(args, f"{name}_kwargs") for name in names] == [{"use_reentrant": False}] * len(names)
+    assert config(tmp_path).gradient_checkpointing is False
 
 
 def test_arguments_of_the_trainer(tmp_path: Path) -> None:

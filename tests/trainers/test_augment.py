@@ -21,10 +21,11 @@ from PIL import Image
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.sections.data import AugmentConfig
 from mmdpo_trainers.data.held_out import hold_out
+from mmdpo_trainers.data.image_paths import image_files
+from mmdpo_trainers.data.images import open_image
 from mmdpo_trainers.data.left_out import left_out_line
 from mmdpo_trainers.data.multi_image import PIP_OPENINGS, _draws, check_options
 from mmdpo_trainers.data.records import check_prompt, read_prompts
-from mmdpo_trainers.data.sources import SourceRecord
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.files.json_lines import read_jsonl
@@ -61,9 +62,9 @@ def context_of(folder: Path, run: str = "run", **sections: Any) -> StageContext:
     return StageContext(run=RunFolder(folder / run), config=RunConfig.from_dict(values), stage="augment")
 
 
-def pixel(path: str, x: float, y: float) -> tuple[int, ...]:
-    with Image.open(path) as image:
-        return tuple(np.asarray(image.convert("RGB"))[int(y * image.height), int(x * image.width)])
+def pixel(source: Any, x: float, y: float) -> tuple[int, ...]:
+    image = open_image(source)
+    return tuple(np.asarray(image)[int(y * image.height), int(x * image.width)])
 
 
 def test_prompts_of_each_format(tmp_path: Path) -> None:
@@ -100,22 +101,26 @@ def test_prompts_of_each_format(tmp_path: Path) -> None:
     assert all(single["prompt"] == "<image>\nWhich colour?" and len(single["images"]) == 1 for single in singles)
 
 
-def test_pictures_lie_in_the_run_folder_by_content_and_relative(tmp_path: Path) -> None:
+def test_no_picture_is_copied_or_written(tmp_path: Path) -> None:
+    """Prompts name files of the source, converted ones too, and recipes of them; each reads as it was when it was looked at."""
     write_data(tmp_path)
-    Image.new("CMYK", (20, 20), (0, 0, 0, 255)).save(tmp_path / "images" / "0.png".replace("png", "jpg"))
+    Image.new("CMYK", (20, 20), (0, 0, 0, 255)).save(tmp_path / "images" / "0.jpg")
     data = json.loads((tmp_path / "data.json").read_text())
     data[0]["image"] = "0.jpg"
     (tmp_path / "data.json").write_text(json.dumps(data))
     context = context_of(tmp_path, augment={"num_prompts": 40})
     summary = augment.run(context)
     assert summary["handled"] == {"converted CMYK": 1}
+    assert sorted(file.name for file in context.folder.iterdir()) == ["problems.jsonl", "prompts.jsonl", "singles.jsonl"]
+    shown = {"0.jpg": 0}
     for prompt in read_jsonl(context.prompts):
         for image in prompt["images"]:
-            if not Path(image).is_absolute():
-                file = context.folder / image
-                assert image == f"images/{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.png"
-            else:
-                assert not image.endswith("0.jpg")
+            recipe = image if isinstance(image, dict) else {"images": [image], "sha256": [None]}
+            for file, mark in zip(map(Path, recipe["images"]), recipe["sha256"], strict=True):
+                assert file.parent == tmp_path / "images"
+                assert mark in (None, hashlib.sha256(file.read_bytes()).hexdigest()[:16])
+                shown["0.jpg"] += file.name == "0.jpg"
+    assert shown["0.jpg"] > 0
 
 
 def test_num_images_follow_their_shares(tmp_path: Path) -> None:
@@ -224,7 +229,7 @@ def test_too_few_pictures_are_reported_and_do_not_hang(tmp_path: Path) -> None:
     summary = augment.run(context)
     assert summary["num_images"] == {"sequence": {"2": summary["prompts"]["sequence"]}}
     assert summary["problems"]["too_few_pictures"] == 3
-    with pytest.raises(DataError, match="no prompt could be made: too_few_pictures: 3"):
+    with pytest.raises(DataError, match="no prompt could be made: too few pictures: 3"):
         augment.run(context_of(tmp_path, run="none", augment={**options, "num_images": {"sequence": {5: 1}}}))
 
 
@@ -294,7 +299,7 @@ def test_damage_is_asked_about_too_and_a_repeated_record_is_no_loss(tmp_path: Pa
     for index in range(12):
         (tmp_path / "images" / f"{index}.png").write_bytes(b"no picture")
     context = context_of(tmp_path, run="b")
-    with pytest.raises(DataError, match=r"augment: 12 of 20 records left out .*not_a_picture: 12.*--allow-missing"):
+    with pytest.raises(DataError, match=r"augment: 12 of 20 records left out .*not a picture: 12.*--allow-missing"):
         augment.run(context)
     context.config.allow_missing = True
     assert augment.run(context)["lost"]["records"] == 12
@@ -427,8 +432,11 @@ def test_evaluation_prompts_use_other_pictures_and_are_made_once(tmp_path: Path)
     prompts = list(read_prompts(path))
     counts = {name: sum(prompt["format"] == name for prompt in prompts) for name in per_format}
     assert counts == per_format
-    seen = {image for prompt in read_prompts(context.prompts) for image in prompt["images"]}
-    assert seen and not seen & {image for prompt in prompts for image in prompt["images"]}
+    seen, asked = (
+        {file for prompt in each for image in prompt["images"] for file in image_files(image)}
+        for each in (read_prompts(context.prompts), prompts)
+    )
+    assert seen and asked and not seen & asked
     before = path.stat().st_mtime_ns
     again = StageContext(run=context.run, config=context.config, stage="evaluate", moment="after", arm=None)
     assert build_evaluation_prompts(again).stat().st_mtime_ns == before
@@ -436,26 +444,24 @@ def test_evaluation_prompts_use_other_pictures_and_are_made_once(tmp_path: Path)
     assert build_evaluation_prompts(own) == tmp_path / "mine.jsonl"
 
 
-def test_hold_out_splits_by_picture(tmp_path: Path) -> None:
-    records = [SourceRecord(f"{i}-{j}", tmp_path / f"{i}.png", "q", "a") for i in range(10) for j in range(2)]
-    for index in range(10):
-        (tmp_path / f"{index}.png").write_text(f"picture {index}")
-    train, held = hold_out(records, 0.2, tmp_path)
-    assert len(train) == 16 and len(held) == 4
-    assert not {r.picture for r in train} & {r.picture for r in held}
-    assert hold_out(records[::-1], 0.2, tmp_path)[1] == held[::-1]
-    assert len(hold_out(records, 0.01, tmp_path)[1]) == 2 and hold_out(records, 0, tmp_path) == (records, [])
+def test_hold_out_takes_the_share_whatever_the_order(tmp_path: Path) -> None:
+    pictures = [str(tmp_path / f"{index}.png") for index in range(10)]
+    for picture in pictures:
+        Path(picture).write_text(f"picture {picture}")
+    held = hold_out(pictures, 0.2, tmp_path)
+    assert len(held) == 2 and held < set(pictures) and hold_out(pictures[::-1], 0.2, tmp_path) == held
+    assert len(hold_out(pictures, 0.01, tmp_path)) == 1 and hold_out(pictures, 0, tmp_path) == set()
     with pytest.raises(ConfigError, match="data.holdout"):
-        hold_out(records, 1.5, tmp_path)
+        hold_out(pictures, 1.5, tmp_path)
 
 
 def test_copies_of_a_picture_are_held_out_together(tmp_path: Path) -> None:
-    records = [SourceRecord(f"{i}-{j}", tmp_path / f"{j}{i}.png", "q", "a") for i in range(10) for j in "ab"]
-    for record in records:
-        record.picture.write_text(f"picture {record.id[0]}")
-    train, held = hold_out(records, 0.3, tmp_path)
-    assert len(held) == 6 and not {r.id[0] for r in train} & {r.id[0] for r in held}
-    assert hold_out(records[::-1], 0.3, tmp_path)[1] == held[::-1]
+    pictures = [str(tmp_path / f"{name}{index}.png") for index in range(10) for name in "ab"]
+    for picture in pictures:
+        Path(picture).write_text(f"picture {picture[-5]}")
+    held = hold_out(pictures, 0.3, tmp_path)
+    assert len(held) == 6 and len({picture[-5] for picture in held}) == 3
+    assert hold_out(pictures[::-1], 0.3, tmp_path) == held
 
 
 def test_draws_are_a_permutation() -> None:

@@ -81,7 +81,7 @@ PARTS: list[tuple[dict[str, Any], str]] = [
         {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
         "['image_url']: remote: https://example.org/a.png",
     ),
-    ({"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}, "['image_url']: not_a_picture"),
+    ({"type": "image_url", "image_url": {"url": "data:image/png;base64,?"}}, "['image_url']: not a picture"),
     ({"type": "image_url", "image_url": None}, "['image_url'] must be a data: URL or a file's path"),
     ({"type": "text", "text": None}, "['text'] must be text, got None"),
 ]
@@ -229,16 +229,16 @@ def test_sources_read_pictures_of_parts(folder: Path) -> None:
         asked("path", {"type": "image", "path": "a.png"}),
         asked("both", {"type": "image", "path": "a.png"}, images=["a.png"]),
         asked("out", {"type": "image", "path": "../a.png"}),
-        conversation(id="two columns", images=["a.png"]),
-        conversation(id="in text", image=url),
     )
-    assert [(r.id, r.question) for r in records] == [("url", "What?"), ("path", "What?"), ("in text", "What?")]
-    assert [open_image(r.picture).getpixel((0, 0)) for r in records] == [(0, 0, 255), (200, 30, 40), (0, 0, 255)]
-    assert [(p.id, p.reason) for p in problems] == [
-        ("both", "several_pictures"),
-        ("out", "outside_image_folder"),
-        ("two columns", "several_pictures"),
-    ]
+    assert [(r.id, r.question) for r in records] == [("url", "What?"), ("path", "What?")]
+    assert [open_image(r.picture).getpixel((0, 0)) for r in records] == [(0, 0, 255), (200, 30, 40)]
+    assert [(p.id, p.reason) for p in problems] == [("both", "several_pictures"), ("out", "outside_image_folder")]
+    records, problems = from_source(
+        folder, conversation(id="two columns", images=["a.png"]), conversation(id="in text", image=url)
+    )
+    assert [(r.id, r.question) for r in records] == [("in text", "What?")]
+    assert open_image(records[0].picture).getpixel((0, 0)) == (0, 0, 255)
+    assert [(p.id, p.reason) for p in problems] == [("two columns", "several_pictures")]
 
 
 @pytest.mark.parametrize("form", ["parquet", "folder"])

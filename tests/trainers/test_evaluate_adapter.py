@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from exported_run import make_adapter, make_base
 from report_run import write_lines
 from tiny_models import sample_pictures
 
@@ -15,16 +14,6 @@ from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.report.intervals import Proportion
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base") / "tiny-llava")
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "final")
 
 
 @pytest.fixture(scope="module")

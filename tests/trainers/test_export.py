@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from exported_run import make_adapter, make_base, make_run
+from exported_run import make_adapter, make_run
 from hub_double import Hub
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -43,16 +43,6 @@ inputs = AutoProcessor.from_pretrained(folder)(text="USER: <image>\\nwhat colour
 ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)[0].tolist()
 print(json.dumps({"version": transformers.__version__, "ids": ids, "info": {k: sorted(map(str, v)) for k, v in info.items()}}))
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base") / "tiny-llava")
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "final")
 
 
 @pytest.fixture(scope="module")

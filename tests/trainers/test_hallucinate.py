@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-import subprocess
-import sys
+import signal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import Kill, command
 from launches import launch
 from prompt_records import make_prompts
 from tiny_models import make_tiny_llava, make_tiny_mllama
@@ -278,17 +278,11 @@ def test_several_processes_make_the_same_files(alone: Path, tmp_path: Path, mode
 def test_killed_and_continued_it_makes_the_same_files(alone: Path, tmp_path: Path, model: Path, prompts: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings(model, prompts)))
-    command = ["hallucinate", "--run", str(tmp_path / "run"), "--config", str(config)]
-    killed = [
-        str(Path(__file__).parents[1] / "support" / "killed_command.py"),
-        str(tmp_path),
-        "run/hallucinate/answers.jsonl",
-        "2",
-    ]
-    assert subprocess.run([sys.executable, *killed, *command], capture_output=True).returncode == -9
+    arguments = ["hallucinate", "--run", tmp_path / "run", "--config", config]
+    assert command(*arguments, kill=Kill(tmp_path, "run/hallucinate/answers.jsonl", 2)) == -signal.SIGKILL
     path = tmp_path / "run" / "hallucinate" / "answers.jsonl"
     assert 2 <= path.read_bytes().count(b"\n") < 5 and not path.with_name("pairs.jsonl").exists()
-    subprocess.run([sys.executable, "-m", "mmdpo_trainers.cli.main", *command], check=True, capture_output=True)
+    assert command(*arguments) == 0
     assert files(tmp_path / "run") == files(alone)
 
 

@@ -16,9 +16,9 @@ from judge_server import Asked, JudgeServer, Said, completion, ratings
 from PIL import Image
 from prompt_records import make_prompts
 
+from mmdpo_trainers.answers import chat_client
+from mmdpo_trainers.answers.chat_client import Pace, _retry_after, data_url
 from mmdpo_trainers.answers.raters import Judge, Rater, Rating, Surroundings, rater_of
-from mmdpo_trainers.answers.raters import endpoint as endpoint_module
-from mmdpo_trainers.answers.raters.endpoint import _Pace, _retry_after, data_url
 from mmdpo_trainers.answers.raters.replies import costs
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.sections.rating import EndpointConfig, RateConfig
@@ -275,8 +275,8 @@ def test_retry_after() -> None:
 def test_requests_go_at_the_rate_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that only waiting moves; what the endpoint asks for holds all requests back."""
     clock = Clock()
-    monkeypatch.setattr(endpoint_module.time, "monotonic", lambda: clock.now)
-    pace, times = _Pace(30.0, clock), []  # type: ignore[arg-type]
+    monkeypatch.setattr(chat_client.time, "monotonic", lambda: clock.now)
+    pace, times = Pace(30.0, clock), []  # type: ignore[arg-type]
     for place in range(4):
         if place == 2:
             pace.hold(60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.data.roc import area, youden
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.methods.selected import Facts
 from mmdpo_trainers.methods.selection import SelectionRules
 from mmdpo_trainers.models.encode import encode_prompts
 from mmdpo_trainers.models.loaded import LoadedModel
@@ -178,6 +180,21 @@ def test_nothing_is_chosen_by_a_handful_of_answers() -> None:
     assert "Nothing to compare" in verdicts(curves_of([]))[0]
 
 
+def test_what_has_no_area_is_explained() -> None:
+    """Of a format with wrong answers alone, and of a layer that sees no picture."""
+    wrong = [answered("grid", index, False, [0.1, 0.2, 0.3]) for index in range(31)]
+    unseen = [{**record, "ratios": [None, *record["ratios"][1:]]} for record in constructed(120, sequence=2)]
+    said = verdicts(curves_of([*wrong, *unseen]))
+    assert (
+        said.count(
+            "Format grid has no AUC: it takes two right and two wrong answers about as many pictures, and there are 0 right and 31 wrong ones."
+        )
+        == 1
+    )
+    assert said.count("No AUC at layer 4: too few answers see the pictures from there.") == 1
+    assert not [each for each in verdicts(curves_of(constructed(120, sequence=2))) if "no AUC" in each.lower()]
+
+
 def test_all_prompts_of_a_source_record_are_in_one_half_and_the_unclear_are_counted() -> None:
     records = constructed(60, sequence=1)
     twins = [{**record, "id": f"{record['id']}/grid", "format": "grid"} for record in records]
@@ -213,7 +230,9 @@ def scored(index: int, ratio: float | None, right: bool, images: int = 2, format
 
 
 def rules(records: list[dict[str, Any]], **options: Any) -> SelectionRules:
-    return SelectionRules.from_options(RunConfig.from_dict({"select": options}).select, records)
+    chosen = RunConfig.from_dict({"select": options}).select
+    others = SelectionRules.from_options(dataclasses.replace(chosen, quantile=None, min_perplexity=None), attention=False)
+    return SelectionRules.from_options(chosen, Facts.of(records, {"others": others.failing}).ratios("others"))
 
 
 def test_thresholds_by_quantile() -> None:

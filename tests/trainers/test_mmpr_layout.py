@@ -71,5 +71,5 @@ def test_a_saved_dataset(tmp_path: Path, embedded: bool) -> None:
 
 def test_a_record_of_neither_layout_is_refused_with_both(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"ask": "what ?", "chosen": "a", "rejected": "b"}\n')
-    with pytest.raises(DataError, match="no column 'prompt'; .* as in TRL, or question, chosen, rejected and image, as in MMPR"):
+    with pytest.raises(DataError, match="no column 'prompt'; .* one of the layouts that docs/your_data.md lists, such as TRL's"):
         read_pairs(tmp_path / "bad.jsonl")

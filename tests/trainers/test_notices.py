@@ -56,13 +56,17 @@ def test_a_training_says_its_own_lines_alone(tmp_path: Path) -> None:
     pair = {"prompt": "<image>\nWhat colour is the circle?", "chosen": "red", "rejected": "blue", "images": ["red.png"]}
     write_lines(pairs, [{"id": f"p{index}", **pair} for index in range(4)])
     flags = ["--method", "mdpo", "--input", str(pairs), "--model", str(model), "--threads", "1", "--dtype", "float32"]
-    flags += ["--args", "{per_device_train_batch_size: 4, max_steps: 1, gradient_checkpointing: true, bf16: false, lora_r: 2}"]
+    flags += [
+        "--args",
+        "{per_device_train_batch_size: 4, max_steps: 1, gradient_checkpointing: true, bf16: false, full_finetune: true}",
+    ]
     command = [sys.executable, "-m", "mmdpo_trainers.cli.main", "train", "--run", str(tmp_path / "run"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     foreign = [line for line in done.stderr.splitlines() if not OWN.fullmatch(line)]
     assert foreign == [], foreign
-    assert list(yaml.safe_load(done.stdout)) == ["train"]
+    told = yaml.safe_load(done.stdout)
+    assert list(told) == ["train"] and Path(told["train"]["trained"]) == tmp_path / "run" / "train" / "final"
     log = tmp_path / "run" / notices.FILE
     assert not log.exists() or all(re.match(r"[\d-]+ [\d:]+ \S+: ", line) for line in log.read_text().splitlines())
 

@@ -41,12 +41,15 @@ def data(*records: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"image": "a.png", "text": json.dumps({"question": "What?", **ANSWERS})}, "as in RLHF-V, make columns of that"),
+        ({"image": "a.png", "conversations": TURNS}, "line 1: no column 'prompt'; .* one of the layouts .* of answers alone"),
         (
-            {"images": ["a.png"], "conversations": TURNS, **{name: {"from": "gpt", "value": "a"} for name in ANSWERS}},
-            "make the prompt of its conversations, and texts of its two answers",
+            {"image": "a.png", "conversations": TURNS, "rejected_conversations": TURNS},
+            "line 1: there is no prompt, and chosen and rejected",
         ),
-        ({"image": "a.png", "conversations": TURNS, "rejected_conversations": TURNS}, "make the prompt of its conversations"),
+        (
+            {"chosen_text": "a", "rejected_text": "b", "ask": "c"},
+            "such as TRL's .*; its columns are chosen_text, rejected_text, ask",
+        ),
         (
             {"prompt": None, **{name: {"role": "assistant", "content": "a"} for name in ANSWERS}},
             "record line 1: there is no prompt",
@@ -129,7 +132,7 @@ def test_equal_answers_are_counted(folder: Path) -> None:
     assert equal_answers([{"id": 1, "chosen": said, "rejected": [dict(said[0])]}, {"id": 2, "prompt": "What?"}], ["hinge"]) == [
         "1"
     ]
-    with pytest.raises(DataError, match="the same in all 2 records, such as row 0"):
+    with pytest.raises(DataError, match="the same in all of 2 records, such as row 0"):
         equal_answers(data(*records[:1] * 2), ["sigmoid"])
     assert equal_answers(data(*records[:1] * 2), ["nll"]) == []
 
@@ -140,4 +143,4 @@ def test_the_trainer_says_equal_answers(tmp_path: Path, caplog: pytest.LogCaptur
     loaded = tiny(tmp_path / "model")
     with caplog.at_level(logging.WARNING):
         PreferenceTrainer(loaded.model, config(tmp_path / "out"), processing_class=loaded.processor, train_dataset=records)
-    assert "1 of 2 records have the same text as chosen and as rejected" in caplog.text
+    assert "1 of 2 records has the same text as chosen and as rejected" in caplog.text

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers.trainer
 import yaml
-from exported_run import make_base, make_run
+from exported_run import make_run
 from hub_double import Hub
 from training_cases import config, preference_records, tiny
 
@@ -34,8 +34,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = make_base(tmp_path_factory.mktemp("base") / "tiny-llava")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("runs") / "tiny", base)
     values = yaml.safe_load((folder / "config.yaml").read_text())
     values["train"]["args"] |= ARGS

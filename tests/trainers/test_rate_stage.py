@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import zlib
 from collections import Counter
 from functools import partial
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import Kill, command
 from judge_server import Asked, JudgeServer, Said, ratings
 from launches import launch
 from prompt_records import make_prompts
@@ -123,20 +122,19 @@ def test_a_rated_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 def test_a_killed_command_asks_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed when five replies are on disk, in the middle of a batch; then in the check; then continued to the end."""
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    file, support = responses(tmp_path), Path(__file__).parents[1] / "support" / "killed_command.py"
+    file = responses(tmp_path)
     values = {"input": str(file), "source": "endpoint", "facts": ["answer"], "check": 4, "batch_size": 4}
 
-    def start(run: Path, url: str, *kill: str) -> int:
+    def start(run: Path, url: str, replies: int = 0) -> int:
         (tmp_path / "rate.yaml").write_text(yaml.safe_dump({"model": "shapes", "rate": {**values, "endpoint": endpoint(url)}}))
-        program = [str(support), str(run), *kill] if kill else ["-m", "mmdpo_trainers.cli.main"]
-        command = [sys.executable, *program, "rate", "--run", str(run), "--config", str(tmp_path / "rate.yaml")]
-        return subprocess.run(command, capture_output=True, check=False).returncode
+        kill = Kill(run, "rate/replies.jsonl", replies) if replies else None
+        return command("rate", "--run", run, "--config", tmp_path / "rate.yaml", kill=kill)
 
     with JudgeServer(knows) as server:
         run = tmp_path / "run"
-        assert start(run, server.url, "rate/replies.jsonl", "5") == -signal.SIGKILL
+        assert start(run, server.url, 5) == -signal.SIGKILL
         assert len(server.asked) == 5 and len((run / "rate/ratings.jsonl").read_text().splitlines()) == 4
-        assert start(run, server.url, "rate/replies.jsonl", "15") == -signal.SIGKILL
+        assert start(run, server.url, 15) == -signal.SIGKILL
         assert len(server.asked) == 15 and len((run / "rate/ratings.jsonl").read_text().splitlines()) == 12
     # The endpoint is elsewhere now, which changes no rating.
     with JudgeServer(knows) as later:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import Kill, command
 from tiny_models import make_tiny_llava
 
 from mmdpo_kernels import patch_model
@@ -134,18 +133,8 @@ def test_another_string_asks_again(run: Path, capsys: pytest.CaptureFixture[str]
 def test_killed_in_rank_it_ends_as_undisturbed(run: Path) -> None:
     """Between its two files, and with a whole one that has no summary yet."""
     config, killed = run.parent / "tiny.yaml", run.parent / "killed"
-    program = [
-        sys.executable,
-        str(Path(__file__).parents[1] / "support" / "killed_command.py"),
-        str(killed / "rank"),
-        "pairs.jsonl",
-        "1",
-    ]
-    with (run.parent / "log").open("wb") as log:
-        ended = subprocess.run(
-            [*program, "run", str(config), "--run-dir", str(killed), "--until", "rank"], stdout=log, stderr=log
-        )
-    assert ended.returncode == -signal.SIGKILL, (run.parent / "log").read_text()
+    arguments = ["run", config, "--run-dir", killed, "--until", "rank"]
+    assert command(*arguments, kill=Kill(killed / "rank", "pairs.jsonl", 1)) == -signal.SIGKILL
     assert not (killed / "rank/summary.json").exists() and (killed / "rate/summary.json").exists()
     assert cli.main(["run", str(config), "--run-dir", str(killed), "--until", "rank"]) == 0
     for name in ("generate/responses.jsonl", "rate/ratings.jsonl", "rank/pairs.jsonl", "rank/dropped.jsonl"):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import Kill, command
 from tiny_models import make_tiny_llava
 
 from mmdpo_trainers.files.atomic import read_json
@@ -49,15 +48,6 @@ def write_config(folder: Path) -> Path:
     return folder / "tiny.yaml"
 
 
-def start(config: Path, run: Path, *kill: str) -> subprocess.Popen[bytes]:
-    program = (
-        [str(Path(__file__).parents[1] / "support" / "killed_command.py"), *kill] if kill else ["-m", "mmdpo_trainers.cli.main"]
-    )
-    command = [sys.executable, *program, "run", str(config), "--run-dir", str(run)]
-    with (run.parent / f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
-
-
 def outcome(run: Path) -> dict[str, Any]:
     summary = read_json(run / "summary.json")
     results = {key: summary[key] for key in ("accuracy", "pairs", "dropped", "seed", "arms", "prompts")}
@@ -68,18 +58,26 @@ def outcome(run: Path) -> dict[str, Any]:
     return results
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbs, beside its configuration."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert command("run", write_config(folder), "--run-dir", folder / "run") == 0
+    return folder / "run"
+
+
 @pytest.mark.longest
-def test_killed_in_every_stage_a_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    config = write_config(tmp_path)
-    assert start(config, tmp_path / "whole").wait() == 0, (tmp_path / "whole.log").read_text()
-    whole = outcome(tmp_path / "whole")
-    assert sum(whole["pairs"].values()) > 20 and set(whole["accuracy"]["after"]) == {"sequence", "grid", "pip", "single"}
-    page = (tmp_path / "whole/report.html").read_text()
+@pytest.mark.parametrize("stages", [("generate", "train"), ("augment", "score", "evaluate/after")], ids="-".join)
+def test_killed_a_run_ends_as_an_undisturbed_one(whole: Path, tmp_path: Path, stages: tuple[str, ...]) -> None:
+    config, expected = whole.parent / "tiny.yaml", outcome(whole)
+    assert sum(expected["pairs"].values()) > 20 and set(expected["accuracy"]["after"]) == {"sequence", "grid", "pip", "single"}
+    page = (whole / "report.html").read_text()
     assert "<html" in page and 'src="http' not in page
 
     run = tmp_path / "killed"
-    for stage, file in MOMENTS.items():
-        assert start(config, run, str(run / stage), file, "1").wait() == -signal.SIGKILL, (tmp_path / "killed.log").read_text()
+    for stage in stages:
+        kill = Kill(run / stage, MOMENTS[stage], 1)
+        assert command("run", config, "--run-dir", run, kill=kill) == -signal.SIGKILL
         assert not (run / stage / "summary.json").exists()
-    assert start(config, run).wait() == 0, (tmp_path / "killed.log").read_text()
-    assert outcome(run) == whole
+    assert command("run", config, "--run-dir", run) == 0
+    assert outcome(run) == expected

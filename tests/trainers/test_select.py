@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,8 @@ from mmdpo_trainers.data.match import answers_match, chosen_option, is_right, no
 from mmdpo_trainers.data.pairs import replay_pairs
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
-from mmdpo_trainers.methods.selection import SelectionRules, match_mix, mix_of, preference_pair, random_wrong_pairs, select_pairs
+from mmdpo_trainers.methods.selected import Facts, Selection, rules_of
+from mmdpo_trainers.methods.selection import SelectionRules, WrongAnswers, preference_pair, rejected_answer
 from mmdpo_trainers.stages import select
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
@@ -32,6 +34,25 @@ def scored(id: str = "a", **changes: Any) -> dict[str, Any]:
 
 def rules(**options: Any) -> SelectionRules:
     return SelectionRules.from_options(SelectConfig(**options))
+
+
+def selected(records: list[dict[str, Any]], rules: SelectionRules) -> Selection:
+    """MIA-DPO's selection, as stage select makes it."""
+    return Facts.of(records, {"others": dataclasses.replace(rules, attention=False).failing}).by_attention(rules, "others")
+
+
+def wrong_answers(records: list[dict[str, Any]], rules: SelectionRules) -> tuple[WrongAnswers, Selection]:
+    truths: dict[str, list[str]] = {}
+    for record in records:
+        truths.setdefault(record["format"], []).append(record["answer"])
+    wrong = WrongAnswers(truths, rules, 0)
+    return wrong, Facts.of(records, {"wrong": wrong.failing}).by("wrong")
+
+
+def drawn_pairs(records: list[dict[str, Any]], rules: SelectionRules) -> list[dict[str, Any]]:
+    """The records of the random_wrong arm with their rejected answers."""
+    wrong, selection = wrong_answers(records, rules)
+    return [{**records[place], "rejected": wrong.rejected(records[place])} for place in selection.pairs]
 
 
 @pytest.mark.parametrize(
@@ -110,9 +131,9 @@ def test_a_right_answer_in_a_sentence_is_not_rejected(preset: str, match: str) -
 def test_wrong_answers_that_are_drawn_are_wrong_by_the_same_comparison() -> None:
     """Of "a cat", "a black cat" and "a dog", only the dog is wrong about a cat."""
     records = [scored(str(n), answer=answer) for n, answer in enumerate(["a cat", "a black cat", "a dog"] * 20)]
-    drawn = random_wrong_pairs(records, rules(), seed=0).pairs
+    drawn = drawn_pairs(records, rules())
     assert {(r["answer"], r["rejected"]) for r in drawn if "cat" in r["answer"]} == {("a cat", "a dog"), ("a black cat", "a dog")}
-    exact = random_wrong_pairs(records, rules(match="exact"), seed=0).pairs
+    exact = drawn_pairs(records, rules(match="exact"))
     assert ("a cat", "a black cat") in {(r["answer"], r["rejected"]) for r in exact}
 
 
@@ -158,7 +179,7 @@ def test_an_option_is_said_as_the_truth_is(like: str, expected: str) -> None:
 def test_a_drawn_wrong_answer_has_the_form_of_the_truth() -> None:
     options = ["red", "blue", "green", "grey"]
     records = [scored(str(number), answer="B", options=options) for number in range(40)]
-    drawn = random_wrong_pairs(records, rules(), seed=0).pairs
+    drawn = drawn_pairs(records, rules())
     assert {record["rejected"] for record in drawn} == {"A", "C", "D"} and len(drawn) == 40
 
 
@@ -215,19 +236,20 @@ def test_rules(changes: dict[str, Any], options: dict[str, Any], expected: list[
 def test_tables_count_first_and_any() -> None:
     right = {"response": "red"}
     records = [scored("a"), scored("b", ratio=0.9), scored("c", ratio=0.9, **right), scored("d", perplexity=1.0, **right)]
-    selection = select_pairs(records, rules())
-    assert [record["id"] for record in selection.pairs] == ["a"]
+    selection = selected(records, rules())
+    assert [records[place]["id"] for place in selection.pairs] == ["a"]
     assert selection.dropped_by(first=True) == {"ratio": 2, "answer": 1}
     assert selection.dropped_by(first=False) == {"ratio": 2, "answer": 2, "perplexity": 1, "edit_distance": 2}
-    assert selection.dropped[1]["rule"] == "ratio" and selection.dropped[1]["rules"] == ["ratio", "answer", "edit_distance"]
+    assert rules_of(int(selection.failed[2])) == ["ratio", "answer", "edit_distance"]
 
 
 def test_max_pairs_is_drawn_with_the_seed() -> None:
     records = [scored(str(index)) for index in range(50)]
-    drawn = [tuple(r["id"] for r in select_pairs(records, rules(), max_pairs=10, seed=seed).pairs) for seed in (0, 0, 1)]
+    selection = selected(records, rules())
+    drawn = [selection.draw(10, seed).pairs.tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 10
-    assert list(drawn[0]) == sorted(drawn[0], key=int)
-    assert select_pairs(records, rules(), max_pairs=10).dropped_by(first=True) == {"not_drawn": 40}
+    assert drawn[0] == sorted(drawn[0])
+    assert selection.draw(10, 0).dropped_by(first=True) == {"not_drawn": 40} and selection.draw(50, 0) is selection
 
 
 def many() -> list[dict[str, Any]]:
@@ -249,28 +271,31 @@ def many() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("rule", ["perplexity", "random_wrong"])
 def test_control_arms_have_the_attention_arms_mix(rule: str) -> None:
-    attention = select_pairs(many(), rules())
+    records = many()
+    attention = selected(records, rules())
     control = SelectionRules.from_options(SelectConfig(), attention=False)
-    pool = select_pairs(many(), control) if rule == "perplexity" else random_wrong_pairs(many(), control, seed=0)
+    wrong, pool = wrong_answers(records, control)
+    if rule == "perplexity":
+        pool = Facts.of(records, {"control": control.failing}).by("control")
     assert len(pool.pairs) > len(attention.pairs)
-    matched = match_mix(pool, mix_of(attention), seed=0)
-    assert mix_of(matched) == mix_of(attention) and len(matched.pairs) + len(matched.dropped) == 240
-    assert {r["id"] for r in matched.pairs} != {r["id"] for r in attention.pairs}
-    assert max(record["ratio"] for record in matched.pairs) > 0.8, "attention must play no part"
-    assert all(not answers_match(record["rejected"], record["answer"]) for record in matched.pairs)
+    matched = pool.match_mix(attention.mix(), seed=0)
+    assert matched.mix() == attention.mix() and sum(matched.dropped_by(first=True).values()) + len(matched.pairs) == 240
+    assert set(matched.pairs) != set(attention.pairs)
+    pairs = [records[place] for place in matched.pairs]
+    assert max(record["ratio"] for record in pairs) > 0.8, "attention must play no part"
+    rejected = wrong.rejected if rule == "random_wrong" else rejected_answer
+    assert all(not answers_match(rejected(record), record["answer"]) for record in pairs)
 
 
 def test_random_wrong_answers_come_from_other_records() -> None:
     control = SelectionRules.from_options(SelectConfig(), attention=False)
-    selection = random_wrong_pairs(many(), control, seed=0)
-    drawn = Counter((record["answer"], record["rejected"]) for record in selection.pairs)
+    drawn = Counter((record["answer"], record["rejected"]) for record in drawn_pairs(many(), control))
     assert set(drawn) == {(a, b) for a in ("red", "green", "blue") for b in ("red", "green", "blue") if a != b}
     assert min(drawn.values()) > 20
-    assert selection.pairs == random_wrong_pairs(many(), control, seed=0).pairs
+    assert drawn_pairs(many(), control) == drawn_pairs(many(), control)
     with_options = scored("o", options=["red", "pink"])
-    assert random_wrong_pairs([with_options], control, seed=0).pairs[0]["rejected"] == "pink"
-    same = [scored("a"), scored("b")]
-    assert random_wrong_pairs(same, control, seed=0).dropped_by(first=True) == {"no_wrong_answer": 2}
+    assert drawn_pairs([with_options], control)[0]["rejected"] == "pink"
+    assert wrong_answers([scored("a"), scored("b")], control)[1].dropped_by(first=True) == {"no_wrong_answer": 2}
 
 
 def test_pairs_have_trls_columns() -> None:

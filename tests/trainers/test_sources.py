@@ -252,13 +252,13 @@ def test_broken_sources_are_errors_with_a_remedy(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="does not exist"):
         reading("none.json")
-    with pytest.raises(DataError, match=r"not valid JSON.*\.jsonl"):
+    with pytest.raises(DataError, match=r"expected a list of records, got dict; .*\.jsonl"):
         reading("lines.json", '{"id": 1}\n{"id": 2}\n')
     with pytest.raises(DataError, match="expected a list of records, got dict"):
         reading("object.json", "{}")
     with pytest.raises(DataError, match="cannot be read by `datasets`"):
         reading("x.parquet", "not parquet")
-    with pytest.raises(DataError, match=r"expected \.json"):
+    with pytest.raises(DataError, match=r"expected a \.jsonl file, a \.json list"):
         reading("x.csv", "a,b\n")
     with pytest.raises(DataError, match="image folder .* does not exist"):
         reading("ok.json", "[]", image_folder=tmp_path / "gone")

@@ -177,7 +177,7 @@ def test_pairs_of_ones_own(run: Path, model: Path) -> None:
     broken = [{**pair, "images": [{"bytes": b"not a picture", "path": None}] if pair is pairs[1] else []} for pair in pairs[:2]]
     broken[0]["prompt"] = [{"role": "user", "content": "what ?"}]
     datasets.Dataset.from_list(broken, features=features).to_parquet(str(parquet))
-    with pytest.raises(DataError, match="record row 1: a picture: not_a_picture"):
+    with pytest.raises(DataError, match="record row 1: a picture: not a picture"):
         stage.run(context(run, model, input=str(parquet)))
 
 

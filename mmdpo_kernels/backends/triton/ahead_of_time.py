@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -96,8 +97,11 @@ def require_compiler() -> None:
         )
 
 
-def compile_one(form: Specialization, target: int) -> Row:
-    """A signature type that ends in ":16" says that the address or number is a multiple of 16, as Triton's launcher would find."""
+def compile_form(form: Specialization, target: int) -> Any:
+    """What Triton makes of it.
+
+    A signature type that ends in ":16" says that the address or number is a multiple of 16, as Triton's launcher would find.
+    """
     kinds = {name: form.signature.get(name, "constexpr") for name in form.kernel.arg_names}
     source = ASTSource(
         form.kernel,
@@ -110,7 +114,12 @@ def compile_one(form: Specialization, target: int) -> Row:
         },
     )
     options = {"num_warps": form.num_warps, "num_stages": form.num_stages, "maxnreg": form.maxnreg}
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def compile_one(form: Specialization, target: int) -> Row:
+    """What it takes."""
+    compiled = compile_form(form, target)
     usage = resource_usage(compiled.asm["cubin"])
     return Row(
         label=form.label,

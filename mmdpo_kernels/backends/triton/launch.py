@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from .runtime import DTYPE_NAMES, Specialization
@@ -29,6 +31,8 @@ class Launch:
     num_stages: int
     maxnreg: int | None = None
     """Registers that a thread may use; without it ptxas spills a few values where that lets more warps run."""
+    descriptors: bool = False
+    """Whether the kernel makes tensor descriptors, for which Triton asks the caller for memory."""
 
     def run(self) -> None:
         grid = self.programs if isinstance(self.programs, tuple) else (self.programs,)
@@ -38,7 +42,15 @@ class Launch:
         # Triton launches on the current device, whatever device the tensors are on.
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
-            self.kernel[grid](**self.arguments, **self.constants, **options)
+            if self.descriptors:
+                # Triton's allocator is the context's own: the caller's, if any, stays as it is.
+                copy_context().run(self._launch_with_memory, grid, options, device)
+            else:
+                self.kernel[grid](**self.arguments, **self.constants, **options)
+
+    def _launch_with_memory(self, grid: tuple[int, ...], options: dict[str, int | None], device: torch.device) -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        self.kernel[grid](**self.arguments, **self.constants, **options)
 
     def describe(self, label: str) -> Specialization:
         """Types as Triton's launcher finds them; ":16" says that an address or number is a multiple of 16."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -163,6 +163,8 @@ class _Launches:
         self, kernel: Any, programs: int, tile: Tiles, plan: Callable[..., Tensor], own: dict[str, Any], **constants: int
     ) -> Launch:
         """programs: of one batch row. own: arguments that not all kernels have."""
+        if tile.descriptors and not _describable(self.query, self.key, self.value, own.get("grad_output")):
+            tile = replace(tile, descriptors=False, specialize=False)
         tree_end, reach, window = self.call.tree_end, self.call.reach, self.call.window
         planned = any(each is not None for each in (tree_end, reach, window))
         blocks = plan(tree_end, self.query, window, tile.block_m, tile.block_n, reach) if planned else None
@@ -197,6 +199,7 @@ class _Launches:
             constants=self._constants(tile) | constants,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            descriptors=tile.descriptors,
         )
 
     def _constants(self, tile: Tiles) -> dict[str, int | bool]:
@@ -210,7 +213,19 @@ class _Launches:
             "BLOCK_V": _padded(value_dim),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
+            "DESCRIPTORS": tile.descriptors,
+            "SPECIALIZE": tile.specialize,
+            "OVERLAP": tile.overlap,
         }
+
+
+def _describable(*tensors: Tensor | None) -> bool:
+    """Whether tensor descriptors can stand for them: addresses and strides of whole 16 bytes."""
+    return all(
+        each.data_ptr() % 16 == 0 and all(stride * each.element_size() % 16 == 0 for stride in each.stride()[:-1])
+        for each in tensors
+        if each is not None
+    )
 
 
 def _padded(dim: int) -> int:
@@ -238,6 +253,20 @@ def specializations(target: int) -> list[Specialization]:
         for launch in _example(dtype, dim, divmod(target, 10), **features):
             name = launch.kernel.__name__.removesuffix("_kernel")
             forms.append(launch.describe(f"tree_attention {name} {label}"))
+    return forms
+
+
+def candidates(target: int, *, tree: bool) -> list[Specialization]:
+    """`tree_attention_tiles.CANDIDATES` as `specializations` has the shipped forms: of causal calls, or those that serve calls with a tree."""
+    forms: list[Specialization] = []
+    for name, several in tiles.CANDIDATES.items():
+        for tile in several:
+            if tree and tile in tiles.CAUSAL_ONLY:
+                continue
+            with tiles.override(tile):
+                launches = list(_example(torch.bfloat16, 128, divmod(target, 10), tree=tree))
+            label = f"tree_attention {name} bf16 128 {'tree' if tree else 'causal'} {tile.words}"
+            forms += [each.describe(label) for each in launches if each.kernel.__name__ == f"{name}_kernel"]
     return forms
 
 

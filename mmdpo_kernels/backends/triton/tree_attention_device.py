@@ -30,6 +30,52 @@ def load_tile(base, start, stride, length, ROWS: tl.constexpr, DIM: tl.constexpr
 
 
 @triton.jit
+def tile_source(
+    base,
+    heads,
+    head_stride,
+    stride,
+    length,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """What `stream_tile` reads of (heads, S, DIM), or of (S, DIM) with heads None: the address, or a descriptor for the copy engine."""
+    if DESCRIPTORS and heads is not None:
+        return tl.make_tensor_descriptor(base, [heads, length, DIM], [head_stride, stride, 1], [1, ROWS, WIDTH])
+    elif DESCRIPTORS:
+        return tl.make_tensor_descriptor(base, [length, DIM], [stride, 1], [ROWS, WIDTH])
+    else:
+        return base
+
+
+@triton.jit
+def stream_tile(
+    source,
+    head,
+    head_stride,
+    start,
+    stride,
+    length,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EDGE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """`load_tile` of a `tile_source`; a descriptor gives zeros beyond all edges, whatever EDGE says."""
+    if DESCRIPTORS and head is not None:
+        return source.load([head, start, 0]).reshape(ROWS, WIDTH)
+    elif DESCRIPTORS:
+        return source.load([start, 0])
+    else:
+        if head is not None:
+            source += offset(head, head_stride)
+        return load_tile(source, start, stride, length, ROWS, DIM, WIDTH, EDGE)
+
+
+@triton.jit
 def load_vector(base, at, length, EDGE: tl.constexpr):
     """Entries of a (S,) vector; zeros beyond S, where EDGE says that there may be any."""
     if EDGE:

@@ -26,6 +26,8 @@ from .tree_attention_device import (
     probabilities,
     seen_pairs,
     store_tile,
+    stream_tile,
+    tile_source,
 )
 from .tree_plan import MIXED
 
@@ -73,7 +75,11 @@ def forward_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    """OVERLAP: a block's product with its values waits for the next block's scores, whose exponentials then run beside it."""
     num_m, num_n = tl.cdiv(length, BLOCK_M), tl.cdiv(length, BLOCK_N)
     # The last queries see most keys: they start first.
     i_m = num_m - 1 - tl.program_id(0) % num_m
@@ -97,12 +103,19 @@ def forward_kernel(
         num_full = (start_m + 1) // BLOCK_N
         num_seen = tl.cdiv(min(start_m + BLOCK_M, length), BLOCK_N)
 
-    q = load_tile(query, start_m, query_s, length, BLOCK_M, DIM, BLOCK_D, True)  # [BM, D]
+    queries_of = tile_source(query, None, None, query_s, length, BLOCK_M, DIM, BLOCK_D, DESCRIPTORS)
+    q = stream_tile(queries_of, None, None, start_m, query_s, length, BLOCK_M, DIM, BLOCK_D, True, DESCRIPTORS)  # [BM, D]
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     outer *= LOG2_E
     # A finite maximum where nothing was seen yet: no difference below is ever -inf - -inf.
     row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    keys_of = tile_source(key, None, None, key_s, length, BLOCK_N, DIM, BLOCK_D, DESCRIPTORS)
+    values_of = tile_source(value, None, None, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, DESCRIPTORS)
+    if OVERLAP:
+        p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        decay = row_sum
+        start_v = length  # zeros
     if mass is not None:
         segments += offset(i_b, length)
         kinds += i_b * num_n
@@ -111,15 +124,20 @@ def forward_kernel(
         run = row_sum  # mass of the key blocks since the segment changed, relative to row_max
         owner = -1
 
-    # Key blocks that every query sees whole, then those that need a mask.
-    for MASKED in tl.static_range(2):
+    # Key blocks that every query sees whole, then those that need a mask. The compiler parts the warps of one loop alone: of all blocks.
+    for MASKED in tl.static_range(SPECIALIZE, 2):
         if MASKED:
             lasts = last_keys(rows, reach, length)
-        for it in range(num_full if MASKED else 0, num_seen if MASKED else num_full):
+        begin = num_full if MASKED and not SPECIALIZE else 0
+        for it in tl.range(begin, num_seen if MASKED else num_full, warp_specialize=SPECIALIZE):
             i_n = it if plan is None else tl.load(plan + 2 + it)
             start_n = i_n * BLOCK_N
-            k = load_tile(key, start_n, key_s, length, BLOCK_N, DIM, BLOCK_D, MASKED)  # [BN, D]
+            k = stream_tile(keys_of, None, None, start_n, key_s, length, BLOCK_N, DIM, BLOCK_D, MASKED, DESCRIPTORS)  # [BN, D]
             scores = capped(dot(q, tl.trans(k)), inner, SOFTCAP)  # [BM, BN]
+            if OVERLAP:
+                v = stream_tile(values_of, None, None, start_v, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, True, DESCRIPTORS)
+                acc = dot(narrow(p, v.dtype), v, acc * decay[:, None])
+                start_v = start_n
             if MASKED:
                 keys = start_n + tl.arange(0, BLOCK_N)
                 scores = tl.where(
@@ -143,11 +161,17 @@ def forward_kernel(
                     one_hot = load_one_hot(segments, start_n + tl.arange(0, BLOCK_N), first_segment, length)
                     acc_mass = dot_exact(p, one_hot, acc_mass * tl.exp2(mass_max - new_max)[:, None])
                     mass_max = new_max
-            v = load_tile(value, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, MASKED)  # [BN, Dv]
-            acc = dot(narrow(p, v.dtype), v, acc * decay[:, None])
+            if not OVERLAP:
+                v = stream_tile(
+                    values_of, None, None, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, MASKED, DESCRIPTORS
+                )  # [BN, Dv]
+                acc = dot(narrow(p, v.dtype), v, acc * decay[:, None])
             row_sum = row_sum * decay + block_sum
             row_max = new_max
 
+    if OVERLAP:
+        v = stream_tile(values_of, None, None, start_v, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, True, DESCRIPTORS)
+        acc = dot(narrow(p, v.dtype), v, acc * decay[:, None])
     seen_any = row_sum != 0.0
     row_sum = tl.where(seen_any, row_sum, 1.0)
     share = 1.0 / row_sum
@@ -256,9 +280,15 @@ def grad_key_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PASSES: tl.constexpr,
 ):
-    """Sums over all queries and all heads of the group, in one program and one order."""
+    """Sums over all queries and all heads of the group, in one program and one order.
+
+    OVERLAP: a block's products with its probabilities wait for the next block's scores, whose exponentials then run beside them.
+    """
     num_m, num_n = tl.cdiv(length, BLOCK_M), tl.cdiv(length, BLOCK_N)
     i_n = tl.program_id(0) % num_n  # the first keys are seen by most queries
     i_bh = tl.program_id(0) // num_n
@@ -295,27 +325,66 @@ def grad_key_kernel(
         num_full = whole - first_full
         num_seen = num_m - diagonal
 
-    k = load_tile(key, start_n, key_s, length, BLOCK_N, DIM, BLOCK_D, True)  # [BN, D]
-    v = load_tile(value, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, True)  # [BN, Dv]
+    keys_of = tile_source(key, None, None, key_s, length, BLOCK_N, DIM, BLOCK_D, DESCRIPTORS)
+    k = stream_tile(keys_of, None, None, start_n, key_s, length, BLOCK_N, DIM, BLOCK_D, True, DESCRIPTORS)  # [BN, D]
+    values_of = tile_source(value, None, None, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, DESCRIPTORS)
+    v = stream_tile(values_of, None, None, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, True, DESCRIPTORS)  # [BN, Dv]
+    queries_of = tile_source(query, GROUP, query_h, query_s, length, BLOCK_M, DIM, BLOCK_D, DESCRIPTORS)
+    if grad_output is not None:
+        upstream_of = tile_source(
+            grad_output, GROUP, grad_output_h, grad_output_s, length, BLOCK_M, VALUE_DIM, BLOCK_V, DESCRIPTORS
+        )
     acc_key = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_value = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-    for MASKED in tl.static_range(2):
+    if OVERLAP:
+        p = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        grad_scores = p
+        g_before = tl.full((), 0, tl.int32)
+        start_before = length  # zeros
+    for MASKED in tl.static_range(SPECIALIZE, 2):
         # All heads in one loop, so that loads run ahead from one to the next.
-        count = num_seen - num_full if MASKED else num_full
-        for it in range(0, GROUP * count):
+        begin = num_full if MASKED and not SPECIALIZE else 0
+        count = num_seen - begin if MASKED else num_full
+        for it in tl.range(0, GROUP * count, warp_specialize=SPECIALIZE):
             i_g = it // count
             i_m = it % count
             if plan is not None:
-                i_m = tl.load(plan + 2 + (num_full + i_m if MASKED else i_m))
+                i_m = tl.load(plan + 2 + begin + i_m)
+            elif SPECIALIZE:
+                i_m += diagonal
             elif MASKED:
                 i_m = tl.where(diagonal + i_m < first_full, diagonal + i_m, num_m - 1)
             else:
                 i_m += first_full
             start_m = i_m * BLOCK_M
             rows = start_m + tl.arange(0, BLOCK_M)
-            q = load_tile(query + offset(i_g, query_h), start_m, query_s, length, BLOCK_M, DIM, BLOCK_D, MASKED)  # [BM, D]
+            q = stream_tile(
+                queries_of, i_g, query_h, start_m, query_s, length, BLOCK_M, DIM, BLOCK_D, MASKED, DESCRIPTORS
+            )  # [BM, D]
             row_lse = load_lse(lse + offset(i_g, length), rows, length, MASKED)
             scores = capped(dot(k, tl.trans(q)), inner, SOFTCAP)  # [BN, BM]
+            if OVERLAP:
+                if grad_output is not None:
+                    do = stream_tile(
+                        upstream_of,
+                        g_before,
+                        grad_output_h,
+                        start_before,
+                        grad_output_s,
+                        length,
+                        BLOCK_M,
+                        VALUE_DIM,
+                        BLOCK_V,
+                        True,
+                        DESCRIPTORS,
+                    )
+                    acc_value = dot(narrow(p, do.dtype), do, acc_value)
+                q_before = stream_tile(
+                    queries_of, g_before, query_h, start_before, query_s, length, BLOCK_M, DIM, BLOCK_D, True, DESCRIPTORS
+                )
+                acc_key = dot(narrow(grad_scores, q.dtype), q_before, acc_key)
+                g_before = i_g
+                start_before = start_m
             p = probabilities(scores, outer, row_lse[None, :], q.dtype == tl.float32)
             if MASKED:
                 p = tl.where(
@@ -327,10 +396,21 @@ def grad_key_kernel(
                 )
             grad_p = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             if grad_output is not None:
-                do = load_tile(
-                    grad_output + offset(i_g, grad_output_h), start_m, grad_output_s, length, BLOCK_M, VALUE_DIM, BLOCK_V, MASKED
+                do = stream_tile(
+                    upstream_of,
+                    i_g,
+                    grad_output_h,
+                    start_m,
+                    grad_output_s,
+                    length,
+                    BLOCK_M,
+                    VALUE_DIM,
+                    BLOCK_V,
+                    MASKED,
+                    DESCRIPTORS,
                 )  # [BM, Dv]
-                acc_value = dot(narrow(p, do.dtype), do, acc_value)
+                if not OVERLAP:
+                    acc_value = dot(narrow(p, do.dtype), do, acc_value)
                 grad_p = dot(v, tl.trans(do))
             if grad_mass is not None:
                 for first in tl.static_range(0, PASSES * COLUMNS, COLUMNS):
@@ -340,8 +420,27 @@ def grad_key_kernel(
             grad_scores = p * grad_p
             if SOFTCAP:
                 grad_scores *= tanh_slope(scores)
-            acc_key = dot(narrow(grad_scores, q.dtype), q, acc_key)
+            if not OVERLAP:
+                acc_key = dot(narrow(grad_scores, q.dtype), q, acc_key)
 
+    if OVERLAP:
+        if grad_output is not None:
+            do = stream_tile(
+                upstream_of,
+                g_before,
+                grad_output_h,
+                start_before,
+                grad_output_s,
+                length,
+                BLOCK_M,
+                VALUE_DIM,
+                BLOCK_V,
+                True,
+                DESCRIPTORS,
+            )
+            acc_value = dot(narrow(p, do.dtype), do, acc_value)
+        q = stream_tile(queries_of, g_before, query_h, start_before, query_s, length, BLOCK_M, DIM, BLOCK_D, True, DESCRIPTORS)
+        acc_key = dot(narrow(grad_scores, q.dtype), q, acc_key)
     grad_key += (offset(i_b, length) * kv_heads + i_h) * DIM
     grad_value += (offset(i_b, length) * kv_heads + i_h) * VALUE_DIM
     store_tile(grad_key, acc_key * scale, start_n, kv_heads * DIM, length, BLOCK_N, DIM, BLOCK_D)
@@ -391,6 +490,9 @@ def grad_query_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PASSES: tl.constexpr,
 ):
     num_m, num_n = tl.cdiv(length, BLOCK_M), tl.cdiv(length, BLOCK_N)
@@ -420,28 +522,44 @@ def grad_query_kernel(
         num_full = (start_m + 1) // BLOCK_N
         num_seen = tl.cdiv(min(start_m + BLOCK_M, length), BLOCK_N)
 
-    q = load_tile(query, start_m, query_s, length, BLOCK_M, DIM, BLOCK_D, True)  # [BM, D]
+    queries_of = tile_source(query, None, None, query_s, length, BLOCK_M, DIM, BLOCK_D, DESCRIPTORS)
+    q = stream_tile(queries_of, None, None, start_m, query_s, length, BLOCK_M, DIM, BLOCK_D, True, DESCRIPTORS)  # [BM, D]
+    keys_of = tile_source(key, None, None, key_s, length, BLOCK_N, DIM, BLOCK_D, DESCRIPTORS)
     if grad_output is not None:
         grad_output += offset(i_b, grad_output_b) + offset(i_h, grad_output_h)
-        do = load_tile(grad_output, start_m, grad_output_s, length, BLOCK_M, VALUE_DIM, BLOCK_V, True)  # [BM, Dv]
+        upstream_of = tile_source(grad_output, None, None, grad_output_s, length, BLOCK_M, VALUE_DIM, BLOCK_V, DESCRIPTORS)
+        do = stream_tile(
+            upstream_of, None, None, start_m, grad_output_s, length, BLOCK_M, VALUE_DIM, BLOCK_V, True, DESCRIPTORS
+        )  # [BM, Dv]
+        values_of = tile_source(value, None, None, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, DESCRIPTORS)
     row_lse = load_lse(lse, rows, length, True)
     taken = load_vector(correction, rows, length, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for MASKED in tl.static_range(2):
+    if OVERLAP:
+        grad_scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        start_before = length  # zeros
+    for MASKED in tl.static_range(SPECIALIZE, 2):
         if MASKED:
             lasts = last_keys(rows, reach, length)
-        for it in range(num_full if MASKED else 0, num_seen if MASKED else num_full):
+        begin = num_full if MASKED and not SPECIALIZE else 0
+        for it in tl.range(begin, num_seen if MASKED else num_full, warp_specialize=SPECIALIZE):
             i_n = it if plan is None else tl.load(plan + 2 + it)
             start_n = i_n * BLOCK_N
             keys = start_n + tl.arange(0, BLOCK_N)
-            k = load_tile(key, start_n, key_s, length, BLOCK_N, DIM, BLOCK_D, MASKED)  # [BN, D]
+            k = stream_tile(keys_of, None, None, start_n, key_s, length, BLOCK_N, DIM, BLOCK_D, MASKED, DESCRIPTORS)  # [BN, D]
             scores = capped(dot(q, tl.trans(k)), inner, SOFTCAP)  # [BM, BN]
+            if OVERLAP:
+                before = stream_tile(keys_of, None, None, start_before, key_s, length, BLOCK_N, DIM, BLOCK_D, True, DESCRIPTORS)
+                acc = dot(narrow(grad_scores, k.dtype), before, acc)
+                start_before = start_n
             p = probabilities(scores, outer, row_lse[:, None], q.dtype == tl.float32)
             if MASKED:
                 p = tl.where(seen_pairs(rows[:, None], lasts[:, None], keys[None, :], tree_end, depth, length, window), p, 0.0)
             grad_p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if grad_output is not None:
-                v = load_tile(value, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, MASKED)  # [BN, Dv]
+                v = stream_tile(
+                    values_of, None, None, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, MASKED, DESCRIPTORS
+                )  # [BN, Dv]
                 grad_p = dot(do, tl.trans(v))
             if grad_mass is not None:
                 for first in tl.static_range(0, PASSES * COLUMNS, COLUMNS):
@@ -451,7 +569,11 @@ def grad_query_kernel(
             grad_scores = p * grad_p
             if SOFTCAP:
                 grad_scores *= tanh_slope(scores)
-            acc = dot(narrow(grad_scores, k.dtype), k, acc)
+            if not OVERLAP:
+                acc = dot(narrow(grad_scores, k.dtype), k, acc)
 
+    if OVERLAP:
+        k = stream_tile(keys_of, None, None, start_before, key_s, length, BLOCK_N, DIM, BLOCK_D, True, DESCRIPTORS)
+        acc = dot(narrow(grad_scores, k.dtype), k, acc)
     grad_query += (offset(i_b, length) * heads + i_h) * DIM
     store_tile(grad_query, acc * scale, start_m, heads * DIM, length, BLOCK_M, DIM, BLOCK_D)

@@ -23,6 +23,18 @@ class Tiles:
     num_warps: int
     num_stages: int
     """Tiles in flight between global and shared memory."""
+    descriptors: bool = False
+    """Tiles of the loop come by tensor descriptors: the copy engine of sm_90 and newer fetches them."""
+    specialize: bool = False
+    """Loads, products and exponentials in warps of their own, where the compiler can part them; it adds warps."""
+    overlap: bool = False
+    """The softmax of a block runs beside the product before it."""
+
+    @property
+    def words(self) -> str:
+        """For labels and tables: `128x64, 8 warps, 3 stages, descriptors`."""
+        extras = [name for name in ("descriptors", "specialize", "overlap") if getattr(self, name)]
+        return ", ".join([f"{self.block_m}x{self.block_n}", f"{self.num_warps} warps", f"{self.num_stages} stages", *extras])
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,40 @@ WIDEST = 256
 
 CORRECTION = Tiles(64, 0, 4, 1)
 """Of the pass over rows that comes before the other backward ones; it has no keys."""
+
+CANDIDATES: dict[str, tuple[Tiles, ...]] = {
+    "forward": (
+        Tiles(128, 64, 8, 3, descriptors=True),
+        Tiles(128, 128, 8, 2, descriptors=True),
+        Tiles(128, 64, 8, 3, descriptors=True, overlap=True),
+        Tiles(128, 128, 8, 2, descriptors=True, overlap=True),
+        Tiles(128, 64, 4, 3, descriptors=True, specialize=True),
+        Tiles(128, 128, 4, 2, descriptors=True, specialize=True),
+    ),
+    "grad_key": (
+        Tiles(32, 128, 8, 3, descriptors=True),
+        Tiles(64, 128, 8, 2, descriptors=True),
+        Tiles(32, 128, 8, 2, descriptors=True, overlap=True),
+        Tiles(64, 64, 8, 2, descriptors=True, overlap=True),
+        Tiles(32, 128, 4, 2, descriptors=True, specialize=True),
+    ),
+    "grad_query": (
+        Tiles(128, 64, 8, 3, descriptors=True),
+        Tiles(128, 128, 8, 2, descriptors=True),
+        Tiles(128, 64, 8, 2, descriptors=True, overlap=True),
+    ),
+}
+"""For sm_90, half precision and head dim 128 without masses or softcap, by pass: compiled without spills, measured nowhere yet.
+
+No call takes one but under `override`.
+"""
+
+CAUSAL_ONLY = (
+    Tiles(128, 128, 8, 2, descriptors=True, overlap=True),
+    Tiles(128, 128, 4, 2, descriptors=True, specialize=True),
+    Tiles(32, 128, 4, 2, descriptors=True, specialize=True),
+)
+"""Candidates that spill, or whose warps Triton cannot part, where a call has a tree."""
 
 _override: list[TreeAttentionTiles] = []
 

@@ -87,7 +87,7 @@ def _make(
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.75,
-            "mrope_section": [1, 1, 1],
+            "mrope_section": [hidden // heads // 8] * 3,
         },
         "pad_token_id": ids["<|endoftext|>"],
         "tie_word_embeddings": tied,

@@ -69,9 +69,15 @@ def tower(patch: int = 8, image: int = 48) -> dict[str, Any]:
 
 
 def make_tiny_by_recipe(
-    recipe: Recipe, folder: str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, tied: bool = False
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tied: bool = False,
+    heads: int = HEADS,
 ) -> Path:
-    """Write a random checkpoint of a recipe to `folder` and return it.
+    """Write a random checkpoint of a recipe to `folder` and return it. heads: of the text model, all of them as wide together.
 
     Raises AttributeError where the installed transformers does not have the family, and ImportError where it lacks what its image
     processor needs.
@@ -90,15 +96,15 @@ def make_tiny_by_recipe(
         "hidden_size": HIDDEN,
         "intermediate_size": 2 * HIDDEN,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS // 2,
-        "head_dim": HIDDEN // HEADS,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "head_dim": HIDDEN // heads,
         "max_position_embeddings": 4096,
         "bos_token_id": None,
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
         "tie_word_embeddings": tied,
-        **recipe.text,
+        **_widened(recipe.text, HEADS // heads),
     }
     found: dict[str, Any] = {
         key: ids[tokens] if isinstance(tokens, str) else [ids[token] for token in tokens] for key, tokens in recipe.ids.items()
@@ -113,3 +119,11 @@ def make_tiny_by_recipe(
     template = _TEMPLATE.replace("MARK", recipe.mark or recipe.image)
     save_processor(folder, recipe.processor or f"{name}Processor", tokenizer, image_processor, template, **recipe.values)
     return folder
+
+
+def _widened(text: dict[str, Any], times: int) -> dict[str, Any]:
+    """Settings of a text model with heads that are so many times as wide: the three axes of a position share each of them."""
+    rope = text.get("rope_parameters", {})
+    if "mrope_section" not in rope:
+        return text
+    return {**text, "rope_parameters": {**rope, "mrope_section": [each * times for each in rope["mrope_section"]]}}

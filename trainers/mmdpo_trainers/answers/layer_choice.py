@@ -7,7 +7,7 @@ ROC curve of the ratio against right and wrong.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,11 +235,26 @@ def verdicts(curves: Mapping[str, Any]) -> list[str]:
     else:
         said.append(_of_best(best))
         said += _of_head(curves["best_head"], best)
+    said += _of_gaps(curves)
     for name, layer in curves["chosen"].items():
         found = curves["auc"][name][curves["layers"].index(layer)]
         if found is not None and (name != ALL or best is None or layer != best["layer"]):
             said += _of_used(name, layer, found)
     return said
+
+
+def _of_gaps(curves: Mapping[str, Any]) -> Iterator[str]:
+    """What has no area, and why."""
+    for name, areas in curves["auc"].items():
+        if name != ALL and not any(areas):
+            counts = curves["answers"][name]
+            yield (
+                f"Format {name} has no AUC: it takes two right and two wrong answers about as many pictures, and there are "
+                f"{counts['right']:,} right and {counts['wrong']:,} wrong ones."
+            )
+    unseen = [str(layer) for layer, found in zip(curves["layers"], curves["auc"][ALL], strict=True) if found is None]
+    if unseen and len(unseen) < len(curves["layers"]):
+        yield f"No AUC at layer {', '.join(unseen)}: too few answers see the pictures from there."
 
 
 def _of_best(best: Mapping[str, Any]) -> str:

@@ -10,6 +10,9 @@ from mmdpo_trainers.config.sections.answers import GenerateConfig
 from mmdpo_trainers.errors import ConfigError
 from mmdpo_trainers.models.loaded import LoadedModel
 
+FIELDS = ("response", "response_ids", "num_tokens", "ended", "perplexity")
+"""What an answer is, see `response_of`."""
+
 
 def check_num_answers(options: GenerateConfig) -> None:
     """Raise ConfigError where several answers to a prompt would all be the same."""

@@ -31,26 +31,34 @@ _COLDEST = 0.01
 """vLLM takes this temperature in place of a lower one."""
 
 
-def check_vllm(config: RunConfig) -> None:
-    """Raise ConfigError where there is no vLLM, or settings that it would not follow."""
+def check_vllm(config: RunConfig, stage: str = "generate") -> None:
+    """Raise ConfigError where there is no vLLM, or settings that it would not follow. stage: generate or evaluate."""
+    options = getattr(config, stage)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "generate.engine: vllm is not installed here; pip install 'mmdpo-kernels[vllm]', or set it to transformers, whose answers "
+            f"{stage}.engine: vllm is not installed here; pip install 'mmdpo-kernels[vllm]', or set it to transformers, whose answers "
             "have the same fields"
         )
     if config.device == "cpu":
         raise ConfigError(
-            "device: expected none, cuda or cuda:N with generate.engine: vllm, whose build decides whether it runs on a CPU, got cpu; leave it "
-            "out, or set generate.engine to transformers"
+            f"device: expected none, cuda or cuda:N with {stage}.engine: vllm, whose build decides whether it runs on a CPU, got cpu; leave it "
+            f"out, or set {stage}.engine to transformers"
         )
-    if config.quantization.load_in_4bit and "quantization" not in config.generate.engine_args:
+    if stage == "evaluate":
+        if config.quantization.load_in_4bit:
+            raise ConfigError(
+                "evaluate.engine: vllm would answer with whole weights, into which the adapter is merged, and quantization trains it beside "
+                "4-bit ones; set evaluate.engine to transformers"
+            )
+        return
+    if config.quantization.load_in_4bit and "quantization" not in options.engine_args:
         raise ConfigError(
             "generate.engine: vllm would answer with the whole model, and quantization trains the one in 4 bits; set generate.engine_args to "
             "{quantization: bitsandbytes}, or generate.engine to transformers"
         )
-    if config.generate.do_sample and config.generate.temperature < _COLDEST:
+    if options.do_sample and options.temperature < _COLDEST:
         raise ConfigError(
-            f"generate.temperature: vLLM samples at {_COLDEST} or more, got {config.generate.temperature}; raise it, or set generate.do_sample "
+            f"generate.temperature: vLLM samples at {_COLDEST} or more, got {options.temperature}; raise it, or set generate.do_sample "
             "to false"
         )
 
@@ -59,7 +67,7 @@ class VllmEngine:
     """A vLLM `LLM` of a model folder.
 
     device: `cuda:N`, or `auto` for vLLM's own choice. most_images: of one prompt. arguments: more of `vllm.LLM`.
-    date: as in `load_model`.
+    date: as in `load_model`. section: of the settings, which errors name.
     """
 
     def __init__(
@@ -71,7 +79,9 @@ class VllmEngine:
         most_images: int,
         arguments: Mapping[str, Any],
         date: TemplateDate | None = None,
+        section: str = "generate",
     ) -> None:
+        self._section = section
         self.config_only = config_only(folder, date)
         if dtype == "auto":
             # The checkpoint's own, as elsewhere; vLLM's `auto` would halve float32.
@@ -159,8 +169,8 @@ class VllmEngine:
         except Exception as error:
             # Of any kind: vLLM has its own, and those of torch, CUDA and the model come through it.
             raise StageError(
-                f"{what} ({' '.join(str(error).split()) or type(error).__name__}); see generate.engine_args, which are "
-                f"{self._arguments or 'empty'}, or set generate.engine to transformers"
+                f"{what} ({' '.join(str(error).split()) or type(error).__name__}); see {self._section}.engine_args, which are "
+                f"{self._arguments or 'empty'}, or set {self._section}.engine to transformers"
             ) from error
 
     def _check_prompt(self, record: Mapping[str, Any], row: Sequence[Image.Image], output: Any) -> None:
@@ -171,7 +181,7 @@ class VllmEngine:
             where = min(len(found), len(expected)) if same is None else same
             raise StageError(
                 f"record {record['id']}: vLLM reads the prompt as {len(found)} tokens, transformers as {len(expected)}, and they differ "
-                f"from token {where} on; set generate.engine to transformers, or try another version of vLLM"
+                f"from token {where} on; set {self._section}.engine to transformers, or try another version of vLLM"
             )
         self._checked.add(len(row))
 
@@ -180,7 +190,7 @@ class VllmEngine:
         if answer.finish_reason == "length" and len(ids) < max_new_tokens:
             raise StageError(
                 f"record {record['id']}: vLLM cut the answer after {len(ids)} of {max_new_tokens} tokens, because prompt and answer are longer "
-                "than max_model_len; raise it in generate.engine_args, or lower generate.max_new_tokens"
+                f"than max_model_len; raise it in {self._section}.engine_args, or lower {self._section}.max_new_tokens"
             )
         whole = answer.finish_reason == "length" or (
             answer.finish_reason == "stop" and ids[-1:] and ids[-1] in self.config_only.end_ids
@@ -190,7 +200,7 @@ class VllmEngine:
             raise StageError(
                 f"record {record['id']}: expected vLLM's answer to end with an end token or at its longest, with the log-probabilities of "
                 f"each token; got finish_reason {answer.finish_reason!r}, {len(ids)} tokens, log-probabilities of {found}. Set "
-                "generate.engine to transformers, or try another version of vLLM"
+                f"{self._section}.engine to transformers, or try another version of vLLM"
             )
         # The likeliest token's, and that of the token taken, where it is another.
         return response_of(self.config_only, ids, [max(each.logprob for each in step.values()) for step in steps])

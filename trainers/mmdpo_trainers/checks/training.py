@@ -97,10 +97,10 @@ def check_gradients(loaded: LoadedModel) -> CheckResult:
         sizes = {name: float(gradient.abs().max()) for name, gradient in expected.items()}
         least = 1e-3 * max(sizes.values())
         for reentrant in (False,) if model_parts.shares_keys(base) else (True, False):
-            base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            _checkpointing(base, "enable")({"use_reentrant": reentrant})
             with _counted(base) as calls:
                 got = _gradients(adapted, batch, features)
-            base.gradient_checkpointing_disable()
+            _checkpointing(base, "disable")()
             if calls["forward"] < 2:
                 raise CheckFailure("gradient checkpointing has no effect: the first layer ran once")
             if got.keys() != expected.keys():
@@ -111,6 +111,11 @@ def check_gradients(loaded: LoadedModel) -> CheckResult:
                 found.add(got[name], gradient, f"{name}, use_reentrant={reentrant}", max(sizes[name], least))
     kind = "packed tree" if packing else "separate sequences"
     return found.result("gradients", f"{len(expected)} parameters, {kind}")
+
+
+def _checkpointing(model: Any, what: str) -> Any:
+    """A method of transformers, under the name that 5.20 gave it where there is one: the older name warns from then on."""
+    return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
 
 
 def _with_lora(model: Any) -> Any:

@@ -75,6 +75,7 @@ def _stage(options: argparse.Namespace) -> None:
     if not ranks.is_rank_0():
         return
     shown = {key: value for key, value in summary.items() if key != "fingerprint"}
+    shown |= {"trained": str(context.trained)} if options.stage == "train" else {}
     print(yaml.safe_dump({context.name: shown}, sort_keys=False, allow_unicode=True), end="")
 
 

@@ -35,6 +35,12 @@ def option(
 Count = Annotated[StrictInt, Field(ge=0)]
 """A number of things, in a mapping, which an option's own limits do not reach into."""
 
+ColumnName = Literal["id", "question", "answer", "chosen", "rejected", "images", "rejected_images", "options"]
+"""What a file's columns may be said to be."""
+
+COLUMNS_WORDS = "what the data's columns are, as {question: q, chosen: better}; None: they tell their layout (docs/your_data.md)"
+"""The same for all settings `columns`, for help texts."""
+
 Match = Literal["exact", "contains", "choice"]
 """How an answer is compared with the truth, see `data.match.is_right`."""
 

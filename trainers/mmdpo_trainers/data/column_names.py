@@ -27,14 +27,12 @@ def renaming(record: Mapping[str, Any], wanted: Iterable[str]) -> str:
 
 
 def pair_remedy(record: Mapping[str, Any]) -> str:
-    """What to do with a preference record of other columns: a sentence as `renaming` gives, or where its layout is told."""
-    columns = f"its columns are {', '.join(str(name) for name in record)}"
-    told = "as docs/your_data.md shows under preference pairs"
-    if "text" in record and not any(name in record for name in ("chosen", "rejected")):
-        return f"{columns}; where its text is JSON of a question and two answers, as in RLHF-V, make columns of that, {told}"
-    if "conversations" in record and not answers_alone(record):
-        return f"{columns}; make the prompt of its conversations, and texts of its two answers, {told}"
-    return renaming(record, ("prompt", "chosen", "rejected"))
+    """What to do with a preference record of no layout: a sentence as `renaming` gives, and the setting that says it."""
+    wanted = ("prompt", "chosen", "rejected")
+    found = renaming(record, wanted)
+    return (
+        found if all(name in record for name in wanted) else f"{found}, or say what they are with `columns` (docs/your_data.md)"
+    )
 
 
 def answers_alone(record: Mapping[str, Any]) -> bool:

@@ -7,12 +7,18 @@ half-open, on a patch grid ``(rows, columns)``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Box = tuple[float, float, float, float]
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+_Pixels = tuple[int, int, int, int]
+"""``(x0, y0, x1, y1)`` in pixels, the last ones exclusive."""
 
 GRID_SHAPES: dict[int, tuple[int, int]] = {2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 9: (3, 3)}
 """Pictures in a collage -> (rows, columns)."""
@@ -32,24 +38,33 @@ def grid_collage(
 
     Raises ``ValueError`` for a number of pictures outside `GRID_SHAPES`, a cell without pixels, or a margin too thin for labels.
     """
-    size = collage_size(len(pictures), cell_size=cell_size, margin=margin, label=label, square=square)
-    width, height = collage_size(len(pictures), cell_size=cell_size, margin=margin, label=label, square=False)
-    columns = _grid_shape(len(pictures))[1]
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-
-    canvas = Image.new("RGB", size, WHITE)
-    boxes = []
-    for k, picture in enumerate(pictures):
-        row, column = divmod(k, columns)
-        x, y = left + margin + column * (cell_size + margin), top + margin + row * (cell_size + margin)
+    layout = {"cell_size": cell_size, "margin": margin, "label": label, "square": square}
+    canvas = Image.new("RGB", collage_size(len(pictures), **layout), WHITE)
+    for k, (picture, (x, y)) in enumerate(zip(pictures, _corners(len(pictures), **layout), strict=True)):
         _paste_centred(canvas, picture, (x, y, x + cell_size, y + cell_size))
         if label:
             _draw_label(canvas, f"Image{k + 1}", x, y - margin, margin)
-        boxes.append((x / size[0], y / size[1], (x + cell_size) / size[0], (y + cell_size) / size[1]))
-    return canvas, boxes
+    return canvas, collage_boxes(len(pictures), **layout)
 
 
-def collage_size(num_images: int, *, cell_size: int, margin: int, label: bool, square: bool) -> tuple[int, int]:
+def collage_boxes(num_images: int, *, cell_size: int, margin: int, label: bool, square: bool) -> list[Box]:
+    """The boxes of the cells of `grid_collage`, without a picture; raises the same errors."""
+    layout = {"cell_size": cell_size, "margin": margin, "label": label, "square": square}
+    width, height = collage_size(num_images, **layout)
+    return [(x / width, y / height, (x + cell_size) / width, (y + cell_size) / height) for x, y in _corners(num_images, **layout)]
+
+
+def _corners(num_images: int, *, cell_size: int, margin: int, label: bool, square: bool) -> list[tuple[int, int]]:
+    """Upper left pixel of each cell."""
+    size = collage_size(num_images, cell_size=cell_size, margin=margin, label=label, square=square)
+    width, height = collage_size(num_images, cell_size=cell_size, margin=margin, label=label, square=False)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    places = (divmod(k, _grid_shape(num_images)[1]) for k in range(num_images))
+    step = cell_size + margin
+    return [(left + margin + column * step, top + margin + row * step) for row, column in places]
+
+
+def collage_size(num_images: int, *, cell_size: int, margin: int, label: bool, square: bool) -> Size:
     """Width and height in pixels of what `grid_collage` makes, which raises the same errors."""
     rows, columns = _grid_shape(num_images)
     if cell_size < 1 or margin < 0:
@@ -72,16 +87,22 @@ def pic_in_pic(
     The target keeps its aspect and is scaled, up or down, to fill ``max_fraction`` of the host's width or height. ``square``
     first pads the host with white to a square (see `grid_collage`). Raises ``ValueError`` for a fraction outside (0, 1].
     """
-    if not 0 < max_fraction <= 1:
-        raise ValueError(f"pic_in_pic: expected 0 < max_fraction <= 1, got {max_fraction}")
-    side = max(host.size)
-    size = (side, side) if square else host.size
+    size, place, box = pic_in_pic_place(host.size, target.size, max_fraction=max_fraction, square=square)
     canvas = Image.new("RGB", size, WHITE)
     canvas.paste(host.convert("RGB"), ((size[0] - host.width) // 2, (size[1] - host.height) // 2))
-    room = (max(1, int(host.width * max_fraction)), max(1, int(host.height * max_fraction)))
+    _paste(canvas, target, place)
+    return canvas, box
+
+
+def pic_in_pic_place(host: Size, target: Size, *, max_fraction: float, square: bool) -> tuple[Size, _Pixels, Box]:
+    """Of what `pic_in_pic` makes of pictures of these sizes: its size, the pixels that the target covers, and their box."""
+    if not 0 < max_fraction <= 1:
+        raise ValueError(f"pic_in_pic: expected 0 < max_fraction <= 1, got {max_fraction}")
+    size = (max(host), max(host)) if square else host
+    room = (max(1, int(host[0] * max_fraction)), max(1, int(host[1] * max_fraction)))
     x, y = (size[0] - room[0]) // 2, (size[1] - room[1]) // 2
-    x0, y0, x1, y1 = _paste_centred(canvas, target, (x, y, x + room[0], y + room[1]))
-    return canvas, (x0 / size[0], y0 / size[1], x1 / size[0], y1 / size[1])
+    x0, y0, x1, y1 = place = _centred(target, (x, y, x + room[0], y + room[1]))
+    return size, place, (x0 / size[0], y0 / size[1], x1 / size[0], y1 / size[1])
 
 
 def box_to_region(box: Sequence[float], patch_grid: tuple[int, int]) -> list[int]:
@@ -153,20 +174,30 @@ def _patch_grid(patch_grid: tuple[int, int]) -> tuple[int, int]:
     return rows, columns
 
 
-def _paste_centred(canvas: Image.Image, picture: Image.Image, room: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Paste the picture into the pixel rectangle ``room``, aspect kept; returns the rectangle it covers."""
+def _centred(size: Size, room: _Pixels) -> _Pixels:
+    """The rectangle that a picture of this size covers in ``room``, aspect kept."""
     x0, y0, x1, y1 = room
-    scale = min((x1 - x0) / picture.width, (y1 - y0) / picture.height)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    fitted = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    x, y = x0 + (x1 - x0 - fitted.width) // 2, y0 + (y1 - y0 - fitted.height) // 2
-    canvas.paste(fitted, (x, y))
-    return x, y, x + fitted.width, y + fitted.height
+    scale = min((x1 - x0) / size[0], (y1 - y0) / size[1])
+    width, height = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    x, y = x0 + (x1 - x0 - width) // 2, y0 + (y1 - y0 - height) // 2
+    return x, y, x + width, y + height
+
+
+def _paste_centred(canvas: Image.Image, picture: Image.Image, room: _Pixels) -> None:
+    _paste(canvas, picture, _centred(picture.size, room))
+
+
+def _paste(canvas: Image.Image, picture: Image.Image, place: _Pixels) -> None:
+    """Paste the picture scaled to a rectangle of pixels."""
+    x0, y0, x1, y1 = place
+    canvas.paste(picture.convert("RGB").resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC), (x0, y0))
 
 
 def _draw_label(canvas: Image.Image, text: str, x: int, y: int, height: int) -> None:
-    font = ImageFont.load_default(size=max(1, int(height * 0.6)))
-    ImageDraw.Draw(canvas).text((x, y + height / 2), text, fill=(0, 0, 0), font=font, anchor="lm")
+    ImageDraw.Draw(canvas).text((x, y + height / 2), text, fill=(0, 0, 0), font=_font(max(1, int(height * 0.6))), anchor="lm")
+
+
+_font = functools.lru_cache(maxsize=8)(ImageFont.load_default)
 
 
 def _covered(low: float, high: float, patches: int) -> tuple[int, int]:

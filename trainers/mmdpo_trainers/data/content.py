@@ -6,6 +6,7 @@ not read here, is refused with its place. What carries none (id, source, score, 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,14 +72,18 @@ def check_fields(message: Mapping[str, Any], place: str, *, read: Collection[str
     _check(message, _FIELDS, place, read)
 
 
-def _check(holder: Mapping[str, Any], refused: Sequence[tuple[str, str]], place: str, read: Collection[str]) -> None:
+def _check(holder: Mapping[str, Any], refused: tuple[tuple[str, str], ...], place: str, read: Collection[str]) -> None:
     for name, value in holder.items():
-        if name in read or is_empty(value):
+        if name in read or (remedy := _remedy(refused, str(name))) is None or is_empty(value):
             continue
-        for pattern, remedy in refused:
-            if re.fullmatch(pattern, str(name), re.IGNORECASE):
-                where = f"{place}{name!r}" if place.endswith(" ") else f"{place}[{name!r}]"
-                raise UnreadContent(f"{where} is not read, and holds {_shown(value)}; {remedy}")
+        where = f"{place}{name!r}" if place.endswith(" ") else f"{place}[{name!r}]"
+        raise UnreadContent(f"{where} is not read, and holds {_shown(value)}; {remedy}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _remedy(refused: tuple[tuple[str, str], ...], name: str) -> str | None:
+    """What to do about a name that is refused; records of a file have the same."""
+    return next((remedy for pattern, remedy in refused if re.fullmatch(pattern, name, re.IGNORECASE)), None)
 
 
 def read_parts(content: Any, place: str) -> list[str | ImagePart]:

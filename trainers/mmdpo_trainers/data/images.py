@@ -10,6 +10,8 @@ given by its path, its bytes, a `data:` URL or as Pillow opened it:
 - other colour spaces converted to RGB by Pillow's fixed formulas. Embedded ICC profiles are not applied: transformers' image
   processors and vLLM do not apply them either, and a trained model is to see what it will be shown when it is used;
 - at most `MAX_PIXELS` pixels, unless the caller says otherwise.
+
+A recipe (`data/recipes.py`) is a form of picture too, drawn when it is opened.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import hashlib
 import io
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +35,9 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from mmdpo_trainers.data.recipes import MARK_DIGITS, Recipe, recipe_of
 from mmdpo_trainers.errors import MmdpoError
+from mmdpo_trainers.files.fingerprint import content_hash
 
 MAX_PIXELS = 64_000_000
 """Default limit: 8000 x 8000, under Pillow's own decompression-bomb limits."""
@@ -39,8 +45,11 @@ MAX_PIXELS = 64_000_000
 PathLike = str | os.PathLike[str]
 
 ImageSource = PathLike | bytes | Mapping[str, Any] | Image.Image
-"""A file's path, a `data:` URL, a file's bytes, an undecoded `datasets.Image` (`bytes`, or else `path`), or a Pillow picture."""
+"""A file's path, a `data:` URL, a file's bytes, an undecoded `datasets.Image` (`bytes`, or else `path`), a recipe, or a Pillow picture."""
 
+_BASE64_OF_PICTURES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
+"""How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{48,}={0,2}\s*")
 _PLAIN_MODES = ("RGB", "L", "1", "P")
 _ORIENTATION = ExifTags.Base.Orientation
 _ON_ITS_SIDE = (5, 6, 7, 8)
@@ -48,10 +57,10 @@ _KEPT_DIGESTS = 200_000
 
 
 class ImageError(MmdpoError):
-    """A picture that cannot be used. `reason`: missing, remote, outside_image_folder, not_a_picture, truncated or enormous."""
+    """A picture that cannot be used. `reason`: missing, remote, outside_image_folder, not_a_picture, truncated, enormous or changed."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(f"{reason.replace('_', ' ')}: {detail}")
         self.reason, self.detail = reason, detail
 
 
@@ -75,7 +84,7 @@ def locate_image(path: PathLike, root: PathLike | None) -> Path:
         if root is None:
             file = Path(path).resolve()
         else:
-            folder = Path(root).resolve()
+            folder = _resolved(os.fspath(root))
             file = (folder / path).resolve()
             if not file.is_relative_to(folder):
                 raise ImageError("outside_image_folder", f"{os.fspath(path)!r} leads to {file}, outside {folder}")
@@ -87,6 +96,12 @@ def locate_image(path: PathLike, root: PathLike | None) -> Path:
     if not exists:
         raise ImageError("missing", f"{file} is not a file")
     return file
+
+
+@functools.lru_cache(maxsize=16)
+def _resolved(folder: str) -> Path:
+    """The folder of pictures, which is the same for all of a file."""
+    return Path(folder).resolve()
 
 
 def local_path(path: PathLike) -> PathLike:
@@ -115,6 +130,15 @@ def embedded_bytes(source: Any) -> bytes | None:
     return base64_bytes(data)
 
 
+def as_url(source: Any) -> Any:
+    """A picture as a `data:` URL where it is base64 alone, a text or the `bytes` of a mapping; any other as it is."""
+    text = source.get("bytes") if isinstance(source, Mapping) else source
+    if not isinstance(text, str):
+        return source
+    within = isinstance(source, Mapping) or (text.startswith(_BASE64_OF_PICTURES) and _BASE64.fullmatch(text) is not None)
+    return f"data:image;base64,{text}" if within and text else source
+
+
 def base64_bytes(text: str) -> bytes:
     """The bytes that base64 stands for. Raises ImageError (not_a_picture) where it is something else."""
     try:
@@ -129,6 +153,8 @@ def read_image(source: ImageSource, *, root: PathLike | None = None, max_pixels:
     `root`: the folder that a path is relative to and may not leave. Pillow refuses pictures above twice
     `PIL.Image.MAX_IMAGE_PIXELS`, whatever `max_pixels` says.
     """
+    if (recipe := recipe_in(source)) is not None:
+        return Picture(_drawn(recipe, root, max_pixels), None)
     with _opened(_origin(source, root), max_pixels) as image:
         return _upright_rgb(image)
 
@@ -140,6 +166,8 @@ def open_image(source: ImageSource, *, root: PathLike | None = None, max_pixels:
 
 def image_size(source: ImageSource) -> tuple[int, int]:
     """Width and height of the picture that `open_image` gives; what files say of themselves is read, not their pixels."""
+    if (recipe := recipe_in(source)) is not None:
+        return recipe.size(image_size)
     with _opened(_origin(source, None), MAX_PIXELS) as image:
         # Pillow's TIFF pictures have the size of the upright picture by themselves.
         turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
@@ -150,13 +178,15 @@ def image_digest(source: ImageSource, *, opened: dict[str, Image.Image] | None =
     """SHA-256 of what a model sees: size and pixels of the picture that `open_image` gives, in whatever form it comes.
 
     Files are decoded once as long as they are not written to, and bytes once. `opened`: gets the picture under its digest where
-    it had to be decoded, so that a caller who needs its pixels too has them.
+    it had to be decoded, so that a caller who needs its pixels too has them. Of a recipe it is the recipe's own key, which no other picture
+    has: it is not drawn, and with `sha256` no file is read.
     """
+    if (recipe := recipe_in(source)) is not None:
+        return recipe.key(recipe.marks or [image_digest(path) for path in recipe.images])
     origin = _origin(source, None)
     key: tuple[Any, ...] | None = None
     if isinstance(origin, Path):
-        state = origin.stat()
-        key = str(origin), state.st_mtime_ns, state.st_size
+        key = _state(origin)
     elif isinstance(origin, bytes):
         key = (hashlib.sha256(origin).digest(),)
     if key is not None and key in _digests:
@@ -167,14 +197,59 @@ def image_digest(source: ImageSource, *, opened: dict[str, Image.Image] | None =
     if opened is not None:
         opened[digest] = rgb
     if key is not None:
-        if len(_digests) >= _KEPT_DIGESTS:
-            del _digests[next(iter(_digests))]
-        _digests[key] = digest
+        _keep(_digests, key, digest)
     return digest
+
+
+def file_mark(file: Path) -> str:
+    """What a recipe says of a file's content; read once as long as the file is not written to."""
+    key = _state(file)
+    if key not in _marks:
+        _keep(_marks, key, content_hash(file)[:MARK_DIGITS])
+    return _marks[key]
+
+
+def recipe_in(source: Any) -> Recipe | None:
+    """The recipe that a picture is; None: it is none. Raises ImageError (not_a_picture) for one that is wrong."""
+    try:
+        return recipe_of(source)
+    except ValueError as error:
+        raise ImageError("not_a_picture", str(error)) from error
+
+
+def _drawn(recipe: Recipe, root: PathLike | None, max_pixels: int) -> Image.Image:
+    files = {path: locate_image(path, root) for path in recipe.images}
+    for path, mark in zip(recipe.images, recipe.marks or (), strict=False):
+        if file_mark(files[path]) != mark:
+            raise ImageError(
+                "changed",
+                f"{files[path]} is not the picture that a {recipe.kind} was to be made of (its SHA-256 begins with {file_mark(files[path])}, "
+                f"not {mark}); put that one back, or make the prompts anew: --restart augment",
+            )
+    width, height = recipe.size(lambda path: image_size(files[path]))
+    if width * height > max_pixels:
+        raise ImageError("enormous", f"a {recipe.kind} of {width} x {height} pixels is above the limit of {max_pixels}")
+    pictures = {path: open_image(file, max_pixels=max_pixels) for path, file in files.items()}
+    return recipe.draw([pictures[path] for path in recipe.images])
+
+
+def _state(file: Path) -> tuple[Any, ...]:
+    """What changes when a file is written to."""
+    state = file.stat()
+    return str(file), state.st_mtime_ns, state.st_size
+
+
+def _keep(kept: dict[tuple[Any, ...], str], key: tuple[Any, ...], value: str) -> None:
+    if len(kept) >= _KEPT_DIGESTS:
+        kept.pop(next(iter(kept)), None)
+    kept[key] = value
 
 
 _digests: dict[tuple[Any, ...], str] = {}
 """By path, time of the last change and length of a file, or by the hash of bytes."""
+_marks: dict[tuple[Any, ...], str] = {}
+_WARNINGS = threading.Lock()
+"""Warnings are silenced for all threads at once."""
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -218,12 +293,14 @@ def _opened(origin: Path | bytes | Image.Image, max_pixels: int) -> Iterator[Ima
     """The picture before a pixel of it is decoded; what Pillow raises then and while it is worked with becomes an ImageError."""
     name = _name(origin)
     try:
-        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with contextlib.ExitStack() as stack:
             if isinstance(origin, Image.Image):
                 image = origin
             else:
-                image = stack.enter_context(Image.open(io.BytesIO(origin) if isinstance(origin, bytes) else origin))
+                # Pillow warns of large pictures as it opens them; which are too large is said below.
+                with _WARNINGS, warnings.catch_warnings():
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                    image = stack.enter_context(Image.open(io.BytesIO(origin) if isinstance(origin, bytes) else origin))
             size = f"{image.width} x {image.height}"
             if not image.width or not image.height:
                 raise ImageError("not_a_picture", f"{name} has {size} pixels")

@@ -17,15 +17,34 @@ def lost(of: int, reasons: Mapping[str, int], records: int | None = None) -> dic
 
 
 def named(reasons: Mapping[str, int]) -> str:
-    """`missing: 275, truncated: 3`"""
-    return ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    """`missing: 275, not a picture: 3`"""
+    return ", ".join(f"{reason_words(reason)}: {count}" for reason, count in reasons.items())
+
+
+def reason_words(reason: str) -> str:
+    """A reason's name for readers."""
+    return reason.replace("_", " ")
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 record`, `1,200 records`"""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def by_stages(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What stages lost (`lost`), once for those that lost the same of the same data: `evaluate/before, evaluate/after`."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for loss in losses.values():
+        stages = ", ".join(name for name, other in losses.items() if other == loss)
+        found[stages] = loss
+    return found
 
 
 def left_out_line(summary: Mapping[str, Any]) -> str:
     """What a stage's summary says of records left out and of formats that are empty; nothing where it says nothing."""
     sentences = []
     if loss := summary.get("lost"):
-        records = f"{loss['records']:,} of {loss['of']:,} records left out" if loss["records"] else "no record lost"
+        records = f"{loss['records']:,} of {counted(loss['of'], 'record')} left out" if loss["records"] else "no record lost"
         sentences.append(f"{records} ({named(loss['reasons'])})")
     counts = summary.get("prompts") or summary.get("counts") or {}
     empty = [name for name, count in counts.items() if not count] if isinstance(counts, Mapping) else []

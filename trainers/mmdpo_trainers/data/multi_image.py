@@ -6,7 +6,6 @@ a resume cannot change it. Source: MIA-DPO (arXiv 2410.17637) and its released c
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import math
@@ -15,16 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mmdpo_trainers.config.sections.data import AugmentConfig
-from mmdpo_trainers.data.compose import GRID_SHAPES, box_to_region, collage_size, grid_collage, pic_in_pic
-from mmdpo_trainers.data.images import ImageError, Picture, content_key, png_bytes, read_image
+from mmdpo_trainers.data.compose import GRID_SHAPES, box_to_region, collage_size, pic_in_pic_place
+from mmdpo_trainers.data.images import ImageError
+from mmdpo_trainers.data.looks import Look, Looks
+from mmdpo_trainers.data.recipes import LAYOUTS, Recipe
 from mmdpo_trainers.data.records import FORMATS, IMAGE_TOKEN, TEXT, prompt_record, relative_images
+from mmdpo_trainers.data.source_records import SourceRecords, shuffled
 from mmdpo_trainers.data.sources import Problem, SourceRecord, TextRecord
 from mmdpo_trainers.errors import ConfigError
-from mmdpo_trainers.files.atomic import write_atomic
-from mmdpo_trainers.files.fingerprint import content_hash
 
 PIP_OPENINGS = (
     "For the image in the centre,",
@@ -104,9 +102,8 @@ def check_options(
         )
     if formats.get("grid"):
         _check_collages(options, max_pixels)
-    dot = Image.new("RGB", (1, 1))
     try:
-        _, box = pic_in_pic(dot, dot, max_fraction=options.max_fraction, square=options.square)
+        box = pic_in_pic_place((1, 1), (1, 1), **_layout("pip", options))[2]
         box_to_region(box, options.patch_grid or (1, 1))
     except ValueError as error:
         raise ConfigError(f"augment: {error}") from error
@@ -115,7 +112,7 @@ def check_options(
 def _check_collages(options: AugmentConfig, max_pixels: int) -> None:
     for count in (count for count, share in options.num_images["grid"].items() if share):
         try:
-            width, height = collage_size(count, **_collage_options(options))
+            width, height = collage_size(count, **_layout("grid", options))
         except ValueError as error:
             raise ConfigError(f"augment: {error}") from error
         if width * height > max_pixels:
@@ -125,11 +122,12 @@ def _check_collages(options: AugmentConfig, max_pixels: int) -> None:
             )
 
 
-def plan_prompts(records: Sequence[SourceRecord], seed: int, formats: dict[str, float]) -> Iterator[Planned]:
+def plan_prompts(records: SourceRecords, seed: int, formats: dict[str, float]) -> Iterator[Planned]:
     """Endless rounds over the records, each round in its own shuffled order, a format drawn for each by its share."""
     names, shares = list(formats), list(formats.values())
     for variant in itertools.count():
-        for record in sorted(records, key=lambda r: _digest(seed, "order", *names, r.id, variant)):
+        for index in shuffled(records.ids(), (seed, "order", *names), (variant,)):
+            record = records[index]
             rng = random.Random(f"{seed}|format|{record.id}|{variant}")
             yield record, rng.choices(names, shares)[0], variant
 
@@ -159,15 +157,15 @@ def text_prompts(records: Sequence[TextRecord], count: int, seed: int) -> list[d
 
 
 class PromptMaker:
-    """Makes prompt records and the pictures they need.
+    """Makes prompt records. Their pictures are files of the source, or recipes that are made of these: none is written.
 
-    records: the source whose pictures serve as companions. folder: where the prompts' file lies; pictures go to `folder/images`.
+    pictures: of the source, which serve as companions, each with the id of its first record. folder: where the prompts' file lies.
     root: the run folder; pictures below it are stored as relative paths. patch_grid: of one picture, for regions.
     """
 
     def __init__(
         self,
-        records: Sequence[SourceRecord],
+        pictures: Mapping[str, str],
         options: AugmentConfig,
         *,
         seed: int,
@@ -178,28 +176,35 @@ class PromptMaker:
     ) -> None:
         self.options, self.seed, self.patch_grid = options, seed, patch_grid
         self.folder, self.root, self.max_pixels = folder, root, max_pixels
-        self._owners: dict[Path, str] = {}
-        for record in sorted(records, key=lambda r: r.id):
-            self._owners.setdefault(record.picture, record.id)
-        self._pictures = sorted(self._owners, key=lambda path: self._owners[path])
+        self._owners = pictures
+        self._pictures = sorted(pictures, key=lambda path: pictures[path])
         self._problems: list[Problem] = []
-        self.read = functools.lru_cache(maxsize=16)(self._read)
-        self.content = functools.lru_cache(maxsize=None)(content_hash)
+        self.looks = Looks(max_pixels=max_pixels)
+
+    def prepare(self, planned: Sequence[Planned]) -> None:
+        """Look at the pictures that the prompts need, where all can be used."""
+        needed = []
+        for record, format, variant in planned:
+            rng = self._random(record, format, variant)
+            own, count = str(record.picture), self._count(format, rng)
+            drawn = (self._pictures[index] for index in _draws(len(self._pictures), rng))
+            needed += [own, *itertools.islice((path for path in drawn if path != own), count - 1)]
+        self.looks.prepare(needed)
 
     def make(self, record: SourceRecord, format: str, variant: int) -> tuple[dict[str, Any] | None, list[Problem]]:
         """The prompt record, or None where it cannot be made, and what was found wrong with pictures on the way."""
-        rng = random.Random(f"{self.seed}|prompt|{record.id}|{format}|{variant}")
+        rng = self._random(record, format, variant)
         self._problems = []
-        target = self._open(record.picture, record.id)
-        if target is None:
+        own = str(record.picture)
+        if self._usable(own, record.id) is None:
             return None, self._problems
         count = self._count(format, rng)
-        companions = self._companions(record, count - 1, rng)
+        companions = self._companions(own, count - 1, rng)
         if companions is None:
             detail = f"{format} of {count} needs {count - 1} other pictures that can be read and differ; there are fewer"
             return None, [*self._problems, Problem(record.id, TOO_FEW, detail)]
         place = rng.randrange(count)
-        paths = [*companions[:place], record.picture, *companions[place:]]
+        paths = [*companions[:place], own, *companions[place:]]
         build = {"single": self._single, "sequence": self._sequence, "grid": self._grid, "pip": self._pip}[format]
         try:
             fields = build(record, paths, place, rng)
@@ -217,32 +222,38 @@ class PromptMaker:
         )
         return made, self._problems
 
-    def _single(self, record: SourceRecord, paths: list[Path], place: int, rng: random.Random) -> dict[str, Any]:
-        return {"images": [self._stored(record.picture)], "prompt": f"{IMAGE_TOKEN}\n{record.question}", "target": 0}
+    def _random(self, record: SourceRecord, format: str, variant: int) -> random.Random:
+        return random.Random(f"{self.seed}|prompt|{record.id}|{format}|{variant}")
 
-    def _sequence(self, record: SourceRecord, paths: list[Path], place: int, rng: random.Random) -> dict[str, Any]:
+    def _single(self, record: SourceRecord, paths: list[str], place: int, rng: random.Random) -> dict[str, Any]:
+        return {"images": paths, "prompt": f"{IMAGE_TOKEN}\n{record.question}", "target": 0}
+
+    def _sequence(self, record: SourceRecord, paths: list[str], place: int, rng: random.Random) -> dict[str, Any]:
         lines = "".join(f"Image{k}:{IMAGE_TOKEN}\n" for k in range(1, len(paths) + 1))
         prompt = f"{lines}In Image{place + 1}, {_lowered(record.question)}"
-        return {"images": [self._stored(path) for path in paths], "prompt": prompt, "target": place}
+        return {"images": paths, "prompt": prompt, "target": place}
 
-    def _grid(self, record: SourceRecord, paths: list[Path], place: int, rng: random.Random) -> dict[str, Any]:
-        collage, boxes = grid_collage([self.read(path).image for path in paths], **_collage_options(self.options))
+    def _grid(self, record: SourceRecord, paths: list[str], place: int, rng: random.Random) -> dict[str, Any]:
         prompt = f"{IMAGE_TOKEN}\nIn Image{place + 1}, {_lowered(record.question)}"
-        return {"images": [self._saved(collage)], "prompt": prompt, "target": place, **self._placed(boxes[place])}
+        return {"prompt": prompt, "target": place, **self._composed("grid", paths, place)}
 
-    def _pip(self, record: SourceRecord, paths: list[Path], place: int, rng: random.Random) -> dict[str, Any]:
-        host, target = self.read(paths[1 - place]).image, self.read(record.picture).image
-        if self.options.square and max(host.size) ** 2 > self.max_pixels:
-            size = f"{host.width} x {host.height}"
-            raise ImageError("enormous", f"a host of {size} padded to a square has more than {self.max_pixels} pixels")
-        picture, box = pic_in_pic(host, target, max_fraction=self.options.max_fraction, square=self.options.square)
+    def _pip(self, record: SourceRecord, paths: list[str], place: int, rng: random.Random) -> dict[str, Any]:
+        width, height = self.looks(paths[1 - place]).size
+        if self.options.square and max(width, height) ** 2 > self.max_pixels:
+            raise ImageError(
+                "enormous", f"a host of {width} x {height} padded to a square has more than {self.max_pixels} pixels"
+            )
         opening = rng.choice(self.options.pip_openings or PIP_OPENINGS)
         prompt = f"{IMAGE_TOKEN}\n{opening} {_lowered(record.question)}"
-        return {"images": [self._saved(picture)], "prompt": prompt, "target": 0, **self._placed(box)}
+        return {"prompt": prompt, "target": 0, **self._composed("pip", [paths[1 - place], paths[place]], 1)}
 
-    def _placed(self, box: Sequence[float]) -> dict[str, Any]:
+    def _composed(self, kind: str, paths: Sequence[str], target: int) -> dict[str, Any]:
+        """One picture of several, as a recipe, and where the target is in it."""
+        looks = [self.looks(path) for path in paths]
+        recipe = Recipe(kind, tuple(paths), _layout(kind, self.options), tuple(look.mark for look in looks))
+        box = recipe.box(target, [look.size for look in looks])
         region = None if self.patch_grid is None else box_to_region(box, self.patch_grid)
-        return {"box": box, "region": region, "patch_grid": self.patch_grid}
+        return {"images": [recipe.stored()], "box": box, "region": region, "patch_grid": self.patch_grid}
 
     def _count(self, format: str, rng: random.Random) -> int:
         if format not in ("sequence", "grid"):
@@ -250,48 +261,30 @@ class PromptMaker:
         counts = self.options.num_images[format]
         return rng.choices(list(counts), list(counts.values()))[0]
 
-    def _companions(self, record: SourceRecord, count: int, rng: random.Random) -> list[Path] | None:
+    def _companions(self, own: str, count: int, rng: random.Random) -> list[str] | None:
         """Readable pictures with contents of their own, none of them the target's, drawn at random; None: there are too few."""
-        chosen: list[Path] = []
-        contents = {self.content(record.picture)}
+        chosen: list[str] = []
+        marks = {self.looks(own).mark}
         for index in _draws(len(self._pictures), rng):
             if len(chosen) == count:
                 break
             path = self._pictures[index]
-            if path == record.picture or self._open(path, self._owners[path]) is None:
+            if path == own or (look := self._usable(path, self._owners[path])) is None:
                 continue
-            content = self.content(path)
-            if content not in contents:
-                contents.add(content)
+            if look.mark not in marks:
+                marks.add(look.mark)
                 chosen.append(path)
         return chosen if len(chosen) == count else None
 
-    def _read(self, path: Path) -> Picture:
-        return read_image(path, max_pixels=self.max_pixels)
-
-    def _open(self, path: Path, record_id: str) -> Picture | None:
-        try:
-            picture = self.read(path)
-        except ImageError as error:
-            self._problems.append(Problem(record_id, error.reason, error.detail))
+    def _usable(self, path: str, record_id: str) -> Look | None:
+        look = self.looks(path)
+        if look.error is not None:
+            self._problems.append(Problem(record_id, *look.error))
             return None
-        if picture.converted:
+        if look.converted:
             detail = f"{path} was converted to 8-bit RGB"
-            self._problems.append(Problem(record_id, f"converted {picture.converted}", detail, dropped=False))
-        return picture
-
-    def _stored(self, path: Path) -> str:
-        """The file itself where any reader sees the same picture in it, a converted copy otherwise."""
-        picture = self.read(path)
-        return self._saved(picture.image) if picture.converted else str(path)
-
-    def _saved(self, image: Image.Image) -> str:
-        data = png_bytes(image)
-        file = self.folder / "images" / f"{content_key(data)}.png"
-        if not file.exists():
-            # Waiting for the disk at each of thousands of small files would take longer than making them.
-            write_atomic(file, data, durable=False)
-        return str(file)
+            self._problems.append(Problem(record_id, f"converted {look.converted}", detail, dropped=False))
+        return look
 
 
 def _draws(count: int, rng: random.Random) -> Iterator[int]:
@@ -303,8 +296,8 @@ def _draws(count: int, rng: random.Random) -> Iterator[int]:
         moved[pick] = moved.pop(last, last)
 
 
-def _collage_options(options: AugmentConfig) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("cell_size", "margin", "label", "square")}
+def _layout(kind: str, options: AugmentConfig) -> dict[str, Any]:
+    return {name: getattr(options, name) for name, _ in LAYOUTS[kind]}
 
 
 def _lowered(question: str) -> str:

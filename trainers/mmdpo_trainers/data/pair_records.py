@@ -23,7 +23,9 @@ from mmdpo_trainers.data.conversation import (
     read_turns,
     with_template_columns,
 )
-from mmdpo_trainers.data.images import ImageError, embedded_bytes, image_digest, image_size, local_path, open_image
+from mmdpo_trainers.data.image_paths import with_paths
+from mmdpo_trainers.data.images import ImageError, as_url, embedded_bytes, image_digest, image_size, local_path, open_image
+from mmdpo_trainers.data.recipes import is_recipe
 from mmdpo_trainers.data.records import IMAGE_TOKEN, check_placeholders
 from mmdpo_trainers.errors import DataError
 
@@ -200,8 +202,8 @@ def _is_picture(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_is_picture(each) for each in value)
     if isinstance(value, Mapping):
-        # As `datasets` hold a picture that is not decoded.
-        return set(value) == {"bytes", "path"} and not is_empty(value)
+        # As `datasets` hold a picture that is not decoded, or as a recipe.
+        return is_recipe(value) or set(value) == {"bytes", "path"} and not is_empty(value)
     return isinstance(value, Image.Image) or (isinstance(value, str) and _PICTURE_NAME.fullmatch(value.strip()) is not None)
 
 
@@ -303,12 +305,13 @@ def with_images_from(record: Mapping[str, Any], folder: str | os.PathLike[str], 
 
 def _placed(record: Mapping[str, Any], image: Any, folder: str | os.PathLike[str]) -> Any:
     with _named(record, image):
+        image = as_url(image)
         if isinstance(image, Image.Image) or embedded_bytes(image) is not None:
             return image
-        path = image.get("path") if isinstance(image, Mapping) else image
-        if not isinstance(path, str) or not path:
+        path = image.get("path") if isinstance(image, Mapping) and not is_recipe(image) else image
+        if not is_recipe(path) and not (isinstance(path, str) and path):
             return image
-        return os.path.normpath(os.path.join(folder, local_path(path)))
+        return with_paths(path, lambda each: os.path.normpath(os.path.join(folder, local_path(each))))
 
 
 def record_conversation(record: Mapping[str, Any]) -> Conversation:
@@ -342,6 +345,11 @@ def response_turn(record: Mapping[str, Any], column: str) -> Turn:
     if column == "chosen" and not turn.text.strip() and not turn.fields:
         # A rejected response may be empty: models do end at once.
         raise DataError(f"record {record_name(record)}: chosen is empty; give it a text, or remove the record")
+    if IMAGE_TOKEN in turn.text:
+        raise DataError(
+            f"record {record_name(record)}: {column} has {IMAGE_TOKEN}, which stands for a picture; only prompts have pictures, take it out, or "
+            "remove the record"
+        )
     return turn
 
 

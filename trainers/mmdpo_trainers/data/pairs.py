@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-import os
 import random
 import re
+import tempfile
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.config.options import Match
 from mmdpo_trainers.data.column_names import answers_alone, pair_remedy
-from mmdpo_trainers.data.content import is_empty
+from mmdpo_trainers.data.content import UnreadContent
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt, words
-from mmdpo_trainers.data.dataset_checks import missing_pictures
-from mmdpo_trainers.data.left_out import ALLOW
+from mmdpo_trainers.data.image_paths import image_files
+from mmdpo_trainers.data.layouts import LayoutReader, LeftOut, UnknownLayout
+from mmdpo_trainers.data.left_out import ALLOW, counted
 from mmdpo_trainers.data.match import is_right
 from mmdpo_trainers.data.pair_records import (
     check_content,
@@ -25,10 +27,13 @@ from mmdpo_trainers.data.pair_records import (
     record_rejected_images,
     with_images_from,
 )
+from mmdpo_trainers.data.pair_rows import LaidOutRows, light_rows, missing_file
+from mmdpo_trainers.data.recipes import is_recipe
 from mmdpo_trainers.data.records import read_prompts
-from mmdpo_trainers.data.sources import load_dataset, undecoded
+from mmdpo_trainers.data.streams import FILES, Unreadable, existing, load_dataset, raw_records, undecoded
 from mmdpo_trainers.errors import DataError, RunFolderError, StageError
-from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.files.json_lines import is_stage_file, read_jsonl
+from mmdpo_trainers.files.spool import Spool
 
 Record = dict[str, Any]
 
@@ -36,73 +41,100 @@ _PICTURES = ("images", "rejected_images", "image")
 _ROWS = 1000
 """Rows of a dataset that are read at once."""
 _COLUMNS = ("prompt", "chosen", "rejected")
-_ACCEPTED = (
-    "preference data is a .jsonl file (one record a line), a .parquet file or a folder of them, or what "
-    "Dataset.save_to_disk wrote to a folder"
-)
+_ACCEPTED = f"preference data is {FILES}"
+_IN_MEMORY = 64 * 2**20
+"""Bytes of a file up to which its records are kept in memory."""
 
 
-def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[str] = (), prompts: bool = False) -> Any:
-    """Preference records with TRL's columns: a list from a .jsonl file, a `datasets.Dataset` from parquet or a saved folder.
+def read_pairs(
+    path: Path,
+    missing: list[str] | None = None,
+    *,
+    views: Sequence[str] = (),
+    prompts: bool = False,
+    layouts: LayoutReader | None = None,
+) -> Any:
+    """Preference records with TRL's columns: a list from a .jsonl or .json file, of a large one on disk, or the rows of a dataset.
 
-    Records with MMPR's columns (arXiv 2411.10442: `question`, `chosen`, `rejected`, and `image`, a picture, a list of them, or none) are given
-    TRL's: a question that names no place for its pictures has them in front.
+    Of parquet or a saved folder with TRL's columns it is a `datasets.Dataset`. Data in another of `layouts.LAYOUTS` are read as TRL's;
+    a question that names no place for its pictures has them in front.
 
     Picture paths are relative to the file's folder, or to the folder of a dataset; pictures that parts of a prompt hold come in `images`;
     of a dataset these are looked at when a record is read.
 
     missing: takes the names of records that lack a picture, which are then left out; None: they are refused.
     views: columns of pictures beside `images` and `rejected_images`.
-    prompts: records of a .jsonl file may be prompts alone, with neither chosen nor rejected.
+    prompts: records of a file may be prompts alone, with neither chosen nor rejected.
+    layouts: reads the records, and says afterwards which layout it was and what was left out; None: their columns tell it.
 
     Raises DataError naming the file that is no preference data, or the record that cannot be used.
     """
+    layouts = layouts or LayoutReader(pairs=not prompts)
     if path.is_dir() or path.suffix.lower() == ".parquet":
-        return _read_dataset(path, missing, views)
-    folder, records = path.resolve().parent, []
+        return _read_dataset(path, missing, views, layouts)
+    folder, own = path.resolve().parent, is_stage_file(path)
+    large = path.is_file() and path.stat().st_size > _IN_MEMORY
+    records: Any = Spool(tempfile.gettempdir()) if large else []
     names: set[str] = set()
     gone: dict[str, str] = {}
-    for number, record in enumerate(_lines(path), start=1):
-        record.setdefault("id", f"line {number}")
-        record = _with_trl_columns(record)
-        if not (prompts and "prompt" in record and is_prompt(record)):
-            _check_columns(path, record, record["id"])
+    for place, raw in _places(path):
+        raw.setdefault("id", place)
+        # What a stage wrote has TRL's columns, beside any that the user's data had.
+        record = raw if own else _laid_out(path, raw, layouts, prompts)
+        if record is None:
+            continue
         check_record(record, prompts=prompts)
         record = with_images_from(record, folder, views=views)
+        name = record["id"] = _own_name(record["id"], names)
         for column, images in _image_columns(record, views):
-            if not all(isinstance(image, str) for image in images):
-                raise DataError(f"{path}, record {record['id']}: {column} must be paths or data: URLs, got {str(images)[:120]}")
-            first = next((image for image in images if not (image.startswith("data:") or os.path.exists(image))), None)
-            if first is not None:
-                gone.setdefault(str(record["id"]), first)
-        known = str(record["id"]) not in gone
-        record["id"] = _own_name(record["id"], names)
-        if known:
+            _check_pictures(f"{path}, record {name}: {column}", images)
+            if (first := missing_file(images, image_files)) is not None:
+                gone.setdefault(name, first)
+        if name not in gone:
             records.append(record)
-    total = len(names)
-    if gone and (missing is None or not records):
-        refuse_missing(path, gone, total)
+    if gone and (missing is None or not len(records)):
+        refuse_missing(path, gone, len(names))
     if missing is not None:
         missing += gone
     return records
 
 
-def _with_trl_columns(record: Record) -> Record:
-    """A record with MMPR's columns with TRL's; any other as it is."""
-    if "question" not in record or "prompt" in record:
-        return record
-    found = {name: value for name, value in record.items() if name not in ("question", "image")}
-    image = record.get("image")
-    if not is_empty(image):
-        found["images"] = [*found.get("images", ()), *(image if isinstance(image, list) else [image])]
-    return {**found, "prompt": record["question"]}
+def _check_pictures(where: str, images: Sequence[Any]) -> None:
+    if not all(isinstance(image, str) or is_recipe(image) for image in images):
+        raise DataError(f"{where} must be paths, data: URLs, base64 or recipes, got {str(images)[:120]}")
+
+
+def _places(path: Path) -> Iterator[tuple[str, Record]]:
+    """The records of a file, each with the name of its place."""
+    if path.suffix.lower() != ".json":
+        yield from ((f"line {number}", record) for number, record in enumerate(_lines(path), start=1))
+        return
+    for number, record in enumerate(raw_records(existing(path))):
+        if isinstance(record, Unreadable):
+            raise DataError(f"{path}: {record.detail}; mend it, or take it out")
+        yield f"row {number}", record
+
+
+def _laid_out(path: Path, raw: Record, layouts: LayoutReader, prompts: bool = False) -> Record | None:
+    """The record with TRL's columns; None: it is left out. DataError where no layout fits it, or several."""
+    if prompts and "prompt" in raw and is_prompt(raw):
+        return raw
+    try:
+        return layouts.read(raw)
+    except LeftOut:
+        return None
+    except UnknownLayout:
+        _check_columns(path, raw, str(raw["id"]))
+        return raw  # its columns are there, and what is wrong with them is said next
+    except UnreadContent as error:
+        raise DataError(f"record {raw['id']}: {error}") from error
 
 
 def refuse_missing(path: Path, gone: Mapping[str, str], total: int) -> None:
     """Raise DataError for records (name -> picture) whose pictures do not exist."""
     name, picture = next(iter(gone.items()))
     raise DataError(
-        f"{path}, record {name}: picture {picture} does not exist, and so it is with {len(gone):,} of {total:,} records; restore them, "
+        f"{path}, record {name}: picture {picture} does not exist, and so it is with {len(gone):,} of {counted(total, 'record')}; restore them, "
         f"or remove the records; or {ALLOW}"
     )
 
@@ -135,13 +167,13 @@ def _lines(path: Path) -> Iterator[Record]:
         raise DataError(f"{error}; {_ACCEPTED}") from error
 
 
-def _read_dataset(path: Path, missing: list[str] | None, views: Sequence[str]) -> Any:
+def _read_dataset(path: Path, missing: list[str] | None, views: Sequence[str], layouts: LayoutReader) -> Any:
     try:
         dataset = load_dataset(path)
+    except DataError as error:
+        raise DataError(f"{path} holds neither; {_ACCEPTED}") from error
     except Exception as error:
         raise DataError(f"{path} cannot be read by `datasets` ({type(error).__name__}: {error}); {_ACCEPTED}") from error
-    if dataset is None:
-        raise DataError(f"{path} holds neither; {_ACCEPTED}")
     if isinstance(dataset, dict):
         if len(dataset) != 1:
             first = path / next(iter(dataset), "train")
@@ -151,30 +183,43 @@ def _read_dataset(path: Path, missing: list[str] | None, views: Sequence[str]) -
         raise DataError(
             f"{path} holds parquet files of several splits ({', '.join(splits)}); give a folder with the files of one"
         )
-    _check_columns(path, dataset.features, "1")
-    layout = "mmpr" if "question" in dataset.features and "prompt" not in dataset.features else "trl"
-    # Pictures are opened with their record at hand, so that a damaged one has a name.
-    dataset = undecoded(dataset)
-    if layout == "mmpr":
-        dataset = dataset.rename_column("question", "prompt")
-    named = "id" in dataset.features
-    given = list(dataset["id"]) if named else [f"row {number}" for number in range(len(dataset))]
-    names: set[str] = set()
-    ids = [_own_name(name, names) for name in given]
-    if not (named and ids == given):
-        dataset = (dataset.remove_columns("id") if named else dataset).add_column("id", ids)
-    check_contents(dataset)
-    folder = path.resolve() if path.is_dir() else path.resolve().parent
-    gone = missing_pictures(dataset, (*_PICTURES, *views), str(folder))
-    if gone:
-        if missing is None or len(gone) == len(dataset):
-            refuse_missing(path, {ids[row]: picture for row, picture in gone.items()}, len(dataset))
+    return _rows(path, undecoded(dataset), missing, views, layouts)
+
+
+def _rows(path: Path, dataset: Any, missing: list[str] | None, views: Sequence[str], layouts: LayoutReader) -> Any:
+    """The records of a dataset whose pictures are not decoded, after a look at their texts and at whether their files are there."""
+    if len(dataset) == 0:
+        _check_columns(path, dataset.features, "1")
+    folder = str(path.resolve() if path.is_dir() else path.resolve().parent)
+    as_it_is, names = True, set[str]()
+    kept, ids, gone = array("Q"), list[str](), dict[str, str]()
+    for number, row in enumerate(light_rows(dataset)):
+        row["id"] = f"row {number}" if row.get("id") is None else row["id"]
+        record = _laid_out(path, row, layouts)
+        if record is None:
+            continue
+        as_it_is &= record == row
+        check_content(record)
+        name = _own_name(record["id"], names)
+        placed = with_images_from(record, folder, views=views)
+        first = next((f for _, images in _image_columns(placed, views) if (f := missing_file(images, image_files))), None)
+        if first is not None:
+            gone[name] = first
         else:
-            missing += [ids[row] for row in gone]
-        dataset = dataset.select([row for row in range(len(dataset)) if row not in gone])
-    return dataset.with_transform(
-        functools.partial(_rows_with_images_from, folder=str(folder), views=tuple(views), layout=layout)
-    )
+            kept.append(number)
+            ids.append(name)
+    if gone and (missing is None or not kept):
+        refuse_missing(path, gone, len(names))
+    if missing is not None:
+        missing += gone
+    if not as_it_is:
+        # Pictures are opened with their record at hand, so that a damaged one has a name.
+        return LaidOutRows(dataset, kept, ids, layouts.read, folder=folder, views=tuple(views))
+    if len(kept) < len(dataset):
+        dataset = dataset.select(kept)
+    if "id" not in dataset.features or list(dataset["id"]) != ids:
+        dataset = (dataset.remove_columns("id") if "id" in dataset.features else dataset).add_column("id", ids)
+    return dataset.with_transform(functools.partial(_rows_with_images_from, folder=folder, views=tuple(views)))
 
 
 def _parquet_splits(path: Path) -> list[str]:
@@ -183,13 +228,11 @@ def _parquet_splits(path: Path) -> list[str]:
     return sorted({match[1] for match in found if match is not None})
 
 
-def _rows_with_images_from(columns: dict[str, list[Any]], folder: str, views: Sequence[str], layout: str) -> dict[str, list[Any]]:
+def _rows_with_images_from(columns: dict[str, list[Any]], folder: str, views: Sequence[str]) -> dict[str, list[Any]]:
     """Rows of a dataset, one list a column, through `with_images_from`; a row of which only some columns are asked for, as it is."""
     if "prompt" not in columns and not {"chosen", "rejected"} <= set(columns):
         return columns
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    if layout == "mmpr":
-        rows = [_with_trl_columns({"question" if name == "prompt" else name: row[name] for name in row}) for row in rows]
     placed = [with_images_from(row, folder, views=views) for row in rows]
     return {name: [row.get(name) for row in placed] for name in dict.fromkeys(name for row in placed for name in row)}
 
@@ -197,14 +240,14 @@ def _rows_with_images_from(columns: dict[str, list[Any]], folder: str, views: Se
 def check_contents(data: Any) -> None:
     """DataError naming the first record of a list, or of a `datasets.Dataset`, with content that would not be read; or of a dictionary of them.
 
-    Of a dataset the texts are read, and no picture.
+    Of a dataset the texts are read, and no picture. `LaidOutRows` were looked at when they were read.
     """
     import datasets
 
     if isinstance(data, dict):
         for each in data.values():
             check_contents(each)
-    elif isinstance(data, list):
+    elif isinstance(data, list | Spool):
         for record in data:
             check_content(record)
     elif isinstance(data, datasets.Dataset):
@@ -217,14 +260,12 @@ def check_contents(data: Any) -> None:
 def _check_columns(path: Path, record: Mapping[str, Any], name: str) -> None:
     chosen = record.get("chosen")
     # What chosen and rejected begin with is the prompt of messages.
-    elsewhere = "question" in record or not (
-        isinstance(chosen, str | Mapping | None) or getattr(chosen, "dtype", None) is not None
-    )
+    elsewhere = not (isinstance(chosen, str | Mapping | None) or getattr(chosen, "dtype", None) is not None)
     missing = [column for column in _COLUMNS if column not in record and not (column == "prompt" and elsewhere)]
     if missing:
         raise DataError(
-            f"{path}, record {name}: no column {missing[0]!r}; preference data has {', '.join(_COLUMNS)} and images, as in TRL, or "
-            f"question, chosen, rejected and image, as in MMPR; {pair_remedy(record)}"
+            f"{path}, record {name}: no column {missing[0]!r}; preference data have one of the layouts that docs/your_data.md lists, such as "
+            f"TRL's {', '.join(_COLUMNS)} and images; {pair_remedy(record)}"
             + ("; of answers alone `mmdpo init mia_dpo` makes pairs" if answers_alone(record) else "")
         )
 

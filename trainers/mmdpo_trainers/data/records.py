@@ -11,8 +11,10 @@ from typing import Any, Literal, TypeGuard
 from mmdpo_trainers.data.content import IMAGE_TOKEN as IMAGE_TOKEN
 from mmdpo_trainers.data.content import UnreadContent, check_columns
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Stored, conversation_of
+from mmdpo_trainers.data.image_paths import placed, with_paths
+from mmdpo_trainers.data.recipes import is_recipe, recipe_of
 from mmdpo_trainers.errors import DataError
-from mmdpo_trainers.files.json_lines import read_jsonl
+from mmdpo_trainers.files.json_lines import Part, read_jsonl
 
 FORMATS = ("sequence", "grid", "pip", "single")
 """Prompt formats, in the order tables show them."""
@@ -37,7 +39,7 @@ def prompt_record(
     id: str,
     source_id: str,
     format: str,
-    images: Sequence[str],
+    images: Sequence[Any],
     prompt: Stored,
     answer: str,
     target: int | None = 0,
@@ -64,17 +66,20 @@ def prompt_record(
     }
 
 
-def read_prompts(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the checked prompt records of a file, `images` as absolute paths. Raises DataError naming record and field."""
+def read_prompts(path: str | os.PathLike[str], part: Part | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the checked prompt records of a file, the paths in `images` absolute. Raises DataError naming record and field.
+
+    part: of the file alone, see `line_parts`; records are counted, and ids told apart, within it.
+    """
     folder = Path(path).resolve().parent
     seen: set[str] = set()
-    for number, record in enumerate(read_jsonl(path), start=1):
+    for number, record in enumerate(read_jsonl(path, part), start=1):
         where = f"{path}, record {number} ({record.get('id')!r})"
         checked = check_prompt(record, where)
         if checked["id"] in seen:
             raise DataError(f"{where}: this id occurs twice; ids name records in all later files, so each must be its own")
         seen.add(checked["id"])
-        yield {**checked, "images": [os.path.normpath(folder / image) for image in checked["images"]]}
+        yield {**checked, "images": [placed(image, folder) for image in checked["images"]]}
 
 
 def check_prompt(record: dict[str, Any], where: str) -> dict[str, Any]:
@@ -95,8 +100,13 @@ def check_prompt(record: dict[str, Any], where: str) -> dict[str, Any]:
     except UnreadContent as error:
         raise DataError(f"{where}: {error}") from error
     images = record["images"]
-    if not all(isinstance(image, str) and image for image in images):
-        raise DataError(f"{where}: images must be a list of paths, got {images!r}")
+    if not all((isinstance(image, str) and image) or is_recipe(image) for image in images):
+        raise DataError(f"{where}: images must be a list of paths or recipes, got {images!r}")
+    try:
+        for image in images:
+            recipe_of(image)
+    except ValueError as error:
+        raise DataError(f"{where}: images: {error}") from error
     found = conversation.pictures
     if found != len(images):
         raise DataError(f"{where}: the prompt has {found} {IMAGE_TOKEN} but images holds {len(images)} paths; they must be equal")
@@ -179,11 +189,14 @@ def _is_list(value: Any, length: int) -> bool:
     return isinstance(value, list) and len(value) == length
 
 
-def relative_images(images: Sequence[str], folder: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[str]:
-    """Paths as a file in `folder` stores them: those under `root` (the run folder) relative, so that a run can be moved."""
-    stored = []
-    for image in images:
-        path = Path(os.path.normpath(Path(image).absolute()))
-        inside = path.is_relative_to(Path(root).absolute())
-        stored.append(Path(os.path.relpath(path, Path(folder).absolute())).as_posix() if inside else str(path))
-    return stored
+def relative_images(images: Sequence[Any], folder: str | os.PathLike[str], root: str | os.PathLike[str]) -> list[Any]:
+    """Pictures, as paths or recipes, as a file in `folder` stores them: paths under `root` (the run folder) relative, so that a run can be
+    moved; the others absolute."""
+    inside = os.path.join(os.path.abspath(root), "")
+    base = os.path.abspath(folder)
+
+    def stored(path: str) -> str:
+        path = os.path.abspath(path)
+        return Path(os.path.relpath(path, base)).as_posix() if path.startswith(inside) else path
+
+    return [with_paths(image, stored) for image in images]

@@ -1,4 +1,4 @@
-"""Single-image question-answer records out of LLaVA's conversation JSON and of `datasets` sources with TRL's columns.
+"""Single-image question-answer records out of instruction and preference data of any layout of `layouts.LAYOUTS`.
 
 A record that cannot be used becomes a `Problem` with its id and a reason; it never stops the reading and never passes silently.
 """
@@ -15,14 +15,19 @@ from typing import Any
 
 from mmdpo_trainers.data.column_names import renaming
 from mmdpo_trainers.data.content import ImagePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
-from mmdpo_trainers.data.images import ImageError, content_key, embedded_bytes, locate_image
+from mmdpo_trainers.data.images import ImageError, as_url, content_key, embedded_bytes, locate_image
+from mmdpo_trainers.data.layouts import LayoutReader, LeftOut, Record, UnknownLayout
 from mmdpo_trainers.data.records import IMAGE_TOKEN, not_utf8
+from mmdpo_trainers.data.streams import Unreadable, existing, raw_records
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.atomic import write_atomic
 
 DUPLICATE = "duplicate_record"
 """Reason of a record that repeats another."""
 
+_EXPECTED = (
+    "expected the columns of a layout that docs/your_data.md lists, such as `prompt` with `completion`, or `conversations`"
+)
 _ASKS = ("human", "user")
 _ANSWERS = ("gpt", "assistant")
 _SYSTEM = ("system", "system_prompt")
@@ -83,64 +88,78 @@ class _BadRecord(Exception):
 
 
 def read_source(
-    source: str | Path, *, image_folder: str | Path | None = None, cache: str | Path, limit: int | None = None
+    source: str | Path,
+    *,
+    image_folder: str | Path | None = None,
+    cache: str | Path,
+    limit: int | None = None,
+    layouts: LayoutReader | None = None,
 ) -> Iterator[SourceRecord | Problem]:
     """Yield the records of a source, and a Problem for each that cannot be used.
 
-    source: a .json or .jsonl file (LLaVA's `id`, `image`, `conversations`, or TRL's columns), a parquet file, a folder saved with
-    `datasets.save_to_disk`, or a folder of parquet files. image_folder: what picture paths are relative to and may not leave; the
-    source's own folder if None. cache: folder that pictures stored inside a dataset are written to, named by their content.
-    limit: read at most this many records. A conversation of several turns gives several, with `-q0`, `-q1`, … added to the id. No
-    two records get the same id.
+    source: a file or folder as `streams.raw_records` takes them, in one of `layouts.LAYOUTS`. image_folder: what picture paths are relative to
+    and may not leave; the source's own folder if None. cache: folder that pictures stored inside records are written to, named by their
+    content. limit: read at most this many records. layouts: reads them, and says afterwards which layout it was; None: their columns tell it.
+    A conversation of several turns gives several records, with `-q0`, `-q1`, … added to the id. No two get the same id.
 
     Raises DataError where the source itself is missing or broken.
     """
-    path = Path(source)
-    if not path.exists():
-        raise DataError(f"data source {path} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder")
+    path = existing(source)
     root = Path(image_folder) if image_folder is not None else (path if path.is_dir() else path.parent)
     if not root.is_dir():
         raise DataError(f"image folder {root} does not exist: give the folder that the records' picture paths are relative to")
-    seen: dict[str, str] = {}
-    for index, raw in enumerate(_raw_records(path)):
-        if limit is not None and index >= limit:
-            return
-        if isinstance(raw, Problem):
-            yield replace(raw, row=index)
+    seen = _Seen()
+    for index, found in enumerate(_laid_out(itertools.islice(raw_records(path), limit), layouts)):
+        if isinstance(found, Problem):
+            yield replace(found, row=index)
             continue
-        record_id, problem = _unique_id(raw, index, seen)
+        record_id, problem = _unique_id(found, index, seen)
         if problem is not None:
             yield replace(problem, row=index)
             if problem.dropped:
                 continue
-        for item in _read_record(record_id, raw, root, Path(cache)):
+        for item in _read_record(record_id, found, root, Path(cache)):
             item = replace(item, row=index)
             yield from (item,) if item.id == record_id else _unique_turn(item, index, seen)
 
 
-def read_texts(source: str | Path) -> Iterator[TextRecord | Problem]:
+def read_texts(source: str | Path, layouts: LayoutReader | None = None) -> Iterator[TextRecord | Problem]:
     """Yield what a source, as `read_source` takes them, asks without a picture, and a Problem for each such record that cannot be used.
 
     Of a conversation the first turn: later ones are about what was said before. Records with pictures are passed over.
     Raises DataError where the source itself is missing or broken.
     """
-    path = Path(source)
-    if not path.exists():
-        raise DataError(f"data source {path} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder")
-    seen: dict[str, str] = {}
-    for index, raw in enumerate(_raw_records(path)):
-        if isinstance(raw, Problem):
-            yield replace(raw, row=index)
+    seen = _Seen()
+    for index, found in enumerate(_laid_out(raw_records(existing(source)), layouts)):
+        if isinstance(found, Problem):
+            yield replace(found, row=index)
             continue
-        if any(not is_empty(raw.get(column)) for column in _PICTURE_COLUMNS):
+        if any(not is_empty(found.get(column)) for column in _PICTURE_COLUMNS):
             continue
-        record_id, problem = _unique_id(raw, index, seen)
+        record_id, problem = _unique_id(found, index, seen)
         if problem is not None:
             yield replace(problem, row=index)
             if problem.dropped:
                 continue
-        if (item := _read_text(record_id, raw)) is not None:
+        if (item := _read_text(record_id, found)) is not None:
             yield replace(item, row=index)
+
+
+def _laid_out(raws: Iterable[Record | Unreadable], layouts: LayoutReader | None) -> Iterator[Record | Problem]:
+    """The records with TRL's columns, or LLaVA's; a Problem for each that is in no layout."""
+    layouts = layouts or LayoutReader(pairs=False)
+    for index, raw in enumerate(raws):
+        if isinstance(raw, Unreadable):
+            yield Problem(raw.name, raw.reason, raw.detail)
+            continue
+        try:
+            yield layouts.read(raw)
+        except UnknownLayout:
+            yield Problem(_name(raw, index), "no_conversation", f"{_EXPECTED}; {renaming(raw, ('prompt', 'completion'))}")
+        except LeftOut as left:
+            yield Problem(_name(raw, index), left.reason, str(left))
+        except UnreadContent as unread:
+            yield Problem(_name(raw, index), "unread_content", str(unread))
 
 
 def _read_text(record_id: str, raw: Mapping[str, Any]) -> TextRecord | Problem | None:
@@ -159,25 +178,53 @@ def _read_text(record_id: str, raw: Mapping[str, Any]) -> TextRecord | Problem |
     return TextRecord(record_id, question, answer, options)
 
 
-def _unique_turn(item: SourceRecord | Problem, index: int, seen: dict[str, str]) -> Iterator[SourceRecord | Problem]:
+class _Seen:
+    """Names of records, each with what it was given for: eight bytes of a hash for either, as there may be millions.
+
+    Two of a million names are taken for one another once in 37 million files; one of them then gets a number behind it.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[int, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return _number(name) in self._digests
+
+    def __getitem__(self, name: str) -> int:
+        return self._digests[_number(name)]
+
+    def __setitem__(self, name: str, digest: int) -> None:
+        self._digests[_number(name)] = digest
+
+
+def _number(text: str) -> int:
+    """64 bits of a text's hash."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _unique_turn(item: SourceRecord | Problem, index: int, seen: _Seen) -> Iterator[SourceRecord | Problem]:
     """A turn under an id that no other record has: another record may be called like it."""
     name = next(name for name in _names(item.id) if name not in seen)
-    seen[name] = ""
+    seen[name] = 0
     if name != item.id:
         detail = f"a turn of record {index} has the id {item.id!r} of another record"
         yield Problem(name, "duplicate_id", detail, dropped=False)
     yield replace(item, id=name)
 
 
+def _name(raw: Mapping[str, Any], index: int) -> str:
+    given = raw.get("id")
+    name = str(given) if isinstance(given, str | int) and str(given).strip() else f"row{index}"
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _names(id: str) -> Iterator[str]:
     return itertools.chain([id], (f"{id}~{count}" for count in itertools.count(2)))
 
 
-def _unique_id(raw: Mapping[str, Any], index: int, seen: dict[str, str]) -> tuple[str, Problem | None]:
-    given = raw.get("id")
-    record_id = str(given) if isinstance(given, str | int) and str(given).strip() else f"row{index}"
-    record_id = record_id.encode(errors="backslashreplace").decode()
-    digest = hashlib.sha256(json.dumps(raw, sort_keys=True, default=repr).encode()).hexdigest()
+def _unique_id(raw: Mapping[str, Any], index: int, seen: _Seen) -> tuple[str, Problem | None]:
+    record_id = _name(raw, index)
+    digest = _number(json.dumps(raw, sort_keys=True, default=repr))
     # LLaVA's own files use one id for several conversations, so an id alone proves nothing.
     for name in _names(record_id):
         if name not in seen:
@@ -188,86 +235,6 @@ def _unique_id(raw: Mapping[str, Any], index: int, seen: dict[str, str]) -> tupl
     if name == record_id:
         return name, None
     return name, Problem(name, "duplicate_id", f"record {index} has the id {record_id!r} of another record", dropped=False)
-
-
-def _raw_records(path: Path) -> Iterator[dict[str, Any] | Problem]:
-    if path.suffix.lower() == ".json":
-        items: Iterable[Any] = _json_items(path)
-    elif path.suffix.lower() == ".jsonl":
-        items = _jsonl_items(path)
-    else:
-        items = _dataset_rows(path)
-    for index, item in enumerate(items):
-        if isinstance(item, dict | Problem):
-            yield item
-        else:
-            yield Problem(f"row{index}", "not_a_record", f"record {index}: expected an object, got {type(item).__name__}")
-
-
-def _json_items(path: Path) -> list[Any]:
-    try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"data source {path} is not valid JSON ({error}); for one object a line, name it .jsonl") from error
-    if not isinstance(items, list):
-        raise DataError(f"data source {path}: expected a list of records, got {type(items).__name__}")
-    return items
-
-
-def _jsonl_items(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield Problem(f"line{number}", "invalid_json", f"line {number} of {path.name}: {error}")
-
-
-def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        data = load_dataset(path)
-        if data is None:
-            raise DataError(f"data source {path}: expected .json, .jsonl, .parquet, or a folder that `datasets` saved")
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"data source {path} cannot be read by `datasets` ({type(error).__name__}: {error})") from error
-    if isinstance(data, dict):
-        if "train" not in data and len(data) != 1:
-            raise DataError(f"data source {path} has the splits {', '.join(data)} and no `train`; give the folder of one split")
-        data = data["train"] if "train" in data else next(iter(data.values()))
-    yield from undecoded(data)
-
-
-def load_dataset(path: Path) -> Any:
-    """What `Dataset.save_to_disk` wrote to a folder (a dictionary where it was one of splits), or parquet: a file, or all in a folder.
-
-    None: it is neither. Raises what `datasets` raises.
-    """
-    import datasets
-
-    if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-        return datasets.load_from_disk(str(path))
-    files = sorted(str(file) for file in path.rglob("*.parquet")) if path.is_dir() else [str(path)]
-    if not files or not all(file.lower().endswith(".parquet") for file in files):
-        return None
-    return datasets.Dataset.from_parquet(files, split="train")
-
-
-def undecoded(data: Any) -> Any:
-    """A `datasets.Dataset` whose pictures, sounds and videos, alone or in lists, come as `bytes` and `path`."""
-    import datasets
-
-    media = (datasets.Image, datasets.Audio, datasets.Video)
-    for column, feature in list(data.features.items()):
-        each = getattr(feature, "feature", None)
-        if isinstance(feature, media):
-            data = data.cast_column(column, type(feature)(decode=False))
-        elif isinstance(each, media):
-            data = data.cast_column(column, datasets.List(type(each)(decode=False)))
-    return data
 
 
 def _read_record(record_id: str, raw: Mapping[str, Any], root: Path, cache: Path) -> Iterator[SourceRecord | Problem]:
@@ -336,10 +303,7 @@ def _turns(raw: Mapping[str, Any]) -> tuple[list[_Turn], str, list[Any]]:
 
 
 def _trl_turns(raw: Mapping[str, Any], pictures: list[Any]) -> list[_Turn]:
-    answer_name = next((name for name in ("chosen", "completion") if raw.get(name) is not None), None)
-    if answer_name is None:
-        expected = "expected `conversations`, `messages`, or `prompt` with `chosen` or `completion`"
-        raise _BadRecord("no_conversation", f"{expected}; {renaming(raw, ('prompt', 'completion'))}")
+    answer_name = next(name for name in ("chosen", "completion") if raw.get(name) is not None)
     answer, prompt = raw[answer_name], raw.get("prompt")
     turns: list[_Turn] = []
     if isinstance(prompt, str):
@@ -393,7 +357,7 @@ def _picture(raw: Mapping[str, Any], turns: list[_Turn], within: list[Any], root
     if len(pictures) > 1 or places > 1:
         detail = f"expected one picture, got {len(pictures)} and {places} {IMAGE_TOKEN} in the questions"
         raise _BadRecord("several_pictures", detail)
-    picture = pictures[0]
+    picture = as_url(pictures[0])
     data = embedded_bytes(picture)
     if data is not None:
         return _cached(data, cache)

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mmdpo_trainers.errors import RunFolderError, StageError
 
@@ -53,17 +53,24 @@ def write_atomic(
     content: text, bytes, or a JSON-able mapping or list (written indented). durable=False does not wait for the disk: as safe
     against a killed process, not against a power cut. Returns the path.
     """
-    path = Path(path)
     if not isinstance(content, str | bytes):
         content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    data = content.encode() if isinstance(content, str) else content
+    with replacing(path, durable=durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` at the end of the block; where the block raises, nothing is changed."""
+    path = Path(path)
     kept = "What was in it before is kept" if path.exists() else "What other files hold is kept"
     with writing(path, kept):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
@@ -73,7 +80,6 @@ def write_atomic(
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-    return path
 
 
 def read_json(path: str | os.PathLike[str], *, missing: Any = ...) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,25 +26,48 @@ def _mend(path: Path) -> str:
     return "mend this line of your file, or take it out"
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file; blank lines are passed over.
+Part = tuple[int, int]
+"""First byte of some whole lines of a file, and the byte behind them."""
 
-    Raises RunFolderError naming file and line where a line is not a JSON object, or where the file is missing.
+
+def read_jsonl(path: str | os.PathLike[str], part: Part | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON-lines file, or of a part of it; blank lines are passed over.
+
+    Raises RunFolderError naming file and line (of a part counted from its first one) where a line is not a JSON object, or where the file
+    is missing.
     """
     path = Path(path)
     if not path.is_file():
         raise RunFolderError(f"{path} does not exist: run the stage that writes it first, or give your own file with --input")
     with path.open("rb") as file:
+        place, end = part or (0, math.inf)
+        file.seek(place)
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise RunFolderError(f"{path}, line {number}: not valid JSON ({error}); {_mend(path)}") from error
-            if not isinstance(record, dict):
-                raise RunFolderError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}; {_mend(path)}")
-            yield record
+            place += len(line)
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise RunFolderError(f"{path}, line {number}: not valid JSON ({error}); {_mend(path)}") from error
+                if not isinstance(record, dict):
+                    raise RunFolderError(
+                        f"{path}, line {number}: expected a JSON object, got {type(record).__name__}; {_mend(path)}"
+                    )
+                yield record
+            if place >= end:
+                return
+
+
+def line_parts(path: Path, size: int) -> list[Part]:
+    """A file in parts of whole lines, each of about `size` bytes."""
+    total, starts = path.stat().st_size, [0]
+    with path.open("rb") as file:
+        while starts[-1] + size < total:
+            file.seek(starts[-1] + size)
+            file.readline()
+            starts.append(file.tell())
+    starts = [start for start in starts if start < total]
+    return list(zip(starts, [*starts[1:], total], strict=True))
 
 
 def line_places(path: Path) -> Iterator[tuple[str, int, int]]:

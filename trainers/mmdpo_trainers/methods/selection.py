@@ -6,9 +6,9 @@ Source: MIA-DPO (arXiv 2410.17637) and its released code (Liuziyu77/MIA-DPO).
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,8 @@ from mmdpo_trainers.data.seeds import batch_seed
 
 Record = dict[str, Any]
 Thresholds = dict[str, dict[int, float]]
+Ratios = Mapping[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Format and number of pictures -> the attention ratios of all answers, of right ones and of wrong ones, where that can be told."""
 
 _REGION_THRESHOLDS: Thresholds = {"grid": {2: 0.7, 3: 0.6, 4: 0.5, 6: 0.4, 9: 0.3}, "pip": {2: 0.8}}
 
@@ -87,15 +89,11 @@ class SelectionRules:
 
     @classmethod
     def from_options(
-        cls, options: Any, records: Sequence[Record] = (), *, attention: bool = True, judged: bool = False
+        cls, options: Any, ratios: Ratios = MappingProxyType({}), *, attention: bool = True, judged: bool = False
     ) -> SelectionRules:
-        """From a `SelectConfig`, and the score records, which thresholds may come from; `attention=False` for the control arms, `judged`
-        for that of a judge."""
-        table = (
-            THRESHOLDS[options.preset]
-            if options.quantile is None
-            else thresholds_of(records, options.quantile, match_of(options))
-        )
+        """From a `SelectConfig`, and the ratios of the score records, which thresholds may come from; `attention=False` for the control
+        arms, `judged` for that of a judge."""
+        table = THRESHOLDS[options.preset] if options.quantile is None else thresholds_of(ratios, options.quantile)
         length_ratio, edit_distance = POST_SELECTION[options.preset]
         return cls(
             thresholds={name: {**table.get(name, {}), **options.thresholds.get(name, {})} for name in table | options.thresholds},
@@ -124,7 +122,7 @@ class SelectionRules:
         """
         truth, response = (str(record.get(key) or "").strip() for key in ("answer", "response"))
         failed = [name for name, fails in (("no_truth", not truth), ("empty_response", not response)) if fails]
-        if self.attention and (reason := self._attention_reason(record)):
+        if self.attention and (reason := self.attention_reason(record["format"], record["num_images"], record["ratio"])):
             failed.append(reason)
         if self.max_rating is not None and (record["rating"] is None or record["rating"] > self.max_rating):
             failed.append("no_rating" if record["rating"] is None else "rating")
@@ -150,46 +148,36 @@ class SelectionRules:
             return normalize_answer(response) == normalize_answer(truth)
         return is_right(response, truth, options=options, match=self.match)
 
-    def _attention_reason(self, record: Mapping[str, Any]) -> str | None:
-        threshold = self.thresholds.get(record["format"], {}).get(record["num_images"])
+    def attention_reason(self, format: str, num_images: int, ratio: float | None) -> str | None:
+        """The rule that a ratio fails."""
+        threshold = self.thresholds.get(format, {}).get(num_images)
         if threshold is None:
             return "no_threshold"
-        if record["ratio"] is None:
+        if ratio is None:
             return "no_ratio"
-        kept = record["ratio"] <= threshold if record["format"] in self.inclusive else record["ratio"] < threshold
+        kept = ratio <= threshold if format in self.inclusive else ratio < threshold
         return None if kept else "ratio"
 
 
-def thresholds_of(records: Sequence[Record], quantile: float | Literal["youden"], match: Match) -> Thresholds:
+def thresholds_of(ratios: Ratios, quantile: float | Literal["youden"]) -> Thresholds:
     """Thresholds from the scores themselves, one a format and number of pictures.
 
     quantile: the ratio that this share of the answers stays under (1: all of them), right or wrong; or `youden`, the one that parts the right
     answers from the wrong ones best (`data.roc.youden`), where there are some of both. Answers about one picture are left out: its ratio is 1.
     """
-    found: dict[tuple[str, int], list[Record]] = {}
-    for record in records:
-        if record.get("ratio") is not None and record["num_images"] > 1:
-            found.setdefault((record["format"], record["num_images"]), []).append(record)
     thresholds: Thresholds = {}
-    for (name, count), group in sorted(found.items()):
-        if quantile == "youden":
-            threshold = _parting(group, match)
+    for (name, count), group in sorted(ratios.items()):
+        every, right, wrong = group
+        if count < 2 or not len(every):
+            continue
+        if quantile != "youden":
+            threshold = float(np.quantile(every, quantile)) if quantile < 1 else float(np.nextafter(every.max(), 2))
+        elif len(right) and len(wrong):
+            threshold = youden(right, wrong)
         else:
-            ratios = np.array([record["ratio"] for record in group])
-            threshold = float(np.quantile(ratios, quantile)) if quantile < 1 else float(np.nextafter(ratios.max(), 2))
-        if threshold is not None:
-            thresholds.setdefault(name, {})[count] = threshold
+            continue
+        thresholds.setdefault(name, {})[count] = threshold
     return thresholds
-
-
-def _parting(records: Sequence[Record], match: Match) -> float | None:
-    sides: dict[bool, list[float]] = {True: [], False: []}
-    for record in records:
-        truth, response = (str(record.get(key) or "").strip() for key in ("answer", "response"))
-        right = is_right(response, truth, options=record.get("options"), match=match) if truth and response else None
-        if right is not None:
-            sides[right].append(record["ratio"])
-    return youden(np.array(sides[True]), np.array(sides[False])) if sides[True] and sides[False] else None
 
 
 def match_of(options: Any) -> Match:
@@ -197,83 +185,43 @@ def match_of(options: Any) -> Match:
     return MATCH[options.preset] if options.match == "preset" else options.match
 
 
-@dataclass
-class Selection:
-    """Outcome over all records: `pairs` (the records, each with `rejected`) and `dropped` (each with `rule` and `rules`)."""
-
-    pairs: list[Record] = field(default_factory=list)
-    dropped: list[Record] = field(default_factory=list)
-
-    def drop(self, record: Record, rules: Sequence[str]) -> None:
-        self.dropped.append({**record, "rule": rules[0], "rules": list(rules)})
-
-    def dropped_by(self, *, first: bool) -> dict[str, int]:
-        """Rule -> records it dropped: as their first failing rule (adds up to `dropped`), or among any of their failing rules."""
-        counts = Counter(rule for record in self.dropped for rule in (record["rules"][:1] if first else record["rules"]))
-        return {rule: counts[rule] for rule in RULES if counts[rule]}
-
-
-def select_pairs(records: Sequence[Record], rules: SelectionRules, *, max_pairs: int | None = None, seed: int = 0) -> Selection:
-    """MIA-DPO's selection: the model's own answer is the rejected one where it fails no rule; at most `max_pairs`, drawn."""
-    selection = Selection()
-    for record in records:
-        failed = rules.failing(record)
-        if failed:
-            selection.drop(record, failed)
-        else:
-            selection.pairs.append({**record, "rejected": str(record["response"]).strip()})
-    if max_pairs is not None and len(selection.pairs) > max_pairs:
-        drawn = set(random.Random(batch_seed(seed, "max_pairs")).sample(range(len(selection.pairs)), max_pairs))
-        _keep(selection, drawn)
-    return selection
-
-
-def match_mix(selection: Selection, mix: Mapping[tuple[str, int], int], *, seed: int) -> Selection:
-    """Draw from the pairs so that each (format, number of pictures) has as many as `mix` says, or all where there are fewer."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for index, record in enumerate(selection.pairs):
-        groups.setdefault((record["format"], record["num_images"]), []).append(index)
-    drawn: set[int] = set()
-    for group, indices in sorted(groups.items()):
-        count = min(mix.get(group, 0), len(indices))
-        drawn.update(random.Random(batch_seed(seed, "mix", *group)).sample(indices, count))
-    _keep(selection, drawn)
-    return selection
-
-
-def mix_of(selection: Selection) -> dict[tuple[str, int], int]:
-    """Pairs by (format, number of pictures)."""
-    return dict(Counter((record["format"], record["num_images"]) for record in selection.pairs))
-
-
-def random_wrong_pairs(records: Sequence[Record], rules: SelectionRules, *, seed: int) -> Selection:
+@dataclass(frozen=True)
+class WrongAnswers:
     """Control arm: every record with a usable truth, rejected = a wrong answer drawn at random.
 
     It is the truth of another record of the same format that is wrong about this one (`is_right`); where the record has options,
     one of these, as a letter where the truth is one. The model's answer, its attention and its perplexity play no part; the length
     of the truth does.
     """
-    truths: dict[str, list[str]] = {}
-    for record in records:
-        if str(record.get("answer") or "").strip():
-            truths.setdefault(record["format"], []).append(str(record["answer"]).strip())
-    selection = Selection()
-    for record in records:
+
+    truths: Mapping[str, Sequence[str]]
+    """By format, those of all records in their order."""
+    rules: SelectionRules
+    seed: int
+
+    def failing(self, record: Mapping[str, Any]) -> list[str]:
+        """Name of the rule that a record fails, or none."""
         truth = str(record.get("answer") or "").strip()
         if not truth:
-            selection.drop(record, ["no_truth"])
-        elif rules.max_truth_chars is not None and len(truth) >= rules.max_truth_chars:
-            selection.drop(record, ["truth_length"])
-        else:
-            draw = random.Random(batch_seed(seed, "random_wrong", record["id"]))
-            options = record.get("options")
-            wrong = draw_wrong(record, options or truths[record["format"]], draw, rules.match)
-            if wrong is None:
-                selection.drop(record, ["no_wrong_answer"])
-            else:
-                wrong = say_option(options.index(wrong), options, truth) if options else wrong
-                selection.pairs.append({**record, "rejected": wrong})
-    return selection
+            return ["no_truth"]
+        if self.rules.max_truth_chars is not None and len(truth) >= self.rules.max_truth_chars:
+            return ["truth_length"]
+        return ["no_wrong_answer"] if self._drawn(record) is None else []
+
+    def rejected(self, record: Mapping[str, Any]) -> str:
+        """The answer that is drawn for a record that fails nothing."""
+        wrong, options = self._drawn(record), record.get("options")
+        assert wrong is not None
+        return say_option(options.index(wrong), options, str(record["answer"]).strip()) if options else wrong
+
+    def _drawn(self, record: Mapping[str, Any]) -> str | None:
+        draw = random.Random(batch_seed(self.seed, "random_wrong", record["id"]))
+        return draw_wrong(record, record.get("options") or self.truths[record["format"]], draw, self.rules.match)
+
+
+def rejected_answer(record: Mapping[str, Any]) -> str:
+    """MIA-DPO's selection: the model's own answer is the rejected one."""
+    return str(record["response"]).strip()
 
 
 def preference_pair(record: Mapping[str, Any]) -> Record:
@@ -291,13 +239,6 @@ def preference_pair(record: Mapping[str, Any]) -> Record:
         "images": list(record["images"]),
         **{key: record.get(key) for key in keys},
     }
-
-
-def _keep(selection: Selection, drawn: set[int]) -> None:
-    for index, record in enumerate(selection.pairs):
-        if index not in drawn:
-            selection.drop({key: value for key, value in record.items() if key != "rejected"}, ["not_drawn"])
-    selection.pairs = [record for index, record in enumerate(selection.pairs) if index in drawn]
 
 
 def draw_wrong(record: Mapping[str, Any], candidates: Sequence[str], draw: random.Random, match: Match) -> str | None:

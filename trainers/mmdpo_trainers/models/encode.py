@@ -56,7 +56,7 @@ def encode_prompts(
 ) -> EncodedPrompts:
     """Tokenise prompt records, with their pictures and optionally an answer each, into one padded batch on the model's device.
 
-    records: `id`, `prompt` (text or messages; beside it `tools`, `chat_template_kwargs`) and `images` (paths or Pillow pictures;
+    records: `id`, `prompt` (text or messages; beside it `tools`, `chat_template_kwargs`) and `images` (paths, recipes or Pillow pictures;
     `pictures` replaces them). padding_side: `left` or `right`.
     answers: text, or token ids to teacher-force exactly. The tokens of prompt and answer are those of each on its own
     (`TextEncoder`), put together, so a response's ids continue the prompt just as generation had them.
@@ -122,7 +122,9 @@ def load_images(record: Mapping[str, Any]) -> list[Image.Image]:
             found.append(open_image(image))
         except ImageError as error:
             remedy = "run augment again" if is_made(image) else "restore the file"
-            raise DataError(f"record {record['id']}: {error}; {remedy}, or mend the path in the prompts") from error
+            # A file that was changed has a remedy of its own.
+            told = error if error.reason == "changed" else f"{error}; {remedy}, or mend the path in the prompts"
+            raise DataError(f"record {record['id']}: {told}") from error
     return found
 
 

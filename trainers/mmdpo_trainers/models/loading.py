@@ -71,8 +71,7 @@ def load_model(
     Raises StageError naming what is missing: the folder, config.json, weights, a processor file, or support for the family.
     """
     target = resolve_device(device)
-    folder = resolve_model_path(path, revision)
-    config = check_folder(folder)
+    folder, config = open_folder(path, revision)
     in_4_bits = quantized.check_loadable(folder, config, quantization)
     its_processor = load_processor(folder if processor is None else resolve_model_path(processor), config.model_type)
     asked = quantization if quantization is not None and quantization.load_in_4bit else None
@@ -138,6 +137,12 @@ def _settle(model: Any, folder: Path, quantization: Any) -> None:
         )
     own = isinstance(quantization, QuantizationConfig) and quantization.bnb_4bit_compute_dtype == "auto"
     quantized.settle(model, "auto" if own else None)
+
+
+def open_folder(path: str | Path, revision: str | None = None, *, weights: bool = True) -> tuple[Path, Any]:
+    """What a `--model` value means: its folder (`resolve_model_path`) and its configuration (`check_folder`)."""
+    folder = resolve_model_path(path, revision, weights=weights)
+    return folder, check_folder(folder, weights=weights)
 
 
 def check_folder(folder: Path, *, weights: bool = True) -> Any:

@@ -83,6 +83,16 @@ def save_merged(
     return target
 
 
+def save_whole(path: str | Path, base: str | Path, folder: str | Path, *, dtype: str | torch.dtype = "auto") -> Path:
+    """Write a whole model that was trained, with the processor and the files of its base, as `save_merged` does one with an adapter."""
+    source, target = resolve_model_path(base), Path(folder)
+    check_empty(target)
+    loaded = load_model(path, dtype=dtype, device="cpu", processor=source)
+    write_weights(loaded.model, target)
+    copy_files(source, target, loaded.dtype)
+    return target
+
+
 def check_empty(target: Path) -> None:
     """StageError where a folder that is to be written holds something."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -75,7 +75,7 @@ class TextEncoder:
 
         def made() -> list[int]:
             self.check_conversation(name, conversation)
-            return self.tokens(self._rendered(name, conversation))
+            return self.tokens(self.rendered(name, conversation))
 
         ids = self._kept_ids(str(conversation), made)
         found = ids.count(self.image_token_id)
@@ -100,7 +100,11 @@ class TextEncoder:
         passing = self.date is None and prints_date(self.processor)
         return made() if passing else self._kept.ids(f"{template_of(self.processor)}\0{self.date!r}\0{key}", made)
 
-    def _rendered(self, name: str, conversation: Conversation) -> str:
+    def rendered(self, name: str, conversation: Conversation) -> str:
+        """A prompt through the chat template, with the family's placeholder for each picture; what `opening` says stands not in it.
+
+        Raises DataError, naming the record, for what the chat template does not print.
+        """
         if conversation.plain:
             return render_prompt(self.processor, conversation.turns[0].text, self.date)
         with self._named(name):
@@ -134,7 +138,7 @@ class TextEncoder:
             else:
                 self._refuse_markers(name, f"the prompt's {turn.role} turn", turn.text + turn.fields)
         if not conversation.plain:
-            self._rendered(name, conversation)
+            self.rendered(name, conversation)
 
     def response(self, name: str, column: str, conversation: Conversation, turn: Turn) -> list[int]:
         """Ids of an answer to a prompt, without its end: of its text, or of what the chat template prints for its thinking and tool calls.

@@ -26,9 +26,6 @@ _LOGGED = {
 _WARNED = (
     # PEFT asks transformers for it.
     "`is_gradient_checkpointing` is deprecated",
-    # The newer name is unknown to the oldest transformers of the range, so that configurations keep to this one.
-    "`gradient_checkpointing` is deprecated",
-    "`gradient_checkpointing_kwargs` is deprecated",
 )
 """How future warnings begin."""
 

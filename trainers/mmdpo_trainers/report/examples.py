@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from mmdpo_trainers.data.image_paths import placed
 from mmdpo_trainers.data.images import ImageError, open_image
 
 from .images import SIDE, data_uri, outlined, sized
@@ -50,7 +51,7 @@ def question_of(prompt: Any) -> str:
 def image_of(record: Mapping[str, Any], index: int, folder: Path) -> Image.Image | None:
     """A picture of a record whose paths are relative to `folder`; None where it cannot be read, which a report must survive."""
     try:
-        return open_image(folder / record["images"][index])
+        return open_image(placed(record["images"][index], folder))
     except ImageError:
         return None
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmdpo_trainers.answers.layer_choice import chosen_layers
+from mmdpo_trainers.data.image_paths import placed
 from mmdpo_trainers.data.records import Moment
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 
@@ -142,7 +143,7 @@ def _map(loaded: LoadedModel, records: Sequence[Record], run: Path, moment: Mome
     from mmdpo_trainers.models.families.images import heat_map
 
     folder = run / "evaluate" / moment
-    located = [{**record, "images": [str(folder / image) for image in record["images"]]} for record in records]
+    located = [{**record, "images": [placed(image, folder) for image in record["images"]]} for record in records]
     answers = [record["response"] if record.get("response_ids") is None else record["response_ids"] for record in records]
     batch = encode_prompts(loaded, located, padding_side="right", answers=answers)
     segments = target_segments(loaded, located, batch, regions=score.regions)

@@ -33,6 +33,7 @@ def render(page: PageInputs) -> str:
             ("Run", page.run.folder.name),
             ("Model", config.get("model", "–")),
             ("Seed", config.get("seed", "–")),
+            *tables.data_facts(page.run),
             ("Date", now.strftime("%Y-%m-%d %H:%M UTC")),
         ],
         "lost": tables.lost_table(page.run),

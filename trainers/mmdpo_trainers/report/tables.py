@@ -8,6 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from mmdpo_trainers.data.left_out import by_stages
+from mmdpo_trainers.data.left_out import reason_words as reason_words
+
 from .contents import RunContents
 from .intervals import Estimate, Proportion, mean_estimate
 from .numbers import NONE, bare, number, percent
@@ -80,7 +83,7 @@ def in_words(cell: TableCell, unit: str = "") -> str:
 
 def lost_table(contents: RunContents) -> Table | None:
     """Records left out, by stage and reason; None where there are none."""
-    losses = {name: summary["lost"] for name, summary in _losses(contents).items()}
+    losses = by_stages({name: summary["lost"] for name, summary in _losses(contents).items()})
     if not losses:
         return None
     rows = []
@@ -101,15 +104,19 @@ def lost_table(contents: RunContents) -> Table | None:
 
 def lost_fact(contents: RunContents) -> str:
     """How many records were left out; by stage where several left any out, which may be the same ones. Empty before any has finished."""
-    counts = {name: summary["lost"]["records"] for name, summary in _losses(contents).items()}
+    losses = by_stages({name: summary["lost"] for name, summary in _losses(contents).items()})
+    counts = {name: loss["records"] for name, loss in losses.items()}
     if len(counts) > 1:
         return ", ".join(f"{name} {count:,}" for name, count in counts.items())
     return f"{sum(counts.values()):,}" if counts else "none" if contents.summaries else ""
 
 
-def reason_words(reason: str) -> str:
-    """A reason's name for readers."""
-    return reason.replace("_", " ")
+def data_facts(contents: RunContents) -> list[tuple[str, str]]:
+    """The layout of the data, and how many of the trained pairs have two equal answers; nothing of what is not known."""
+    layouts = {str(each["layout"]): None for each in contents.summaries.values() if each and each.get("layout")}
+    equal = {name: each["equal_answers"] for name, each in contents.summaries.items() if each and each.get("equal_answers")}
+    found = [("Layout of the data", ", ".join(layouts))] if layouts else []
+    return found + [(f"Pairs with equal answers, {name}", f"{count:,}") for name, count in equal.items()]
 
 
 def _losses(contents: RunContents) -> dict[str, Any]:

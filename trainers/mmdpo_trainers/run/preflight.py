@@ -31,10 +31,14 @@ def check_run(contexts: Sequence[StageContext]) -> None:
         _check_files(context)
         if context.stage == "pairs":
             stage_module("pairs").inputs(context)
-        if context.stage == "generate" and context.options.engine == "vllm":
+        if context.stage in ("generate", "evaluate") and context.options.engine == "vllm":
             from mmdpo_trainers.answers.vllm_engine import check_vllm
 
-            check_vllm(context.config)
+            check_vllm(context.config, context.stage)
+        if context.stage == "generate" and context.options.engine == "server":
+            from mmdpo_trainers.answers.server_engine import check_server
+
+            check_server(context.config)
         if context.stage == "rate":
             from mmdpo_trainers.training.reward.rater import check_rater
 
@@ -214,7 +218,7 @@ def _check_data(context: StageContext) -> None:
         and context.moment == "before"
         and not context.options.input
     ):
-        from mmdpo_trainers.stages.prompts import check_evaluation_source
+        from mmdpo_trainers.stages.prompt_sources import check_evaluation_source
 
         check_evaluation_source(context)
     path = getattr(context.options, "input", None)

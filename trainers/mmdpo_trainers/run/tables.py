@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from mmdpo_trainers.data.left_out import by_stages, reason_words
 from mmdpo_trainers.data.records import FORMATS, TEXT
 from mmdpo_trainers.methods import method_named
 from mmdpo_trainers.methods.held_out import ALL, flat_figures
@@ -73,9 +74,9 @@ def _lost_table(summary: dict[str, Any]) -> Table | None:
     for name in ("stage", "reason"):
         table.add_column(name)
     table.add_column("number", justify="right")
-    for stage, loss in summary["lost"].items():
+    for stage, loss in by_stages(summary["lost"]).items():
         for reason, count in loss["reasons"].items():
-            table.add_row(stage, reason, f"{count:,}")
+            table.add_row(stage, reason_words(reason), f"{count:,}")
         table.add_row(stage, "records, of", f"{loss['records']:,} / {loss['of']:,}")
     return table
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mmdpo_trainers.answers.attention_ratios import mean_ratios, ratios_at, resolve_layer
+from mmdpo_trainers.answers.attention_ratios import mean_ratios, ratios_at, recorded_answers, resolve_layer
 from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.answers.layer_choice import FILE, chosen_layers
 from mmdpo_trainers.answers.transformers_engine import generate_responses
@@ -29,6 +29,7 @@ from mmdpo_trainers.report.intervals import Proportion
 from mmdpo_trainers.stages.batches import Record, own_records, require, run_batches
 from mmdpo_trainers.stages.benchmarks import answer_benchmarks, check_benchmarks
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.engine_answers import engine_answers
 from mmdpo_trainers.stages.models import LazyModel, load_evaluated, load_reward_model
 from mmdpo_trainers.stages.prompts import build_evaluation_prompts, evaluation_inputs
 from mmdpo_trainers.training.pair_logps import pair_logps
@@ -39,8 +40,9 @@ HELD_OUT, REWARDS = "held_out.jsonl", "rewards.jsonl"
 def inputs(context: StageContext) -> list[Path]:
     """The evaluation prompts or what they are made of, the held-out pairs with the base's figures, and what was trained. Of benchmarks
     see `benchmark_marks`."""
-    if context.rewards and context.options.input:
-        raise ConfigError("evaluate.input: a reward model rates answers and gives none; leave it out")
+    for name, given in (("input", context.options.input), ("engine", context.options.engine != "transformers")):
+        if context.rewards and given:
+            raise ConfigError(f"evaluate.{name}: a reward model rates answers and gives none; leave it out")
     trained = [context.trained] if context.moment == "after" else []
     files = []
     if _is_augmented(context):
@@ -88,12 +90,19 @@ def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str
     chosen = chosen_layers(context.run.path, context.config.score.layer)
     asked, rank = context.asked_attributes, context.config.rank
 
-    def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
-        if asked:
-            batch = [{**record, "prompt": with_attributes(record["prompt"], asked, rank)} for record in batch]
-        return answer_batch(model(), batch, options=options, score=context.config.score, chosen=chosen)
+    def prompts_of(batch: Sequence[Record]) -> Sequence[Record]:
+        return [{**record, "prompt": with_attributes(record["prompt"], asked, rank)} for record in batch] if asked else batch
 
-    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, f"evaluate {context.moment or ''}".strip())
+    given = engine_answers(context, records, prompts_of) if options.engine == "vllm" else None
+
+    def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
+        batch, settings = prompts_of(batch), {"options": options, "score": context.config.score, "chosen": chosen}
+        if given is not None:
+            return measure_batch(model, batch, [given[record["id"]] for record in batch], **settings)
+        return answer_batch(model(), batch, **settings)
+
+    title = f"evaluate {context.moment or ''}".strip()
+    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, title, opened=True)
     if not ranks.is_rank_0():
         return {}
     # With the formats that were asked for and have no prompt.
@@ -178,22 +187,59 @@ def answer_batch(
     options: an `EvaluateConfig`. score: a `ScoreConfig`, so that the ratios are those that selection looks at. chosen: the layers that stage
     score chose, see `resolve_layer`.
     """
-    results = []
     several = [record for record in batch if record["num_images"] > 1]
-    layers = {name: resolve_layer(loaded.image_layers, score.layer, chosen, name) for name in {r["format"] for r in several}}
-    # One layer, or where the formats go by different ones all of them, in the same pass.
+    layers, wanted = _recording(loaded, several, score, chosen)
+    answers = generate_responses(loaded, batch, max_new_tokens=options.max_new_tokens, record=wanted if several else None)
+    recorded = [answer.pop("recorded", None) for answer in answers]
+    return [_judged(*each, layers, options, score) for each in zip(batch, answers, recorded, strict=True)]
+
+
+def measure_batch(
+    model: Callable[[], LoadedModel],
+    batch: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    *,
+    options: Any,
+    score: Any,
+    chosen: Mapping[str, int] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """`answer_batch` of answers that are there: attention comes of a teacher-forced pass, of the model that is loaded for it if need be."""
+    several = [{**record, **answer} for record, answer in zip(batch, answers, strict=True) if record["num_images"] > 1]
+    layers: Mapping[str, int] = {}
+    recorded: dict[str, Any] = {}
+    if several:
+        layers, wanted = _recording(model(), several, score, chosen)
+        found = recorded_answers(model(), several, **wanted)
+        recorded = {record["id"]: each for record, each in zip(several, found, strict=True)}
+    return [
+        _judged(record, answer, recorded.get(record["id"]), layers, options, score)
+        for record, answer in zip(batch, answers, strict=True)
+    ]
+
+
+def _recording(
+    loaded: LoadedModel, records: Sequence[Mapping[str, Any]], score: Any, chosen: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """The layer that each format goes by; and what is recorded: one layer, or where they go by different ones all, in the same pass."""
+    layers = {name: resolve_layer(loaded.image_layers, score.layer, chosen, name) for name in {r["format"] for r in records}}
     layer = next(iter(layers.values())) if len(set(layers.values())) == 1 else "all"
-    wanted = {**score.recording, "layer": layer} if several else None
-    for record, answer in zip(
-        batch, generate_responses(loaded, batch, max_new_tokens=options.max_new_tokens, record=wanted), strict=True
-    ):
-        recorded = answer.pop("recorded", None)
-        correct = answers_match(answer["response"], record["answer"], options=record.get("options"), match=options.match)
-        # The only picture of a single-image prompt has all the attention on pictures: nothing to measure.
-        counts = record["num_images"] > 1
-        ratios = ratios_at(record, recorded, score.statistic, layers[record["format"]]) if counts else {"ratio": None}
-        results.append({**answer, "correct": correct, **ratios})
-    return results
+    return layers, {**score.recording, "layer": layer}
+
+
+def _judged(
+    record: Mapping[str, Any],
+    answer: Mapping[str, Any],
+    recorded: Any,
+    layers: Mapping[str, int],
+    options: Any,
+    score: Any,
+) -> dict[str, Any]:
+    """An answer with what is found of it: whether it is right, and its ratios."""
+    correct = answers_match(answer["response"], record["answer"], options=record.get("options"), match=options.match)
+    # The only picture of a single-image prompt has all the attention on pictures: nothing to measure.
+    counts = record["num_images"] > 1
+    ratios = ratios_at(record, recorded, score.statistic, layers[record["format"]]) if counts else {"ratio": None}
+    return {**answer, "correct": correct, **ratios}
 
 
 def accuracy_summary(answers: Sequence[Mapping[str, Any]], asked: Sequence[str] = ()) -> dict[str, Any]:

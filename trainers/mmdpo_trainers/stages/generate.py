@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.answers.config_only import check_prompts
+from mmdpo_trainers.answers.kept_answers import forget
 from mmdpo_trainers.answers.noise import noisy_images
 from mmdpo_trainers.answers.response import check_num_answers
+from mmdpo_trainers.answers.server_engine import ServerEngine, check_server
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.answers.vllm_engine import VllmEngine, check_vllm
 from mmdpo_trainers.data.seeds import batch_seed
@@ -18,6 +20,10 @@ from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.stages.batches import Record, count_formats, own_records, run_batches
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.models import LazyModel, load_base
+
+_TO_SERVERS = 1024
+"""Prompts to a batch, at least, for servers, which have nothing to do where one ends. Not by their number: a batch of a stage that was begun
+with others would be another."""
 
 
 def inputs(context: StageContext) -> list[Path]:
@@ -30,20 +36,31 @@ def run(context: StageContext) -> dict[str, Any]:
     check_num_answers(options)
     records, left_out = own_records(context, context.prompts, "prompts")
     check_prompts(context.model, records, context.date)
-    answerer = _Vllm(context, records) if options.engine == "vllm" else _Transformers(context)
-    with contextlib.closing(answerer):
-        path = run_batches(context, "responses.jsonl", records, options.batch_size, answerer.answer, "generate")
+    with contextlib.closing(_answerer(context, records)) as answerer:
+        path = run_batches(
+            context, "responses.jsonl", records, answerer.batch_size, answerer.answer, "generate", opened=answerer.opened
+        )
     if not ranks.is_rank_0():
         return {}
+    forget(context.folder)
     written = list(read_jsonl(path))
     if options.num_answers > 1:
         return {**_several(written), **left_out}
     return {
         "responses": count_formats(written),
         "ended": sum(record["ended"] for record in written) / len(written),
-        "mean_perplexity": sum(record["perplexity"] for record in written) / len(written),
+        **_perplexity([record["perplexity"] for record in written]),
         "mean_tokens": sum(record["num_tokens"] for record in written) / len(written),
         **left_out,
+    }
+
+
+def _perplexity(found: Sequence[float | None]) -> dict[str, Any]:
+    """The mean of those that are known, and how many are not: a server that gives no log-probabilities leaves them to score."""
+    known = [each for each in found if each is not None]
+    return {
+        "mean_perplexity": sum(known) / len(known) if known else None,
+        **({"without_perplexity": len(found) - len(known)} if len(known) < len(found) else {}),
     }
 
 
@@ -60,7 +77,7 @@ def _several(written: Sequence[Record]) -> dict[str, Any]:
         "distinct": sum(texts) / len(texts),
         "all_alike": texts.count(1),
         "ended": sum(answers["ended"]) / count,
-        "mean_perplexity": sum(answers["perplexity"]) / count,
+        **_perplexity(answers["perplexity"]),
         "mean_tokens": sum(answers["num_tokens"]) / count,
     }
 
@@ -68,8 +85,10 @@ def _several(written: Sequence[Record]) -> dict[str, Any]:
 class _Transformers:
     """Answers of the model in this process."""
 
+    opened = True
+
     def __init__(self, context: StageContext) -> None:
-        self.context = context
+        self.context, self.batch_size = context, context.options.batch_size
         self._model = LazyModel(lambda: load_base(context))
 
     def answer(self, number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
@@ -95,9 +114,11 @@ class _Transformers:
 class _Vllm:
     """Answers of vLLM, which is started with the first batch; seeds are of records, because vLLM makes up batches of its own."""
 
+    opened = True
+
     def __init__(self, context: StageContext, records: Sequence[Record]) -> None:
         check_vllm(context.config)
-        self.context = context
+        self.context, self.batch_size = context, context.options.batch_size
         self._most = max(len(record["images"]) for record in records)
         self._engine: VllmEngine | None = None
 
@@ -126,3 +147,41 @@ class _Vllm:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
+
+
+class _Server:
+    """Answers of servers that run already; seeds are of records, because they make up batches of their own."""
+
+    opened = False
+    """A batch is long, and each of its pictures is opened when it is sent."""
+
+    def __init__(self, context: StageContext) -> None:
+        check_server(context.config)
+        self.context, options = context, context.options
+        self._engine = ServerEngine(context.model, options.server, kept=context.folder, date=context.date)
+        self.batch_size = max(options.batch_size, _TO_SERVERS)
+
+    def answer(self, number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
+        context, options = self.context, self.context.options
+        with context.progress.task(f"answers of batch {number + 1}", len(batch)) as task:
+            return self._engine.generate_responses(
+                batch,
+                max_new_tokens=options.max_new_tokens,
+                do_sample=options.do_sample,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                seeds=[batch_seed(context.seed, "generate", record["id"]) for record in batch],
+                pictures=lambda record: noisy_images(record, options.noise, context.seed),
+                num_answers=options.num_answers,
+                advance=task.advance,
+            )
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _answerer(context: StageContext, records: Sequence[Record]) -> _Transformers | _Vllm | _Server:
+    """What `generate.engine` names."""
+    if context.options.engine == "server":
+        return _Server(context)
+    return _Vllm(context, records) if context.options.engine == "vllm" else _Transformers(context)

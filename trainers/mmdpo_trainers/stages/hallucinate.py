@@ -13,7 +13,8 @@ from mmdpo_trainers.answers.config_only import config_only
 from mmdpo_trainers.answers.hallucination import HallucinationSampler
 from mmdpo_trainers.answers.similarity import similarity_name, similarity_of
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt
-from mmdpo_trainers.data.left_out import lost
+from mmdpo_trainers.data.image_paths import image_files, placed
+from mmdpo_trainers.data.left_out import counted, lost
 from mmdpo_trainers.data.pair_records import record_conversation, response_text, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
 from mmdpo_trainers.data.records import relative_images
@@ -68,7 +69,7 @@ def run(context: StageContext) -> dict[str, Any]:
         found = sampler[0].sample(number, [_asked(record) for record in batch], truths)
         return [{"sampled": vars(each)} for each in found]
 
-    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, STAGE)
+    path = run_batches(context, "answers.jsonl", records, options.batch_size, work, STAGE, opened=True)
     return _finished(context, list(read_jsonl(path)), left_out) if ranks.is_rank_0() else {}
 
 
@@ -89,7 +90,7 @@ def _records(context: StageContext) -> tuple[list[Record], dict[str, int]]:
         missing += gone
         found = [_pair(record) for record in prompts if record["id"] not in gone]
     for record in found:
-        if any(image.startswith("data:") for image in record["images"]):
+        if any(not image_files(image) for image in record["images"]):
             raise DataError(
                 f"{path}, record {record['id']}: expected pictures as files; give this data as pairs.source, which makes them"
             )
@@ -100,7 +101,9 @@ def _records(context: StageContext) -> tuple[list[Record], dict[str, int]]:
         "no_truth": sum(bool(record["images"]) and not record["chosen"] for record in found),
     }
     if not usable:
-        raise StageError(f"{path}: none of its {sum(reasons.values()):,} records has a picture and a true answer; add them")
+        raise StageError(
+            f"{path}: none of its {counted(sum(reasons.values()), 'record')} has a picture and a true answer; add them"
+        )
     return usable, reasons
 
 
@@ -224,14 +227,10 @@ def _write(context: StageContext, records: Sequence[Record]) -> None:
     lines = []
     for record in records:
         paths = {
-            name: relative_images([_place(context, path) for path in record[name]], context.folder, context.run.path)
+            # As `answers.jsonl` has them, from anywhere.
+            name: relative_images([placed(image, context.folder) for image in record[name]], context.folder, context.run.path)
             for name in columns
             if record.get(name)
         }
         lines.append(json.dumps({**record, **paths}, ensure_ascii=False) + "\n")
     write_atomic(context.folder / "pairs.jsonl", "".join(lines))
-
-
-def _place(context: StageContext, path: str) -> str:
-    """A picture's path as `answers.jsonl` has it, from anywhere."""
-    return str(context.folder / path)

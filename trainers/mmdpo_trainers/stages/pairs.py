@@ -11,10 +11,14 @@ from typing import Any
 
 from PIL import Image
 
+from mmdpo_trainers.data.image_paths import image_files, placed
 from mmdpo_trainers.data.images import content_key, embedded_bytes
-from mmdpo_trainers.data.left_out import lost
+from mmdpo_trainers.data.layouts import LayoutReader
+from mmdpo_trainers.data.left_out import counted, lost
+from mmdpo_trainers.data.looks import learn_digests
 from mmdpo_trainers.data.pair_records import is_prompt, record_image_digest, record_name, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
+from mmdpo_trainers.data.recipes import is_recipe
 from mmdpo_trainers.data.records import relative_images
 from mmdpo_trainers.errors import ConfigError, DataError, StageError
 from mmdpo_trainers.files.atomic import write_atomic
@@ -31,7 +35,7 @@ def inputs(context: StageContext) -> list[Path]:
     if source == SHAPES_PRIOR:
         return []
     if not Path(source).exists():
-        raise ConfigError(f"pairs.source: {source} does not exist; give preference data with TRL's columns, or {SHAPES_PRIOR}")
+        raise ConfigError(f"pairs.source: {source} does not exist; give preference data, or {SHAPES_PRIOR}")
     return [Path(source)]
 
 
@@ -41,7 +45,9 @@ def run(context: StageContext) -> dict[str, Any]:
     For online training alone (alpha 1) the user's data may be prompts with truths: those held out are then `prompts.jsonl`.
     """
     missing: list[str] = []
-    made = _built_in(context) if context.options.source == SHAPES_PRIOR else _own(context, missing)
+    layouts = LayoutReader(context.options.columns, pairs=online_settings(context.config).alpha != 1)
+    built_in = context.options.source == SHAPES_PRIOR
+    made = _built_in(context) if built_in else _own(context, missing, layouts)
     if not made["pairs"]:
         raise StageError(
             f"pairs.held_out: {context.options.held_out} leaves no pairs of {context.options.source} to train on; records that share a "
@@ -51,7 +57,9 @@ def run(context: StageContext) -> dict[str, Any]:
         if records:
             write_atomic(context.folder / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     counts = {name: dict(sorted(Counter(_kind(record) for record in records).items())) for name, records in made.items()}
-    return {**counts, **lost(len(missing) + sum(map(len, made.values())), {"missing": len(missing)})}
+    found = {"layout": layouts.layout} if layouts.layout else {}
+    left = {"missing": len(missing), **layouts.left_out}
+    return {**found, **counts, **lost(sum(left.values()) + sum(map(len, made.values())), left)}
 
 
 def _kind(record: Mapping[str, Any]) -> str:
@@ -90,7 +98,7 @@ def _built_in(context: StageContext) -> dict[str, list[dict[str, Any]]]:
     return made
 
 
-def _own(context: StageContext, missing: list[str]) -> dict[str, list[dict[str, Any]]]:
+def _own(context: StageContext, missing: list[str], layouts: LayoutReader) -> dict[str, list[dict[str, Any]]]:
     """The user's records, those that share a picture on the same side; which side follows from seed and pictures' content.
 
     missing: takes the names of those whose pictures do not exist, where it is allowed to leave them out.
@@ -100,7 +108,9 @@ def _own(context: StageContext, missing: list[str]) -> dict[str, list[dict[str, 
     allowed = context.config.allow_missing
     columns = ("images", "rejected_images", *context.further_views)
     prompts = online_settings(context.config).alpha == 1
-    found = read_pairs(source, missing if allowed else None, views=context.further_views, prompts=prompts)
+    found = read_pairs(source, missing if allowed else None, views=context.further_views, prompts=prompts, layouts=layouts)
+    if layouts.layout:
+        context.progress.print(f"pairs: layout: {layouts.layout}; {counted(len(found), 'pair')}")
     records = [_stored(record, columns, root, context) for record in found]
     # Those of a dataset; read_pairs has looked at those of a file.
     gone = {str(record["id"]): path for record in records if (path := _missing(record, columns, context.folder)) is not None}
@@ -110,6 +120,7 @@ def _own(context: StageContext, missing: list[str]) -> dict[str, list[dict[str, 
     records = [record for record in records if str(record["id"]) not in gone]
     if not records:
         raise StageError(f"pairs.source: {source} holds no records")
+    learn_digests(placed(image, context.folder) for record in records for image in record["images"])
     groups = _connected([_pictures(record, context.folder) for record in records])
     ranked = sorted(set(groups), key=lambda group: hashlib.sha256(f"{context.seed}|{group}".encode()).hexdigest())
     held = _held(ranked, Counter(groups), share=context.options.held_out, most=context.options.max_held_out)
@@ -137,13 +148,13 @@ def _held(ranked: Sequence[str], sizes: Mapping[str, int], *, share: float, most
 
 def _missing(record: Mapping[str, Any], columns: Sequence[str], folder: Path) -> str | None:
     """The first of the record's pictures that does not exist."""
-    paths = (str(folder / image) for name in columns for image in record.get(name) or ())
-    return next((path for path in paths if not Path(path).exists()), None)
+    pictures = (placed(image, folder) for name in columns for image in record.get(name) or ())
+    return next((path for picture in pictures for path in image_files(picture) if not Path(path).exists()), None)
 
 
 def _pictures(record: Mapping[str, Any], folder: Path) -> list[str]:
     """Content keys of the record's pictures; a record without pictures has itself."""
-    return [record_image_digest(record, str(folder / image)) for image in record["images"]] or [str(record["id"])]
+    return [record_image_digest(record, placed(image, folder)) for image in record["images"]] or [str(record["id"])]
 
 
 def _connected(pictures: Sequence[Sequence[str]]) -> list[str]:
@@ -177,13 +188,16 @@ def _stored(record: Mapping[str, Any], columns: Sequence[str], root: Path, conte
         ) from error
 
 
-def _path(record: Mapping[str, Any], image: Any, root: Path, folder: Path) -> str:
+def _path(record: Mapping[str, Any], image: Any, root: Path, folder: Path) -> Any:
+    """A picture as a path or a recipe, from anywhere."""
     data = embedded_bytes(image)
     if data is not None:
         file = folder / "images" / content_key(data)
         if not file.exists():
             write_atomic(file, data, durable=False)
         return str(file)
+    if is_recipe(image):
+        return placed(image, root)
     if isinstance(image, Mapping):
         image = image.get("path")
     if not isinstance(image, str) or not image:

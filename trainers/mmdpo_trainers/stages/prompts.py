@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.config.sections.data import DataConfig
-from mmdpo_trainers.data.held_out import hold_out
-from mmdpo_trainers.data.left_out import check_left_out, left_out_line, lost, named
-from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id, text_prompts
+from mmdpo_trainers.data.left_out import check_left_out, counted, left_out_line, lost
+from mmdpo_trainers.data.multi_image import TOO_FEW, Planned, PromptMaker, check_options, plan_prompts, prompt_id
 from mmdpo_trainers.data.records import FORMATS, TEXT
-from mmdpo_trainers.data.sources import DUPLICATE, Problem, SourceRecord, TextRecord, read_source, read_texts
-from mmdpo_trainers.errors import ConfigError, DataError, StageError
+from mmdpo_trainers.data.sources import Problem
+from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.files.fingerprint import Fingerprint, content_hash
 from mmdpo_trainers.files.json_lines import JsonLines, read_jsonl
 from mmdpo_trainers.models.families import fixed_grid
 from mmdpo_trainers.processes.progress import ProgressTask
 from mmdpo_trainers.stages.context import StageContext
-
-SHAPES = "shapes"
-EVALUATION_SEED = 1_000_003
-"""Added to the run's seed for the evaluation pictures of the built-in world, which are thus never the training pictures."""
+from mmdpo_trainers.stages.prompt_sources import Source, Texts, evaluation_records, reasons_of, source_files
 
 _TRAINING_ONLY = ("formats", "per_record", "num_prompts", "text_source", "text_share", "wrong_answers")
-_FLUSH_PROMPTS = 64
+_FLUSH_PROMPTS = 128
+_FLUSH_PROBLEMS = 1024
 _FLUSH_SECONDS = 5.0
+_AHEAD = 256
+"""Prompts whose pictures are looked at side by side."""
 
 
 def build_evaluation_prompts(context: StageContext) -> Path:
@@ -55,12 +52,10 @@ def build_evaluation_prompts(context: StageContext) -> Path:
     fingerprint = Fingerprint(json.loads(json.dumps(parts)))
     if not context.run.stage_is_done("evaluate", fingerprint):
         context.run.begin_stage("evaluate", fingerprint)
-        source = _evaluation_records(context, context.run.folder("evaluate"))
-        plans = [
-            (plan_prompts(source.records, config.seed, {name: 1.0}), count) for name, count in config.evaluate.per_format.items()
-        ]
         formats = config.evaluate.per_format
-        summary = write_prompts(context, "evaluate", source, plans, formats=formats, singles=False)
+        with contextlib.closing(evaluation_records(context, context.run.folder("evaluate"))) as source:
+            plans = [(plan_prompts(source.records, config.seed, {name: 1.0}), count) for name, count in formats.items()]
+            summary = write_prompts(context, "evaluate", source, plans, formats=formats, singles=False)
         context.run.finish_stage("evaluate", fingerprint, summary)
         if line := left_out_line(summary):
             context.progress.print(f"evaluate: {line}; see {context.run.path / 'evaluate' / 'problems.jsonl'}")
@@ -78,31 +73,21 @@ def evaluation_inputs(context: StageContext) -> list[Path]:
     return files
 
 
-def source_files(source: str) -> list[Path]:
-    if source == SHAPES:
-        return []
-    if not Path(source).exists():
-        raise DataError(
-            f"data source {source} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder"
-        )
-    return [Path(source)]
-
-
 def write_prompts(
     context: StageContext,
     stage: str,
-    source: _Source,
+    source: Source,
     plans: Sequence[tuple[Iterator[Planned], int]],
     *,
     formats: Mapping[str, float],
     singles: bool,
-    texts: _Texts | None = None,
+    texts: Texts | None = None,
 ) -> dict[str, Any]:
     folder, records = context.run.folder(stage), source.records
     if need_regions(formats) and not context.config.augment.square:
         _refuse_centre_crop(context.model)
     maker = PromptMaker(
-        records,
+        records.pictures,
         context.config.augment,
         seed=context.seed,
         patch_grid=_patch_grid(context, formats),
@@ -111,9 +96,10 @@ def write_prompts(
         max_pixels=context.config.data.max_pixels,
     )
     total = sum(count for _, count in plans)
-    with _Writer(folder, singles=singles) as writer:
+    with _Writer(folder, singles=singles) as writer, contextlib.closing(maker.looks):
         writer.report(source.problems)
-        context.progress.print(f"{stage}: {total:,} prompts from {len(records):,} questions")
+        layout = f"layout: {source.layout}; " if source.layout else ""
+        context.progress.print(f"{stage}: {layout}{counted(total, 'prompt')} from {counted(len(records), 'question')}")
         with context.progress.task(f"{stage}: prompts", total, folder=folder) as task:
             for plan, count in plans:
                 _make(plan, count, len(records), maker, writer, task)
@@ -124,7 +110,7 @@ def write_prompts(
                     writer.add(prompt, None)
     summary, share = _summarize(folder, source, [name for name, wanted in formats.items() if wanted], texts)
     if not any(summary["prompts"].values()):
-        raise DataError(f"no prompt could be made: {_reasons(summary['problems'])}. See {folder / 'problems.jsonl'}")
+        raise DataError(f"no prompt could be made: {reasons_of(summary['problems'])}. See {folder / 'problems.jsonl'}")
     check_left_out(
         share,
         context.config.allow_missing,
@@ -136,22 +122,25 @@ def write_prompts(
 def _make(plan: Iterator[Planned], count: int, records: int, maker: PromptMaker, writer: _Writer, task: ProgressTask) -> None:
     """Make `count` prompts of a plan; stops early where a whole round over the records gives none."""
     made = barren = 0
-    for record, format, variant in plan:
-        if made >= count or barren >= records:
-            break
-        if prompt_id(record, format, variant) in writer:
-            prompt: dict[str, Any] | None = {}
-        else:
-            prompt, problems = maker.make(record, format, variant)
-            writer.report(problems)
-            if prompt is not None:
-                single = maker.make(record, "single", 0)[0] if variant == 0 and writer.singles is not None else None
-                writer.add(prompt, single)
-        if prompt is None:
-            barren += 1
-        else:
-            made, barren = made + 1, 0
-            task.advance()
+    while made < count and barren < records:
+        planned = list(itertools.islice(plan, min(_AHEAD, count - made)))
+        maker.prepare([each for each in planned if prompt_id(*each) not in writer])
+        for record, format, variant in planned:
+            if barren >= records:
+                break
+            if prompt_id(record, format, variant) in writer:
+                prompt: dict[str, Any] | None = {}
+            else:
+                prompt, problems = maker.make(record, format, variant)
+                writer.report(problems)
+                if prompt is not None:
+                    single = maker.make(record, "single", 0)[0] if variant == 0 and writer.singles is not None else None
+                    writer.add(prompt, single)
+            if prompt is None:
+                barren += 1
+            else:
+                made, barren = made + 1, 0
+                task.advance()
     writer.flush()
 
 
@@ -170,10 +159,12 @@ class _Writer:
     def __contains__(self, id: str) -> bool:
         return id in self.prompts
 
-    def report(self, problems: Sequence[Problem]) -> None:
+    def report(self, problems: Iterable[Problem]) -> None:
         for problem in problems:
             if problem.key not in self.problems:
                 self._problems.setdefault(problem.key, problem)
+            if len(self._problems) >= _FLUSH_PROBLEMS:
+                self.flush()
 
     def add(self, prompt: dict[str, Any], single: dict[str, Any] | None) -> None:
         self._prompts.append(prompt)
@@ -201,149 +192,7 @@ class _Writer:
                 file.close()
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What there is to make prompts of. rows: records of the source that were read; lost: those of them that cannot be used."""
-
-    records: list[SourceRecord]
-    problems: list[Problem]
-    rows: int
-    lost: int
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """Prompts without pictures. rows: records of their source without pictures; lost: those of them that cannot be used."""
-
-    prompts: list[dict[str, Any]]
-    problems: list[Problem]
-    rows: int
-    lost: int
-
-
-def training_texts(context: StageContext, prompts: int) -> _Texts | None:
-    """Prompts without pictures beside `prompts` with pictures; None: none are asked for. DataError where there is none to be had."""
-    options = context.config.augment
-    if not options.text_source:
-        return None
-    items = list(read_texts(options.text_source))
-    # Ids of problems are those of the source with pictures, which may call a record alike.
-    problems = [replace(item, id=f"{item.id}/{TEXT}") for item in items if isinstance(item, Problem)]
-    records = [item for item in items if isinstance(item, TextRecord)]
-    lost = sum(problem.dropped and problem.reason != DUPLICATE for problem in problems)
-    wanted = round(options.text_share * prompts)
-    if not records:
-        reasons = named(Counter(problem.reason for problem in problems)) or "all have pictures"
-        raise DataError(f"augment.text_source: {options.text_source} has no usable record without a picture ({reasons})")
-    if len(records) < wanted:
-        context.progress.print(
-            f"augment: {len(records):,} prompts without pictures, of {wanted:,} asked for by augment.text_share: "
-            f"{options.text_source} has no more"
-        )
-    return _Texts(text_prompts(records, wanted, context.seed), problems, len(records) + lost, lost)
-
-
-def training_records(context: StageContext) -> _Source:
-    config = context.config
-    records, problems, root = _read(config.data, context.run.folder("augment"), config.seed)
-    rows, lost = _check_usable(records, problems, config.data, "data", config.allow_missing)
-    if config.holds_out:
-        records = hold_out(records, config.data.holdout, root)[0]
-        if not records:
-            raise DataError(
-                f"data source {config.data.source}: all pictures are held out; lower data.holdout or give evaluate.source"
-            )
-    return _Source(records, problems, rows, lost)
-
-
-def check_evaluation_source(context: StageContext) -> None:
-    """Raise DataError where most of the user's own evaluation data cannot be used, without making anything of it.
-
-    Pictures inside a dataset would have to be written to be looked at; they cannot be missing.
-    """
-    source = context.config.evaluate.source
-    if source and source != SHAPES and Path(source).suffix.lower() in (".json", ".jsonl"):
-        with tempfile.TemporaryDirectory() as folder:
-            _evaluation_records(context, Path(folder))
-
-
-def _evaluation_records(context: StageContext, folder: Path) -> _Source:
-    config = context.config
-    source = config.evaluate.source or config.data.source
-    data = DataConfig(**{**vars(config.data), "source": source, "wrong_answers": 0.0})
-    if config.evaluate.source:
-        data.image_folder, data.limit = config.evaluate.image_folder, None
-    if source == SHAPES:
-        data.pictures = max(config.evaluate.per_format.values(), default=1)
-    records, problems, root = _read(data, folder, config.seed + EVALUATION_SEED)
-    section = "evaluate" if config.evaluate.source else "data"
-    rows, lost = _check_usable(records, problems, data, section, config.allow_missing)
-    if source != SHAPES and not config.evaluate.source:
-        records = hold_out(records, config.data.holdout, root)[1]
-        if not records:
-            raise DataError("nothing is held out for evaluation (data.holdout is 0); give evaluate.source or evaluate.input")
-    return _Source(records, problems, rows, lost)
-
-
-def _read(data: DataConfig, folder: Path, seed: int) -> tuple[list[SourceRecord], list[Problem], Path]:
-    source, image_folder = Path(data.source), data.image_folder
-    if data.source == SHAPES:
-        from mmdpo_trainers.shapes.world import write_sft
-
-        source = folder / "source" / "data.json"
-        image_folder = str(folder / "source" / "images")
-        if not source.exists():
-            try:
-                write_sft(
-                    folder / "source",
-                    pictures=data.pictures,
-                    seed=seed,
-                    questions_per_picture=data.questions_per_picture,
-                    wrong_answers=data.wrong_answers,
-                )
-            except ValueError as error:
-                raise ConfigError(f"data.questions_per_picture: {error}") from error
-    records: list[SourceRecord] = []
-    problems: list[Problem] = []
-    for item in read_source(source, image_folder=image_folder, cache=folder / "source_images", limit=data.limit):
-        if isinstance(item, SourceRecord):
-            records.append(item)
-        else:
-            problems.append(item)
-    root = Path(image_folder) if image_folder else (source if source.is_dir() else source.parent)
-    return records, problems, root.resolve()
-
-
-def _check_usable(
-    records: Sequence[SourceRecord], problems: Sequence[Problem], data: DataConfig, section: str, allow_missing: bool
-) -> tuple[int, int]:
-    """(records of the source, those that cannot be used); DataError where these are all, or more than half and that is not allowed."""
-    dropped = [problem for problem in problems if problem.dropped]
-    used = {record.row for record in records}
-    # A record that repeats another is no loss.
-    lost = {problem.row for problem in dropped if problem.reason != DUPLICATE} - used
-    reasons = Counter(problem.reason for problem in dropped)
-    remedy = "expected questions about one picture"
-    gone = next((problem for problem in dropped if problem.reason in ("missing", "outside_image_folder")), None)
-    if gone is not None and gone.reason == reasons.most_common(1)[0][0]:
-        where = f"it is {data.image_folder}" if data.image_folder else "it is unset, so that they are looked for beside the data"
-        remedy = f"such as {gone.detail}: set {section}.image_folder to the folder that picture paths are relative to ({where})"
-    elif dropped:
-        first = next(problem for problem in dropped if problem.reason == reasons.most_common(1)[0][0])
-        remedy = f"such as record {first.id}: {first.detail}; {remedy}"
-    if not records:
-        raise DataError(f"data source {data.source}: no usable record ({_reasons(reasons)}); {remedy}")
-    total = len(used | lost)
-    what = f"data source {data.source}: {len(lost):,} of {total:,} records cannot be used ({_reasons(reasons)}); {remedy}"
-    check_left_out(len(lost) / total, allow_missing, what)
-    return total, len(lost)
-
-
-def _reasons(counts: Mapping[str, int]) -> str:
-    return named(counts) or "it is empty"
-
-
-def _summarize(folder: Path, source: _Source, formats: Sequence[str], texts: _Texts | None) -> tuple[dict[str, Any], float]:
+def _summarize(folder: Path, source: Source, formats: Sequence[str], texts: Texts | None) -> tuple[dict[str, Any], float]:
     """Counted from the files, so a resumed run counts what all its attempts wrote; and the share of records that was lost.
 
     formats: those asked for. Of the records that prompts were to be made of, those are lost that none was made of.
@@ -358,20 +207,22 @@ def _summarize(folder: Path, source: _Source, formats: Sequence[str], texts: _Te
         sizes.setdefault(prompt["format"], Counter())[str(prompt["num_images"])] += 1
     dropped: Counter[str] = Counter()
     handled: Counter[str] = Counter()
-    unmade = {record.id for record in source.records} - made
     barren: set[str] = set()
     for problem in read_jsonl(folder / "problems.jsonl"):
         (dropped if problem["dropped"] else handled)[problem["reason"]] += 1
-        if problem["dropped"] and problem["reason"] != TOO_FEW and problem["id"] in unmade:
+        if problem["dropped"] and problem["reason"] != TOO_FEW and problem["id"] not in made:
             barren.add(problem["id"])
-    kept = (1 - source.lost / source.rows) * (1 - len(barren) / max(1, len(barren | made)))
+    # Problems are those of all records; what was to be made into prompts are those of the source.
+    lost_on_the_way = sum(id in barren for id in source.records.ids()) if barren else 0
+    kept = (1 - source.lost / source.rows) * (1 - lost_on_the_way / max(1, lost_on_the_way + len(made)))
     summary = {
+        **({"layout": source.layout} if source.layout else {}),
         "records": len(source.records),
         "prompts": {name: prompts[name] for name in (*FORMATS, TEXT) if name in prompts or name in formats},
         "num_images": {name: dict(sorted(counts.items())) for name, counts in sizes.items()},
         "problems": dict(sorted(dropped.items())),
         "handled": dict(sorted(handled.items())),
-        **lost(source.rows + (texts.rows if texts else 0), dropped, source.lost + len(barren) + (texts.lost if texts else 0)),
+        **lost(source.rows + (texts.rows if texts else 0), dropped, source.lost + lost_on_the_way + (texts.lost if texts else 0)),
     }
     return summary, 1 - kept
 

@@ -23,6 +23,7 @@ from mmdpo_trainers.answers.attention_ratios import (
 )
 from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.answers.layer_choice import FILE, Answers, layer_curves, verdicts
+from mmdpo_trainers.answers.perplexity import answer_perplexities
 from mmdpo_trainers.files.atomic import write_atomic
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.methods.selection import match_of
@@ -54,7 +55,14 @@ def run(context: StageContext) -> dict[str, Any]:
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
         given = all(records_what(record.get("recorded"), settings) for record in batch)
         recorded = [record["recorded"] for record in batch] if given else recorded_answers(model(), batch, **options.recording)
-        return [_scored(record, each, options.statistic, layer) for record, each in zip(batch, recorded, strict=True)]
+        scored = [_scored(record, each, options.statistic, layer) for record, each in zip(batch, recorded, strict=True)]
+        # A server may not have told the log-probabilities of its answers.
+        untold = [place for place, record in enumerate(batch) if record.get("perplexity", 0.0) is None]
+        if untold:
+            found = answer_perplexities(model(), [batch[place] for place in untold])
+            for place, perplexity in zip(untold, found, strict=True):
+                scored[place]["perplexity"] = perplexity
+        return scored
 
     path = run_batches(context, "scores.jsonl", records, options.batch_size, work, "score")
     if not ranks.is_rank_0():
@@ -108,7 +116,7 @@ def _curves(context: StageContext, path: Path, layers: Sequence[int], middle: in
 
 def layers_table(curves: Mapping[str, Any]) -> Table:
     """AUC by layer and format, with 95 % intervals; what is gone by is marked."""
-    table = Table(title="AUC of the ratio, right against wrong answers (* gone by)", title_justify="left", pad_edge=False)
+    table = Table(title="AUC of the ratio, right against wrong answers (* gone by, - none)", title_justify="left", pad_edge=False)
     table.add_column("layer", justify="right")
     for name in curves["auc"]:
         table.add_column(name, justify="right")

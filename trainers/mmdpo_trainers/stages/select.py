@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from mmdpo_trainers.answers.raters import Rating
-from mmdpo_trainers.data.records import FORMATS, relative_images
+from mmdpo_trainers.data.records import FORMATS
 from mmdpo_trainers.errors import ConfigError, StageError
-from mmdpo_trainers.files.atomic import write_atomic
-from mmdpo_trainers.files.json_lines import read_jsonl
-from mmdpo_trainers.methods.selection import (
-    Selection,
-    SelectionRules,
-    match_mix,
-    mix_of,
-    preference_pair,
-    random_wrong_pairs,
-    select_pairs,
-)
-from mmdpo_trainers.stages.batches import Record, count_formats, read_records, require
+from mmdpo_trainers.methods.selected import Facts, Selection
+from mmdpo_trainers.methods.selection import SelectionRules, WrongAnswers, rejected_answer
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.scored import ATTENTION, CONTROL, PairWriter, Ratings, Record, ScoreFile
 
 _REMEDIES = {
     "no_truth": "the prompts need an `answer`",
@@ -50,21 +39,24 @@ def inputs(context: StageContext) -> list[Path]:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Select; writes `pairs.jsonl` and `dropped.jsonl`. Raises StageError, with the table, where no pair is left."""
+    """Select; writes `pairs.jsonl` and `dropped.jsonl`. Raises StageError, with the table, where no pair is left.
+
+    The scores are read as a stream, several times, by several processes where there are many.
+    """
     options = context.options
     for name in options.thresholds:
         if name not in FORMATS:
             raise ConfigError(f"select.thresholds: unknown format {name!r}; expected {', '.join(FORMATS)}")
-    records = read_records(context.scores, "scored answers")
-    _check(records, options, context.scores)
-    if options.rule == "judge":
-        records = _with_ratings(records, context)
-    selection = _select(records, options, context.seed)
-    summary = _summary(records, selection, options)
-    _write(context, "dropped.jsonl", selection.dropped)
-    if not selection.pairs:
+    scores = ScoreFile(context.scores, options, _ratings(context) if options.rule == "judge" else None)
+    facts = scores.facts()
+    rules = SelectionRules.from_options(options, facts.ratios(ATTENTION))
+    selection, rejected = _select(scores, facts, rules, context)
+    summary = _summary(selection, rules, options)
+    writer = PairWriter(scores, selection, rejected, context.folder, context.run.path)
+    if not len(selection.pairs):
+        writer.write(pairs=False)
         raise StageError(_nothing_left(selection, context))
-    _write(context, "pairs.jsonl", [preference_pair(record) for record in selection.pairs])
+    writer.write()
     context.progress.console.print(selection_table(summary))
     return summary
 
@@ -87,22 +79,27 @@ def selection_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def _select(records: Sequence[Record], options: Any, seed: int) -> Selection:
-    attention = select_pairs(records, SelectionRules.from_options(options, records), max_pairs=options.max_pairs, seed=seed)
+def _select(
+    scores: ScoreFile, facts: Facts, rules: SelectionRules, context: StageContext
+) -> tuple[Selection, Callable[[Record], str]]:
+    """The selection, and what makes a pair's rejected answer."""
+    options, seed = context.options, context.seed
+    attention = facts.by_attention(rules, ATTENTION).draw(options.max_pairs, seed)
     if options.rule == "attention":
-        return attention
-    control = SelectionRules.from_options(options, attention=False, judged=options.rule == "judge")
-    pool = random_wrong_pairs(records, control, seed=seed) if options.rule == "random_wrong" else select_pairs(records, control)
-    return match_mix(pool, mix_of(attention), seed=seed)
+        return attention, rejected_answer
+    if options.rule == "random_wrong":
+        drawn = WrongAnswers(scores.truths, SelectionRules.from_options(options, attention=False), seed)
+        facts.failed[CONTROL] = scores.failing(drawn.failing)
+        return facts.by(CONTROL).match_mix(attention.mix(), seed=seed), drawn.rejected
+    return facts.by(CONTROL).match_mix(attention.mix(), seed=seed), rejected_answer
 
 
-def _summary(records: Sequence[Record], selection: Selection, options: Any) -> dict[str, Any]:
-    rules = SelectionRules.from_options(options, records)
+def _summary(selection: Selection, rules: SelectionRules, options: Any) -> dict[str, Any]:
     # A format of which nothing is left is counted too.
-    pairs, seen = count_formats(selection.pairs), count_formats(records)
+    pairs = selection.formats()
     return {
-        "records": len(records),
-        "pairs": {name: pairs.get(name, 0) for name in FORMATS if name in seen},
+        "records": len(selection.facts),
+        "pairs": {name: pairs[name] for name in FORMATS if name in pairs},
         "dropped": selection.dropped_by(first=True),
         "dropped_any": selection.dropped_by(first=False),
         "rule": options.rule,
@@ -114,46 +111,13 @@ def _summary(records: Sequence[Record], selection: Selection, options: Any) -> d
     }
 
 
-def _with_ratings(records: Sequence[Record], context: StageContext) -> list[Record]:
-    """The records with `rating`, what the judge made of their answer. StageError where it saw other answers."""
+def _ratings(context: StageContext) -> Ratings:
     options, attributes = context.options, context.config.rate.attributes
     if options.rating is not None and options.rating not in attributes:
         raise ConfigError(
             f"select.rating: expected one of rate.attributes, {', '.join(attributes)}, or null, got {options.rating!r}"
         )
-    lines = {line["id"]: line for line in read_jsonl(context.judged)}
-    found = []
-    for record in records:
-        line = lines.get(record["id"], {})
-        if line.get("responses") != [record["response"]]:
-            raise StageError(
-                f"{context.judged}: expected a rating of the answer to record {record['id']!r}, {record['response'][:60]!r}, got one of "
-                f"{line.get('responses')!r}; give rate the answers that were scored: leave rate.input out, then --restart rate"
-            )
-        rating = Rating(line["ratings"][0])
-        found.append({**record, "rating": rating.value(options.rating)})
-    return found
-
-
-def _check(records: Sequence[Record], options: Any, path: Path) -> None:
-    require(records, {"response": str, "ratio": (float, int, type(None))}, path)
-    missing = next((record["id"] for record in records if "ratio" not in record), None)
-    if missing is not None:
-        raise StageError(f"{path}, record {missing!r}: no `ratio`; run score first, or give a file that score wrote")
-    if options.min_perplexity is not None:
-        without = next((record["id"] for record in records if not isinstance(record.get("perplexity"), float | int)), None)
-        if without is not None:
-            raise StageError(
-                f"{path}, record {without!r}: no `perplexity`; add it, or set select.min_perplexity to null to leave the rule out"
-            )
-
-
-def _write(context: StageContext, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-    lines = []
-    for record in records:
-        images = relative_images(record["images"], context.folder, context.run.path)
-        lines.append(json.dumps({**record, "images": images}, ensure_ascii=False) + "\n")
-    write_atomic(context.folder / name, "".join(lines))
+    return Ratings(context.judged, options.rating)
 
 
 def _nothing_left(selection: Selection, context: StageContext) -> str:
@@ -162,6 +126,6 @@ def _nothing_left(selection: Selection, context: StageContext) -> str:
         f"  {rule:<16} first {first.get(rule, 0):>7}   any {count:>7}   {_REMEDIES[rule]}" for rule, count in among.items()
     )
     return (
-        f"select left no pair of {len(selection.dropped)} answers. Dropped by rule (as the first that failed, among all that "
+        f"select left no pair of {len(selection.facts)} answers. Dropped by rule (as the first that failed, among all that "
         f"failed), and what loosens it:\n{table}\nEach record is in {context.folder / 'dropped.jsonl'}"
     )

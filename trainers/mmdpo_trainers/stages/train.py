@@ -17,7 +17,8 @@ from mmdpo_trainers.answers.attention_ratios import resolve_layer
 from mmdpo_trainers.answers.layer_choice import chosen_layers
 from mmdpo_trainers.answers.raters import Surroundings
 from mmdpo_trainers.data.dataset_checks import equal_answers, equal_answers_line
-from mmdpo_trainers.data.left_out import check_left_out, lost
+from mmdpo_trainers.data.layouts import LayoutReader
+from mmdpo_trainers.data.left_out import check_left_out, counted, lost
 from mmdpo_trainers.data.pairs import read_pairs, replay_pairs, split
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.files.atomic import free_mib
@@ -28,6 +29,7 @@ from mmdpo_trainers.models.families import image_layers
 from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.models.loading import check_folder, load_model
 from mmdpo_trainers.models.quantized import check_loadable
+from mmdpo_trainers.models.whole_weights import without_bars
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.training import quantized_models
@@ -79,32 +81,33 @@ def reference_cache(context: StageContext) -> Path:
 def run(context: StageContext) -> dict[str, Any]:
     """Train; writes `checkpoint-*`, `log.jsonl` and `final/` (an adapter, or the whole model, with the processor)."""
     log = context.folder / "log.jsonl"
-    with TrainingProgress(context.progress) as bar, contextlib.ExitStack() as rater:
-        trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_rank_0() else []), bar, _LogLastStep()])
-        if trainer.online is not None:
-            rater.callback(trainer.online.rater.close)
-        _check_disk(context, trainer)
-        trainer.train(resume_from_checkpoint="auto")
-    _save(trainer, context.folder)
+    with without_bars():
+        with TrainingProgress(context.progress) as bar, contextlib.ExitStack() as rater:
+            trainer, counts = make_trainer(context, [*([LogFile(log)] if ranks.is_rank_0() else []), bar, _LogLastStep()])
+            if trainer.online is not None:
+                rater.callback(trainer.online.rater.close)
+            _check_disk(context, trainer)
+            trainer.train(resume_from_checkpoint="auto")
+        _save(trainer, context.folder)
     if context.options.args.get("push_to_hub"):
         context.progress.print(
             "train: uploaded at the end of `mmdpo run`; after single stages `mmdpo export --push-to-hub` does it"
         )
-    missing, equal = counts.pop("missing"), counts.pop("equal_answers")
-    total = sum(counts.values()) + missing + len(trainer.left_out)
+    lacking, told = counts.pop("lacking"), {name: counts.pop(name) for name in ("layout", "equal_answers")}
+    left = {**lacking, "too_long": len(trainer.left_out)}
+    total = sum(counts.values()) + sum(left.values())
     sampled = {"online": online_summary(context.folder / ONLINE)} if trainer.online is not None else {}
-    told = {"equal_answers": equal} if equal else {}
     return {
+        **{name: value for name, value in told.items() if value},
         **counts,
-        **told,
         **_summary(trainer, log),
         **sampled,
-        **lost(total, {"missing": missing, "too_long": len(trainer.left_out)}),
+        **lost(total, left),
     }
 
 
-def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tuple[PreferenceTrainer, dict[str, int]]:
-    """This stage's trainer, and how many records of each kind it trains on and holds out."""
+def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tuple[PreferenceTrainer, dict[str, Any]]:
+    """This stage's trainer; how many records of each kind it trains on and holds out, their layout, and what was left out."""
     train_data, eval_data, counts = _data(context)
     online = _online(context)
     config = check_folder(context.model)
@@ -136,7 +139,7 @@ def make_trainer(context: StageContext, callbacks: list[TrainerCallback]) -> tup
     check_left_out(
         len(trainer.left_out) / read,
         context.config.allow_missing,
-        f"train: {len(trainer.left_out):,} of {read:,} records are longer than train.args.max_length={settings.max_length}; raise it",
+        f"train: {len(trainer.left_out):,} of {counted(read, 'record')} are longer than train.args.max_length={settings.max_length}; raise it",
     )
     if data is not train_data and isinstance(data, Subset):
         # Some records were longer than max_length.
@@ -256,14 +259,17 @@ def _load(context: StageContext) -> LoadedModel:
     return load_model(context.model, dtype=context.config.dtype, device=device, quantization=context.config.quantization)
 
 
-def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
+def _data(context: StageContext) -> tuple[Any, Any, dict[str, Any]]:
     """Data to train on, data held out (None: none), and how many records of each kind."""
     options = context.options
     if options.replay < 0:
         raise ConfigError(f"train.replay: expected a share of 0 or more, got {options.replay}")
     missing: list[str] | None = [] if context.config.allow_missing else None
     prompts = online_settings(context.config).alpha == 1
-    pairs = read_pairs(context.pairs, missing, views=context.further_views, prompts=prompts)
+    layouts = LayoutReader(options.columns if options.input else None, pairs=not prompts)
+    pairs = read_pairs(context.pairs, missing, views=context.further_views, prompts=prompts, layouts=layouts)
+    if layouts.layout:
+        context.progress.print(f"train: layout: {layouts.layout}; {counted(len(pairs), 'pair')}")
     if len(pairs) == 0:
         remedy = (
             "loosen the rules of select, or give your own with --input" if is_stage_file(context.pairs) else "give it records"
@@ -280,11 +286,12 @@ def _data(context: StageContext) -> tuple[Any, Any, dict[str, int]]:
     trained: Any = Subset(pairs, kept)
     replayed: Any = replay
     counts = {"pairs": len(kept), "replay": len(replay), "held_out": len(held_out)}
-    lacking = {"missing": len(missing or ()), "equal_answers": len(equal)}
+    lacking = {"missing": len(missing or ()), **layouts.left_out}
+    found = {"equal_answers": len(equal), "layout": layouts.layout, "lacking": lacking}
     return (
         ConcatDataset([trained, replayed]) if replay else trained,
         Subset(pairs, held_out) if held_out else None,
-        {**counts, **lacking},
+        {**counts, **found},
     )
 
 

@@ -36,6 +36,11 @@ GIVEN = "given"
 """As a corruption: the records' own images."""
 _METRICS = ("accuracies", "margins")
 """What the log has beside the rewards of branches."""
+_NEWER_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Fields of TrainingArguments that transformers 5.20 has renamed."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -187,6 +192,7 @@ class PreferenceConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        self._name_as_transformers_does()
         super().__post_init__()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
@@ -212,6 +218,12 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(f"router_aux_loss_coef: expected a number of 0 or more, or None, got {coefficient!r}")
         if self.log_attention_every < 0:
             raise ValueError(f"log_attention_every: expected 0 or more, got {self.log_attention_every}")
+
+    def _name_as_transformers_does(self) -> None:
+        """gradient_checkpointing under the name that transformers 5.20 gave it; it keeps both, and warns of the older one."""
+        for older, newer in _NEWER_NAMES.items():
+            if hasattr(self, newer) and getattr(self, newer) is None:
+                setattr(self, newer, getattr(self, older))
 
     def _check_attention_target(self) -> None:
         if self.attention_target is None:

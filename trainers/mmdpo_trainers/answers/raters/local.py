@@ -82,6 +82,7 @@ class LocalModel:
                 most_images=around.most_images,
                 arguments=self._options.engine_args,
                 date=around.date,
+                section="rate",
             )
         return self._engine
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr
 
 from mmdpo_trainers.config.options import Count, option
+from mmdpo_trainers.config.sections.endpoints import ServerConfig
 from mmdpo_trainers.config.values import Finite, Settings
 
 _HOW_VLLM_RUNS = frozenset(
@@ -35,9 +36,14 @@ _HOW_VLLM_RUNS = frozenset(
 """Arguments of vllm.LLM for memory, speed and lengths. An answer that max_model_len would cut is an error."""
 
 
-def _changing_answers(arguments: dict[str, Any]) -> dict[str, Any]:
+def changing_answers(arguments: dict[str, Any]) -> dict[str, Any]:
     """Those arguments of vllm.LLM that may change answers: all that are not known to leave them alone, such as quantization."""
     return {name: value for name, value in arguments.items() if name not in _HOW_VLLM_RUNS}
+
+
+def _changing_replies(server: Any) -> dict[str, Any]:
+    """Which of a server's settings may change answers: not where it is, nor how often and fast it is asked."""
+    return {"prompts": server.prompts, "parameters": server.parameters}
 
 
 @dataclass(kw_only=True)
@@ -46,13 +52,18 @@ class GenerateConfig(Settings):
 
     input: StrictStr | None = option(None, "your own prompts .jsonl in place of augment/prompts.jsonl", path=True)
     # Not chosen by what is installed: one configuration means one way to its answers on every machine.
-    engine: Literal["transformers", "vllm"] = option(
-        "transformers", "what generates: transformers, or vllm, which is faster and leaves attention to be measured by score"
+    engine: Literal["transformers", "vllm", "server"] = option(
+        "transformers",
+        "what generates: transformers, or vllm, which is faster and leaves attention to be measured by score; server: servers of the model that "
+        "run already, such as vLLM's",
+    )
+    server: ServerConfig = option(
+        help="`engine: server` only: where they are and how they are asked", factory=ServerConfig, result=_changing_replies
     )
     engine_args: Finite[dict[StrictStr, Any]] = option(
         help="`engine: vllm` only: arguments of vllm.LLM, such as gpu_memory_utilization, max_model_len",
         factory=dict,
-        result=_changing_answers,
+        result=changing_answers,
     )
     batch_size: StrictInt = option(
         16,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr
 
-from mmdpo_trainers.config.options import Count, option
+from mmdpo_trainers.config.options import COLUMNS_WORDS, ColumnName, Count, option
 from mmdpo_trainers.config.values import Settings
 from mmdpo_trainers.errors import ConfigError
 
@@ -17,9 +17,10 @@ class DataConfig(Settings):
 
     source: StrictStr = option(
         "shapes",
-        "LLaVA .json/.jsonl, a `datasets` folder, parquet or JSON with TRL's columns, or `shapes` (the built-in world)",
+        "single-image data in any layout of docs/your_data.md (.jsonl, .json, .parquet, a `datasets` folder), or `shapes` (the built-in world)",
         path=True,
     )
+    columns: dict[ColumnName, StrictStr] | None = option(None, f"{COLUMNS_WORDS}; of evaluate.source too")
     image_folder: StrictStr | None = option(
         None, "folder that the records' picture paths are relative to; no path may leave it", path=True
     )
@@ -97,9 +98,10 @@ class PairsConfig(Settings):
 
     source: StrictStr = option(
         "shapes_prior",
-        "preference data with TRL's columns (.jsonl, .parquet, a `datasets` folder), or `shapes_prior` (built in)",
+        "preference data in any layout of docs/your_data.md (.jsonl, .json, .parquet, a `datasets` folder), or `shapes_prior` (built in)",
         path=True,
     )
+    columns: dict[ColumnName, StrictStr] | None = option(None, COLUMNS_WORDS)
     held_out: StrictFloat = option(
         0.1,
         "share of the pairs kept for evaluation, whole pictures at a time (`shapes_prior` draws new ones)",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import StrictInt, StrictStr
 
 from mmdpo_trainers.config.options import MATCH_WORDS, Count, Match, option
+from mmdpo_trainers.config.sections.answers import changing_answers
 from mmdpo_trainers.config.sections.rating import JudgeConfig, changing_judgements
-from mmdpo_trainers.config.values import Settings
+from mmdpo_trainers.config.values import Finite, Settings
 
 
 @dataclass(kw_only=True)
@@ -30,6 +32,12 @@ class EvaluateConfig(Settings):
         help="evaluation prompts of each format (sequence, grid, pip, single)",
         factory=lambda: {"sequence": 300, "grid": 300, "pip": 100, "single": 400},
         when="fewer for a first look; an accuracy of 500 prompts is known to about four points",
+    )
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers", "what answers: transformers, or vllm, after which attention is measured by a teacher-forced pass"
+    )
+    engine_args: Finite[dict[StrictStr, Any]] = option(
+        help="`engine: vllm` only: arguments of vllm.LLM, as in generate.engine_args", factory=dict, result=changing_answers
     )
     batch_size: StrictInt = option(32, "prompts answered together", ge=1)
     max_new_tokens: StrictInt = option(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import StrictBool, StrictFloat, StrictInt, StrictStr
 
 from mmdpo_trainers.config.options import MATCH_WORDS, Match, option
+from mmdpo_trainers.config.sections.endpoints import AccessConfig, check_key_env, check_url
 from mmdpo_trainers.config.values import Finite, Settings
 from mmdpo_trainers.errors import ConfigError
 
@@ -18,30 +18,13 @@ ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosit
 Fact = Literal["answer", "caption", "options"]
 """A field of a record that a judge may be told."""
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-
 
 @dataclass(kw_only=True)
-class EndpointConfig(Settings):
+class EndpointConfig(AccessConfig):
     """A judge behind an OpenAI-compatible endpoint (`/chat/completions`)."""
 
     url: StrictStr = option("http://localhost:8000/v1", "base URL, up to and without /chat/completions", result=False)
     model: StrictStr = option("", "the model's name there")
-    key_env: StrictStr = option(
-        "OPENAI_API_KEY", "environment variable that holds the API key; the key itself is written nowhere", result=False
-    )
-    concurrency: StrictInt = option(8, "requests under way at a time", ge=1, result=False)
-    requests_per_minute: StrictFloat | None = option(None, "at most this many; None: no limit", gt=0, result=False)
-    timeout: StrictFloat = option(120.0, "seconds that one request may take", gt=0, result=False)
-    retries: StrictInt = option(
-        6, "times a request is sent again after a 408, 409, 425, 429, a 5xx or no reply", ge=0, result=False
-    )
-    backoff: StrictFloat = option(
-        1.0,
-        "seconds before the first repetition, doubled each time up to 60; Retry-After is followed where it is longer",
-        ge=0,
-        result=False,
-    )
     max_image_side: StrictInt = option(1024, "pictures are sent with their longer side at most this long, in pixels", ge=16)
     parameters: Finite[dict[StrictStr, Any]] = option(
         help="fields of the request's body beside model, messages and max_tokens, such as temperature, seed; null leaves a field out",
@@ -52,18 +35,9 @@ class EndpointConfig(Settings):
     )
 
     def __post_init__(self) -> None:
-        # Neither message repeats what was given: it may be a key.
-        if not _NAME.fullmatch(self.key_env):
-            raise ConfigError(
-                "endpoint.key_env: expected the name of an environment variable, such as OPENAI_API_KEY; a key itself is never put "
-                "into a configuration"
-            )
-        scheme, _, rest = self.url.partition("://")
-        if scheme not in ("http", "https") or not rest or "@" in rest or "?" in rest or "#" in rest:
-            raise ConfigError(
-                "endpoint.url: expected http(s)://HOST[:PORT]/PATH without user, password, query and fragment; a key goes into the "
-                "environment variable that endpoint.key_env names"
-            )
+        # It is rate's, or that of a judge of benchmarks.
+        check_key_env(self.key_env, "endpoint.key_env")
+        check_url(self.url, "endpoint.url", "endpoint.key_env")
 
 
 def _changing_ratings(endpoint: Any) -> dict[str, Any]:
@@ -154,7 +128,7 @@ class RateConfig(AskedConfig):
     )
     check_pairs: StrictStr | None = option(
         None,
-        "preference data with TRL's columns for `check`; None: the records' own answers against wrong ones",
+        "preference data, in any layout of docs/your_data.md, for `check`; None: the records' own answers against wrong ones",
         path=True,
     )
 

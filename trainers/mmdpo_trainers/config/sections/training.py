@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import StrictFloat, StrictStr
 
-from mmdpo_trainers.config.options import option
+from mmdpo_trainers.config.options import COLUMNS_WORDS, ColumnName, option
 from mmdpo_trainers.config.values import Finite, Settings
 
 
@@ -15,7 +15,10 @@ from mmdpo_trainers.config.values import Finite, Settings
 class TrainConfig(Settings):
     """Preference training; everything of `PreferenceConfig` goes through `args`."""
 
-    input: StrictStr | None = option(None, "your own preference data (TRL columns) in place of the pairs of this run", path=True)
+    input: StrictStr | None = option(
+        None, "your own preference data, in any layout of docs/your_data.md, in place of the pairs of this run", path=True
+    )
+    columns: dict[ColumnName, StrictStr] | None = option(None, f"of train.input: {COLUMNS_WORDS}")
     preset: StrictStr | None = option(
         None,
         "losses, rates and adapter of a paper or of its released code, which `args` may change one by one; None: the method's paper",

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from mmdpo_trainers.checks.inputs import WIDE, drawn_image
 from mmdpo_trainers.checks.result import CheckFailure, Differences
+from mmdpo_trainers.data.image_paths import image_files
 from mmdpo_trainers.data.records import read_prompts
 from mmdpo_trainers.errors import MmdpoError, StageError
 from mmdpo_trainers.models.encode import encode_prompts, load_images
@@ -101,7 +102,7 @@ def prompts_for(context: StageContext | None) -> tuple[list[dict[str, Any]], boo
     if path is not None and path.is_file():
         found: dict[str, dict[str, Any]] = {}
         for record in itertools.islice(read_prompts(path), _LOOKED_AT):
-            if all(Path(image).is_file() for image in record["images"]):
+            if all(Path(file).is_file() for image in record["images"] for file in image_files(image)):
                 found.setdefault(f"{record['format']} {record['num_images']}", record)
         if found:
             return list(found.values())[:PROMPTS], True

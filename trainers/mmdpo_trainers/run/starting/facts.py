@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmdpo_trainers.answers.attention_ratios import resolve_layer
-from mmdpo_trainers.answers.config_only import config_only
 from mmdpo_trainers.models.chat_format import render_prompt, template_of
 from mmdpo_trainers.models.families import family_of, fixed_grid, image_layers, tree_refusal
-from mmdpo_trainers.models.hub import resolve_model_path
-from mmdpo_trainers.models.loading import check_folder
+from mmdpo_trainers.models.loading import open_folder
+from mmdpo_trainers.models.processors import load_processor
 from mmdpo_trainers.run.model_preflight import without_weights
 from mmdpo_trainers.training.model_parts import has_experts, language_linears
 
@@ -55,9 +54,8 @@ def facts_of(model: str, revision: str | None = None) -> ModelFacts:
 
     Raises StageError where it cannot be used.
     """
-    folder = resolve_model_path(model, revision, weights=False)
-    config = check_folder(folder, weights=False)
-    processor = config_only(folder).processor
+    folder, config = open_folder(model, revision, weights=False)
+    processor = load_processor(folder, config.model_type)
     family, template = family_of(config), template_of(processor) or ""
     shape = without_weights(family, config)
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from mmdpo_trainers.training.trainers import TRAINERS
 _WIDTH = 110
 _ARGS = "args"
 # transformers calls the setting by another name from 5.20 on, and describes that one alone.
-_ABOUT_ARGS = {"gradient_checkpointing": "compute activations again in the backward pass in place of keeping them"}
+_ABOUT_ARGS = {"gradient_checkpointing": "compute activations again in the backward pass in place of keeping them; null is false"}
 _WHEN_ARGS = {
     "beta": "higher keeps the model nearer to what it was",
     "bf16": "on a GPU without bfloat16, false",

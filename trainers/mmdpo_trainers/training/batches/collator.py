@@ -231,6 +231,10 @@ class PreferenceCollator:
         pictures, image processor, branches, corruption and its draw, `no_image`, token weights. Files are read, not decoded."""
         return self._maker.key(record)
 
+    def learn_keys(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Decode the pictures of records on all cores, which their keys need."""
+        self._maker.learn_keys(records)
+
     def image_key(self, record: Mapping[str, Any]) -> str:
         """Content key of the record's list of pictures, equal where a tree would share them; without pictures its `key`."""
         return self._maker.image_key(record)

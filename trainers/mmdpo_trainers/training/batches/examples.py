@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmdpo_trainers.data.conversation import Conversation
 from mmdpo_trainers.data.corruption import Corruption, Model
+from mmdpo_trainers.data.looks import learn_digests
 from mmdpo_trainers.data.pair_records import (
     BRANCHES,
     CORRUPTED,
@@ -179,6 +180,10 @@ class ExampleMaker:
         """See `PreferenceCollator.key`."""
         texts = self._texts(record)
         return self._key(texts, self._plan(texts))
+
+    def learn_keys(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """See `PreferenceCollator.learn_keys`."""
+        learn_digests(image for record in records for image in self._views.images(record))
 
     def image_key(self, record: Mapping[str, Any]) -> str:
         """See `PreferenceCollator.image_key`."""

@@ -27,6 +27,9 @@ from mmdpo_trainers.training.reference.model_hash import reference_header
 from mmdpo_trainers.training.reference.reference import Reference
 from mmdpo_trainers.training.sharded.sharding import check_whole
 
+_LOOKED_UP = 64
+"""Records whose pictures are decoded side by side."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Precomputed:
@@ -152,9 +155,12 @@ def precompute(
     _merge(cache)
     keys = []
     with progress.task("reference: look up records", total=len(dataset)) as task:
-        for index in range(len(dataset)):
-            keys.append(collator.key(dataset[index]))
-            task.advance()
+        for start in range(0, len(dataset), _LOOKED_UP):
+            records = [dataset[index] for index in range(start, min(start + _LOOKED_UP, len(dataset)))]
+            collator.learn_keys(records)
+            for record in records:
+                keys.append(collator.key(record))
+                task.advance()
     # One list for all: another launch may append to the cache between two readings of it.
     wanted = set(collectives.all_gather(cache.missing(keys))[0])
     if not wanted:

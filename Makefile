@@ -10,6 +10,9 @@ NEWEST := $(CURDIR)/build/transformers-newest
 # The `kernels` package, and the ops laid out for it.
 KERNELS := $(CURDIR)/build/kernels
 HUB := $(CURDIR)/build/hub
+# vLLM with what it asks for, and tiny checkpoints that the newest transformers has exported.
+VLLM := $(CURDIR)/build/vllm
+VLLM_MODELS := $(CURDIR)/build/vllm_models
 # A worker more than there are cores, as many tests wait for processes of their own, and at most four; a thread a worker.
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))')
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
@@ -19,11 +22,12 @@ VERSIONED := $(addprefix tests/kernels/test_,patch.py qwen_patch.py patched_copi
 	preference_trainer.py mdpo_trainer.py given_models.py adapters.py arguments.py training_mode.py \
 	reference_cache.py resume.py)
 
-.PHONY: help install test nightly demo lint wheels versions hub bench gpu clean
+.PHONY: help install test test-vllm nightly demo lint wheels versions hub bench gpu gpu-1 gpu-2 clean
 
 help:
 	@echo "make install  virtual environment $(VENV) with everything, C++ extension built"
 	@echo "make test     install, then a smoke test on the oldest transformers, and all tests on the newest (options: PYTEST_ADDOPTS)"
+	@echo "make test-vllm  install, then vLLM itself, in an environment of its own: every family that it serves, against transformers"
 	@echo "make nightly  install, then 10,000 random calls of the ops, sweeps over families and versions, and every kernel compiled for every GPU"
 	@echo "make demo     install, then a full MIA-DPO run on the embedded pictures, report in runs/shapes_mia_dpo"
 	@echo "make lint     install, then ruff and mypy"
@@ -31,7 +35,7 @@ help:
 	@echo "make versions install, then core tests on the installed wheel with other versions of what it stands on (VERSIONS: options)"
 	@echo "make hub      install, then the ops as a repository for Hugging Face's kernels package in build/hub, checked and tested"
 	@echo "make bench    install, then every op against its peers (BENCH: options of python -m benchmarks)"
-	@echo "make gpu      on a machine with a GPU and CUDA, without make install: build, tests, sanitizer, benchmarks; results in build/gpu"
+	@echo "make gpu      on a machine with a GPU and CUDA, without make install: gpu-1 and gpu-2 (five minutes each) in one; results in build/gpu"
 	@echo "make clean    remove $(VENV) and everything that was built; runs/ stays"
 
 install: $(STAMP)
@@ -53,6 +57,19 @@ $(OLDEST)/.installed: constraints-oldest.txt $(STAMP)
 test: install $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(PYTEST) -m smoke
 	$(PYTEST)
+
+# torch first, by itself: with it pip would take another one.
+$(VLLM)/.installed: constraints-vllm.txt
+	@rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VLLM)/bin/python -m pip install -q $$(grep '^torch==' constraints-vllm.txt)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(VLLM)/bin/python -m pip install -q --no-deps -r constraints-vllm.txt
+	@touch $@
+
+test-vllm: install $(VLLM)/.installed
+	$(BIN)/python -m benchmarks.runs.vllm_families --write $(VLLM_MODELS)
+	MMDPO_VLLM_MODELS=$(VLLM_MODELS) PYTHONPATH=$(CURDIR)/tests/support/vllm_environment:$(CURDIR):$(CURDIR)/trainers \
+		$(VLLM)/bin/python -m pytest -q -m vllm tests/trainers/test_vllm_itself.py
 
 nightly: install $(OLDEST)/.installed
 	MMDPO_PROPERTY_CASES=10000 $(BIN)/python -m pytest -q tests/kernels/test_properties.py
@@ -95,6 +112,9 @@ bench: install
 # With the Python that the machine has.
 gpu:
 	$(PYTHON) benchmarks/gpu $(GPU)
+
+gpu-1 gpu-2:
+	$(PYTHON) benchmarks/gpu --part $(@:gpu-%=%) $(GPU)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mmdpo_kernels/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -46,7 +46,7 @@ def test_every_dependency_is_pinned(group: str) -> None:
 
 
 def test_constraints_are_exact_and_name_no_place() -> None:
-    for line in (line for file in ("", "-oldest", "-hub") for line in constraints(f"constraints{file}.txt").values()):
+    for line in (line for file in ("", "-oldest", "-hub", "-vllm") for line in constraints(f"constraints{file}.txt").values()):
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line), line
 
 

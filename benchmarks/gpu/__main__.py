@@ -1,12 +1,15 @@
-"""Everything that wants a GPU, one after the other, in under nine minutes and without network: `make gpu`.
+"""Everything that wants a GPU, in order of worth, in two commands of at most five minutes each and without network: `make gpu`.
 
-    python benchmarks/gpu                         # into $OUT, or build/gpu
+    python benchmarks/gpu --part 1                # is every kernel right, how fast are heads and attention; into $OUT, or build/gpu
+    python benchmarks/gpu --part 2                # candidates and backends, for tiles.json and choice_<gpu>.json; accuracy, sanitizer
+    python benchmarks/gpu                         # both
     python benchmarks/gpu --dry-run               # the phases, their times and their commands
     python benchmarks/gpu --device cpu --small    # every phase on tiny inputs, to see that it runs
 
 Nothing has to be installed: it runs from the source tree with torch, triton, numpy and pytest, and builds with nvcc, pybind11 and ninja.
 A phase that fails or runs out of its time is reported, the next one runs, and the exit status is 1 at the end. What a phase leaves of its
-time the next ones may use.
+time the next ones may use. Begun again with the same folder, GPU and code, what has passed is not run again, but for the environment and the
+build; `--again` runs all. MMDPO_TRITON_TILES=build/gpu/tiles.json then has `tree_attention` take the tiles that were fastest on that GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -30,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     # As a script, this folder would come first, and nothing in it is meant to be imported by its bare name.
     sys.path[0] = str(ROOT)
+
+from benchmarks.gpu.outcomes import Outcome, earlier, fingerprint, keep  # noqa: E402 - found by the path above
 
 # Of all ops; those of each are in its row of the table of ops.
 TESTS = ("test_properties", "test_choice")
@@ -78,6 +83,7 @@ class Phase:
     seconds: float
     commands: Callable[[Plan, float], Sequence[Sequence[str]]]
     """Plan and seconds at hand -> argument lists. Raises `LeftOut`."""
+    parts: tuple[int, ...] = (1, 2)
 
 
 def _module(name: str, *arguments: str) -> list[str]:
@@ -183,29 +189,19 @@ def _other(module: str) -> list[str]:
 
 
 PHASES = (
-    Phase(name="environment", seconds=30, commands=_environment),
-    Phase(name="build", seconds=80, commands=_build),
-    Phase(name="kernels run", seconds=30, commands=_kernels_run),
-    Phase(name="tests", seconds=100, commands=_tests),
-    Phase(name="compile and check", seconds=45, commands=_compile),
-    Phase(name="benchmarks", seconds=90, commands=_benchmarks),
-    Phase(name="sanitizer", seconds=45, commands=_sanitizer),
-    Phase(name="accuracy", seconds=30, commands=_accuracy),
-    Phase(name="tiles", seconds=40, commands=_tiles),
-    Phase(name="choices", seconds=40, commands=_choices),
+    Phase(name="environment", seconds=15, commands=_environment),
+    Phase(name="build", seconds=75, commands=_build),
+    Phase(name="kernels run", seconds=30, commands=_kernels_run, parts=(1,)),
+    Phase(name="tests", seconds=60, commands=_tests, parts=(1,)),
+    Phase(name="compile and check", seconds=40, commands=_compile, parts=(1,)),
+    Phase(name="benchmarks", seconds=80, commands=_benchmarks, parts=(1,)),
+    Phase(name="tiles", seconds=70, commands=_tiles, parts=(2,)),
+    Phase(name="choices", seconds=50, commands=_choices, parts=(2,)),
+    Phase(name="accuracy", seconds=40, commands=_accuracy, parts=(2,)),
+    Phase(name="sanitizer", seconds=50, commands=_sanitizer, parts=(2,)),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a phase went."""
-
-    name: str
-    state: str
-    """One of "passed", "failed", "out of time" and "left out"."""
-    note: str
-    seconds: float
-    output: str
+ALWAYS = ("environment", "build")
+"""Phases that are run again whatever an earlier command has done: a machine may be another one, a build finds what is built."""
 
 
 def run_phase(phase: Phase, plan: Plan, seconds: float) -> Outcome:
@@ -310,11 +306,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--phase", action="append", choices=[phase.name for phase in PHASES], help="this phase only; may be repeated"
     )
+    parser.add_argument("--part", type=int, choices=(1, 2), help="one of the two commands")
+    parser.add_argument("--again", action="store_true", help="also what has passed in the same folder before")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results go (default $OUT, else build/gpu)")
     arguments = parser.parse_args(argv)
     folder = arguments.output or Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
     plan = Plan(device=arguments.device, small=arguments.small, folder=folder.resolve())
-    phases = [phase for phase in PHASES if not arguments.phase or phase.name in arguments.phase]
+    phases = [
+        phase
+        for phase in PHASES
+        if (not arguments.phase or phase.name in arguments.phase) and (arguments.part is None or arguments.part in phase.parts)
+    ]
     if arguments.dry_run:
         for phase in phases:
             print(f"{phase.name}, {phase.seconds:.0f} s")
@@ -324,26 +326,45 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"  {answer}")
         print(f"{sum(phase.seconds for phase in phases):.0f} s at most")
         return 0
+    return run_phases(phases, plan, again=arguments.again)
+
+
+def run_phases(phases: Sequence[Phase], plan: Plan, *, again: bool) -> int:
+    """One after the other, with a log and, after each, the summary of this command's and earlier ones'. -> exit status."""
     plan.folder.mkdir(parents=True, exist_ok=True)
+    of = fingerprint(ROOT)
+    known = {} if again else earlier(plan.folder, of)
+    outcomes: list[Outcome] = []
     # With a phase's surplus for the ones after it.
     end = time.monotonic()
-    outcomes: list[Outcome] = []
-    with (plan.folder / "log.txt").open("w", encoding="utf-8") as log:
+    with (plan.folder / "log.txt").open("a" if known else "w", encoding="utf-8") as log:
         for phase in phases:
+            passed = known.get(phase.name)
+            if passed is not None and passed.state == "passed" and phase.name not in ALWAYS:
+                print(f"{phase.name}: passed before, {passed.seconds:.0f} s", flush=True)
+                continue
             end += phase.seconds
             print(f"{phase.name} …", flush=True)
             outcome = run_phase(phase, plan, end - time.monotonic())
             outcomes.append(outcome)
+            known[phase.name] = outcome
+            keep(plan.folder, of, known)
             log.write(f"=== {phase.name}: {outcome.state}, {outcome.seconds:.0f} s {outcome.note}\n{outcome.output}\n")
             log.flush()
             if phase.name == "sanitizer" and outcome.output:
                 (plan.folder / "sanitizer.txt").write_text(outcome.output, encoding="utf-8")
             print(f"{phase.name}: {outcome.state}, {outcome.seconds:.0f} s {outcome.note}", flush=True)
             # After each phase, so that a kill loses no more than one.
-            text = summary(plan, outcomes)
-            (plan.folder / "summary.md").write_text(text, encoding="utf-8")
-    print(f"\n{text.split('## Benchmarks')[0]}\nresults: {plan.folder}")
+            _write_summary(plan, known)
+    print(f"\n{_write_summary(plan, known).split('## Benchmarks')[0]}\nresults: {plan.folder}")
     return int(any(outcome.state in ("failed", "out of time") for outcome in outcomes))
+
+
+def _write_summary(plan: Plan, known: Mapping[str, Outcome]) -> str:
+    order = [phase.name for phase in PHASES]
+    text = summary(plan, sorted(known.values(), key=lambda outcome: order.index(outcome.name)))
+    (plan.folder / "summary.md").write_text(text, encoding="utf-8")
+    return text
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, readme
+from benchmarks.kernels import static_page
 from benchmarks.kernels.case import WITHOUT_MASS, Ceilings
 from benchmarks.kernels.goals import GOALS, Missing, Result
 
@@ -45,6 +46,7 @@ def write_all() -> list[Path]:
             heads = [row for row in goal_rows(content) if any(words in row[0] for words in HEADS)]
             measure.write_section(RESULTS_PAGE, "heads", measure.markdown(GOAL_COLUMNS, heads))
             written.append(measure.ROOT / RESULTS_PAGE)
+    static_page.write()
     return [*written, readme.write()]
 
 

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from devices import DEVICE
+from rich.console import Console
 
 from benchmarks.gpu import environment
 from benchmarks.kernels import accuracy, choose_backends, registry, sweep_tiles
@@ -33,6 +35,7 @@ from benchmarks.runs import (
     online_step,
     published_benchmarks,
     recurrent_tree,
+    vllm_families,
 )
 from benchmarks.runs.training_step import __main__ as training_step_cli
 from benchmarks.runs.training_step.setting import SMALL
@@ -117,6 +120,40 @@ def test_a_feature_that_is_off_costs_its_runs_of_the_vision_tower(tree: bool, ow
     tower.forward = counted
     assert loss_of(trainer, [0]) == pytest.approx(0.6931, abs=1e-4)
     assert count == runs
+
+
+def test_vllm_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a program in the place of vLLM's Python: a refusal and a crash end a process and not the others, and what is found is kept."""
+    monkeypatch.setattr(vllm_families, "PYTHON", ROOT / "build" / "not-there")
+    with pytest.raises(SystemExit):
+        vllm_families.main(["llava"])
+    assert "build/not-there is not there: make test-vllm makes it" in capsys.readouterr().err
+    assert vllm_families.main(["--write", str(tmp_path), "llava"]) == 0 and (tmp_path / "llava" / "config.json").is_file()
+    program = tmp_path / "python"
+    program.write_text(
+        f"#!{sys.executable}\nimport json, sys\n"
+        "for task in sys.argv[sys.argv.index('--measure') + 2 :]:\n"
+        "    if task == 'llava_next/several': sys.exit(3)\n"
+        "    found = {'refused': 'vLLM cannot answer them'} if task == 'llava/several' else {'prompts': 4, 'same': 4, 'perplexity': 1e-6}\n"
+        "    print(json.dumps({'task': task, **found}), flush=True)\n"
+        "    if 'refused' in found: sys.exit(0)\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(vllm_families, "PYTHON", program)
+    names = ["llava", "llava_next", "idefics3"]
+    found = vllm_families.measure(names, tmp_path, Console(quiet=True))
+    assert [vllm_families.vllm_models.alike(found[name]["one picture"]) for name in names] == [True, True, True]
+    assert [found[name]["several"].get("refused") for name in names] == [
+        "vLLM cannot answer them",
+        "vLLM's process ended with 3",
+        None,
+    ]
+    kept = [json.loads(line)["task"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert kept == ["llava/one picture", "llava/several", "llava_next/one picture", "idefics3/one picture", "idefics3/several"]
+    text = vllm_families.text_of(
+        {"families": found, "versions": dict.fromkeys(("vllm", "torch", "transformers", "written_by"), "1")}
+    )
+    assert "| llava | 4 of 4, 1e-06 | refused |" in text and "- llava_next, several: vLLM's process ended with 3" in text
 
 
 def test_attention_ratio(tmp_path: Path) -> None:

@@ -471,14 +471,57 @@ def test_gpu_phases_run_on_the_cpu_in_small(tmp_path: Path, monkeypatch: pytest.
     summary = (tmp_path / "summary.md").read_text()
     assert status == 0, summary
     assert "| sanitizer | left out | 0 | compute-sanitizer watches CUDA kernels, there are none on the CPU |" in summary
-    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "summary.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "summary.md", "phases.json"}
     log = (tmp_path / "log.txt").read_text()
     assert "mass, mean, softcap, window, native: ran" in log and "tree, mass, native: left out, it " in log
 
 
-def test_all_gpu_phases_fit_into_nine_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_phases_that_have_passed_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the second part, or with a phase that failed: the rest alone, all of it in the summary; other code begins anew."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+
+    def leaves(name: str, fails_without: str = "") -> Any:
+        lines = [
+            "import pathlib, time",
+            f"pathlib.Path({str(marks)!r}, {name!r} + str(time.time_ns())).touch()",
+            f"assert not {fails_without!r} or pathlib.Path({str(tmp_path)!r}, {fails_without!r}).exists(), 'not yet'",
+        ]
+        return lambda plan, seconds: [[sys.executable, "-c", "\n".join(lines)]]
+
+    phases = (
+        gpu.Phase(name="build", seconds=600, commands=leaves("build")),
+        gpu.Phase(name="tests", seconds=600, commands=leaves("tests"), parts=(1,)),
+        gpu.Phase(name="tiles", seconds=600, commands=leaves("tiles", fails_without="mended"), parts=(2,)),
+    )
+    monkeypatch.setattr(gpu, "PHASES", phases)
+    monkeypatch.setattr(gpu, "fingerprint", lambda root: "this code")
+
+    def ran(*arguments: str) -> tuple[int, list[str]]:
+        status = gpu.main(["--device", "cpu", "--output", str(tmp_path / "out"), *arguments])
+        names = sorted(path.name.rstrip("0123456789") for path in marks.iterdir())
+        for path in marks.iterdir():
+            path.unlink()
+        return status, names
+
+    assert ran("--part", "1") == (0, ["build", "tests"])
+    assert ran("--part", "2") == (1, ["build", "tiles"])
+    (tmp_path / "mended").touch()
+    assert ran() == (0, ["build", "tiles"])
+    text = (tmp_path / "out" / "summary.md").read_text()
+    assert [line.split(" | ")[:2] for line in text.splitlines() if "passed" in line] == [
+        [f"| {name}", "passed"] for name in ("build", "tests", "tiles")
+    ]
+    assert ran("--again") == (0, ["build", "tests", "tiles"])
+    monkeypatch.setattr(gpu, "fingerprint", lambda root: "other code")
+    assert ran("--part", "1") == (0, ["build", "tests"])
+
+
+def test_each_of_the_two_gpu_commands_fits_into_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry-run"]) == 0
-    assert sum(phase.seconds for phase in gpu.PHASES) < 9 * 60
+    for part in (1, 2):
+        assert 0 < sum(phase.seconds for phase in gpu.PHASES if part in phase.parts) <= 5 * 60
+    assert {part for phase in gpu.PHASES for part in phase.parts} == {1, 2}
     assert "benchmarks.gpu.sanitize_cases --device cuda" in capsys.readouterr().out
     assert set(gpu.SANITIZED) == set(sanitize_cases.CASES)
     wanted = {(op, name) for op, groups in gpu.compiled_cases().items() for names in groups for name in names}

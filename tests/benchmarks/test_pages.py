@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import measure, readme
 from benchmarks.kernels import page
-from benchmarks.runs import arm_seeds, methods, mia_dpo_seeds, mia_dpo_worlds
+from benchmarks.runs import arm_seeds, methods, mia_dpo_seeds, mia_dpo_worlds, vllm_families
 
 
 def section(name: str, of: str) -> str:
@@ -25,6 +25,8 @@ def test_tables_are_those_of_the_committed_results(tmp_path: Path, monkeypatch: 
         seeds = json.loads(path.read_text())["summaries"]
         assert section(path.stem, "docs/results.md") == arm_seeds.table(seeds), path.stem
     assert section("methods", "docs/methods.md") == methods.text()
+    families = json.loads((measure.RESULTS / "vllm_families.json").read_text())
+    assert section("vllm_families", "docs/generation.md") == vllm_families.text_of(families)
     assert section("mia_dpo_worlds", "docs/results.md") == mia_dpo_worlds.table(mia_dpo_worlds.measured(measure.RESULTS))
     (tmp_path / "docs").mkdir()
     for of in ("README.md", "docs/results.md", "docs/kernels.md"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +16,10 @@ from trees import random_tree_end, with_reach
 from triton.runtime import _allocation
 
 from mmdpo_kernels import tree_attention
+from mmdpo_kernels.backends.calls import TreeAttentionCall
+from mmdpo_kernels.backends.triton import measured_tiles, tree_plan
 from mmdpo_kernels.backends.triton import tree_attention as backend
 from mmdpo_kernels.backends.triton import tree_attention_tiles as tiles
-from mmdpo_kernels.backends.triton import tree_plan
 from mmdpo_kernels.backends.triton.launch import Launch
 from mmdpo_kernels.backends.triton.tree_attention_tiles import Tiles
 from mmdpo_kernels.tree_mask import visible
@@ -314,3 +317,49 @@ def test_memory_for_descriptors_is_lent_for_one_launch() -> None:
                 launch.run()
     assert [(each.numel(), each.device) for each in lent] == [(256, x.device)]
     assert _allocation._allocator.get() is before
+
+
+def test_tiles_of_a_sweep_are_taken_where_they_were_measured_and_serve_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = Tiles(128, 64, 8, 3)
+    causal, tree = (next(tile for tile, calls in tiles.CANDIDATES["forward"].items() if len(calls) == many) for many in (1, 2))
+    times = {shipped: 3.0, causal: 1.0, tree: 2.0}
+    rows = [
+        {"pass": "forward", **asdict(tile), "in_table": tile == shipped, "milliseconds": took} for tile, took in times.items()
+    ]
+    rows.append(
+        {"pass": "forward", **asdict(TALL), "in_table": False, "milliseconds": 0.5}
+    )  # for no call that is known to compile
+    rows.append({"pass": "grad_key", **asdict(causal), "in_table": False, "reason": "out of time"})
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps({"machine": {"gpu": "NVIDIA H100"}, "rows": rows}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    gpu = torch.device("cuda")
+    assert measured_tiles.fastest("causal", gpu) == {}
+    monkeypatch.setenv(measured_tiles.VARIABLE, str(file))
+    assert measured_tiles.fastest("causal", gpu) == {"forward": causal}
+    assert measured_tiles.fastest("tree", gpu) == {"forward": tree}
+    assert measured_tiles.fastest("tree mass", gpu) == measured_tiles.fastest(None, gpu) == {}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(ValueError, match="measured on NVIDIA H100, this is NVIDIA A100"):
+        measured_tiles.fastest("causal", gpu)
+    monkeypatch.setenv(measured_tiles.VARIABLE, str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="expected what benchmarks.kernels.sweep_tiles writes"):
+        measured_tiles.fastest("causal", gpu)
+
+
+def test_the_kind_of_a_call_decides_whether_a_sweep_s_tiles_may_serve_it() -> None:
+    def kind(
+        capability: tuple[int, int] = (9, 0), dtype: torch.dtype = torch.bfloat16, dim: int = 128, **given: Any
+    ) -> str | None:
+        query = torch.empty(1, 4, 8, dim, dtype=dtype, device="meta")
+        ids = torch.empty(1, 8, dtype=torch.int32, device="meta")
+        fields = {"tree_end": ids if given.pop("tree", True) else None, "segments": None, "num_segments": 0, "scale": 1.0}
+        call = TreeAttentionCall(**{**fields, "softcap": None, "window": None, "reach": None, **given})
+        return backend._Launches(query, query, query, call)._kind(dim, capability)
+
+    assert [kind(tree=False), kind(), kind(num_segments=2), kind(dim=96)] == ["causal", "tree", "tree mass", "tree"]
+    reach = torch.empty(1, 8, dtype=torch.int32, device="meta")
+    unserved = [{"window": 4}, {"softcap": 2.0}, {"reach": reach}, {"dtype": torch.float32}, {"dim": 64}, {"capability": (8, 0)}]
+    assert [kind(**each) for each in unserved] == [None] * 6

@@ -9,7 +9,10 @@ import pytest
 import vllm_double
 from exported_run import make_adapter, make_base
 from prompt_records import make_prompts
+from published_files import hub_picture, write_lines, write_parquet
+from tiny_models import sample_pictures
 
+from mmdpo_trainers.cli import main as cli
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
@@ -107,7 +110,7 @@ def test_a_killed_evaluation_asks_nothing_twice(
             run_stage(context)
     assert len(list(read_jsonl(context.folder / "responses.jsonl"))) == 2 and (context.folder / "model").is_dir()
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "recorded_answers", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(engine_answers, "recorded_answers", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_stage(context)
     assert not (context.folder / "model").exists()
@@ -116,6 +119,41 @@ def test_a_killed_evaluation_asks_nothing_twice(
     assert answers(context) == expected and len(llm.made) == made
     for name in ("responses.jsonl", "answers.jsonl"):
         assert (context.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+def test_benchmarks_by_the_engine(
+    tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same answers, marks and attention; one vLLM for all of a moment; no model where there is no attention to measure."""
+    llm = vllm_double.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    pictures = sample_pictures(3)
+    for number, picture in enumerate(pictures):
+        picture.save(f"{number}.png")
+    lines = [{"question_id": n, "image": f"{n}.png", "text": "is it there ?", "label": "yes" if n else "no"} for n in range(3)]
+    write_lines(Path("coco_pope_random.json"), lines)
+    rows = [
+        {"idx": f"val_{n}", "sub_task": "Jigsaw", "prompt": "which is red ?", "choices": ["one", "two"], "answer": "(A)"}
+        | {f"image_{k + 1}": hub_picture(pictures[(n + k) % 3]) for k in range(2)}
+        for n in range(2)
+    ]
+    write_parquet(Path("blink") / "val.parquet", rows)
+    common = ["evaluate", "--model", str(base), "--adapter", str(adapter), "--benchmark-tokens", "4"]
+    both = [*common, "--benchmarks", "{pope: coco_pope_random.json, blink: blink}"]
+    assert cli.main([*both, "--run", "a"]) == 0
+    assert cli.main([*both, "--run", "b", "--engine", "vllm"]) == 0
+    assert [made["images"] for made in llm.made] == [2, 2]
+    for moment in ("before", "after"):
+        for key in ("pope", "blink"):
+            file = f"evaluate/own/benchmarks-{moment}/benchmark-{key}.jsonl"
+            for one, other in zip(read_jsonl(Path("a") / file), read_jsonl(Path("b") / file), strict=True):
+                assert one.keys() == other.keys()
+                assert [one[name] for name in ("id", "response_ids", "said", "marks")] == [
+                    other[name] for name in ("id", "response_ids", "said", "marks")
+                ]
+                assert key == "pope" or one["attention"] == pytest.approx(other["attention"], rel=1e-4)
+    monkeypatch.setattr(evaluate, "load_evaluated", None)
+    assert cli.main([*common, "--benchmarks", "{pope: coco_pope_random.json}", "--run", "c", "--engine", "vllm"]) == 0
 
 
 def test_what_cannot_be_is_said_before_work(

@@ -81,6 +81,35 @@ def test_names_are_those_of_published_checkpoints(base: Path, exported: Path, tm
     assert names(tmp_path / "own") == wrapped
 
 
+def test_experts_have_the_shapes_of_published_checkpoints(tmp_path: Path) -> None:
+    """transformers turns them by their shape when it reads, and writes them turned; vLLM knows the published ones only."""
+    model = load_model(TINY["qwen3_vl_moe"](tmp_path / "own", width=48), device="cpu").model
+    published.write_weights(model, tmp_path / "published")
+    shapes = expert_shapes(tmp_path / "published")
+    assert shapes == {"down_proj": [4, 48, 32], "gate_up_proj": [4, 32, 96]}
+    again = load_model(tmp_path / "published", processor=tmp_path / "own", device="cpu").model
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    published.write_weights(again, tmp_path / "again")
+    assert expert_shapes(tmp_path / "again") == shapes
+    # Nothing of it stays with the model.
+    again.save_pretrained(tmp_path / "transformers")
+    assert expert_shapes(tmp_path / "transformers") == expert_shapes(tmp_path / "own")
+    # Square ones are read as they are.
+    square = load_model(TINY["qwen3_vl_moe"](tmp_path / "square"), device="cpu").model
+    published.write_weights(square, tmp_path / "square-published")
+    again = load_model(tmp_path / "square-published", processor=tmp_path / "square", device="cpu").model
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in square.state_dict().items())
+
+
+def expert_shapes(folder: Path) -> dict[str, list[int]]:
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        return {
+            name.rpartition(".")[2]: weights.get_slice(name).get_shape()
+            for name in weights.keys()  # noqa: SIM118
+            if "layers.1.mlp.experts" in name
+        }
+
+
 def test_weights_are_the_base_with_the_adapter(base: Path, adapter: Path, exported: Path) -> None:
     """Every weight W + scaling B A, where there is an adapter, and the base's own anywhere else."""
     whole = LlavaForConditionalGeneration.from_pretrained(base)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..calls import TreeAttentionCall
 from ..layout import empty_head_last, int32
-from . import runtime
+from . import measured_tiles, runtime
 from . import tree_attention_tiles as tiles
 from .attention_device import COLUMNS
 from .launch import Launch
@@ -157,7 +157,20 @@ class _Launches:
         width = max(self.query.shape[3], self.value.shape[3])
         capability = self.capability or runtime.capability(self.query.device)
         heavy = self.call.num_segments > 0 or self.call.softcap is not None
-        return tiles.choose(width, self.query.dtype, capability, heavy, self.call.reach is not None)
+        chosen = tiles.choose(width, self.query.dtype, capability, heavy, self.call.reach is not None)
+        if tiles.overridden():
+            return chosen
+        return replace(chosen, **measured_tiles.fastest(self._kind(width, capability), self.query.device))
+
+    def _kind(self, width: int, capability: tuple[int, int]) -> str | None:
+        """Which of the calls that candidates are for this one is, or None."""
+        if capability[0] != 9 or self.query.dtype == torch.float32 or not 64 < width <= 128:
+            return None
+        if any(each is not None for each in (self.call.reach, self.call.window, self.call.softcap)):
+            return None
+        if self.call.num_segments:
+            return "tree mass"
+        return "causal" if self.call.tree_end is None else "tree"
 
     def _launch(
         self, kernel: Any, programs: int, tile: Tiles, plan: Callable[..., Tensor], own: dict[str, Any], **constants: int
@@ -256,17 +269,17 @@ def specializations(target: int) -> list[Specialization]:
     return forms
 
 
-def candidates(target: int, *, tree: bool) -> list[Specialization]:
-    """`tree_attention_tiles.CANDIDATES` as `specializations` has the shipped forms: of causal calls, or those that serve calls with a tree."""
+def candidates(target: int) -> list[Specialization]:
+    """`tree_attention_tiles.CANDIDATES` as `specializations` has the shipped forms, once for each kind of call that they serve."""
     forms: list[Specialization] = []
     for name, several in tiles.CANDIDATES.items():
-        for tile in several:
-            if tree and tile in tiles.CAUSAL_ONLY:
-                continue
-            with tiles.override(tile):
-                launches = list(_example(torch.bfloat16, 128, divmod(target, 10), tree=tree))
-            label = f"tree_attention {name} bf16 128 {'tree' if tree else 'causal'} {tile.words}"
-            forms += [each.describe(label) for each in launches if each.kernel.__name__ == f"{name}_kernel"]
+        for tile, calls in several.items():
+            for call in calls:
+                with tiles.override(tile):
+                    features: dict[str, Any] = {"tree": call != "causal", "num_segments": 4 if "mass" in call else 0}
+                    launches = list(_example(torch.bfloat16, 128, divmod(target, 10), **features))
+                label = f"tree_attention {name} bf16 128 {call}, {tile.words}"
+                forms += [each.describe(label) for each in launches if each.kernel.__name__ == f"{name}_kernel"]
     return forms
 
 

@@ -54,39 +54,34 @@ WIDEST = 256
 CORRECTION = Tiles(64, 0, 4, 1)
 """Of the pass over rows that comes before the other backward ones; it has no keys."""
 
-CANDIDATES: dict[str, tuple[Tiles, ...]] = {
-    "forward": (
-        Tiles(128, 64, 8, 3, descriptors=True),
-        Tiles(128, 128, 8, 2, descriptors=True),
-        Tiles(128, 64, 8, 3, descriptors=True, overlap=True),
-        Tiles(128, 128, 8, 2, descriptors=True, overlap=True),
-        Tiles(128, 64, 4, 3, descriptors=True, specialize=True),
-        Tiles(128, 128, 4, 2, descriptors=True, specialize=True),
-    ),
-    "grad_key": (
-        Tiles(32, 128, 8, 3, descriptors=True),
-        Tiles(64, 128, 8, 2, descriptors=True),
-        Tiles(32, 128, 8, 2, descriptors=True, overlap=True),
-        Tiles(64, 64, 8, 2, descriptors=True, overlap=True),
-        Tiles(32, 128, 4, 2, descriptors=True, specialize=True),
-    ),
-    "grad_query": (
-        Tiles(128, 64, 8, 3, descriptors=True),
-        Tiles(128, 128, 8, 2, descriptors=True),
-        Tiles(128, 64, 8, 2, descriptors=True, overlap=True),
-    ),
+_EVERY = ("causal", "tree", "tree mass")
+
+CANDIDATES: dict[str, dict[Tiles, tuple[str, ...]]] = {
+    "forward": {
+        Tiles(128, 64, 8, 3, descriptors=True): _EVERY,
+        Tiles(128, 128, 8, 2, descriptors=True): ("causal", "tree"),
+        Tiles(128, 64, 8, 3, descriptors=True, overlap=True): _EVERY,
+        Tiles(128, 128, 8, 2, descriptors=True, overlap=True): ("causal",),
+        Tiles(128, 64, 4, 3, descriptors=True, specialize=True): ("causal", "tree"),
+        Tiles(128, 128, 4, 2, descriptors=True, specialize=True): ("causal",),
+    },
+    "grad_key": {
+        Tiles(32, 128, 8, 3, descriptors=True): ("causal", "tree"),
+        Tiles(64, 128, 8, 2, descriptors=True): ("causal", "tree"),
+        Tiles(32, 128, 8, 2, descriptors=True, overlap=True): _EVERY,
+        Tiles(64, 64, 8, 2, descriptors=True, overlap=True): _EVERY,
+        Tiles(32, 128, 4, 2, descriptors=True, specialize=True): ("causal",),
+    },
+    "grad_query": {
+        Tiles(128, 64, 8, 3, descriptors=True): _EVERY,
+        Tiles(128, 128, 8, 2, descriptors=True): ("causal", "tree"),
+        Tiles(128, 64, 8, 2, descriptors=True, overlap=True): _EVERY,
+    },
 }
-"""For sm_90, half precision and head dim 128 without masses or softcap, by pass: compiled without spills, measured nowhere yet.
+"""For sm_90, half precision and head dim 128, by pass: tiles, and the calls for which they compile without spills. Measured nowhere yet.
 
-No call takes one but under `override`.
+No call takes one but under `override`. Triton cannot part the warps of other calls and passes (`specialize`).
 """
-
-CAUSAL_ONLY = (
-    Tiles(128, 128, 8, 2, descriptors=True, overlap=True),
-    Tiles(128, 128, 4, 2, descriptors=True, specialize=True),
-    Tiles(32, 128, 4, 2, descriptors=True, specialize=True),
-)
-"""Candidates that spill, or whose warps Triton cannot part, where a call has a tree."""
 
 _override: list[TreeAttentionTiles] = []
 
@@ -101,6 +96,11 @@ def choose(width: int, dtype: torch.dtype, capability: tuple[int, int], heavy: b
     family = {9: "hopper", 10: "blackwell"}.get(capability[0], "ampere")
     chosen = (_HALF_HEAVY if heavy else _HALF)[family][column]
     return replace(chosen, **_REACH.get((family, column, heavy), {})) if reach else chosen
+
+
+def overridden() -> bool:
+    """Whether `override` is at work."""
+    return bool(_override)
 
 
 @contextmanager

@@ -29,6 +29,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
+_WORDS = ("model", "Here", "here", "original", "some", "crops", "help", "you", "see", "better")
+
 
 def make_tiny_gemma3(
     folder: str | Path,
@@ -57,7 +59,8 @@ def make_tiny_gemma3(
         bos="<bos>",
         eos="<eos>",
         pad="<pad>",
-        words=("model", "Here", "here", "original", "some", "crops", "help", "you", "see", "better"),
+        # The first three are in published vocabularies, where vLLM looks for them.
+        words=("\n\n", "\n\n\n", "\n\n\n\n", *_WORDS),
         named={"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
         padding_side="left",
     )

@@ -40,6 +40,7 @@ def make_tiny_gemma4(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     hidden: int = 32,
+    head_dim: int = 8,
     tied: bool = False,
 ) -> Path:
     """Write a random Gemma 4 to `folder` and return it.
@@ -63,6 +64,8 @@ def make_tiny_gemma4(
             patch_size=4,
             pooling_kernel_size=2,
             position_embedding_size=320,
+            # Published folders have it, and vLLM reads it.
+            default_output_length=70,
         ),
         text_config=Gemma4TextConfig(
             vocab_size=len(tokenizer),
@@ -72,8 +75,8 @@ def make_tiny_gemma4(
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=8,
-            global_head_dim=16,
+            head_dim=head_dim,
+            global_head_dim=2 * head_dim,
             hidden_size_per_layer_input=per_layer,
             num_kv_shared_layers=shared_layers,
             attention_k_eq_v=True,

@@ -94,6 +94,8 @@ def _make(
     }
     if family == "glm4v_moe":
         text |= {
+            "head_dim": hidden // heads,
+            "use_qk_norm": False,
             "moe_intermediate_size": hidden,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,

@@ -25,6 +25,7 @@ def make_tiny_paligemma(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     hidden: int = 32,
+    head_dim: int = 8,
     tied: bool = False,
 ) -> Path:
     """Write a random PaliGemma to `folder` and return it; `second`: a PaliGemma 2.
@@ -45,13 +46,13 @@ def make_tiny_paligemma(
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 1,
-        "head_dim": 8,
+        "head_dim": head_dim,
         "max_position_embeddings": 4096,
         "eos_token_id": ids["<eos>"],
         "tie_word_embeddings": tied,
         **special,
     }
-    windows: dict[str, Any] = {"query_pre_attn_scalar": 8, "sliding_window": sliding_window}
+    windows: dict[str, Any] = {"query_pre_attn_scalar": head_dim, "sliding_window": sliding_window}
     config = PaliGemmaConfig(
         vision_config=SiglipVisionConfig(
             hidden_size=32,

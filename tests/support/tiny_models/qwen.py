@@ -135,12 +135,13 @@ def make_tiny_qwen3_vl(folder: str | Path, **options: Any) -> Path:
     return _qwen3(Path(folder), Qwen3VLConfig, Qwen3VLForConditionalGeneration, {}, **options)
 
 
-def make_tiny_qwen3_vl_moe(folder: str | Path, *, experts: int = 4, taken: int = 2, **options: Any) -> Path:
-    """Write a random Qwen3-VL with experts to `folder` and return it. taken: experts a token takes.
+def make_tiny_qwen3_vl_moe(folder: str | Path, *, experts: int = 4, taken: int = 2, width: int = 32, **options: Any) -> Path:
+    """Write a random Qwen3-VL with experts to `folder` and return it. taken: experts a token takes. width: of an expert.
 
-    Their second weight is square: nothing tells it from its transpose but its name.
+    By default their second weight is square: nothing tells it from its transpose but its name.
     """
-    text = {"num_experts": experts, "num_experts_per_tok": taken, "moe_intermediate_size": 32}
+    # The last one is a default of transformers alone: published folders have it, and vLLM reads it.
+    text = {"num_experts": experts, "num_experts_per_tok": taken, "moe_intermediate_size": width, "norm_topk_prob": True}
     return _qwen3(Path(folder), Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, text, **options)
 
 

@@ -83,14 +83,15 @@ def _make(
 def text_settings(text: dict[str, Any]) -> dict[str, Any]:
     """Settings of a text model as Qwen3.5 has them: every fourth layer attends, with half of each head rotated; the others carry a state for
     each of four value heads."""
+    head_dim = max(16, text["hidden_size"] // text["num_attention_heads"])
     return {
         **text,
-        "head_dim": 16,
+        "head_dim": head_dim,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.5,
-            "mrope_section": [2, 1, 1],
+            "mrope_section": [head_dim // 8, head_dim // 16, head_dim // 16],
             "mrope_interleaved": True,
         },
         "layer_types": ["full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(text["num_hidden_layers"])],

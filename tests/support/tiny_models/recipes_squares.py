@@ -123,7 +123,13 @@ SQUARES: dict[str, Recipe] = {
             },
         ),
         vision={"model_type": "siglip2_vision_model", **tower(), "num_patches": 36, "vision_use_head": False},
-        text={"model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        # The last one is in published folders, and vLLM reads it.
+        text={
+            "model_type": "lfm2",
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_auto_adjust_ff_dim": False,
+            "conv_dim": HIDDEN,
+        },
         config={"projector_hidden_size": HIDDEN},
         others=(
             *("<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"),

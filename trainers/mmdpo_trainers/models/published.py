@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange
+from transformers.core_model_loading import PrefixChange, Transpose, WeightConverter
 
 from mmdpo_trainers.files.atomic import read_json
 from mmdpo_trainers.models.whole_weights import without_bars
@@ -32,29 +32,67 @@ def write_weights(model: Any, folder: str | Path, *, max_shard_size: str = SHARD
     """Write a model's weights as safetensors, in shards, and its configuration, to a folder.
 
     They have the names that they were loaded under, but for towers whose wrapper (`vision_model` of CLIP and SigLIP) transformers 5 has
-    taken out of its names: these are written with it, as such checkpoints are published. Older transformers, vLLM and what rests on them
-    know no other names; newer transformers read both.
+    taken out of its names: these are written with it, as such checkpoints are published. Weights that transformers turns by their shape
+    when it reads them, and leaves so when it writes them (the experts of Qwen3-VL), are turned back. Older transformers, vLLM and what rests
+    on them know no other names and shapes; newer transformers read both.
     """
-    with without_bars(), _published_names(model):
+    with without_bars(), _as_published(model):
         model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 @contextlib.contextmanager
-def _published_names(model: Any) -> Iterator[None]:
-    """While it lasts, what transformers undoes on saving holds the wrappers too, whether the model was loaded from names with them or not.
+def _as_published(model: Any) -> Iterator[None]:
+    """While it lasts, what transformers undoes on saving holds wrappers and turned weights too, whatever names and shapes the model was read of.
 
     What it undoes is what loading did (`_weight_conversions`). The wrappers are its own table's: a prefix that it takes from the names of one
     class of tower, wherever in a model that stands.
     """
     loaded = getattr(model, "_weight_conversions", None)
-    done = list(loaded or ())
+    turned = _turned(model)
+    of_them = {pattern for each in turned for pattern in each.source_patterns}
+    done = [each for each in loaded or () if not of_them.intersection(each.source_patterns)]
     known = {(each.scope_prefix, each.prefix_to_remove) for each in done if isinstance(each, PrefixChange)}
     missing = [each for each in wrappers(model) if (each.scope_prefix, each.prefix_to_remove) not in known]
-    model._weight_conversions = [*done, *missing]
+    model._weight_conversions = [*done, *missing, *turned]
     try:
         yield
     finally:
         model._weight_conversions = loaded
+
+
+class _TurnedBack(Transpose):
+    """Of weights as the model has them. Square ones stay: transformers, which goes by shapes, reads them as they are."""
+
+    def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **options: Any) -> Any:
+        tensors = next(iter(input_dict.values()))
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        if tensor.shape[self.dim0] == tensor.shape[self.dim1]:
+            return {self.get_target_pattern(input_dict, source_patterns, target_patterns): tensor}
+        return super().convert(input_dict, source_patterns, target_patterns, **options)
+
+
+class _Turned(Transpose):
+    """transformers' own undoes itself by shape too, and on saving finds the shape that the model has: nothing to undo."""
+
+    @property
+    def reverse_op(self) -> Any:
+        return _TurnedBack(dim0=self.dim1, dim1=self.dim0)
+
+
+def _turned(model: Any) -> list[Any]:
+    """transformers' conversions of a model that turn a weight where its shape is not the model's, in a form that saving undoes."""
+    found = []
+    for each in get_model_conversion_mapping(model, add_legacy=False):
+        operations = getattr(each, "operations", ())
+        if isinstance(each, WeightConverter) and any(isinstance(one, Transpose) and one.check_dims for one in operations):
+            new = [
+                _Turned(one.dim0, one.dim1, check_dims=True) if isinstance(one, Transpose) and one.check_dims else one
+                for one in operations
+            ]
+            copy = WeightConverter(list(each._original_source_patterns), list(each._original_target_patterns), new)
+            copy.scope_prefix = each.scope_prefix
+            found.append(copy)
+    return found
 
 
 def wrappers(model: Any) -> list[Any]:

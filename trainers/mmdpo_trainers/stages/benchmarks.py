@@ -35,6 +35,7 @@ from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.report.benchmarks import LIST, answers_file, benchmarks_of, figures_of
 from mmdpo_trainers.stages.batches import Record, run_batches
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.engine_answers import Questions, answered
 from mmdpo_trainers.stages.judging import check_judge, judge_benchmarks, judge_files
 from mmdpo_trainers.stages.models import LazyModel
 from mmdpo_trainers.suites import Suite, suite_named
@@ -101,23 +102,46 @@ def try_benchmarks(context: StageContext) -> None:
             )
 
 
-def answer_benchmarks(context: StageContext, model: LazyModel, chosen: Mapping[str, int]) -> dict[str, Any]:
-    """Answer and mark every benchmark of the settings; what of it the stage's summary says, on rank 0."""
+def benchmark_questions(context: StageContext) -> list[Questions]:
+    """All that the benchmarks ask, for an engine that answers before attention is measured."""
+    found = []
+    for key in context.options.benchmarks:
+        suite = suite_named(key)
+        longest = context.options.benchmark_tokens or suite.max_new_tokens
+        about = f"{suite.title}: answers {context.moment or ''}".strip()
+        found.append(Questions(key, _records(context, key, suite)[1], longest, about))
+    return found
+
+
+def _records(context: StageContext, key: str, suite: Suite) -> tuple[Path, list[Record]]:
+    """The folder of a benchmark's records, and the records."""
+    folder = Path(ranks.on_rank_0(functools.partial(_prepare, context, key, suite)))
+    records = [
+        {**record, "images": [os.path.normpath(folder / image) for image in record["images"]]}
+        for record in read_jsonl(folder / "prompts.jsonl")
+    ]
+    check_prompts(context.model, records, context.date)
+    return folder, records
+
+
+def answer_benchmarks(
+    context: StageContext,
+    model: LazyModel,
+    chosen: Mapping[str, int],
+    given: Mapping[str, Mapping[str, Record]] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Answer and mark every benchmark of the settings; what of it the stage's summary says, on rank 0. given: by benchmark, answers by an
+    engine."""
     found: dict[str, Any] = {}
     common: dict[str, dict[str, Any]] = {}
     for key in context.options.benchmarks:
         suite = suite_named(key)
-        folder = Path(ranks.on_rank_0(functools.partial(_prepare, context, key, suite)))
-        records = [
-            {**record, "images": [os.path.normpath(folder / image) for image in record["images"]]}
-            for record in read_jsonl(folder / "prompts.jsonl")
-        ]
-        check_prompts(context.model, records, context.date)
+        folder, records = _records(context, key, suite)
 
         common[key] = dict(read_json(folder / COMMON, missing={}))
 
         def work(number: int, batch: Sequence[Record], suite: Suite = suite, key: str = key) -> list[dict[str, Any]]:
-            return answer_batch(model, batch, suite, context, chosen, common[key])
+            return answer_batch(model, batch, suite, context, chosen, common[key], given.get(key))
 
         most = max(record["num_images"] for record in records)
         run_batches(
@@ -155,24 +179,26 @@ def answer_batch(
     context: StageContext,
     chosen: Mapping[str, int],
     common: Mapping[str, Any] = MappingProxyType({}),
+    given: Mapping[str, Record] | None = None,
 ) -> list[dict[str, Any]]:
     """Greedy answers with what was read out of each and its marks; with several pictures the attention that each of them got.
 
     `attention`: mass per picture, as in scores; with `target` also `ratio`, as of other prompts. `responses`: of a conversation all answers,
-    of which `response` is the last. common: what marking needs beside the records.
+    of which `response` is the last. common: what marking needs beside the records. given: see `answered`.
     """
-    options, score, loaded = context.options, context.config.score, model()
+    options, score = context.options, context.config.score
     several = any(record["num_images"] > 1 for record in batch)
-    layer = resolve_layer(loaded.image_layers, score.layer, chosen, "sequence")
+    layer = resolve_layer(model().image_layers, score.layer, chosen, "sequence") if several else 0
     asked = [{**record, "target": record["target"] or 0} if record["images"] else record for record in batch]
-    answers = generate_responses(
-        loaded,
+    answers = answered(
+        model,
         asked,
+        given,
         max_new_tokens=options.benchmark_tokens or suite.max_new_tokens,
         record={**score.recording, "layer": layer} if several else None,
     )
     if suite.further is not None:
-        answers = _conversations(loaded, asked, answers, suite, options)
+        answers = _conversations(model(), asked, answers, suite, options)
     results = []
     for record, answer in zip(batch, answers, strict=True):
         recorded = answer.pop("recorded", None)

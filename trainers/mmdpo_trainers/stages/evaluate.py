@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mmdpo_trainers.answers.attention_ratios import mean_ratios, ratios_at, recorded_answers, resolve_layer
+from mmdpo_trainers.answers.attention_ratios import mean_ratios, ratios_at, resolve_layer
 from mmdpo_trainers.answers.config_only import check_prompts
 from mmdpo_trainers.answers.layer_choice import FILE, chosen_layers
 from mmdpo_trainers.answers.transformers_engine import generate_responses
@@ -27,9 +27,9 @@ from mmdpo_trainers.models.loaded import LoadedModel
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.report.intervals import Proportion
 from mmdpo_trainers.stages.batches import Record, own_records, require, run_batches
-from mmdpo_trainers.stages.benchmarks import answer_benchmarks, check_benchmarks
+from mmdpo_trainers.stages.benchmarks import answer_benchmarks, benchmark_questions, check_benchmarks
 from mmdpo_trainers.stages.context import StageContext
-from mmdpo_trainers.stages.engine_answers import engine_answers
+from mmdpo_trainers.stages.engine_answers import OWN, Questions, answered, engine_answers
 from mmdpo_trainers.stages.models import LazyModel, load_evaluated, load_reward_model
 from mmdpo_trainers.stages.prompts import build_evaluation_prompts, evaluation_inputs
 from mmdpo_trainers.training.pair_logps import pair_logps
@@ -68,38 +68,53 @@ def run(context: StageContext) -> dict[str, Any]:
     if context.rewards:
         return _rewards(context)
     model = LazyModel(lambda: load_evaluated(context))
-    summary: dict[str, Any] = {}
+    prompts: Path | None = None
     if _is_augmented(context):
         prompts = Path(ranks.on_rank_0(lambda: str(build_evaluation_prompts(context))))
-        summary |= _answers(context, prompts, model)
     elif _has_prompts(context):
-        summary |= _answers(context, context.evaluation_prompts, model)
+        prompts = context.evaluation_prompts
     elif not _has_held_out(context) and not context.options.benchmarks:
         raise StageError(f"{context.held_out_pairs} does not exist: run pairs first, or give prompts with answers with --input")
+    records: list[Record] = []
+    left_out: dict[str, Any] = {}
+    if prompts is not None:
+        records, left_out = _records(context, prompts)
+    given: Mapping[str, Mapping[str, Record]] = {}
+    if context.options.engine == "vllm":
+        about, longest = f"answers {context.moment or ''}".strip(), context.options.max_new_tokens
+        own = [Questions(OWN, _asked(context, records), longest, about)] if records else []
+        given = engine_answers(context, [*own, *benchmark_questions(context)])
+    summary = _answers(context, records, given.get(OWN), model) | left_out if records else {}
     if _has_held_out(context):
         summary |= _held_out(context, model)
-    return summary | answer_benchmarks(context, model, chosen_layers(context.run.path, context.config.score.layer))
+    return summary | answer_benchmarks(context, model, chosen_layers(context.run.path, context.config.score.layer), given)
 
 
-def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str, Any]:
-    options = context.options
-    records, left_out = own_records(context, prompts, "evaluation prompts")
-    require(records, {"answer": str}, prompts)
+def _records(context: StageContext, path: Path) -> tuple[list[Record], dict[str, Any]]:
+    """The evaluation prompts, and what of them is left out."""
+    records, left_out = own_records(context, path, "evaluation prompts")
+    require(records, {"answer": str}, path)
     check_prompts(context.model, records, context.date)
+    return records, left_out
 
+
+def _asked(context: StageContext, batch: Sequence[Record]) -> Sequence[Record]:
+    asked = context.asked_attributes
+    return [{**each, "prompt": with_attributes(each["prompt"], asked, context.config.rank)} for each in batch] if asked else batch
+
+
+def _answers(
+    context: StageContext, records: Sequence[Record], given: Mapping[str, Record] | None, model: LazyModel
+) -> dict[str, Any]:
+    """given: answers by an engine, by the records' ids."""
+    options, asked = context.options, context.asked_attributes
     chosen = chosen_layers(context.run.path, context.config.score.layer)
-    asked, rank = context.asked_attributes, context.config.rank
-
-    def prompts_of(batch: Sequence[Record]) -> Sequence[Record]:
-        return [{**record, "prompt": with_attributes(record["prompt"], asked, rank)} for record in batch] if asked else batch
-
-    given = engine_answers(context, records, prompts_of) if options.engine == "vllm" else None
 
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
-        batch, settings = prompts_of(batch), {"options": options, "score": context.config.score, "chosen": chosen}
+        batch = _asked(context, batch)
         if given is not None:
-            return measure_batch(model, batch, [given[record["id"]] for record in batch], **settings)
-        return answer_batch(model(), batch, **settings)
+            return measure_batch(model, batch, given, options=options, score=context.config.score, chosen=chosen)
+        return answer_batch(model(), batch, options=options, score=context.config.score, chosen=chosen)
 
     title = f"evaluate {context.moment or ''}".strip()
     path = run_batches(context, "answers.jsonl", records, options.batch_size, work, title, opened=True)
@@ -111,8 +126,8 @@ def _answers(context: StageContext, prompts: Path, model: LazyModel) -> dict[str
         if not options.input and context.method.evaluation_prompts == "augmented"
         else []
     )
-    named = {"asked": str(with_attributes("", asked, rank)).strip()} if asked else {}
-    return {**accuracy_summary(list(read_jsonl(path)), wanted), "match": options.match, **named, **left_out}
+    named = {"asked": str(with_attributes("", asked, context.config.rank)).strip()} if asked else {}
+    return {**accuracy_summary(list(read_jsonl(path)), wanted), "match": options.match, **named}
 
 
 def _held_out(context: StageContext, model: LazyModel) -> dict[str, Any]:
@@ -197,24 +212,21 @@ def answer_batch(
 def measure_batch(
     model: Callable[[], LoadedModel],
     batch: Sequence[Mapping[str, Any]],
-    answers: Sequence[Mapping[str, Any]],
+    given: Mapping[str, Mapping[str, Any]],
     *,
     options: Any,
     score: Any,
     chosen: Mapping[str, int] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
-    """`answer_batch` of answers that are there: attention comes of a teacher-forced pass, of the model that is loaded for it if need be."""
-    several = [{**record, **answer} for record, answer in zip(batch, answers, strict=True) if record["num_images"] > 1]
+    """`answer_batch` of answers that are there, by the records' ids: attention comes of a teacher-forced pass, if there is any to measure."""
+    several = [record for record in batch if record["num_images"] > 1]
     layers: Mapping[str, int] = {}
-    recorded: dict[str, Any] = {}
+    wanted: Mapping[str, Any] | None = None
     if several:
         layers, wanted = _recording(model(), several, score, chosen)
-        found = recorded_answers(model(), several, **wanted)
-        recorded = {record["id"]: each for record, each in zip(several, found, strict=True)}
-    return [
-        _judged(record, answer, recorded.get(record["id"]), layers, options, score)
-        for record, answer in zip(batch, answers, strict=True)
-    ]
+    answers = answered(model, batch, given, max_new_tokens=options.max_new_tokens, record=wanted)
+    recorded = [answer.pop("recorded", None) for answer in answers]
+    return [_judged(*each, layers, options, score) for each in zip(batch, answers, recorded, strict=True)]
 
 
 def _recording(

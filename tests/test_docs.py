@@ -21,7 +21,6 @@ TOP = ("benchmarks", "csrc", "docs", "mmdpo_kernels", "tests", "trainers")
 FILES = [path.relative_to(ROOT).as_posix() for top in TOP for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 FILES += [path.name for path in ROOT.iterdir()]
 WRITTEN = {
-    "benchmarks.json",
     "config.yaml",
     "summary.json",
     "state.json",

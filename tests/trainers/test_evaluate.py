@@ -144,7 +144,7 @@ def test_prompts_without_their_pictures_are_left_out_where_that_is_allowed(
     summary = evaluate.run(context)
     assert summary["lost"] == {"records": 5, "of": 6, "reasons": {"missing": 5}} and summary["counts"] == {"sequence": 1}
     path.write_text(json.dumps(rows[1]) + "\n")
-    with pytest.raises(DataError, match="none of its 1 records has its pictures, such as .*none.png"):
+    with pytest.raises(DataError, match="none of its 1 record has its pictures, such as .*none.png"):
         evaluate.run(context)
 
 

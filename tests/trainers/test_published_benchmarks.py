@@ -205,7 +205,7 @@ def test_an_adapter_beside_its_base_on_benchmarks(
     shown = capsys.readouterr()
     assert "BLINK, accuracy" in shown.out and "0.667" in shown.out and "POPE, f1" in shown.out
     assert "Benchmarks with several pictures, as in MIA-DPO" in shown.out
-    assert "BLINK: 1 of 7 records left out (no_answer: 1)" in " ".join(shown.err.split())
+    assert "BLINK: 1 of 7 records left out (no answer: 1)" in " ".join(shown.err.split())
 
     assert cli.main([*command, "--json"]) == 0
     captured = capsys.readouterr()

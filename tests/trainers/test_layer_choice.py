@@ -185,12 +185,10 @@ def test_what_has_no_area_is_explained() -> None:
     wrong = [answered("grid", index, False, [0.1, 0.2, 0.3]) for index in range(31)]
     unseen = [{**record, "ratios": [None, *record["ratios"][1:]]} for record in constructed(120, sequence=2)]
     said = verdicts(curves_of([*wrong, *unseen]))
-    assert (
-        said.count(
-            "Format grid has no AUC: it takes two right and two wrong answers about as many pictures, and there are 0 right and 31 wrong ones."
-        )
-        == 1
-    )
+    assert [each for each in said if each.startswith("Format")] == [
+        "Format grid has no AUC: it takes two right and two wrong answers about the same number of pictures, and there are 0 right and 31 "
+        "wrong ones."
+    ]
     assert said.count("No AUC at layer 4: too few answers see the pictures from there.") == 1
     assert not [each for each in verdicts(curves_of(constructed(120, sequence=2))) if "no AUC" in each.lower()]
 

@@ -249,7 +249,7 @@ def _of_gaps(curves: Mapping[str, Any]) -> Iterator[str]:
         if name != ALL and not any(areas):
             counts = curves["answers"][name]
             yield (
-                f"Format {name} has no AUC: it takes two right and two wrong answers about as many pictures, and there are "
+                f"Format {name} has no AUC: it takes two right and two wrong answers about the same number of pictures, and there are "
                 f"{counts['right']:,} right and {counts['wrong']:,} wrong ones."
             )
     unseen = [str(layer) for layer, found in zip(curves["layers"], curves["auc"][ALL], strict=True) if found is None]

@@ -69,11 +69,13 @@ def replay_source(context: StageContext) -> Path:
 def reference_cache(context: StageContext) -> Path:
     """Where the reference's log-probabilities are kept: beside the pairs, so that arms on the same pairs share them.
 
-    Autocast makes other numbers, and has a file of its own. Where nothing can be written beside the pairs, it is the stage's folder.
+    Autocast makes other numbers, and has a file of its own, as each model has beside pairs that are not of a run. Where nothing can be
+    written beside the pairs, it is the stage's folder.
     """
     args = preset_args(context.config)
     kind = next((f".{name}" for name in ("bf16", "fp16") if args.get(name)), "")
-    name = f"{context.pairs.stem}{kind}.reference.jsonl"
+    model = f".{Path(context.config.model).name}" if context.options.input else ""
+    name = f"{context.pairs.stem}{model}{kind}.reference.jsonl"
     beside = context.pairs.parent
     return beside / name if os.access(beside, os.W_OK) or not beside.exists() else context.folder / name
 

@@ -156,6 +156,9 @@ def test_as_accurate_as_pytorch(
 @pytest.mark.parametrize("level", [level for level in ALL_LEVELS if level == "amx"])
 def test_amx_is_avx512_here(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = make_call(200, 333)
+    # Sums of whole numbers are exact in any order, which in a product depends on where memory begins.
+    for matrix in call.inputs[:2]:
+        matrix.detach().round_()
     found = []
     for either in (level, "avx512", "generic"):
         monkeypatch.setenv("MMDPO_CPU_LEVEL", either)

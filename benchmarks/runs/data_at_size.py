@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,7 @@ def loading(pairs: Path, sizes: Mapping[str, int]) -> dict[str, Any]:
     from torch.utils.data import DataLoader
 
     from benchmarks.runs.training_step.setting import Setting, processor_of
+    from mmdpo_trainers.data.images import open_image
     from mmdpo_trainers.data.pairs import read_pairs
     from mmdpo_trainers.training.batches.collator import PreferenceCollator
 
@@ -201,6 +202,10 @@ def loading(pairs: Path, sizes: Mapping[str, int]) -> dict[str, Any]:
     processor = processor_of(Setting(side=SIDE))
     collator = PreferenceCollator(processor, image_token_id=processor.image_token_id, end_id=processor.tokenizer.eos_token_id)
     found: dict[str, Any] = {"pairs": len(records), "pictures": sum(len(record["images"]) for record in records), "workers": {}}
+    found["cpu_ms_a_pair"] = {
+        "opened and drawn": _cpu_ms(lambda record: [open_image(image) for image in record["images"]], records),
+        "model inputs": _cpu_ms(lambda record: collator([record]), records),
+    }
     for workers in WORKERS:
         start = time.perf_counter()
         for _ in DataLoader(records, batch_size=1, collate_fn=collator, num_workers=workers):
@@ -218,6 +223,15 @@ def loading(pairs: Path, sizes: Mapping[str, int]) -> dict[str, Any]:
             waited += time.perf_counter() - start
         found["workers"][workers]["wait_ms_a_step"] = round(1000 * waited / steps, 2)
     return found
+
+
+def _cpu_ms(work: Callable[[Any], Any], records: Sequence[Any]) -> float:
+    """Milliseconds of one core a record, on the mean."""
+    work(records[0])
+    start = time.process_time()
+    for record in records:
+        work(record)
+    return round(1000 * (time.process_time() - start) / len(records), 1)
 
 
 def killed(folder: Path, photos: list[str], sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -285,6 +299,7 @@ def table(found: Mapping[str, Any]) -> str:
         [str(workers), f"{each['pairs_a_second']:.0f}", f"{each['wait_ms_a_step']:.1f}"]
         for workers, each in found["loading"]["workers"].items()
     ]
+    cpu = found["loading"]["cpu_ms_a_pair"]
     kills = found["kills"]
     same = all(each["same"] for each in kills.values())
     count = sum(len(each["kills_at"]) for each in kills.values())
@@ -292,6 +307,8 @@ def table(found: Mapping[str, Any]) -> str:
         [
             markdown(header, rows),
             markdown(["loader workers", "pairs a second", f"wait a step of {1000 * STEP_SECONDS:.0f} ms, ms"], loaded),
+            f"A pair's pictures, opened and drawn, take {cpu['opened and drawn']:.0f} ms of one core, and all of its model inputs "
+            f"{cpu['model inputs']:.0f} ms.",
             f"After {count} kills of augment and select at random moments all files are {'the same' if same else 'NOT the same'} as "
             "those of undisturbed runs.",
         ]

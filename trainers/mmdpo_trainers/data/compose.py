@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -38,7 +39,7 @@ def grid_collage(
 
     Raises ``ValueError`` for a number of pictures outside `GRID_SHAPES`, a cell without pixels, or a margin too thin for labels.
     """
-    layout = {"cell_size": cell_size, "margin": margin, "label": label, "square": square}
+    layout: dict[str, Any] = {"cell_size": cell_size, "margin": margin, "label": label, "square": square}
     canvas = Image.new("RGB", collage_size(len(pictures), **layout), WHITE)
     for k, (picture, (x, y)) in enumerate(zip(pictures, _corners(len(pictures), **layout), strict=True)):
         _paste_centred(canvas, picture, (x, y, x + cell_size, y + cell_size))
@@ -49,7 +50,7 @@ def grid_collage(
 
 def collage_boxes(num_images: int, *, cell_size: int, margin: int, label: bool, square: bool) -> list[Box]:
     """The boxes of the cells of `grid_collage`, without a picture; raises the same errors."""
-    layout = {"cell_size": cell_size, "margin": margin, "label": label, "square": square}
+    layout: dict[str, Any] = {"cell_size": cell_size, "margin": margin, "label": label, "square": square}
     width, height = collage_size(num_images, **layout)
     return [(x / width, y / height, (x + cell_size) / width, (y + cell_size) / height) for x, y in _corners(num_images, **layout)]
 

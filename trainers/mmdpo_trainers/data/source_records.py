@@ -40,8 +40,8 @@ class SourceRecords:
         return len(self._places)
 
     def __getitem__(self, index: int) -> SourceRecord:
-        id, path, *rest = self._spool[self._places[index]]
-        return SourceRecord(id, Path(path), *rest)
+        id, path, question, answer, options, row = self._spool[self._places[index]]
+        return SourceRecord(id, Path(path), question, answer, options, row)
 
     def ids(self) -> Iterator[str]:
         return (self._spool[place][0] for place in self._places)

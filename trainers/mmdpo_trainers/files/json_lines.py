@@ -66,7 +66,7 @@ def line_parts(path: Path, size: int) -> list[Part]:
             file.seek(starts[-1] + size)
             file.readline()
             starts.append(file.tell())
-    starts = [start for start in starts if start < total]
+    starts = [start for start in starts if start < total] or [0]
     return list(zip(starts, [*starts[1:], total], strict=True))
 
 

@@ -120,7 +120,7 @@ def compare(model: Path, kinds: Mapping[str, Sequence[tuple[str, int]]]) -> Iter
 
 def alike(found: Mapping[str, Any]) -> bool:
     """Whether `compare` found the engines to agree."""
-    return "refused" not in found and found["same"] == found["prompts"] and bool(found["perplexity"] <= ALIKE)
+    return "same" in found and found["same"] == found["prompts"] and bool(found["perplexity"] <= ALIKE)
 
 
 def message(error: BaseException) -> str:

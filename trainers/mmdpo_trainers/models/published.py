@@ -63,12 +63,12 @@ def _as_published(model: Any) -> Iterator[None]:
 class _TurnedBack(Transpose):
     """Of weights as the model has them. Square ones stay: transformers, which goes by shapes, reads them as they are."""
 
-    def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **options: Any) -> Any:
+    def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **options: Any) -> Any:  # type: ignore[override]
         tensors = next(iter(input_dict.values()))
         tensor = tensors[0] if isinstance(tensors, list) else tensors
-        if tensor.shape[self.dim0] == tensor.shape[self.dim1]:
-            return {self.get_target_pattern(input_dict, source_patterns, target_patterns): tensor}
-        return super().convert(input_dict, source_patterns, target_patterns, **options)
+        if tensor.shape[self.dim0] != tensor.shape[self.dim1]:
+            tensor = tensor.detach().transpose(self.dim0, self.dim1).contiguous()
+        return {self.get_target_pattern(input_dict, source_patterns, target_patterns): tensor}
 
 
 class _Turned(Transpose):

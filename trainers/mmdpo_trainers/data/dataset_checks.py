@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmdpo_kernels.losses import LOSSES, values_of
-from mmdpo_trainers.data.images import ImageError, local_path
+from mmdpo_trainers.data.images import ImageError, image_exists, local_path
 from mmdpo_trainers.data.pair_records import record_name
 from mmdpo_trainers.errors import DataError
 
@@ -27,7 +27,7 @@ def missing_pictures(dataset: Any, columns: Sequence[str], folder: str) -> dict[
         table = rows[start : start + _ROWS]
         for name in names:
             for row, path in _paths(table.column(name).combine_chunks()):
-                if not os.path.exists(placed := os.path.normpath(os.path.join(folder, path))):
+                if not image_exists(placed := os.path.normpath(os.path.join(folder, path))):
                     gone.setdefault(start + row, placed)
     return dict(sorted(gone.items()))
 

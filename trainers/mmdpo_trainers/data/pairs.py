@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from mmdpo_trainers.data.column_names import answers_alone, pair_remedy
 from mmdpo_trainers.data.content import is_empty
 from mmdpo_trainers.data.conversation import TEMPLATE_COLUMNS, Conversation, read_prompt, words
 from mmdpo_trainers.data.dataset_checks import missing_pictures
+from mmdpo_trainers.data.images import image_exists
 from mmdpo_trainers.data.left_out import ALLOW
 from mmdpo_trainers.data.match import is_right
 from mmdpo_trainers.data.pair_records import (
@@ -72,7 +72,7 @@ def read_pairs(path: Path, missing: list[str] | None = None, *, views: Sequence[
         for column, images in _image_columns(record, views):
             if not all(isinstance(image, str) for image in images):
                 raise DataError(f"{path}, record {record['id']}: {column} must be paths or data: URLs, got {str(images)[:120]}")
-            first = next((image for image in images if not (image.startswith("data:") or os.path.exists(image))), None)
+            first = next((image for image in images if not (image.startswith("data:") or image_exists(image))), None)
             if first is not None:
                 gone.setdefault(str(record["id"]), first)
         known = str(record["id"]) not in gone

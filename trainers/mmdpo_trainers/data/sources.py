@@ -16,6 +16,7 @@ from typing import Any
 from mmdpo_trainers.data.column_names import renaming
 from mmdpo_trainers.data.content import ImagePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
 from mmdpo_trainers.data.images import ImageError, content_key, embedded_bytes, locate_image
+from mmdpo_trainers.data.outages import is_folder
 from mmdpo_trainers.data.records import IMAGE_TOKEN, not_utf8
 from mmdpo_trainers.errors import DataError
 from mmdpo_trainers.files.atomic import write_atomic
@@ -99,7 +100,7 @@ def read_source(
     if not path.exists():
         raise DataError(f"data source {path} does not exist: give a .json or .jsonl file, a parquet file or a `datasets` folder")
     root = Path(image_folder) if image_folder is not None else (path if path.is_dir() else path.parent)
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"image folder {root} does not exist: give the folder that the records' picture paths are relative to")
     seen: dict[str, str] = {}
     for index, raw in enumerate(_raw_records(path)):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdpo_trainers.data.images import content_key, is_made
+from mmdpo_trainers.data.images import content_key, image_exists, is_made
 from mmdpo_trainers.data.left_out import lost
 from mmdpo_trainers.data.records import read_prompts, relative_images
 from mmdpo_trainers.errors import DataError, StageError
@@ -48,7 +47,7 @@ def own_records(context: StageContext, path: Path, what: str) -> tuple[list[Reco
 
 def missing_images(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Record's id -> its first picture that does not exist."""
-    exists = functools.lru_cache(maxsize=None)(os.path.isfile)
+    exists = functools.lru_cache(maxsize=None)(image_exists)
     gone = ((record["id"], next((image for image in record["images"] if not exists(image)), None)) for record in records)
     return {id: image for id, image in gone if image is not None}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmdpo_trainers.data.images import content_key, embedded_bytes
+from mmdpo_trainers.data.images import content_key, embedded_bytes, image_exists
 from mmdpo_trainers.data.left_out import lost
 from mmdpo_trainers.data.pair_records import is_prompt, record_image_digest, record_name, stored_prompt
 from mmdpo_trainers.data.pairs import read_pairs, refuse_missing
@@ -138,7 +138,7 @@ def _held(ranked: Sequence[str], sizes: Mapping[str, int], *, share: float, most
 def _missing(record: Mapping[str, Any], columns: Sequence[str], folder: Path) -> str | None:
     """The first of the record's pictures that does not exist."""
     paths = (str(folder / image) for name in columns for image in record.get(name) or ())
-    return next((path for path in paths if not Path(path).exists()), None)
+    return next((path for path in paths if not image_exists(path)), None)
 
 
 def _pictures(record: Mapping[str, Any], folder: Path) -> list[str]:

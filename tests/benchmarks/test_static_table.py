@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import measure
 from benchmarks.kernels import static_page
 from benchmarks.kernels.machine_code import GPUS, Instruction, Loop, loops, simulate
 
@@ -116,8 +117,8 @@ def loop_names(loop: Loop) -> list[str]:
 
 
 def test_the_page_s_section_is_that_of_the_committed_result() -> None:
-    content = json.loads((static_page.RESULTS / "static_table.json").read_text())
-    page = (Path(static_page.RESULTS).parents[1] / static_page.PAGE).read_text()
+    content = json.loads((measure.RESULTS / "static_table.json").read_text())
+    page = (Path(measure.RESULTS).parents[1] / static_page.PAGE).read_text()
     assert static_page.text_of(content) in page
     assert {row["target"] for row in content["rows"]} == set(GPUS)
     shipped = [row for row in content["rows"] if row["variant"] == "shipped"]

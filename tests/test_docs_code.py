@@ -15,7 +15,7 @@ from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.config.values import parse_yaml
 
 BLOCKS = every_block()
-NOT_RUN = {"docs/clusters.md": 3, "docs/hub.md": 1}
+NOT_RUN = {"docs/clusters.md": 3, "docs/exporting.md": 1, "docs/generation.md": 1, "docs/hub.md": 1}
 """Page -> blocks with the mark *Not run here: …*: they need programs or packages that are not here."""
 NOT_INSTALLED = ("kernels", "vllm")
 """Packages that blocks of Python may import where they are marked."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,13 +45,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Said:
-    """What goes back where it is no completion. held: not before the server closes; drip: a byte at a time, without end."""
+    """What goes back where it is no completion. held: not before the server closes; drip: a byte at a time, without end;
+    dropped: nothing, and the connection is cut, as by a kill."""
 
     status: int = 200
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     held: bool = False
     drip: bool = False
+    dropped: bool = False
 
 
 Plays = Callable[[Asked], "str | Said"]
@@ -129,6 +132,10 @@ class JudgeServer:
     def _send(self, handler: BaseHTTPRequestHandler, said: Said) -> None:
         if said.held:
             self.closing.wait(30)
+        if said.dropped:
+            handler.close_connection = True
+            handler.connection.shutdown(socket.SHUT_RDWR)
+            return
         handler.send_response(said.status)
         for name, value in said.headers.items():
             handler.send_header(name, value)

@@ -82,6 +82,7 @@ FAILURES = {
     "429": Said(429, b'{"error": "slow down"}', {"Retry-After": "0.01"}),
     "500": Said(500, b"oops"),
     "503": Said(503, b"", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
+    "cut off": Said(dropped=True),
     "rubbish": Said(200, b"<html>gateway</html>"),
     "broken JSON": Said(200, completion("x")[:40]),
     "no choices": Said(200, b'{"choices": []}'),
@@ -155,19 +156,22 @@ def test_rubbish_to_the_end_is_reported_by_record(tmp_path: Path, record: dict[s
     rater.close()
 
 
-def test_an_outage_ends_the_stage_and_loses_nothing(tmp_path: Path, record: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("said", "why"), [(Said(502), "status 502"), (Said(dropped=True), "[A-Z]\\w+Error: .*")], ids=["away", "killed"]
+)
+def test_an_outage_ends_the_stage_and_loses_nothing(tmp_path: Path, record: dict[str, Any], said: Said, why: str) -> None:
     up, lock = [True], threading.Lock()
     answers = [[f"{'x' * n}" for n in range(1, 13)]]
 
     def plays(asked: Asked) -> str | Said:
         with lock:
             up[0] = up[0] and asked.number < 5
-            return by_length(asked) if up[0] else Said(502)
+            return by_length(asked) if up[0] else said
 
     with JudgeServer(plays) as server:
         rater = judge(tmp_path / "run", server.url, concurrency=2)
         with pytest.raises(
-            StageError, match=r"did not answer after 4 requests \(status 502\); all replies so far are kept"
+            StageError, match=rf"did not answer after 4 requests \({why}\); all replies so far are kept"
         ) as caught:
             rater.rate([record], answers)
         rater.close()

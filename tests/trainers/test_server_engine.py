@@ -192,10 +192,10 @@ def test_a_full_disk_loses_no_answer(
         ):
             patch.setattr(json_lines.os, "fsync", full)
             generate.run(context)
-        asked = len(server.asked)
+        asked, kept = len(server.asked), len(list(read_jsonl(context.folder / "came-00000.jsonl")))
         same(answers(context), expected)
-        # Of what came, only the one that was not written is asked for again.
-        assert len(server.asked) == asked + len(KINDS) - 2
+        # Of what came, only the one that was not written is asked for again; another may have been under way.
+        assert asked - 1 == kept >= 2 and len(server.asked) == asked + len(KINDS) - kept
 
 
 @pytest.mark.parametrize("field", ["logprobs", "return_token_ids"])

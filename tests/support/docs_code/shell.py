@@ -11,7 +11,7 @@ from pathlib import Path
 
 from docs_code.blocks import ROOT, Block
 
-CANNOT_BE_ASKED = frozenset({"apptainer", "docker", "sbatch", "scontrol", "srun", "vllm"})
+CANNOT_BE_ASKED = frozenset({"apptainer", "docker", "lmms-eval", "sbatch", "scontrol", "srun", "vllm"})
 """Programs that are not here; a block with one of them is marked as not run."""
 
 _TARGET = re.compile(r"^([\w-]+):(?!=)", re.M)
@@ -57,7 +57,7 @@ def read(words: list[str], mmdpo: Callable[[list[str]], None]) -> None:
         assert Path(arguments[0]).is_file(), arguments[0]
     elif program == "srun":
         read(arguments, mmdpo)
-    elif program not in CANNOT_BE_ASKED and program != "cd":
+    elif program not in CANNOT_BE_ASKED and program not in ("cd", "printf"):
         raise Unknown(f"nobody knows {program}: {shlex.join(words)}")
 
 

@@ -132,7 +132,8 @@ class ChatClient:
         """Send one request until it is answered. read: makes something of the completion, or raises ValueError and the like where it is none,
         which is a failure as any other. Raises Stopped where another request has ended the work."""
         data = json.dumps(body, ensure_ascii=False).encode()
-        last, failure, address = self._access.retries, _Failure(""), None
+        last, failure = self._access.retries, _Failure("")
+        address: Address | None = None
         for attempt in range(last + 1):
             self._pace.wait()
             if self._stop.is_set():

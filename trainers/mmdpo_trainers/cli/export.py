@@ -17,6 +17,7 @@ _KIND = StageKind(
         "export my-adapter my-model --base llava-1.5-7b-hf        # an adapter without its run",
         "export runs/mine my-adapter --adapter-only               # for PEFT, and vLLM's --enable-lora",
         "export runs/mine my-model --push-to-hub me/my-model --private",
+        "export runs/mine my-model --lmms-eval my-task            # and its evaluation prompts as a task of lmms-eval",
     ),
 )
 _DESCRIPTION = (
@@ -43,6 +44,12 @@ def add(commands: Any) -> None:
         "--push-to-hub", metavar="ID", help="upload the folder; the token is that of `hf auth login`, or HF_TOKEN"
     )
     parser.add_argument("--private", action="store_const", const=True, help="make a new repository on the Hub a private one")
+    parser.add_argument(
+        "--lmms-eval", metavar="DIR", help="write evaluation prompts to this folder too, as a task of lmms-eval on local files"
+    )
+    parser.add_argument(
+        "--lmms-eval-input", metavar="FILE", help="prompts with answers (.jsonl) for --lmms-eval, in place of the run's own"
+    )
     parser.set_defaults(action=_export)
 
 
@@ -62,5 +69,7 @@ def _export(options: argparse.Namespace) -> None:
             verify=not options.no_verify,
             push_to_hub=options.push_to_hub,
             private=options.private,
+            lmms_eval=options.lmms_eval,
+            lmms_eval_input=options.lmms_eval_input,
         ),
     )

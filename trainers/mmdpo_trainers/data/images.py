@@ -35,6 +35,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from mmdpo_trainers.data.outages import is_file, is_outage, outlasting
 from mmdpo_trainers.data.recipes import MARK_DIGITS, Recipe, recipe_of
 from mmdpo_trainers.errors import MmdpoError
 from mmdpo_trainers.files.fingerprint import content_hash
@@ -74,6 +75,7 @@ class Picture:
     """What was done to it (`CMYK`, `16-bit`, `animated`, `rotated`, `alpha`), or None: the file itself serves any reader."""
 
 
+@outlasting
 def locate_image(path: PathLike, root: PathLike | None) -> Path:
     """The file of a picture path (or `file:` URL) that may be relative to `root`; with a root, nothing outside it is reached.
 
@@ -88,14 +90,20 @@ def locate_image(path: PathLike, root: PathLike | None) -> Path:
             file = (folder / path).resolve()
             if not file.is_relative_to(folder):
                 raise ImageError("outside_image_folder", f"{os.fspath(path)!r} leads to {file}, outside {folder}")
-        exists = file.is_file()
+        exists = is_file(file)
     except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, ImageError):
+        if isinstance(error, ImageError) or is_outage(error):
             raise
         raise ImageError("missing", f"{os.fspath(path)!r} is not a usable path ({error})") from error
     if not exists:
         raise ImageError("missing", f"{file} is not a file")
     return file
+
+
+@outlasting
+def image_exists(path: PathLike) -> bool:
+    """Whether the file is there; a file system that fails is waited for."""
+    return is_file(path)
 
 
 @functools.lru_cache(maxsize=16)
@@ -147,6 +155,7 @@ def base64_bytes(text: str) -> bytes:
         raise ImageError("not_a_picture", f"{text[:60]!r} is not base64 ({error})") from error
 
 
+@outlasting
 def read_image(source: ImageSource, *, root: PathLike | None = None, max_pixels: int = MAX_PIXELS) -> Picture:
     """Open a picture; the size is checked before a pixel is decoded. Raises ImageError with a reason.
 
@@ -164,6 +173,7 @@ def open_image(source: ImageSource, *, root: PathLike | None = None, max_pixels:
     return read_image(source, root=root, max_pixels=max_pixels).image
 
 
+@outlasting
 def image_size(source: ImageSource) -> tuple[int, int]:
     """Width and height of the picture that `open_image` gives; what files say of themselves is read, not their pixels."""
     if (recipe := recipe_in(source)) is not None:
@@ -174,6 +184,7 @@ def image_size(source: ImageSource) -> tuple[int, int]:
         return (image.height, image.width) if turned else image.size
 
 
+@outlasting
 def image_digest(source: ImageSource, *, opened: dict[str, Image.Image] | None = None) -> str:
     """SHA-256 of what a model sees: size and pixels of the picture that `open_image` gives, in whatever form it comes.
 
@@ -314,6 +325,8 @@ def _opened(origin: Path | bytes | Image.Image, max_pixels: int) -> Iterator[Ima
     except UnidentifiedImageError as error:
         raise ImageError("not_a_picture", f"{name} is not a picture file that Pillow reads") from error
     except Exception as error:
+        if is_outage(error):
+            raise
         # Pillow's decoders raise many kinds for damaged files; each is a damaged file here.
         raise ImageError("truncated", f"{name} is damaged or incomplete ({error})") from error
 

@@ -17,6 +17,7 @@ from mmdpo_trainers.data.column_names import renaming
 from mmdpo_trainers.data.content import ImagePart, UnreadContent, check_columns, check_fields, is_empty, read_parts
 from mmdpo_trainers.data.images import ImageError, as_url, content_key, embedded_bytes, locate_image
 from mmdpo_trainers.data.layouts import LayoutReader, LeftOut, Record, UnknownLayout
+from mmdpo_trainers.data.outages import is_folder
 from mmdpo_trainers.data.records import IMAGE_TOKEN, not_utf8
 from mmdpo_trainers.data.streams import Unreadable, existing, raw_records
 from mmdpo_trainers.errors import DataError
@@ -106,7 +107,7 @@ def read_source(
     """
     path = existing(source)
     root = Path(image_folder) if image_folder is not None else (path if path.is_dir() else path.parent)
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataError(f"image folder {root} does not exist: give the folder that the records' picture paths are relative to")
     seen = _Seen()
     for index, found in enumerate(_laid_out(itertools.islice(raw_records(path), limit), layouts)):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdpo_trainers.data.image_paths import image_files
-from mmdpo_trainers.data.images import content_key, is_made
+from mmdpo_trainers.data.images import content_key, image_exists, is_made
 from mmdpo_trainers.data.left_out import counted, lost
 from mmdpo_trainers.data.records import read_prompts, relative_images
 from mmdpo_trainers.errors import DataError, StageError
@@ -56,7 +55,7 @@ def own_records(context: StageContext, path: Path, what: str) -> tuple[list[Reco
 
 def missing_images(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Record's id -> its first picture that does not exist."""
-    exists = functools.lru_cache(maxsize=None)(os.path.isfile)
+    exists = functools.lru_cache(maxsize=None)(image_exists)
     files = ((record["id"], (file for image in record["images"] for file in image_files(image))) for record in records)
     gone = ((id, next((file for file in its if not exists(file)), None)) for id, its in files)
     return {id: file for id, file in gone if file is not None}

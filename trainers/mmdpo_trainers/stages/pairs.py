@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from mmdpo_trainers.data.image_paths import image_files, placed
-from mmdpo_trainers.data.images import content_key, embedded_bytes
+from mmdpo_trainers.data.images import content_key, embedded_bytes, image_exists
 from mmdpo_trainers.data.layouts import LayoutReader
 from mmdpo_trainers.data.left_out import counted, lost
 from mmdpo_trainers.data.looks import learn_digests
@@ -149,7 +149,7 @@ def _held(ranked: Sequence[str], sizes: Mapping[str, int], *, share: float, most
 def _missing(record: Mapping[str, Any], columns: Sequence[str], folder: Path) -> str | None:
     """The first of the record's pictures that does not exist."""
     pictures = (placed(image, folder) for name in columns for image in record.get(name) or ())
-    return next((path for picture in pictures for path in image_files(picture) if not Path(path).exists()), None)
+    return next((path for picture in pictures for path in image_files(picture) if not image_exists(path)), None)
 
 
 def _pictures(record: Mapping[str, Any], folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mmdpo_trainers.answers.config_only import config_only
 from mmdpo_trainers.errors import ConfigError, StageError
 from mmdpo_trainers.files.atomic import FULL, free_mib, read_json, write_atomic
 from mmdpo_trainers.files.locks import take
@@ -21,7 +22,7 @@ from mmdpo_trainers.models.loading import load_model, resolve_dtype
 from mmdpo_trainers.models.merged import adapted, check_empty, merge
 from mmdpo_trainers.models.published import SHARD, copy_files, weight_bytes, write_weights
 from mmdpo_trainers.processes.progress import Progress
-from mmdpo_trainers.run.export import card, hub, verify
+from mmdpo_trainers.run.export import card, hub, lmms_eval, verify
 from mmdpo_trainers.run.export.source import Source
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", quantized.FILE)
@@ -44,12 +45,17 @@ class Options:
     """Id on the Hub that the folder is uploaded to."""
     private: bool | None = None
     """Whether a repository that is made for it is private; None: the account's own default."""
+    lmms_eval: str | None = None
+    """Folder for evaluation prompts as a task of lmms-eval."""
+    lmms_eval_input: str | None = None
+    """Prompts with answers for it, in place of the run's own."""
 
 
 def export(source: Source, out: str | Path, options: Options = Options(), progress: Progress | None = None) -> Path:
     """Write what `source` is to the folder `out`, which is returned. Raises MmdpoError; whatever happens, `out` is whole or not there."""
     target, progress = Path(out).expanduser().absolute(), progress or Progress()
     _check(source, target, options)
+    lmms_eval.check(source, options.lmms_eval, options.lmms_eval_input)
     if options.push_to_hub is not None:
         hub.check(options.push_to_hub)
     with _in_place(target) as folder, progress.task("export", _STEPS) as task:
@@ -62,6 +68,9 @@ def export(source: Source, out: str | Path, options: Options = Options(), progre
         card.write(source, folder, verdict=verdict, adapter_only=options.adapter_only)
     said = "not compared with base and adapter" if verdict is None else str(verdict)
     progress.print(f"{out}: {said}" if not options.adapter_only else f"{out}: the adapter, to be read beside {source.name}")
+    if options.lmms_eval is not None:
+        date = None if source.context is None else source.context.date
+        progress.print(lmms_eval.write_task(source, config_only(source.base, date), options.lmms_eval, options.lmms_eval_input))
     if options.push_to_hub is not None:
         url = hub.upload(target, options.push_to_hub, private=options.private)
         progress.print(f"uploaded to {url}")

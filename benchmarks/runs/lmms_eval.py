@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_place(parser)
     options = parser.parse_args(arguments)
     place = place_of(options, part=options.python is None)
-    train, asked, epochs = (16, 8, 1) if options.small else (640, 96, 2)
+    train, asked, epochs = (16, 8, 1) if options.small else (1000, 96, 6)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         base = renamed_base(folder / "base")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from mmdpo_trainers.data.images import image_exists
 from mmdpo_trainers.data.pair_records import with_images_from
 
 Record = dict[str, Any]
@@ -84,4 +84,4 @@ class LaidOutRows(Sequence[Record]):
 
 def missing_file(images: Sequence[Any], files: Callable[[Any], Sequence[str]]) -> str | None:
     """The first file of pictures that does not exist."""
-    return next((file for image in images for file in files(image) if not os.path.exists(file)), None)
+    return next((file for image in images for file in files(image) if not image_exists(file)), None)

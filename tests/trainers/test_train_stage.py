@@ -286,7 +286,7 @@ def test_where_the_reference_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # Autocast makes other numbers: arms with and without it must not refuse each other's file.
     assert stage.reference_cache(half) == tmp_path / "select" / "pairs.bf16.reference.jsonl"
     # Two models may be trained on one file of pairs.
-    own = _context(tmp_path, model="org/other", train={"input": str(tmp_path / "mine.parquet"), "args": {"bf16": True}})
+    own = _context(tmp_path / "run", model="org/other", train={"input": str(tmp_path / "mine.parquet"), "args": {"bf16": True}})
     assert stage.reference_cache(own) == tmp_path / "mine.other.bf16.reference.jsonl"
     monkeypatch.setattr("os.access", lambda *arguments: False)
     assert stage.reference_cache(plain) == tmp_path / "train" / "pairs.reference.jsonl"

@@ -23,7 +23,7 @@ _KIND = StageKind(
     ),
 )
 _MORE = (
-    "They are kept beside the pairs, in <pairs>.reference.jsonl (beside a file given as --input, in <pairs>.<model>.reference.jsonl), and "
+    "They are kept beside the pairs, in <pairs>.reference.jsonl (beside a file outside the run folder, in <pairs>.<model>.reference.jsonl), and "
     "read by every training on them: steps then run the policy alone. Training computes by itself what is not there. A killed command "
     "continues where it stopped; records that changed are computed again; a file from another reference model is refused."
 )

@@ -74,7 +74,8 @@ def reference_cache(context: StageContext) -> Path:
     """
     args = preset_args(context.config)
     kind = next((f".{name}" for name in ("bf16", "fp16") if args.get(name)), "")
-    model = f".{Path(context.config.model).name}" if context.options.input else ""
+    is_of_run = context.pairs.absolute().is_relative_to(context.run.path.absolute())
+    model = "" if is_of_run else f".{Path(context.config.model).name}"
     name = f"{context.pairs.stem}{model}{kind}.reference.jsonl"
     beside = context.pairs.parent
     return beside / name if os.access(beside, os.W_OK) or not beside.exists() else context.folder / name

@@ -24,6 +24,7 @@ from mmdpo_trainers.models.published import weight_bytes
 from mmdpo_trainers.processes import ranks
 from mmdpo_trainers.stages.batches import Record, run_batches
 from mmdpo_trainers.stages.context import StageContext
+from mmdpo_trainers.stages.models import what_was_trained
 
 OWN, MODEL = "prompts", "model"
 """Key of the evaluation prompts that are no benchmark's, and the folder of what was trained as a whole model."""
@@ -120,9 +121,7 @@ def _model(context: StageContext, questions: Sequence[Questions]) -> Path:
     """The folder that vLLM reads: the base's, or of what was trained one that is written now, where there is anything left to answer."""
     if context.moment != "after":
         return context.model
-    trained, target, half = context.trained, context.folder / MODEL, context.folder / f".{MODEL}"
-    if not trained.is_dir():
-        raise StageError(f"{trained} does not exist: run train first")
+    trained, target, half = what_was_trained(context), context.folder / MODEL, context.folder / f".{MODEL}"
     shutil.rmtree(half, ignore_errors=True)
     files = {context.folder / each.file: len(each.records) for each in questions}
     if target.is_dir() or all(file.is_file() and sum(1 for _ in read_jsonl(file)) == count for file, count in files.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,12 +54,19 @@ def load_evaluated(context: StageContext) -> LoadedModel:
     """
     if context.moment != "after":
         return load_base(context)
-    trained = context.trained
+    trained = what_was_trained(context)
     if (trained / "adapter_config.json").is_file():
         return load_model(context.model, adapter=trained, **_choice(context), quantization=context.config.quantization)
-    if not trained.is_dir():
-        raise StageError(f"{trained} does not exist: run train first")
     return load_model(trained, processor=context.model, **_choice(context))
+
+
+def what_was_trained(context: StageContext) -> Path:
+    """The folder that training left. StageError where there is none."""
+    if not context.trained.is_dir():
+        raise StageError(
+            f"{context.trained} does not exist: run train first; or give --moment before, or no --run, to evaluate the model as it is"
+        )
+    return context.trained
 
 
 def _choice(context: StageContext) -> dict[str, Any]:

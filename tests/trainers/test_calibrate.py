@@ -13,6 +13,7 @@ import yaml
 
 from mmdpo_trainers.cli.main import main
 from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.data.image_paths import placed
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.stages import score
 
@@ -80,7 +81,7 @@ def test_answers_of_the_users_own(folder: Path, tmp_path: Path, capsys: pytest.C
     keys = ("id", "format", "images", "prompt", "answer", "target", "num_images", "box", "region", "patch_grid", "response")
     records = [{key: record[key] for key in keys} for record in read_jsonl(folder / "generate" / "responses.jsonl")][:120]
     for record in records:
-        record["images"] = [str((folder / "generate" / image).resolve()) for image in record["images"]]
+        record["images"] = [placed(image, folder / "generate") for image in record["images"]]
     path = own / "mine.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     said = calibrate(capsys, "--model", "shapes", "--responses", str(path), "--run", str(tmp_path / "run"), "--match", "exact")
@@ -105,7 +106,7 @@ def test_prompts_without_answers_are_refused_before_any_work(tmp_path: Path, cap
     }
     path.write_text(json.dumps({**record, "num_images": 1}) + "\n")
     assert main(["calibrate", "--input", str(path), "--run", str(tmp_path / "run")]) == 2
-    assert "none of its 1 records has both several pictures and an `answer`" in capsys.readouterr().err
+    assert "none of its 1 record has both several pictures and an `answer`" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

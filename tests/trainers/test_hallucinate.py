@@ -364,9 +364,14 @@ def test_what_cannot_be_used(tmp_path: Path, model: Path, prompts: Path, records
     assert run_stage(mixed)["lost"] == {"records": 2, "of": 4, "reasons": {"no_truth": 2}}
     for lines, name, error, message in (
         ([], "empty", StageError, "holds no records"),
-        ([{**records[0], "answer": None}], "answerless", StageError, "none of its 1 records has a picture and a true answer"),
+        ([{**records[0], "answer": None}], "answerless", StageError, "none of its 1 record has a picture and a true answer"),
         ([{**records[0], "images": ["gone.png"] * 3}], "gone", DataError, "gone.png does not exist"),
-        ([{**records[1], "answer": "a <image>"}], "marked", DataError, "record r1/single: chosen holds the image token"),
+        (
+            [{**records[1], "answer": "a <image>"}],
+            "marked",
+            DataError,
+            "record r1/single: chosen has <image>, which stands for a picture",
+        ),
     ):
         with pytest.raises(error, match=message):
             run_stage(of(lines, name))

@@ -31,7 +31,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
         code = cli.main([str(word) for word in words])
     except SystemExit as stopped:
         code = stopped.code  # type: ignore[assignment]
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(": starting")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(": starting") and " layout: " not in line]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("mmdpo: error: "), lines
     return lines[0].removeprefix("mmdpo: error: ")
 
@@ -95,22 +95,13 @@ def test_colons_that_are_no_mapping_stay(here: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (
-            {"question": "What?", "answer": "red"},
-            "its columns are image, question, answer: rename question to prompt and answer to completion",
-        ),
-        (
-            {"question": "What?", "answers": ["red"]},
-            "rename question to prompt and answers to completion; of the list in answers one is the completion",
-        ),
-        ({"instruction": "What?", "output": "red"}, "rename instruction to prompt and output to completion"),
-        (
-            {"foo": "What?"},
-            "expected `conversations`, `messages`, or `prompt` with `chosen` or `completion`; its columns are image, foo",
-        ),
+        ({"question": "What?", "answer": "red"}, "all pictures are held out; lower data.holdout"),
+        ({"instruction": "What?", "output": "red"}, "all pictures are held out; lower data.holdout"),
+        ({"foo": "What?"}, "such as `prompt` with `completion`, or `conversations`; its columns are image, foo"),
     ],
 )
 def test_columns_of_other_data(record: dict[str, Any], message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of published layouts are read: what is said then is of one picture only."""
     Image.new("RGB", (9, 9)).save("a.png")
     Path("vqa.jsonl").write_text(json.dumps({"image": "a.png", **record}))
     assert message in said(capsys, "augment", "--run", "run", "--data", "vqa.jsonl")

@@ -171,6 +171,7 @@ def test_nothing_is_wider_than_a_phone(page: str, tmp_path: Path) -> None:
 
 def test_a_record_that_two_stages_left_out_is_not_added_up() -> None:
     lost = {"lost": {"records": 1, "of": 308, "reasons": {"missing": 1}}}
-    both = RunContents(folder=Path("run"), summaries={"augment": lost}, evaluation_data=lost)
+    other = {"lost": {"records": 1, "of": 90, "reasons": {"missing": 1}}}
+    both = RunContents(folder=Path("run"), summaries={"augment": lost}, evaluation_data=other)
     assert lost_fact(both) == "augment 1, evaluate 1"
     assert lost_fact(RunContents(folder=Path("run"), summaries={"augment": lost})) == "1"

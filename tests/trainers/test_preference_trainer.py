@@ -482,7 +482,7 @@ def test_bad_records_are_named(folder: Path, tmp_path: Path) -> None:
         "missing.png": {"images": [good["images"][0], str(tmp_path / "missing.png")]},
         "2 <image> placeholders for 1 pictures": {"images": good["images"][:1]},
         "chosen must be text or a list of one assistant message": {"chosen": good["chosen"] * 2},
-        "chosen holds the image token": {"chosen": [{"role": "assistant", "content": "like <image>"}]},
+        "chosen has <image>, which stands for a picture": {"chosen": [{"role": "assistant", "content": "like <image>"}]},
         "rejected[0]['content'][0] is a picture; only prompts have pictures": {
             "rejected": [{"role": "assistant", "content": [{"type": "image"}]}]
         },
@@ -495,7 +495,7 @@ def test_bad_records_are_named(folder: Path, tmp_path: Path) -> None:
         },
         "target must be the 0-based index of the asked-about picture, 0 to 1": {"target": 9},
         "images must be a list": {"images": "x.png"},
-        "a picture: not_a_picture": {"images": [good["images"][0], {"bytes": b"not a picture", "path": None}]},
+        "a picture: not a picture": {"images": [good["images"][0], {"bytes": b"not a picture", "path": None}]},
         "chosen is empty": {"chosen": [{"role": "assistant", "content": " "}]},
         "chosen[0]['content'] must be text or a list of parts": {"chosen": [{"role": "assistant", "content": None}]},
         "chosen must be text": {"chosen": ["x"]},

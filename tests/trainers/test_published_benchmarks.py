@@ -219,7 +219,7 @@ def test_an_adapter_beside_its_base_on_benchmarks(
     assert blink["by"]["category"]["Counting"]["accuracy"]["count"] == 3 and blink["attention"]["count"] == 6
     assert 1 / 2 <= blink["attention"]["largest"] <= 1 and all(len(answer["attention"]) == 2 for answer in answers)
     assert found["changes"]["after"]["blink"]["figures"]["accuracy"]["interval"] is not None
-    assert found["tables"]["mia_dpo"]["rows"]["before"]["BLINK"] == pytest.approx(100 * 4 / 6)
+    assert found["tables"]["several_images"]["rows"]["before"]["BLINK"] == pytest.approx(100 * 4 / 6)
 
     whole = (folder / "benchmark-blink.jsonl").read_bytes(), (folder / "benchmarks.json").read_bytes()
     (folder / "summary.json").unlink()

@@ -6,11 +6,11 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import pickle
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -73,7 +73,8 @@ def _work(work: Callable[[T], R], pieces: Sequence[T], writer: Connection, reade
 
 def _told(error: Exception) -> tuple[str, Any]:
     try:
-        pickle.loads(pickle.dumps(error))
+        # As the connection will do it.
+        ForkingPickler.loads(ForkingPickler.dumps(error))
     except Exception:
         return "error", RuntimeError("".join(traceback.format_exception(error)))
     return "error", error

@@ -33,7 +33,7 @@ class Published:
 
 
 PUBLISHED: Mapping[str, Published] = {
-    "mia_dpo": Published(
+    "several_images": Published(
         "Benchmarks with several pictures, as in MIA-DPO",
         "arXiv 2410.17637",
         (
@@ -45,7 +45,7 @@ PUBLISHED: Mapping[str, Published] = {
         ),
         mean=True,
     ),
-    "mdpo": Published(
+    "hallucination": Published(
         "Hallucination, as in mDPO",
         "arXiv 2406.11839",
         (

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from mmdpo_trainers.answers.layer_choice import ALL, FILE, verdicts
 from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.data.left_out import counted
 from mmdpo_trainers.errors import DataError, StageError
 from mmdpo_trainers.files.atomic import read_json, write_atomic
 from mmdpo_trainers.methods import method_named
@@ -56,8 +57,8 @@ def _check_answers(config: RunConfig) -> None:
         records = read_records(Path(given), "records")
         if not any(record["num_images"] > 1 and str(record.get("answer") or "").strip() for record in records):
             raise DataError(
-                f"{given}: none of its {len(records):,} records has both several pictures and an `answer` to compare the model's with; add "
-                "true answers, or let prompts be made from --data"
+                f"{given}: none of its {counted(len(records), 'record')} has both several pictures and an `answer` to compare the model's with; "
+                "add true answers, or let prompts be made from --data"
             )
 
 

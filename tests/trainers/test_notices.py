@@ -21,7 +21,8 @@ from mmdpo_trainers.processes import progress as progress_module
 from mmdpo_trainers.processes.progress import Progress
 
 OWN = re.compile(
-    r"train: starting|train: layout: TRL; [\d,]+ pairs|(reference: )?[a-z -]+( records)?: [\d,]+(/[\d,]+)?( records: [\d,]+ cached, [\d,]+ computed in .*)?"
+    r"train: starting|train: layout: TRL; [\d,]+ pairs|"
+    r"(reference: )?[a-z -]+( records)?: [\d,]+(/[\d,]+)?( records: [\d,]+ cached, [\d,]+ computed in .*)?"
 )
 """A line of progress, or what the data is."""
 

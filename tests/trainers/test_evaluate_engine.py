@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import vllm_double
-from exported_run import make_adapter, make_base
 from prompt_records import make_prompts
 from published_files import hub_picture, write_lines, write_parquet
 from tiny_models import sample_pictures
@@ -23,16 +22,6 @@ from mmdpo_trainers.stages.context import StageContext
 from mmdpo_trainers.stages.folder import RunFolder
 
 KINDS = [("sequence", 3), ("grid", 4), ("pip", 2), ("single", 1)]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base") / "tiny-llava")
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "final")
 
 
 @pytest.fixture(scope="module")

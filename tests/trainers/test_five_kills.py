@@ -16,7 +16,6 @@ import judged_files
 import pytest
 import yaml
 from commands import Kill, command
-from exported_run import make_adapter, make_base
 from judge_server import JudgeServer
 from prompt_records import make_prompts
 from published_files import write_lines
@@ -39,9 +38,7 @@ def killed_five_times(arguments: Sequence[object], run: Path, pattern: str, line
     assert len(lines) == 5
 
 
-def test_benchmarks_of_a_model_and_its_adapter(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "tiny-llava")
-    adapter = make_adapter(base, tmp_path / "final")
+def test_benchmarks_of_a_model_and_its_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
     for number, picture in enumerate(sample_pictures(4)):
         picture.save(tmp_path / f"{number}.png")
     lines = [
@@ -60,9 +57,7 @@ def test_benchmarks_of_a_model_and_its_adapter(tmp_path: Path) -> None:
     assert files(run) == files(tmp_path / "whole") and len(files(run)) >= 3
 
 
-def test_a_judge_of_benchmarks(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "tiny-llava")
-    adapter = make_adapter(base, tmp_path / "final")
+def test_a_judge_of_benchmarks(base: Path, adapter: Path, tmp_path: Path) -> None:
     published = {name: str(getattr(judged_files, name)(tmp_path / name)) for name in ("mt_bench", "mmhal")}
 
     def arguments(run: Path, url: str) -> list[object]:

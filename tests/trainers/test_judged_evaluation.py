@@ -11,7 +11,6 @@ from typing import Any
 
 import judged_files
 import pytest
-from exported_run import make_adapter, make_base
 from judge_server import Asked, JudgeServer, Said
 
 from mmdpo_trainers.answers.raters.judge import Question
@@ -21,16 +20,6 @@ from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.stages.models import LazyModel
 
 TOKENS = "3"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base") / "tiny-llava")
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "final")
 
 
 @pytest.fixture(scope="module")

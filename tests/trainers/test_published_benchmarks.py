@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exported_run import make_adapter, make_base
 from published_files import hub_picture, write_lines, write_parquet
 from rich.console import Console
 from tiny_models import sample_pictures
@@ -132,16 +131,6 @@ def test_benchmarks_on_the_page_and_the_console(tmp_path: Path) -> None:
     assert "0.250" in (text := console.export_text()) and "+0.250" in text and "50.00" in text
     page = render(PageInputs(run=RunContents(folder=tmp_path), method=method, title="", config={}))
     assert page.index('id="accuracy"') < page.index('id="benchmarks"') < page.index('id="time"')
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base") / "tiny-llava")
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(base, tmp_path_factory.mktemp("adapter") / "final")
 
 
 @pytest.fixture(scope="module")

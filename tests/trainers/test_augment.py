@@ -9,13 +9,12 @@ import json
 import math
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from commands import Kill, command
 from PIL import Image
 
 from mmdpo_trainers.config.run_config import RunConfig
@@ -480,22 +479,18 @@ def test_kill_and_resume_gives_the_files_of_an_undisturbed_run(tmp_path: Path) -
     settings = ["--data", tmp_path / "data.json", "--image-folder", tmp_path / "images", "--num-prompts", 500, "--holdout", 0]
     settings += ["--cell-size", 100, "--patch-grid", "[6, 6]"]
 
-    def start(run: str, *kill: str) -> subprocess.Popen[bytes]:
-        program = (
-            [Path(__file__).parents[1] / "support" / "killed_command.py", *kill] if kill else ["-m", "mmdpo_trainers.cli.main"]
-        )
-        command = [sys.executable, *program, "augment", "--run", tmp_path / run, *settings]
-        return subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def augment(run: str, kill: Kill | None = None) -> int:
+        return command("augment", "--run", tmp_path / run, *settings, kill=kill)
 
-    assert start("whole").wait() == 0
+    assert augment("whole") == 0
     whole = files_of(tmp_path / "whole")
     prompts = tmp_path / "killed" / "augment" / "prompts.jsonl"
     for lines in (1, 130, 320):
-        assert start("killed", str(prompts.parent), prompts.name, str(lines)).wait() == -signal.SIGKILL
+        assert augment("killed", Kill(prompts.parent, prompts.name, lines)) == -signal.SIGKILL
         assert not (prompts.parent / "summary.json").exists()
         with prompts.open("ab") as file:
             file.write(b'{"id": "torn')
-    assert start("killed").wait() == 0
+    assert augment("killed") == 0
     assert files_of(tmp_path / "killed") == whole
     first, second = (read_json(tmp_path / run / "augment" / "summary.json") for run in ("whole", "killed"))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}

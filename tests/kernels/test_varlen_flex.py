@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from trees import random_tree_end, with_reach
+from varlen_oracle import oracle_backward, oracle_forward
 
 from mmdpo_kernels import tree_attention
 from mmdpo_kernels.backends.calls import TreeAttentionCall
@@ -17,7 +17,8 @@ from mmdpo_kernels.backends.flex import tree_attention as flex
 from mmdpo_kernels.backends.reference import tree_attention as reference
 from mmdpo_kernels.backends.varlen import libraries
 from mmdpo_kernels.backends.varlen import tree_attention as varlen
-from mmdpo_kernels.backends.varlen.plan import Call, plan
+from mmdpo_kernels.backends.varlen.library import Library, Options
+from mmdpo_kernels.backends.varlen.plan import plan
 from mmdpo_kernels.tree_mask import visible
 
 # One token; an odd length with grouped heads.
@@ -32,57 +33,10 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[T
     return [torch.randn(batch, length, h, dim, dtype=dtype).transpose(1, 2).requires_grad_() for h in (heads, kv, kv)]
 
 
-def sequence_scores(query: Tensor, key: Tensor, call: Call, options: libraries.Options) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Per sequence its queries, its keys, and scores (Hq, Rq, Rk): what flash attention's documentation says of the arguments."""
-    left, right = options.sides(call)
-    for n in range(len(call.query_starts) - 1):
-        q, k = (slice(*starts[n : n + 2].tolist()) for starts in (call.query_starts, call.key_starts))
-        expanded = key[k].repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        scores = options.scale * torch.einsum("qhd,khd->hqk", query[q], expanded)
-        if options.softcap is not None:
-            scores = options.softcap * torch.tanh(scores / options.softcap)
-        num_queries, num_keys = scores.shape[1:]
-        assert 0 < num_queries <= call.max_queries and 0 < num_keys <= call.max_keys
-        # Where a query stands among the keys, the last one at the last key.
-        offset = torch.arange(num_keys) - (torch.arange(num_queries) + num_keys - num_queries)[:, None]
-        hidden = ((right >= 0) & (offset > right)) | ((left >= 0) & (offset < -left))
-        yield q, k, scores.masked_fill(hidden, float("-inf"))
-
-
-def oracle_forward(query: Tensor, key: Tensor, value: Tensor, call: Call, options: libraries.Options) -> tuple[Tensor, Tensor]:
-    output, lse = torch.full_like(query, float("nan")), query.new_full((query.shape[1], query.shape[0]), float("nan"))
-    for q, k, scores in sequence_scores(query, key, call, options):
-        values = value[k].repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-        output[q] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
-        lse[:, q] = scores.logsumexp(-1)
-    return output, lse
-
-
-def oracle_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, call: Call, options: libraries.Options
-) -> tuple[Tensor, ...]:
-    """As the libraries do: from output and lse given, dscores = P (dP - rowsum(dO output)), without another softmax."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (query, key)]
-    group = query.shape[1] // key.shape[1]
-    grad_value = torch.zeros_like(value)
-    total = torch.zeros(())
-    with torch.enable_grad():
-        for q, k, scores in sequence_scores(*leaves, call, options):
-            p = torch.exp(scores.detach() - lse[:, q, None])
-            of_values = torch.einsum("hqk,qhd->khd", p, grad[q])
-            grad_value[k] += of_values.unflatten(1, (-1, group)).sum(2)
-            grad_p = torch.einsum("qhd,khd->hqk", grad[q], value[k].repeat_interleave(group, dim=1))
-            grad_scores = p * (grad_p - (grad[q] * output[q]).sum(-1).T[..., None])
-            total = total + (scores.masked_fill(scores.isinf(), 0.0) * grad_scores).sum()
-        return *torch.autograd.grad(total, leaves), grad_value
-
-
 @pytest.fixture
 def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library in plain PyTorch in the place of those that need a GPU."""
-    library = libraries.Library(
-        name="oracle", unavailable_reason=lambda *call: None, forward=oracle_forward, backward=oracle_backward
-    )
+    library = Library(name="oracle", unavailable_reason=lambda *call: None, forward=oracle_forward, backward=oracle_backward)
     monkeypatch.setattr(libraries, "LIBRARIES", (library,))
 
 
@@ -187,7 +141,7 @@ def test_every_library_says_why_it_cannot_serve(monkeypatch: pytest.MonkeyPatch)
 
 def test_pytorchs_operators_take_these_arguments() -> None:
     """The call reaches a kernel of PyTorch's: the arguments fit its schema, and meta tensors get results of the right shapes."""
-    options = libraries.Options(scale=0.5, softcap=None, window=4)
+    options = Options(scale=0.5, softcap=None, window=4)
     (call,) = plan(pair(5, 2), 1, 9, 4, torch.device("cpu"))
     call = call._replace(query_starts=call.query_starts.to("meta"), key_starts=call.key_starts.to("meta"))
     query, key = (torch.empty(size, heads, 16, dtype=torch.bfloat16, device="meta") for size, heads in ((9, 4), (14, 2)))

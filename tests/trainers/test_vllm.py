@@ -17,14 +17,18 @@ import vllm_double
 from launches import launch
 from prompt_records import make_prompts
 from tiny_models import make_tiny_llava, make_tiny_qwen
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
-from mmdpo_trainers.answers import vllm_engine
+from benchmarks.measure import RESULTS
+from mmdpo_trainers.answers import server_engine, vllm_engine
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.config.run_config import RunConfig
+from mmdpo_trainers.config.sections.endpoints import ServerConfig
 from mmdpo_trainers.errors import ConfigError, RunFolderError, StageError
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.models.encode import encode_prompts, load_images
+from mmdpo_trainers.models.families import FAMILIES, family_of
+from mmdpo_trainers.models.families.conventional import OTHER_IN_VLLM
 from mmdpo_trainers.models.loading import load_model
 from mmdpo_trainers.processes.parts import part_files
 from mmdpo_trainers.run.pipeline import run_pipeline, run_stage
@@ -233,6 +237,42 @@ def test_settings_that_vllm_would_not_follow(tmp_path: Path, llava: Path, prompt
     for work in (lambda: generate.run(context), lambda: run_pipeline(context.config, until="generate")):
         with pytest.raises(ConfigError, match="device: expected none, cuda or cuda:N with generate.engine: vllm"):
             work()
+
+
+def test_a_family_whose_answers_are_others_is_refused(
+    tmp_path: Path, llava: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work, and where the engine is started; a server, which need not be vLLM, is warned of."""
+    llm = vllm_double.install(monkeypatch)
+    monkeypatch.setattr(FAMILIES["llava"], "other_in_vllm", "other tokens")
+    message = (
+        "{}.engine: expected transformers for a model of family 'llava', got vllm, which gives other tokens .docs/generation"
+    )
+    context = context_of(tmp_path, llava, prompts, engine="vllm")
+    for work in (lambda: generate.run(context), lambda: run_pipeline(context.config, until="generate")):
+        with pytest.raises(ConfigError, match=message.format("generate")):
+            work()
+    with pytest.raises(ConfigError, match=message.format("rate")):
+        vllm_engine.VllmEngine(llava, dtype="auto", device="auto", most_images=1, arguments={}, section="rate")
+    assert llm.made == []
+    said: list[str] = []
+    monkeypatch.setattr(server_engine.logger, "warning", lambda text, *values: said.append(text % values))
+    server_engine.ServerEngine(llava, ServerConfig(), kept=tmp_path)
+    assert said == [
+        "family 'llava': vLLM gives other tokens (docs/generation.md); where the server is one, set generate.engine to transformers"
+    ]
+
+
+def test_those_are_the_ones_that_were_measured_to_differ() -> None:
+    """A family is refused if, and only if, the committed table says that its answers or perplexities are others."""
+    table = json.loads((RESULTS / "vllm_families.json").read_text(encoding="utf-8"))["families"]
+    differing = {
+        name
+        for name, row in table.items()
+        if any("same" in found and (found["same"] < found["prompts"] or found["perplexity"] > 0.01) for found in row.values())
+    }
+    assert {*OTHER_IN_VLLM, *(name for name, family in FAMILIES.items() if family.other_in_vllm)} == differing
+    assert all(family_of(AutoConfig.for_model(name)).other_in_vllm for name in differing)
 
 
 def test_the_tokenizers_end_token_is_not_the_models(llava: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ MODULES = (
     "torch_flex",
     "flash_attention",
     "colreduce",
+    "cudnn",
     "bare_products",
     "trl_head",
     "liger",

@@ -6,45 +6,17 @@ sequence (bottom right), count a window backwards from there, and give the natur
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import from_hub
+from .library import Functions, Library, Options, missing, needs, wrong_tensors
 from .plan import Call
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What else a call is made with."""
-
-    scale: float
-    softcap: float | None
-    window: int | None
-    """Keys that a query sees at most, counted back along its path, itself included."""
-
-    def sides(self, call: Call) -> tuple[int, int]:
-        """Keys seen to the left and right of a query's own; -1 is all."""
-        if not call.causal:
-            return -1, -1  # the plan has cut the keys
-        return (-1 if self.window is None else self.window - 1), 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Library:
-    """One library; names it lacks are reported by `unavailable_reason`, not raised on import."""
-
-    name: str
-    unavailable_reason: Callable[[str, torch.dtype, int, bool], str | None]
-    """(device type, dtype, head dim, softcap used) -> why it cannot serve, or None."""
-    forward: Callable[[Tensor, Tensor, Tensor, Call, Options], tuple[Tensor, Tensor]]
-    """-> output (Tq, Hq, D), lse (Hq, Tq)."""
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Call, Options], tuple[Tensor, Tensor, Tensor]]
-    """(grad of output, query, key, value, output, lse, call, options) -> gradients of query, key, value."""
 
 
 def choose(device_type: str, dtype: torch.dtype, head_dim: int, softcap: bool) -> Library | str:
@@ -56,48 +28,7 @@ def choose(device_type: str, dtype: torch.dtype, head_dim: int, softcap: bool) -
             return library
         reasons.append(f"{library.name}: {reason}")
     # What holds for the tensors holds for all libraries alike.
-    return _wrong_tensors(device_type, dtype, head_dim) or "; ".join(reasons)
-
-
-def _wrong_tensors(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device_type != "cuda":
-        return f"variable-length flash attention runs on cuda tensors, got {device_type}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"variable-length flash attention takes float16 and bfloat16, got {dtype}"
-    if head_dim % 8 or head_dim > 256:
-        return f"variable-length flash attention takes head dims up to 256 that are multiples of 8, got {head_dim}"
-    return None
-
-
-def _needs(
-    module: str, names: tuple[str, ...] = (), *, gpus: tuple[int, int], largest: int = 256, has_softcap: bool = False
-) -> Callable[[str, torch.dtype, int, bool], str | None]:
-    """An `unavailable_reason`: the module has these functions, for GPUs of these major compute capabilities and head dims up to `largest`."""
-
-    def unavailable_reason(device_type: str, dtype: torch.dtype, head_dim: int, softcap: bool) -> str | None:
-        reason = _wrong_tensors(device_type, dtype, head_dim)
-        if reason is not None:
-            return reason
-        major = torch.cuda.get_device_capability()[0]
-        if not gpus[0] <= major <= gpus[1]:
-            return f"is used on GPUs of compute capability {gpus[0]}.x to {gpus[1]}.x, this one has {major}.x"
-        if head_dim > largest:
-            return f"is used up to head dim {largest}, got {head_dim}"
-        if softcap and not has_softcap:
-            return "has no softcap"
-        return _missing(module, names)
-
-    return unavailable_reason
-
-
-@functools.cache
-def _missing(module: str, names: tuple[str, ...]) -> str | None:
-    try:
-        found = importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # a library built for another PyTorch fails in all these ways
-        return f"cannot be imported ({error})"
-    lacking = [name for name in names if not hasattr(found, name)]
-    return f"this version of {module} has no {', '.join(lacking)}" if lacking else None
+    return wrong_tensors(device_type, dtype, head_dim) or "; ".join(reasons)
 
 
 def _torch_forward(query: Tensor, key: Tensor, value: Tensor, call: Call, options: Options) -> tuple[Tensor, Tensor]:
@@ -156,9 +87,11 @@ def _sequences(call: Call) -> dict[str, Any]:
     }
 
 
-def _flash2_forward(query: Tensor, key: Tensor, value: Tensor, call: Call, options: Options) -> tuple[Tensor, Tensor]:
+def _flash2_forward(
+    functions: Functions, query: Tensor, key: Tensor, value: Tensor, call: Call, options: Options
+) -> tuple[Tensor, Tensor]:
     left, right = options.sides(call)
-    return importlib.import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_forward(
+    return functions()._flash_attn_varlen_forward(
         query,
         key,
         value,
@@ -176,11 +109,19 @@ def _flash2_forward(query: Tensor, key: Tensor, value: Tensor, call: Call, optio
 
 
 def _flash2_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, call: Call, options: Options
+    functions: Functions,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    call: Call,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     left, right = options.sides(call)
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    importlib.import_module("flash_attn.flash_attn_interface")._flash_attn_varlen_backward(
+    functions()._flash_attn_varlen_backward(
         grad,
         query,
         key,
@@ -201,16 +142,18 @@ def _flash2_backward(
     return grads
 
 
-def _flash3_unavailable_reason(device_type: str, dtype: torch.dtype, head_dim: int, softcap: bool) -> str | None:
-    reason = _needs("flash_attn_interface", gpus=(9, 9), has_softcap=True)(device_type, dtype, head_dim, softcap)
+def _missing_flash3() -> str | None:
+    reason = missing("flash_attn_interface")
     if reason is None and not hasattr(torch.ops.flash_attn_3, "_flash_attn_backward"):
         return "this version has no operator flash_attn_3::_flash_attn_backward"
     return reason
 
 
-def _flash3_forward(query: Tensor, key: Tensor, value: Tensor, call: Call, options: Options) -> tuple[Tensor, Tensor]:
+def _flash3_forward(
+    functions: Functions, query: Tensor, key: Tensor, value: Tensor, call: Call, options: Options
+) -> tuple[Tensor, Tensor]:
     left, right = options.sides(call)
-    return torch.ops.flash_attn_3._flash_attn_forward(
+    return functions()._flash_attn_forward(
         query,
         key,
         value,
@@ -224,11 +167,19 @@ def _flash3_forward(query: Tensor, key: Tensor, value: Tensor, call: Call, optio
 
 
 def _flash3_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, call: Call, options: Options
+    functions: Functions,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    call: Call,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     left, right = options.sides(call)
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    torch.ops.flash_attn_3._flash_attn_backward(
+    functions()._flash_attn_backward(
         grad,
         query,
         key,
@@ -276,35 +227,54 @@ def _flash4_options(call: Call, options: Options) -> dict[str, Any]:
     return {"softmax_scale": options.scale, "causal": call.causal, "window_size_left": left, "window_size_right": right}
 
 
+def _flash2_installed() -> Any:
+    return importlib.import_module("flash_attn.flash_attn_interface")
+
+
+def _flash2(name: str, functions: Functions, lacks: Callable[[], str | None]) -> Library:
+    return Library(
+        name=name,
+        unavailable_reason=needs(lacks, gpus=(8, 12), has_softcap=True),
+        forward=partial(_flash2_forward, functions),
+        backward=partial(_flash2_backward, functions),
+    )
+
+
+def _flash3(name: str, functions: Functions, lacks: Callable[[], str | None]) -> Library:
+    return Library(
+        name=name,
+        unavailable_reason=needs(lacks, gpus=(9, 9), has_softcap=True),
+        forward=partial(_flash3_forward, functions),
+        backward=partial(_flash3_backward, functions),
+    )
+
+
 LIBRARIES: tuple[Library, ...] = (
-    Library(
-        name="flash-attn 3",
-        unavailable_reason=_flash3_unavailable_reason,
-        forward=_flash3_forward,
-        backward=_flash3_backward,
+    _flash3("flash-attn 3", lambda: torch.ops.flash_attn_3, _missing_flash3),
+    _flash3(
+        "flash-attn 3 of the Hub", partial(from_hub.interface, from_hub.FLASH_3), partial(from_hub.missing, from_hub.FLASH_3)
     ),
     Library(
         name="flash-attn 4",
-        unavailable_reason=_needs("flash_attn.cute.interface", ("_flash_attn_fwd", "_flash_attn_bwd"), gpus=(9, 11), largest=128),
+        unavailable_reason=needs(
+            partial(missing, "flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd"), gpus=(9, 11), largest=128
+        ),
         forward=_flash4_forward,
         backward=_flash4_backward,
     ),
-    Library(
-        name="flash-attn 2",
-        unavailable_reason=_needs(
-            "flash_attn.flash_attn_interface",
-            ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"),
-            gpus=(8, 12),
-            has_softcap=True,
-        ),
-        forward=_flash2_forward,
-        backward=_flash2_backward,
+    _flash2(
+        "flash-attn 2",
+        _flash2_installed,
+        partial(missing, "flash_attn.flash_attn_interface", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward"),
+    ),
+    _flash2(
+        "flash-attn 2 of the Hub", partial(from_hub.interface, from_hub.FLASH_2), partial(from_hub.missing, from_hub.FLASH_2)
     ),
     Library(
         name="PyTorch",
-        unavailable_reason=_needs("torch", gpus=(8, 12)),
+        unavailable_reason=needs(partial(missing, "torch"), gpus=(8, 12)),
         forward=_torch_forward,
         backward=_torch_backward,
     ),
 )
-"""In the order in which they are tried: the one made for the GPU first. Not measured against each other."""
+"""In the order in which they are tried: the one made for the GPU first, the installed one before the Hub's. Not measured against each other."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..calls import TreeAttentionCall
 from ..layout import accumulation_dtype
 from . import libraries
-from .libraries import Library, Options
+from .library import Library, Options
 from .plan import Call, plan
 
 LSE_GRADIENT = False

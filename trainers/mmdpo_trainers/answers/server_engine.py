@@ -70,6 +70,12 @@ class ServerEngine:
         self._lock = threading.Lock()
         self._checked: set[int] = set()
         self._said: set[str] = set()
+        family = self.config_only.family
+        if family.other_in_vllm is not None:
+            self._say(
+                f"family {family.name!r}: vLLM gives {family.other_in_vllm} (docs/generation.md); where the server is one, set generate.engine "
+                "to transformers"
+            )
 
     def generate_responses(
         self,

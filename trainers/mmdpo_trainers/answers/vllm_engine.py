@@ -21,6 +21,7 @@ from mmdpo_trainers.answers.response import response_of, several_responses
 from mmdpo_trainers.config.run_config import RunConfig
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.models.encode import encode_prompts, prompt_ids, refuse_images
+from mmdpo_trainers.models.families import Family
 from mmdpo_trainers.models.template_date import TemplateDate
 from mmdpo_trainers.processes import launcher
 
@@ -63,6 +64,15 @@ def check_vllm(config: RunConfig, stage: str = "generate") -> None:
         )
 
 
+def check_vllm_family(family: Family, section: str) -> None:
+    """Raise ConfigError for a family whose answers in vLLM are known to be others. section: of the settings, which the error names."""
+    if family.other_in_vllm is not None:
+        raise ConfigError(
+            f"{section}.engine: expected transformers for a model of family {family.name!r}, got vllm, which gives {family.other_in_vllm} "
+            "(docs/generation.md); set it to transformers"
+        )
+
+
 class VllmEngine:
     """A vLLM `LLM` of a model folder.
 
@@ -83,6 +93,7 @@ class VllmEngine:
     ) -> None:
         self._section = section
         self.config_only = config_only(folder, date)
+        check_vllm_family(self.config_only.family, section)
         if dtype == "auto":
             # The checkpoint's own, as elsewhere; vLLM's `auto` would halve float32.
             dtype = own_dtype(folder, self.config_only.model.config)
@@ -105,17 +116,20 @@ class VllmEngine:
         records: Sequence[Mapping[str, Any]],
         *,
         max_new_tokens: int,
-        do_sample: bool,
-        temperature: float,
-        top_p: float,
-        seeds: Sequence[int],
         pictures: Sequence[Sequence[Image.Image]],
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
         num_answers: int = 1,
+        seeds: Sequence[int] | None = None,
     ) -> list[dict[str, Any]]:
         """Answer a batch; returns per record what `response_of` does, or with `num_answers` above 1 `several_responses`.
 
-        seeds: one a record, where the answers are sampled; vLLM counts on from it for further answers.
+        seeds: one a record, which sampling needs; vLLM counts on from it for further answers.
         """
+        if do_sample and seeds is None:
+            raise ValueError("seeds: sampling needs one a record")
+        drawn = seeds if do_sample and seeds is not None else [None] * len(records)
         described = self.config_only
         common: dict[str, Any] = {
             "max_tokens": max_new_tokens,
@@ -139,7 +153,7 @@ class VllmEngine:
             from vllm import SamplingParams
 
             several = {"n": num_answers} if num_answers > 1 else {}
-            params = [SamplingParams(**common, **warped, **several, seed=seed if do_sample else None) for seed in seeds]
+            params = [SamplingParams(**common, **warped, **several, seed=seed) for seed in drawn]
             try:
                 outputs = self._llm.generate(prompts, params, use_tqdm=False)
             except Exception:

@@ -15,6 +15,7 @@ from mmdpo_kernels import patch_model
 from mmdpo_kernels.ops.preference_loss import NEEDS_CORRUPTED
 from mmdpo_trainers.answers.attention_ratios import check_layer, check_regions
 from mmdpo_trainers.answers.hidden_images import check_hiding
+from mmdpo_trainers.answers.vllm_engine import check_vllm_family
 from mmdpo_trainers.errors import ConfigError, MmdpoError, StageError
 from mmdpo_trainers.models.chat_format import render_prompt
 from mmdpo_trainers.models.families import Family, family_of, hiding_refusal, image_layers
@@ -40,6 +41,9 @@ def check_model(contexts: Sequence[StageContext]) -> None:
     config = check_folder(folder)
     check_loadable(folder, config, wanted[0].config.quantization)
     family = family_of(config)
+    for context in wanted:
+        if context.stage in ("generate", "evaluate") and context.options.engine == "vllm":
+            check_vllm_family(family, context.stage)
     render_prompt(load_processor(folder, config.model_type), "Image1:<image>\nWhat is it?")
     measured = [context for context in wanted if _measures(context)]
     if measured:

@@ -65,15 +65,8 @@ def engine_answers(context: StageContext, questions: Sequence[Questions]) -> dic
         for each in questions:
 
             def work(number: int, batch: Sequence[Record], longest: int = each.max_new_tokens) -> list[dict[str, Any]]:
-                return engine().generate_responses(
-                    batch,
-                    max_new_tokens=longest,
-                    do_sample=False,
-                    temperature=1.0,
-                    top_p=1.0,
-                    seeds=[0] * len(batch),
-                    pictures=[load_images(record) for record in batch],
-                )
+                pictures = [load_images(record) for record in batch]
+                return engine().generate_responses(batch, max_new_tokens=longest, pictures=pictures)
 
             path = run_batches(context, each.file, each.records, context.options.batch_size, work, each.about)
             found[each.key] = {record["id"]: {name: record[name] for name in FIELDS} for record in read_jsonl(path)}

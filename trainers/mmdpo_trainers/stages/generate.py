@@ -14,6 +14,7 @@ from mmdpo_trainers.answers.response import check_num_answers
 from mmdpo_trainers.answers.server_engine import ServerEngine, check_server
 from mmdpo_trainers.answers.transformers_engine import generate_responses
 from mmdpo_trainers.answers.vllm_engine import VllmEngine, check_vllm
+from mmdpo_trainers.config.sections.answers import GenerateConfig
 from mmdpo_trainers.data.seeds import batch_seed
 from mmdpo_trainers.files.json_lines import read_jsonl
 from mmdpo_trainers.processes import ranks
@@ -82,6 +83,16 @@ def _several(written: Sequence[Record]) -> dict[str, Any]:
     }
 
 
+def _asked(options: GenerateConfig) -> dict[str, Any]:
+    """What every engine is asked for, by the names that it has in the settings and in each engine's `generate_responses`."""
+    return {name: getattr(options, name) for name in ("max_new_tokens", "do_sample", "temperature", "top_p", "num_answers")}
+
+
+def _seeds(context: StageContext, batch: Sequence[Record]) -> list[int]:
+    """One a record, for engines that make up batches of their own."""
+    return [batch_seed(context.seed, "generate", record["id"]) for record in batch]
+
+
 class _Transformers:
     """Answers of the model in this process."""
 
@@ -96,11 +107,7 @@ class _Transformers:
         return generate_responses(
             self._model(),
             batch,
-            max_new_tokens=options.max_new_tokens,
-            do_sample=options.do_sample,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            num_answers=options.num_answers,
+            **_asked(options),
             seed=batch_seed(context.seed, "generate", number),
             pictures=[noisy_images(record, options.noise, context.seed) for record in batch],
             # With a noise preset that is the attention on the noisy pictures, as in MIA-DPO's code.
@@ -112,7 +119,7 @@ class _Transformers:
 
 
 class _Vllm:
-    """Answers of vLLM, which is started with the first batch; seeds are of records, because vLLM makes up batches of its own."""
+    """Answers of vLLM, which is started with the first batch."""
 
     opened = True
 
@@ -135,13 +142,9 @@ class _Vllm:
             )
         return self._engine.generate_responses(
             batch,
-            max_new_tokens=options.max_new_tokens,
-            do_sample=options.do_sample,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seeds=[batch_seed(context.seed, "generate", record["id"]) for record in batch],
+            **_asked(options),
+            seeds=_seeds(context, batch),
             pictures=[noisy_images(record, options.noise, context.seed) for record in batch],
-            num_answers=options.num_answers,
         )
 
     def close(self) -> None:
@@ -150,7 +153,7 @@ class _Vllm:
 
 
 class _Server:
-    """Answers of servers that run already; seeds are of records, because they make up batches of their own."""
+    """Answers of servers that run already."""
 
     opened = False
     """A batch is long, and each of its pictures is opened when it is sent."""
@@ -166,13 +169,9 @@ class _Server:
         with context.progress.task(f"answers of batch {number + 1}", len(batch)) as task:
             return self._engine.generate_responses(
                 batch,
-                max_new_tokens=options.max_new_tokens,
-                do_sample=options.do_sample,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                seeds=[batch_seed(context.seed, "generate", record["id"]) for record in batch],
+                **_asked(options),
+                seeds=_seeds(context, batch),
                 pictures=lambda record: noisy_images(record, options.noise, context.seed),
-                num_answers=options.num_answers,
                 advance=task.advance,
             )
 

@@ -53,15 +53,7 @@ class LocalModel:
             from mmdpo_trainers.models.encode import load_images
 
             pictures = [load_images(record) for record in records]
-            return self._vllm().generate_responses(
-                records,
-                max_new_tokens=options.max_new_tokens,
-                do_sample=False,
-                temperature=1.0,
-                top_p=1.0,
-                seeds=[0] * len(records),
-                pictures=pictures,
-            )
+            return self._vllm().generate_responses(records, max_new_tokens=options.max_new_tokens, pictures=pictures)
         from mmdpo_trainers.answers.transformers_engine import generate_responses
         from mmdpo_trainers.models.loading import load_model
 

@@ -30,6 +30,9 @@ CHECKED: tuple[str, ...] = (
 )
 """Families without a declaration that went through `mmdpo check` on a tiny checkpoint."""
 
+OTHER_IN_VLLM = dict.fromkeys(("cohere2_vision", "exaone4_5"), "other tokens: none of eight greedy answers was the same")
+"""Their `Family.other_in_vllm`."""
+
 
 class Conventional(Family):
     """A family of its own name: `get_image_features`, `get_decoder`, `config.image_token_id`, a processor that expands an image token.
@@ -42,6 +45,7 @@ class Conventional(Family):
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
         self.name = getattr(config, "model_type", "unknown")  # type: ignore[misc]
+        self.other_in_vllm = OTHER_IN_VLLM.get(self.name)
         if config is None:
             return
         missing = self._missing()

@@ -57,6 +57,8 @@ class Family:
     """Whether all tokens of a prompt see each other both ways; token types are then 0 for a prompt and 1 for an answer."""
     first_position: ClassVar[int] = 0
     """Position of a sequence's first token."""
+    other_in_vllm: str | None = None
+    """What vLLM answers otherwise than transformers, measured, for which it is refused; None: nothing that is known."""
     own_prompts: ClassVar[bool] = False
     """Whether prompts without a chat template are made as the processor makes them itself."""
 

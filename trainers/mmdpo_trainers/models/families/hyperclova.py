@@ -17,6 +17,7 @@ class HyperClovaX(Family):
     vision = ("vision_model",)
     projector = ("projector",)
     divides_logits = False
+    other_in_vllm = "the same tokens with perplexities up to 0.8 of their size apart"
 
     def placeholder(self, processor: Any) -> str:
         return f"<|vision_start|>{self.image_token(processor)}<|vision_end|>"

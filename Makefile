@@ -22,7 +22,7 @@ VERSIONED := $(addprefix tests/kernels/test_,patch.py qwen_patch.py patched_copi
 	preference_trainer.py mdpo_trainer.py given_models.py adapters.py arguments.py training_mode.py \
 	reference_cache.py resume.py)
 
-.PHONY: help install test test-vllm nightly demo lint wheels versions hub bench gpu gpu-1 gpu-2 clean
+.PHONY: help install test test-vllm nightly demo lint wheels versions hub bench gpu gpu-1 gpu-2 gpu-peers clean
 
 help:
 	@echo "make install  virtual environment $(VENV) with everything, C++ extension built"
@@ -36,6 +36,7 @@ help:
 	@echo "make hub      install, then the ops as a repository for Hugging Face's kernels package in build/hub, checked and tested"
 	@echo "make bench    install, then every op against its peers (BENCH: options of python -m benchmarks)"
 	@echo "make gpu      on a machine with a GPU and CUDA, without make install: gpu-1 and gpu-2 (five minutes each) in one; results in build/gpu"
+	@echo "make gpu-peers  before make gpu, where there is a network: TRL and Liger for a machine without, in build/gpu_peers (PEERS: --python 3.12)"
 	@echo "make clean    remove $(VENV) and everything that was built; runs/ stays"
 
 install: $(STAMP)
@@ -116,6 +117,10 @@ gpu:
 
 gpu-1 gpu-2:
 	$(PYTHON) benchmarks/gpu --part $(@:gpu-%=%) $(GPU)
+
+# By the standard library and pip alone.
+gpu-peers:
+	$(PYTHON) -m benchmarks.gpu.peers $(PEERS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mmdpo_kernels/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -33,6 +33,7 @@ WRITTEN = {
     "quantization.json",
     "mmdpo_run.yaml",
     "reward_model.json",
+    "tiles.json",
     # Of published benchmarks.
     *("annotations.json", "relation.json", "query_all.json", "instances_*.json", "captions_*.json", "response_template.json"),
     *("mm-vet.json", "alpaca_eval.json", "alpaca_eval_gpt4_baseline.json"),

@@ -9,7 +9,8 @@
 Nothing has to be installed: it runs from the source tree with torch, triton, numpy and pytest, and builds with nvcc, pybind11 and ninja.
 A phase that fails or runs out of its time is reported, the next one runs, and the exit status is 1 at the end. What a phase leaves of its
 time the next ones may use. Begun again with the same folder, GPU and code, what has passed is not run again, but for the environment and the
-build; `--again` runs all. MMDPO_TRITON_TILES=build/gpu/tiles.json then has `tree_attention` take the tiles that were fastest on that GPU.
+build; `--again` runs all. MMDPO_MEASURED=build/gpu then has backend "auto" and the Triton kernels take what was fastest on that GPU. Peers
+that the machine lacks are taken from build/gpu_peers, where `make gpu-peers` has laid them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ if __name__ == "__main__":
     # As a script, this folder would come first, and nothing in it is meant to be imported by its bare name.
     sys.path[0] = str(ROOT)
 
-from benchmarks.gpu.outcomes import Outcome, earlier, fingerprint, keep  # noqa: E402 - found by the path above
+from benchmarks.gpu import peers  # noqa: E402 - found by the path above
+from benchmarks.gpu.outcomes import Outcome, earlier, fingerprint, keep  # noqa: E402
 
 # Of all ops; those of each are in its row of the table of ops.
 TESTS = ("test_properties", "test_choice")
@@ -53,6 +55,8 @@ SANITIZED = (
     "head, softcap, statistics",
     "loss",
 )
+# As in mmdpo_kernels/backends/measured.py, which imports torch.
+MEASURED = "MMDPO_MEASURED"
 # What is compiled at its first use.
 COMPILED = ("auto", "triton", "triton, no mass", "flex", "FlexAttention")
 
@@ -177,7 +181,15 @@ def _tiles(plan: Plan, seconds: float) -> list[list[str]]:
 
 def _choices(plan: Plan, seconds: float) -> list[list[str]]:
     options = ["--device", plan.device, "--repeats", "3", "--output", str(plan.folder), "--seconds", str(max(5, seconds - 15))]
-    return [[*_other("kernels.choose_backends"), *options, *_small(plan)]]
+    command = [*_other("kernels.choose_backends"), *options, *_small(plan)]
+    found = plan.folder / "tiles.json"
+    if not found.exists():
+        return [command]
+    # With the tiles that calls will take, and no earlier choice beside them, which would stand for the table's.
+    alone = plan.scratch / "measured"
+    alone.mkdir(parents=True, exist_ok=True)
+    shutil.copy(found, alone)
+    return [["env", f"{MEASURED}={alone}", *command]]
 
 
 def _small(plan: Plan) -> list[str]:
@@ -222,9 +234,9 @@ def run_phase(phase: Phase, plan: Plan, seconds: float) -> Outcome:
     plan.scratch.mkdir(parents=True, exist_ok=True)
     files = [plan.scratch / f"{phase.name.replace(' ', '_')}_{number}.txt" for number in range(len(commands))]
     environment = {
-        # Interpreted kernels are not what is asked for, wherever this is called from.
-        **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        # Interpreted kernels are not what is asked for, wherever this is called from, nor what was measured before.
+        **{name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", MEASURED)},
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"), str(peers.FOLDER)))),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
     }

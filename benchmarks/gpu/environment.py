@@ -7,6 +7,7 @@ import subprocess
 
 import torch
 
+from benchmarks.gpu import peers
 from benchmarks.measure import machine, markdown
 from mmdpo_kernels import backends
 
@@ -24,6 +25,8 @@ def report() -> str:
         "CPU": f"{on['cpu']}, {on['threads']} threads",
         "Python": on["python"],
         **{name: found or "not installed" for name, found in on["packages"].items()},
+        "peers that travel": ", ".join(peers.versions()) or "none: `make gpu-peers` lays them out where there is a network",
+        **{f"peer {name}": where for name, where in peers.present().items()},
     }
     rows = [[op, name, reason or "can run"] for op, found in backends().items() for name, reason in found.items()]
     return "\n\n".join(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.gpu import peers
 from benchmarks.gpu.environment import first_line
 
 FILE = "phases.json"
@@ -28,8 +29,9 @@ class Outcome:
 
 
 def fingerprint(root: Path) -> str:
-    """Of the GPU and the code: what has passed on another GPU or with other code says nothing about this."""
+    """Of the GPU, the code and the peers beside it: what has passed on another GPU or with other code says nothing about this."""
     found = hashlib.sha256(first_line("nvidia-smi", "--query-gpu=name,uuid", "--format=csv,noheader").encode())
+    found.update(" ".join(peers.versions()).encode())
     for folder in _CODE:
         for path in sorted(path for path in (root / folder).rglob("*") if path.suffix in _KINDS):
             found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+from . import measured_choice
 from .choice import Rule
 from .ops_table import OPS
 
@@ -70,7 +71,8 @@ def rule_for(op: str, device: torch.device, dtype: torch.dtype, features: Mappin
     """The rule for a call, or None where the op has none for the device."""
     rules = OPS[op].rules.get(device.type, ())
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and rules else (0, 0)
-    return next((rule for rule in rules if rule.fits(dtype, capability, features)), None)
+    table = next((rule for rule in rules if rule.fits(dtype, capability, features)), None)
+    return measured_choice.preferred(table, op, device, dtype, features)
 
 
 def _choose(op: str, device: torch.device, dtype: torch.dtype, features: dict[str, object]) -> ModuleType:

@@ -166,6 +166,7 @@ def prepare_attention_mass(
         tree_window=tree_window,
         reach=reach is not None,
         head_dim=dim,
+        length=length,
         num_segments=num_segments,
     )
     call = AttentionMassCall(

@@ -17,7 +17,7 @@ import torch
 from benchmarks import __main__ as benchmarks_cli
 from benchmarks import measure
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import sanitize_cases
+from benchmarks.gpu import peers, sanitize_cases
 from benchmarks.kernels import goals, harness, registry, sweep_tiles
 from benchmarks.kernels import page as kernels_page
 from benchmarks.kernels.case import Ceilings, Contestant, Run, Work
@@ -29,6 +29,7 @@ from benchmarks.runs.training_step.setting import SMALL as TINY_STEP
 from benchmarks.runs.training_step.setting import Setting
 from benchmarks.runs.training_step.sides import MDPO, Side, make, ours
 from benchmarks.runs.training_step.stepping import Loop
+from mmdpo_kernels.backends import measured
 
 
 def test_ratio_is_taken_within_turns() -> None:
@@ -515,6 +516,68 @@ def test_gpu_phases_that_have_passed_are_not_run_again(tmp_path: Path, monkeypat
     assert ran("--again") == (0, ["build", "tests", "tiles"])
     monkeypatch.setattr(gpu, "fingerprint", lambda root: "other code")
     assert ran("--part", "1") == (0, ["build", "tests"])
+
+
+def test_backends_are_timed_with_the_tiles_just_found_and_no_earlier_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gpu.MEASURED == measured.VARIABLE
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    plan = gpu.Plan(device="cuda", small=False, folder=tmp_path)
+    assert gpu._choices(plan, 60)[0][0] == sys.executable
+    for name in ("tiles.json", "choice_nvidia_h100.json"):
+        (tmp_path / name).write_text(name)
+    [(program, setting, *command)] = gpu._choices(plan, 60)
+    assert program == "env" and command[0] == sys.executable
+    name, _, folder = setting.partition("=")
+    assert name == gpu.MEASURED and [path.read_text() for path in Path(folder).iterdir()] == ["tiles.json"]
+
+
+def test_a_phase_finds_peers_that_travel_and_nothing_measured_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder comes last: what a user has put on the path is taken before it."""
+    for at, folder in enumerate(("own", "travels")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "some_peer.py").write_text(f"WHERE = {at}")
+    (tmp_path / "travels" / "other_peer.py").touch()
+    monkeypatch.setattr(peers, "FOLDER", tmp_path / "travels")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "own"))
+    monkeypatch.setenv(gpu.MEASURED, "build/gpu")
+    program = "import os, other_peer, some_peer; print(some_peer.WHERE, os.environ.get('MMDPO_MEASURED'))"
+    phase = gpu.Phase(name="tests", seconds=600, commands=lambda plan, seconds: [[sys.executable, "-c", program]])
+    outcome = gpu.run_phase(phase, gpu.Plan(device="cpu", small=True, folder=tmp_path), 600)
+    assert outcome.state == "passed" and "\n0 None\n" in outcome.output
+
+
+def test_peers_that_travel_are_told_from_those_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "build" / "gpu_peers"
+    assert peers.versions(folder) == []
+    (folder / "a_peer-1.2.dist-info").mkdir(parents=True)
+    (folder / "a_peer.py").write_text("12345")
+    monkeypatch.setattr(peers, "FOLDER", folder)
+    monkeypatch.setattr(peers, "ROOT", tmp_path)
+    monkeypatch.setattr(peers, "LOOKED_FOR", ("a_peer", "torch", "no_such_peer"))
+    monkeypatch.syspath_prepend(str(folder))
+    assert peers.present() == {"a_peer": "from build/gpu_peers", "torch": "installed", "no_such_peer": "absent"}
+    assert (peers.versions(folder), peers.size(folder)) == (["a_peer-1.2"], 5)
+
+
+def test_peers_are_not_laid_over_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        peers.main(["--folder", str(tmp_path)])
+    assert "holds something else" in capsys.readouterr().err and (tmp_path / "mine.txt").exists()
+    with pytest.raises(SystemExit):
+        peers.main(["--python", "three"])
+    assert "expected a version as 3.12, got three" in capsys.readouterr().err
+
+
+@pytest.mark.nightly  # asks a package index
+def test_peers_that_travel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert peers.main(["--folder", str(tmp_path / "peers")]) == 0
+    assert "trl-1.16" in capsys.readouterr().out and (tmp_path / "peers" / "trl" / "kernels").exists()
+    # Laid out again in its own place.
+    assert peers.main(["--folder", str(tmp_path / "peers")]) == 0
 
 
 def test_each_of_the_two_gpu_commands_fits_into_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.kernels import choose_backends
 from mmdpo_kernels import tree_attention
-from mmdpo_kernels.backends import registry
+from mmdpo_kernels.backends import measured, registry
 from mmdpo_kernels.backends.choice import Rule
 from mmdpo_kernels.backends.native import tree_attention as native
 from mmdpo_kernels.backends.ops_table import OPS
@@ -140,6 +140,85 @@ def test_the_op_reports_what_the_choice_depends_on(monkeypatch: pytest.MonkeyPat
     first, second = seen
     assert (first["length"], first["tree"], first["mass"], first["gradient"], first["window"]) == (5, True, True, True, False)
     assert (second["tree"], second["mass"], second["gradient"], second["window"]) == (False, False, False, True)
+
+
+def setting(seconds: dict[str, float], length: int = 3000, op: str = "tree_attention", **traits: object) -> dict[str, object]:
+    """As `choose_backends` writes it."""
+    kind = {"tree": True, "mass": False, "gradient": True, "dtype": "bfloat16"}
+    return {"op": op, "length": length, **kind, **traits, "seconds": seconds, "cannot": {}}
+
+
+@pytest.fixture
+def gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What `make gpu` leaves, in the folder that the variable names; the GPU at hand is the one it was measured on."""
+    settings = [
+        setting({"triton": 3.0, "flex": 1.0, "reference": 9.0}),
+        setting({"triton": 1.0, "flex": 2.0, "reference": 9.0}, length=200),
+        setting({"varlen": 1.0}, tree=False),
+        setting({}, dtype="float16"),
+        setting({"triton": 1.0, "native": 2.0}, op="attention_mass", gradient=False),
+    ]
+    content = {"machine": {"gpu": "NVIDIA H100"}, "settings": settings}
+    (tmp_path / "choice_nvidia_h100.json").write_text(json.dumps(content))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setenv(measured.VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def test_what_was_measured_on_this_gpu_comes_before_the_table(gpu_folder: Path) -> None:
+    def rule(
+        op: str = "tree_attention", dtype: torch.dtype = torch.bfloat16, device: torch.device = CUDA, **features: object
+    ) -> Rule:
+        found = registry.rule_for(op, device, dtype, {**PLAIN, "tree": True, **features})
+        assert found is not None
+        return found
+
+    whole = rule()
+    # What was not timed comes last, in the table's order.
+    assert whole.order == ("flex", "triton", "reference", "varlen", "sdpa")
+    assert whole.measured == str(gpu_folder / "choice_nvidia_h100.json")
+    assert whole.calls == "calls of some 3,000 tokens, tree, no mass, gradient"
+    assert rule(length=500).order[0] == "triton"  # nearer to 200 than to 3,000, by ratio
+    assert rule(tree=False).order[0] == "varlen"
+    assert rule("attention_mass").measured is None  # with a gradient it was not timed
+    by_rows = registry.rule_for("attention_mass", CUDA, torch.bfloat16, {"head_dim": 128, "length": 900, "reach": False})
+    assert by_rows is not None and by_rows.order == ("triton", "native", "reference")
+
+
+@pytest.mark.parametrize(
+    "features",
+    [{"dtype": torch.float32}, {"dtype": torch.float16}, {"softcap": True}, {"reach": True}, {"mass": True}, {"gradient": False}],
+    ids=str,
+)
+def test_calls_that_were_not_measured_keep_the_table_s_rule(gpu_folder: Path, features: dict[str, object]) -> None:
+    given = {**PLAIN, "tree": True, **features}
+    dtype = given.pop("dtype", torch.bfloat16)
+    assert isinstance(dtype, torch.dtype)
+    rule = registry.rule_for("tree_attention", CUDA, dtype, given)
+    assert rule is not None and rule.measured is None and rule.order[0] == "triton"
+
+
+def test_the_variable_says_nothing_of_the_cpu(gpu_folder: Path) -> None:
+    rule = registry.rule_for("tree_attention", torch.device("cpu"), torch.bfloat16, {**PLAIN, "tree": True})
+    assert rule in OPS["tree_attention"].rules["cpu"]
+
+
+def test_files_of_another_gpu_or_none_are_refused(gpu_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(folder: Path, match: str) -> None:
+        monkeypatch.setenv(measured.VARIABLE, str(folder))
+        with pytest.raises(ValueError, match=match):
+            registry.rule_for("tree_attention", CUDA, torch.bfloat16, PLAIN)
+
+    refused(tmp_path / "nowhere", r"MMDPO_MEASURED=.*nowhere: expected tiles.json or choice_nvidia_h100.json, .* found neither")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    refused(gpu_folder, r"on this NVIDIA A100, found only choice_nvidia_h100.json; unset it, or run `make gpu` here")
+    broken, other = tmp_path / "broken", tmp_path / "other"
+    for folder, text in ((broken, "{}"), (other, '{"machine": {"gpu": "NVIDIA H100"}, "rows": []}')):
+        folder.mkdir()
+        (folder / "tiles.json").write_text(text)
+    refused(broken, r"tiles.json: expected what `make gpu` writes \(KeyError: 'machine'\)")
+    refused(other, r"tiles.json was measured on NVIDIA H100, this is NVIDIA A100")
 
 
 def test_a_backend_that_fails_is_timed_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from trees import random_tree_end, with_reach
 from triton.runtime import _allocation
 
 from mmdpo_kernels import tree_attention
+from mmdpo_kernels.backends import measured
 from mmdpo_kernels.backends.calls import TreeAttentionCall
 from mmdpo_kernels.backends.triton import measured_tiles, tree_plan
 from mmdpo_kernels.backends.triton import tree_attention as backend
@@ -332,21 +333,35 @@ def test_tiles_of_a_sweep_are_taken_where_they_were_measured_and_serve_the_call(
         {"pass": "forward", **asdict(TALL), "in_table": False, "milliseconds": 0.5}
     )  # for no call that is known to compile
     rows.append({"pass": "grad_key", **asdict(causal), "in_table": False, "reason": "out of time"})
-    file = tmp_path / "tiles.json"
-    file.write_text(json.dumps({"machine": {"gpu": "NVIDIA H100"}, "rows": rows}))
+    (tmp_path / "tiles.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA H100"}, "rows": rows}))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     gpu = torch.device("cuda")
     assert measured_tiles.fastest("causal", gpu) == {}
-    monkeypatch.setenv(measured_tiles.VARIABLE, str(file))
+    monkeypatch.setenv(measured.VARIABLE, str(tmp_path))
     assert measured_tiles.fastest("causal", gpu) == {"forward": causal}
     assert measured_tiles.fastest("tree", gpu) == {"forward": tree}
-    assert measured_tiles.fastest("tree mass", gpu) == measured_tiles.fastest(None, gpu) == {}
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    with pytest.raises(ValueError, match="measured on NVIDIA H100, this is NVIDIA A100"):
-        measured_tiles.fastest("causal", gpu)
-    monkeypatch.setenv(measured_tiles.VARIABLE, str(tmp_path / "none.json"))
-    with pytest.raises(ValueError, match="expected what benchmarks.kernels.sweep_tiles writes"):
-        measured_tiles.fastest("causal", gpu)
+    assert measured_tiles.fastest("tree mass", gpu) == measured_tiles.fastest("causal", torch.device("cpu")) == {}
+
+
+def test_tensors_of_other_alignment_than_the_sweep_s_take_the_table_s_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found without spills reads 16 bytes at a time."""
+    found = Tiles(64, 32, 8, 2)
+    monkeypatch.setattr(
+        measured_tiles, "fastest", lambda kind, device: dict.fromkeys(("forward", "grad_key", "grad_query"), found)
+    )
+    whole = torch.zeros(1, 20, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
+    strided = torch.zeros(1, 20, 2, 132, dtype=torch.bfloat16)[..., :128].transpose(1, 2)
+    shifted = torch.zeros(20 * 2 * 128 + 1, dtype=torch.bfloat16)[1:].view(1, 20, 2, 128).transpose(1, 2)
+    call = TreeAttentionCall(None, None, 0, 1.0, softcap=None, window=None)
+
+    def chosen(query: Tensor, value: Tensor, upstream: Tensor | None = None) -> list[Tiles]:
+        several = backend._Launches(query, whole, value, call, (9, 0))._tiles(upstream)
+        return [several.forward, several.grad_key, several.grad_query]
+
+    table = tiles.choose(128, torch.bfloat16, (9, 0), heavy=False)
+    assert chosen(whole, whole) == chosen(whole, whole, whole) == [found] * 3
+    for given in ((strided, whole), (whole, shifted), (whole, whole, strided)):
+        assert chosen(*given) == [table.forward, table.grad_key, table.grad_query]
 
 
 def test_the_kind_of_a_call_decides_whether_a_sweep_s_tiles_may_serve_it() -> None:
@@ -357,9 +372,9 @@ def test_the_kind_of_a_call_decides_whether_a_sweep_s_tiles_may_serve_it() -> No
         ids = torch.empty(1, 8, dtype=torch.int32, device="meta")
         fields = {"tree_end": ids if given.pop("tree", True) else None, "segments": None, "num_segments": 0, "scale": 1.0}
         call = TreeAttentionCall(**{**fields, "softcap": None, "window": None, "reach": None, **given})
-        return backend._Launches(query, query, query, call)._kind(dim, capability)
+        return backend._Launches(query, query, query, call)._kind(capability)
 
-    assert [kind(tree=False), kind(), kind(num_segments=2), kind(dim=96)] == ["causal", "tree", "tree mass", "tree"]
+    assert [kind(tree=False), kind(), kind(num_segments=2)] == ["causal", "tree", "tree mass"]
     reach = torch.empty(1, 8, dtype=torch.int32, device="meta")
-    unserved = [{"window": 4}, {"softcap": 2.0}, {"reach": reach}, {"dtype": torch.float32}, {"dim": 64}, {"capability": (8, 0)}]
+    unserved = [{"window": 4}, {"softcap": 2.0}, {"reach": reach}, {"dtype": torch.float32}, {"dim": 96}, {"capability": (8, 0)}]
     assert [kind(**each) for each in unserved] == [None] * 6

@@ -15,7 +15,7 @@ from ..layout import empty_head_last, int32
 from . import measured_tiles, runtime
 from . import tree_attention_tiles as tiles
 from .attention_device import COLUMNS
-from .launch import Launch
+from .launch import Launch, aligned
 from .runtime import Specialization
 from .tree_attention_kernels import forward_kernel, grad_key_kernel, grad_query_kernel, row_correction_kernel
 from .tree_attention_tiles import Tiles, TreeAttentionTiles
@@ -93,7 +93,7 @@ class _Launches:
 
     def forward(self, output: Tensor, lse: Tensor, mass: Tensor) -> Iterator[Launch]:
         """The launches that write output, lse and mass."""
-        tile = self._tiles.forward
+        tile = self._tiles().forward
         programs = triton.cdiv(self.query.shape[2], tile.block_m) * self.query.shape[1]
         own: dict[str, Any] = {"output": output, "lse": lse, "mass": None, "kinds": None}
         if self.call.segments is not None and self.call.num_segments:
@@ -144,27 +144,29 @@ class _Launches:
         )
         known = {**upstream, "lse": lse, "correction": correction, "scale": float(self.call.scale)}
         passes = triton.cdiv(self.call.num_segments, SEGMENTS_PER_PASS)
-        tile = self._tiles.grad_key
+        chosen = self._tiles(grad_output)
+        tile = chosen.grad_key
         programs = triton.cdiv(length, tile.block_n) * self.key.shape[1]
         own = {**known, "grad_key": grad_key, "grad_value": grad_value}
         yield self._launch(grad_key_kernel, programs, tile, key_plan, own, PASSES=passes)
-        tile = self._tiles.grad_query
+        tile = chosen.grad_query
         programs = triton.cdiv(length, tile.block_m) * heads
         yield self._launch(grad_query_kernel, programs, tile, query_plan, {**known, "grad_query": grad_query}, PASSES=passes)
 
-    @property
-    def _tiles(self) -> TreeAttentionTiles:
+    def _tiles(self, upstream: Tensor | None = None) -> TreeAttentionTiles:
+        """The table's, or what a sweep has found faster; for tensors of other alignment than the sweep's, the table's."""
         width = max(self.query.shape[3], self.value.shape[3])
         capability = self.capability or runtime.capability(self.query.device)
         heavy = self.call.num_segments > 0 or self.call.softcap is not None
         chosen = tiles.choose(width, self.query.dtype, capability, heavy, self.call.reach is not None)
-        if tiles.overridden():
+        kind = self._kind(capability)
+        if kind is None or tiles.overridden() or not aligned(self.query, self.key, self.value, upstream):
             return chosen
-        return replace(chosen, **measured_tiles.fastest(self._kind(width, capability), self.query.device))
+        return replace(chosen, **measured_tiles.fastest(kind, self.query.device))
 
-    def _kind(self, width: int, capability: tuple[int, int]) -> str | None:
-        """Which of the calls that candidates are for this one is, or None."""
-        if capability[0] != 9 or self.query.dtype == torch.float32 or not 64 < width <= 128:
+    def _kind(self, capability: tuple[int, int]) -> str | None:
+        """Which of the calls that candidates are compiled and timed for this one is, or None."""
+        if capability[0] != 9 or self.query.dtype == torch.float32 or not self.query.shape[3] == self.value.shape[3] == 128:
             return None
         if any(each is not None for each in (self.call.reach, self.call.window, self.call.softcap)):
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer
 
 from benchmarks.runs.training_step.setting import Setting, build, processor_of, records
+from mmdpo_trainers.models.families import family_of
 from mmdpo_trainers.processes.progress import Progress
 from mmdpo_trainers.training import model_parts
 from mmdpo_trainers.training.config import PreferenceConfig
@@ -49,8 +50,28 @@ def ours(*, batch: int = 1, checkpointing: bool = False, **options: Any) -> Side
     return Side(kind="ours", batch=batch, checkpointing=checkpointing, options={"precompute_ref_log_probs": True, **options})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is trained, on what, and where."""
+
+    model: Callable[[], Any]
+    """Makes the model, for each trainer anew; all are equal."""
+    processor: Any
+    data: Any
+    """As of `setting.records`."""
+    lora_r: int
+    arguments: Mapping[str, Any] = field(default_factory=lambda: {"use_cpu": True, "bf16": False})
+    """Fields of `TrainingArguments` that say where."""
+
+
 def make(side: Side, setting: Setting) -> Trainer:
     """The side's trainer on the setting's model and records."""
+    subject = Subject(model=lambda: build(setting), processor=processor_of(setting), data=records(setting), lora_r=setting.lora_r)
+    return trainer_of(side, subject)
+
+
+def trainer_of(side: Side, subject: Subject) -> Trainer:
+    """The side's trainer on a model and records of its own."""
     arguments = {
         "output_dir": _folder(),
         "per_device_train_batch_size": side.batch,
@@ -62,13 +83,12 @@ def make(side: Side, setting: Setting) -> Trainer:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
+        **subject.arguments,
     }
     options = dict(side.options)
     own_vision = options.pop("own_vision", False)
-    config = PreferenceConfig(**arguments, lora_r=setting.lora_r, lora_alpha=2 * setting.lora_r, **options)
-    model, processor, data = build(setting), processor_of(setting), records(setting)
+    config = PreferenceConfig(**arguments, lora_r=subject.lora_r, lora_alpha=2 * subject.lora_r, **options)
+    model, processor, data = subject.model(), subject.processor, subject.data
     if side.kind == "ours":
         trainer = PreferenceTrainer(model, config, processing_class=processor, train_dataset=data, progress=_quiet())
         return see_apart(trainer) if own_vision else trainer
@@ -111,9 +131,11 @@ def see_apart(trainer: PreferenceTrainer) -> PreferenceTrainer:
             # Not by a call of the module, which would end here once more.
             module.forward(*args, **kwargs)
 
-    body = model_parts.base_of(trainer.model).model  # type: ignore[arg-type]
-    for part in (body.vision_tower, body.multi_modal_projector):
-        part.register_forward_hook(run_again, with_kwargs=True)
+    base = model_parts.base_of(trainer.model)  # type: ignore[arg-type]
+    family = family_of(base)
+    inside = tuple(f"{name}." for name in family.vision)
+    for name in (*family.vision, *(name for name in family.projector if not name.startswith(inside))):
+        base.base_model.get_submodule(name).register_forward_hook(run_again, with_kwargs=True)
     return trainer
 
 
@@ -176,5 +198,6 @@ def warm(model: nn.Module) -> None:
 def loss_of(trainer: Trainer, rows: Sequence[int]) -> float:
     """Loss of the records `rows` as one batch, by the trainer's own collator and `compute_loss`."""
     batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])  # type: ignore[index]
+    batch = trainer._prepare_inputs(batch)
     with torch.no_grad():
         return float(trainer.compute_loss(trainer.model.train(), batch))  # type: ignore[union-attr]

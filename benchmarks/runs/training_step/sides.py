@@ -49,6 +49,11 @@ def ours(*, batch: int = 1, checkpointing: bool = False, **options: Any) -> Side
     return Side(kind="ours", batch=batch, checkpointing=checkpointing, options={"precompute_ref_log_probs": True, **options})
 
 
+def cached_records(side: Side, setting: Setting) -> int:
+    """Records in a timed reference pass: enough for every picture to be used as often as in training."""
+    return min(max(side.batch, setting.questions), setting.records)
+
+
 def make(side: Side, setting: Setting) -> Trainer:
     """The side's trainer on the setting's model and records."""
     arguments = {

@@ -186,20 +186,28 @@ def test_a_training_loop_moves_one_step_at_a_time() -> None:
 
 
 def test_goals_of_the_training_step() -> None:
-    speed = {"median": 2.25, "min": 2.0, "max": 2.5}
-    seconds = {"TRL": [2.25], "ours": [1.0]}
+    speed, seconds = {"median": 2.25, "min": 2.0, "max": 2.5}, {"TRL": [2.25], "ours": [1.0]}
+
+    def compared(kind: str, limit: float) -> dict[str, Any]:
+        flop = {"TRL": limit * 1e9, "ours": 1e9}
+        return {"speed_up": {kind: speed}, "seconds_per_pair": seconds, "flop_per_pair": flop, "limit": {kind: limit}}
+
     text = page.text_of(
         {
-            "dpo": {"speed_up": {"plain": speed}, "seconds_per_pair": seconds},
-            "questions": {"speed_up": speed},
+            "dpo": compared("plain", 2.5),
+            "mdpo": compared("plain", 2.6),
+            "questions": compared("questions", 2.25),
             "memory": {"share": {"dpo": {"plain": 0.6}}, "peak_bytes_above_model": {"dpo": {"TRL": 1e9}}},
-            "growth": [{"what": "pictures", "value": 8, "seconds_per_pair": seconds, "speed_up": speed}],
+            "growth": [{"what": "pictures", "value": 8, **compared("growth", 2.0)}],
+            "loading": {"seconds_per_record": {"dpo": {"read": [0.001], "collate": [0.002, 0.004, 0.003]}}},
         }
     )
-    assert "| 2.25 (2.00 to 2.50) | at least 2.2 | met |" in text
-    assert "| 2.25 (2.00 to 2.50) | at least 4.5 | missed |" in text
-    assert "| 0.60 | at most 0.6 | met |" in text
-    assert "| pictures | 8 | 2.25 | 1.00 | 2.25 |" in text
+    assert "| 2.25 (2.00 to 2.50) | 2.50 | 90% | at least 2.2, 90% of the limit | met |" in text
+    assert "| 2.25 (2.00 to 2.50) | 2.60 | 87% | at least 1.8, 90% of the limit | missed |" in text
+    assert "| 2.25 (2.00 to 2.50) | 2.25 | 100% | at least 4.5, 90% of the limit | missed |" in text
+    assert "| 0.60 |  |  | at most 0.6 | met |" in text
+    assert "| pictures | 8 | 2.25 | 1.00 | 2.25 (2.00 to 2.50) | 2.00 | 112% |" in text
+    assert "| DPO | ours | 1.00 | 1 | 1 |" in text and "| DPO | 1.0 | 3.0 |" in text
 
 
 def small_run(tmp_path: Path, *arguments: str, device: str = "cpu") -> tuple[int, dict[str, Any]]:

@@ -33,12 +33,13 @@ LORA = {"lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_pro
 # MPO: a reward shift that runs over steps, whatever processes and micro-batches their records are in.
 MPO = {"loss_type": ["sigmoid", "bco_pair", "nll"], "loss_weights": [0.8, 0.2, 1.0], "bco_shift": "previous"}
 PACKED = {**LORA, **SAVED, **MPO, "max_tokens_per_batch": 150, "accumulation": 2}
-# The adapter off as the reference, run before the first step; checkpointed activations on the CPU.
+# The adapter off as the reference, run before the first step; checkpointed activations on the CPU, MLPs in chunks.
 CACHED = {
     "precompute_ref_log_probs": True,
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "activation_offloading": True,
+    "mlp_chunk_rows": 16,
     "attention_target": "log_share",
     "attention_target_weight": 0.3,
 }

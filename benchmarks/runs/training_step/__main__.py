@@ -26,7 +26,7 @@ from benchmarks.runs.training_step.setting import SMALL, Setting  # noqa: E402
 from benchmarks.runs.training_step.sides import Side  # noqa: E402
 
 RESULT = "training_step_cpu"
-PARTS = ("dpo", "mdpo", "memory", "best", "questions", "features", "growth")
+PARTS = ("dpo", "mdpo", "memory", "best", "questions", "features", "growth", "loading")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         action="append",
         help="measure this only and put it into the result file; may be repeated",
     )
-    parser.add_argument("--repeats", type=int, help="turns that count, after one warm-up (default 4, small 1; long parts half)")
+    parser.add_argument("--repeats", type=int, help="turns that count, after one warm-up (default 3, small 1)")
     parser.add_argument(
         "--processor-time", action="store_true", help="seconds of processor time, for a machine that is shared; writes nothing"
     )
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     bench = parts.Bench(
         setting=SMALL if arguments.small else Setting(),
-        repeats=arguments.repeats or (1 if arguments.small else 4),
+        repeats=arguments.repeats or (1 if arguments.small else 3),
         progress=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
         clock=time.process_time if arguments.processor_time else time.perf_counter,
         small=arguments.small,

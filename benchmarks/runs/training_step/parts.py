@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -15,8 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.measure import alternate, peak_memory, ratios
+from benchmarks.runs.training_step import limits
 from benchmarks.runs.training_step.setting import Setting
-from benchmarks.runs.training_step.sides import EPOCHS, MDPO, Side, check_agreement, make, ours, reference_pass, warm
+from benchmarks.runs.training_step.sides import (
+    EPOCHS,
+    MDPO,
+    Side,
+    cached_records,
+    check_agreement,
+    make,
+    ours,
+    reference_pass,
+    warm,
+)
 from benchmarks.runs.training_step.stepping import Loop
 
 Seconds = dict[str, list[float]]
@@ -52,24 +64,19 @@ class Bench:
             for name, side in sides.items():
                 functions[name] = stack.enter_context(Loop(trainers[name])).step
                 if side.caches:
-                    functions[_pass(name)] = functools.partial(reference_pass, trainers[name], _cached(side, setting))
+                    functions[_pass(name)] = functools.partial(reference_pass, trainers[name], cached_records(side, setting))
             seconds = alternate(functions, self.repeats if repeats is None else repeats, self.progress, clock=self.clock)
         found = {}
         for name, side in sides.items():
             found[name] = [value / side.batch for value in seconds[name]]
             if side.caches:
-                share = 1 / (EPOCHS * _cached(side, setting))
+                share = 1 / (EPOCHS * cached_records(side, setting))
                 found[name] = [step + share * one for step, one in zip(found[name], seconds[_pass(name)], strict=True)]
         return found
 
 
 def _pass(name: str) -> str:
     return f"{name}: reference pass"
-
-
-def _cached(side: Side, setting: Setting) -> int:
-    """Records in a timed reference pass: enough for every picture to be used as often as in training."""
-    return min(max(side.batch, setting.questions), setting.records)
 
 
 BUDGET_BATCH = 4
@@ -93,26 +100,26 @@ MDPO_SIDES = {
 def dpo(bench: Bench) -> dict[str, Any]:
     """The same settings on both sides."""
     seconds = bench.race(DPO, bench.setting, terms=1)
-    return {
-        "seconds_per_pair": seconds,
-        "speed_up": {
-            "plain": ratios(seconds, "TRL", "ours"),
-            "checkpointing": ratios(seconds, "TRL, checkpointing", "ours, checkpointing"),
-        },
-    }
+    against = {"plain": ("TRL", "ours"), "checkpointing": ("TRL, checkpointing", "ours, checkpointing")}
+    return _compared(seconds, limits.of_sides(DPO, bench.setting), against)
 
 
 def mdpo(bench: Bench) -> dict[str, Any]:
     """The same settings on both sides, the faster kind of logits for the official trainer."""
-    seconds = bench.race(MDPO_SIDES, bench.setting.but(corrupted=True), terms=3)
+    setting = bench.setting.but(corrupted=True)
+    seconds = bench.race(MDPO_SIDES, setting, terms=3)
     fastest = min(("official", "official, response rows"), key=lambda name: sum(seconds[name]))
+    against = {"plain": (fastest, "ours"), "checkpointing": ("official, response rows, checkpointing", "ours, checkpointing")}
+    return {**_compared(seconds, limits.of_sides(MDPO_SIDES, setting), against), "baseline": fastest}
+
+
+def _compared(seconds: Seconds, flop: Mapping[str, float], against: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """Seconds, products and, for each kind of comparison (the baseline, ours), the ratio of both."""
     return {
         "seconds_per_pair": seconds,
-        "baseline": fastest,
-        "speed_up": {
-            "plain": ratios(seconds, fastest, "ours"),
-            "checkpointing": ratios(seconds, "official, response rows, checkpointing", "ours, checkpointing"),
-        },
+        "flop_per_pair": dict(flop),
+        "speed_up": {kind: ratios(seconds, *sides) for kind, sides in against.items()},
+        "limit": {kind: flop[theirs] / flop[own] for kind, (theirs, own) in against.items()},
     }
 
 
@@ -136,22 +143,24 @@ def memory(bench: Bench) -> dict[str, Any]:
 
 
 def best(bench: Bench, peaks: dict[str, Any]) -> dict[str, Any]:
-    """Each side at the fastest of its settings that fit the memory budget. peaks: what `memory` found."""
+    """Each side at the fastest of its settings that fit the memory budget, told by one turn of all. peaks: what `memory` found."""
     found: dict[str, Any] = {}
     for method, sides in _candidates().items():
-        peak = peaks["peak_bytes_above_model"][method]
+        peak, setting = peaks["peak_bytes_above_model"][method], bench.setting.but(corrupted=method == "mdpo")
         budget = peak[_budget_side(method)]
         fitting = {name: side for name, side in sides.items() if peak[name] <= budget}
         if bench.small:
             fitting = {name: sides[name] for name in (_budget_side(method), "ours")}
-        seconds = bench.race(fitting, bench.setting.but(corrupted=method == "mdpo"), repeats=max(1, bench.repeats // 2))
-        own, other = ({name: seconds[name] for name in seconds if name.startswith("ours") == mine} for mine in (True, False))
+        tried = bench.race(fitting, setting, repeats=1)
+        own, other = ({name: tried[name] for name in tried if name.startswith("ours") == mine} for mine in (True, False))
         fastest = {group: min(times, key=lambda name: sum(times[name])) for group, times in (("ours", own), ("baseline", other))}
+        pair = (fastest["baseline"], fastest["ours"])
+        chosen = {name: sides[name] for name in pair}
         found[method] = {
             "budget_bytes": budget,
-            "seconds_per_pair": seconds,
+            "tried_seconds_per_pair": tried,
             "settings": fastest,
-            "speed_up": ratios(seconds, fastest["baseline"], fastest["ours"]),
+            **_compared(bench.race(chosen, setting), limits.of_sides(chosen, setting), {"best": pair}),
         }
     return found
 
@@ -181,11 +190,12 @@ def questions(bench: Bench) -> dict[str, Any]:
     """Four questions about each set of pictures, in batches of four."""
     setting = bench.setting.but(questions=4)
     sides = {"TRL": Side(kind="trl", batch=4), "ours": ours(batch=4, group_by_pictures=True)}
-    seconds = bench.race(sides, setting, repeats=max(1, bench.repeats // 2), terms=1)
-    return {"seconds_per_pair": seconds, "speed_up": ratios(seconds, "TRL", "ours")}
+    seconds = bench.race(sides, setting, terms=1)
+    return _compared(seconds, limits.of_sides(sides, setting), {"questions": ("TRL", "ours")})
 
 
-PICTURES, TOKENS, BATCHES = (1, 2, 4, 8), (20, 100, 400), (1, 4, 16)
+PICTURES, TOKENS, BATCHES = (1, 8), (20, 400), (4,)
+"""Five pictures, 40 tokens and a batch of one are `dpo`."""
 
 
 def growth(bench: Bench) -> list[dict[str, Any]]:
@@ -198,14 +208,14 @@ def growth(bench: Bench) -> list[dict[str, Any]]:
     ]
     rows = []
     for what, value, changes, batch in points:
-        # Sixteen pairs of separate sequences do not fit without checkpointing.
-        checkpointing = what == "batch"
+        # Batches of separate sequences do not fit without checkpointing.
+        checkpointing, setting = what == "batch", bench.setting.but(**changes)
         sides = {
             "TRL": Side(kind="trl", batch=batch, checkpointing=checkpointing),
             "ours": ours(batch=batch, checkpointing=checkpointing),
         }
-        seconds = bench.race(sides, bench.setting.but(**changes), repeats=1 if batch > 1 else max(1, bench.repeats // 2))
-        rows.append({"what": what, "value": value, "seconds_per_pair": seconds, "speed_up": ratios(seconds, "TRL", "ours")})
+        compared = _compared(bench.race(sides, setting), limits.of_sides(sides, setting), {"growth": ("TRL", "ours")})
+        rows.append({"what": what, "value": value, **compared})
     return rows
 
 
@@ -219,9 +229,30 @@ def features(bench: Bench) -> dict[str, Any]:
         for vision in (False, True)
         for cache in (False, True)
     }
-    seconds = bench.race(sides, bench.setting, repeats=max(1, bench.repeats // 2), terms=1)
     none = _features_name(False, False, False)
-    return {"seconds_per_pair": seconds, "speed_up": {name: ratios(seconds, none, name) for name in sides}}
+    seconds = bench.race(sides, bench.setting, terms=1)
+    return _compared(seconds, limits.of_sides(sides, bench.setting), {name: (none, name) for name in sides})
+
+
+def loading(bench: Bench) -> dict[str, Any]:
+    """Seconds that one record takes before a step: read, with its pictures decoded, and put into a batch; each record once."""
+    kinds = {"dpo": (ours(), bench.setting), "mdpo": (ours(loss_type=MDPO), bench.setting.but(corrupted=True))}
+    found: dict[str, Any] = {}
+    for kind, (side, setting) in kinds.items():
+        trainer = make(side, setting)
+        found[kind] = {"read": [], "collate": []}
+        # The first one warms up.
+        for turn in range(-1, setting.records):
+            start = bench.clock()
+            record = trainer.train_dataset[max(turn, 0)]  # type: ignore[index]
+            read = bench.clock()
+            trainer.data_collator([record])
+            done = bench.clock()
+            if turn >= 0:
+                found[kind]["read"].append(read - start)
+                found[kind]["collate"].append(done - read)
+        bench.progress(f"loading {kind}: {statistics.median(found[kind]['collate']) * 1e3:.1f} ms to collate a record")
+    return {"seconds_per_record": found}
 
 
 def _features_name(tree: bool, vision: bool, cache: bool) -> str:

@@ -64,6 +64,11 @@ class Subject:
     """Fields of `TrainingArguments` that say where."""
 
 
+def cached_records(side: Side, setting: Setting) -> int:
+    """Records in a timed reference pass: enough for every picture to be used as often as in training."""
+    return min(max(side.batch, setting.questions), setting.records)
+
+
 def make(side: Side, setting: Setting) -> Trainer:
     """The side's trainer on the setting's model and records."""
     subject = Subject(model=lambda: build(setting), processor=processor_of(setting), data=records(setting), lora_r=setting.lora_r)

@@ -24,6 +24,7 @@ from mmdpo_trainers.models.processors import load_processor
 from mmdpo_trainers.training import adapter_checks, head, model_parts, quantized_models, router_loss
 from mmdpo_trainers.training.batches.collator import PreferenceCollator, collator_of
 from mmdpo_trainers.training.config import PreferenceConfig
+from mmdpo_trainers.training.mlp_chunks import chunk_mlps
 from mmdpo_trainers.training.sharded.sharding import check_whole
 from mmdpo_trainers.training.training_mode import disable_dropout
 
@@ -160,11 +161,15 @@ def policy_and_reference(
 
 
 def prepare(model: nn.Module, args: PreferenceConfig, *, packs: bool) -> None:
-    """Make policy or reference ready for batches: without dropout, patched where it needs to be. packs: whether they are token trees."""
+    """Make policy or reference ready for batches: without dropout, patched where it needs to be, MLPs in chunks.
+
+    packs: whether batches are token trees.
+    """
     head.check_head(model)
     disable_dropout(model)
     if packs or args.attention_layer is not None or args.attention_target is not None:
         patch_model(model)
+    chunk_mlps(model, args)
     if args.torch_compile:
         model_parts.compile_decoder(model, args)
 

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.generation import utils as generation_utils
 
 from mmdpo_kernels import patch_model, record_attention, recorder, unpatch_model
+from mmdpo_kernels.recorder import steps
 
 PROMPT, STEPS, LAYERS, SEGMENTS = 11, 7, 3, 3
 COMMON: dict[str, Any] = {
@@ -198,8 +199,10 @@ def test_windowed_layers_of_a_whole_forward(
     rows = mask.bool() & torch.tensor([4, 5, 8, 10])[None].eq(torch.arange(PROMPT)[:, None]).any(1)
     maps = unpatch_model(case.model)(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
     patch_model(case.model)
-    original = recorder.PreparedMass.__call__
-    monkeypatch.setattr(recorder.PreparedMass, "__call__", lambda self, q, k: (calls.append(q.shape), original(self, q, k))[1])
+    original = recorder.plan.PreparedMass.__call__
+    monkeypatch.setattr(
+        recorder.plan.PreparedMass, "__call__", lambda self, q, k: (calls.append(q.shape), original(self, q, k))[1]
+    )
     with record_attention(case.model, segment_map(), rows, layers=[0, 2], num_segments=SEGMENTS) as recording:
         case.model(input_ids=ids, attention_mask=mask)
     assert calls == [(2, 4, 4, 8)] * 2
@@ -370,9 +373,9 @@ def test_steps_that_wait_for_one_another_lose_nothing(
 ) -> None:
     """Decoding steps are taken several at a time; what is read while some wait has them, and a second prompt does not mix with them."""
     case, calls = generated["full"], []
-    monkeypatch.setattr(recorder, "_STEPS_TOGETHER", together)
-    original = recorder.attention_mass
-    monkeypatch.setattr(recorder, "attention_mass", lambda q, *a, **k: (calls.append(q.shape[2]), original(q, *a, **k))[1])
+    monkeypatch.setattr(steps, "_TOGETHER", together)
+    original = steps.attention_mass
+    monkeypatch.setattr(steps, "attention_mass", lambda q, *a, **k: (calls.append(q.shape[2]), original(q, *a, **k))[1])
     settings: dict[str, Any] = {"layers": [0, 2], "num_segments": SEGMENTS, "reduce": reduce}
     with record_attention(case.model, segment_map(), None, **settings) as recording:
         case.model.generate(**case.inputs, **options())

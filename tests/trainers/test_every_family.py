@@ -15,7 +15,7 @@ from tiny_models import TINY, make_tiny_llava
 from wide_kernels import widen_kernels
 
 import mmdpo_kernels.patch
-import mmdpo_kernels.recorder
+import mmdpo_kernels.recorder.plan
 from benchmarks import measure
 from benchmarks.runs import families as families_page
 from mmdpo_trainers.checks import CHECKS, CheckResult, run_checks
@@ -125,7 +125,7 @@ def _segments_off(patch: pytest.MonkeyPatch, model: Any) -> None:
 
 
 def _mass_off(patch: pytest.MonkeyPatch, model: Any) -> None:
-    mass = mmdpo_kernels.recorder.PreparedMass
+    mass = mmdpo_kernels.recorder.plan.PreparedMass
     right = mass.__call__
     patch.setattr(mass, "__call__", lambda *args: right(*args) + 1e-5)
 

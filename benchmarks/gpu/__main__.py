@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in order of worth, in two commands of at most five minutes each and without network: `make gpu`.
 
     python benchmarks/gpu --part 1                # is every kernel right, how fast are heads and attention; into $OUT, or build/gpu
-    python benchmarks/gpu --part 2                # candidates and backends, for tiles.json and choice_<gpu>.json; accuracy, sanitizer
+    python benchmarks/gpu --part 2                # steps of 7B models; candidates, for tiles.json and choice_<gpu>.json; accuracy, sanitizer
     python benchmarks/gpu                         # both
     python benchmarks/gpu --dry-run               # the phases, their times and their commands
     python benchmarks/gpu --device cpu --small    # every phase on tiny inputs, to see that it runs
@@ -179,6 +179,13 @@ def _tiles(plan: Plan, seconds: float) -> list[list[str]]:
     ]
 
 
+def _whole_step(plan: Plan, seconds: float) -> list[list[str]]:
+    # Small, one model stands for all: the others have their tests.
+    tiny = ["--small", "--shape", "LLaVA-1.5-7B", "--method", "dpo"] if plan.small else []
+    where = ["--device", plan.device, "--output", str(plan.folder), "--resume", "--seconds", str(max(5, seconds - 10))]
+    return [[*_other("runs.whole_shapes"), *where, *tiny]]
+
+
 def _choices(plan: Plan, seconds: float) -> list[list[str]]:
     options = ["--device", plan.device, "--repeats", "3", "--output", str(plan.folder), "--seconds", str(max(5, seconds - 15))]
     command = [*_other("kernels.choose_backends"), *options, *_small(plan)]
@@ -207,10 +214,11 @@ PHASES = (
     Phase(name="tests", seconds=60, commands=_tests, parts=(1,)),
     Phase(name="compile and check", seconds=40, commands=_compile, parts=(1,)),
     Phase(name="benchmarks", seconds=80, commands=_benchmarks, parts=(1,)),
-    Phase(name="tiles", seconds=70, commands=_tiles, parts=(2,)),
-    Phase(name="choices", seconds=50, commands=_choices, parts=(2,)),
-    Phase(name="accuracy", seconds=40, commands=_accuracy, parts=(2,)),
-    Phase(name="sanitizer", seconds=50, commands=_sanitizer, parts=(2,)),
+    Phase(name="whole step", seconds=75, commands=_whole_step, parts=(2,)),
+    Phase(name="tiles", seconds=50, commands=_tiles, parts=(2,)),
+    Phase(name="choices", seconds=35, commands=_choices, parts=(2,)),
+    Phase(name="accuracy", seconds=25, commands=_accuracy, parts=(2,)),
+    Phase(name="sanitizer", seconds=25, commands=_sanitizer, parts=(2,)),
 )
 ALWAYS = ("environment", "build")
 """Phases that are run again whatever an earlier command has done: a machine may be another one, a build finds what is built."""
@@ -297,7 +305,7 @@ def summary(plan: Plan, outcomes: Sequence[Outcome]) -> str:
             pieces += ["## Goals", markdown(page.GOAL_COLUMNS, goals)]
         pieces += ["## Benchmarks", page.text_of(content)]
     for outcome in outcomes:
-        if outcome.name in ("environment", "accuracy", "tiles", "choices") and outcome.output:
+        if outcome.name in ("environment", "whole step", "accuracy", "tiles", "choices") and outcome.output:
             pieces += [f"## {outcome.name.capitalize()}", outcome.output]
     return "\n\n".join(pieces) + "\n"
 

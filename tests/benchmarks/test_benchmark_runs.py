@@ -33,6 +33,7 @@ from benchmarks.runs import (
     mia_dpo_seeds,
     mia_dpo_worlds,
     online_step,
+    pipeline,
     published_benchmarks,
     recurrent_tree,
     vllm_families,
@@ -40,6 +41,9 @@ from benchmarks.runs import (
 from benchmarks.runs.training_step import __main__ as training_step_cli
 from benchmarks.runs.training_step.setting import SMALL
 from benchmarks.runs.training_step.sides import Side, loss_of, make
+from benchmarks.runs.whole_shapes import __main__ as whole_shapes_cli
+from benchmarks.runs.whole_shapes import cases as shape_cases
+from benchmarks.runs.whole_shapes import flops, shapes, subject
 from mmdpo_trainers.training import model_parts
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -76,6 +80,77 @@ def test_every_part_of_the_training_step(tmp_path: Path, capsys: pytest.CaptureF
     training_step_cli.main(["--memory-of", json.dumps(wanted)])
     # This process has had more than that before: only a fresh one, as above, tells the peak.
     assert re.fullmatch(r"-?\d+", capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_stages_of_the_pipeline(tmp_path: Path) -> None:
+    """The plain ways give the answers and ratios of the stages, or it stops."""
+    pipeline.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "pipeline_cpu")
+    assert set(found["counts"]) == set(found["processor_seconds"]) > set(pipeline.STAGES)
+    assert all(count > 0 for counts in found["counts"].values() for count in counts.values())
+    assert "| score, plain | " in (tmp_path / "results_pipeline.md").read_text()
+
+
+def test_whole_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Some ways of one shape; what cannot be had here says why, and what is measured is not measured again."""
+    names = (shape_cases.OURS, shape_cases.TRL, f"{shape_cases.TRL}, FA3", shape_cases.WITHOUT_ALL)
+    monkeypatch.setitem(shape_cases.WAYS, "dpo", {name: shape_cases.WAYS["dpo"][name] for name in names})
+    monkeypatch.setitem(shape_cases.WEIGHED, "dpo", (shape_cases.OURS,))
+    chosen = ["--small", "--output", str(tmp_path), "--shape", "Qwen2.5-VL-7B", "--method", "dpo"]
+    monkeypatch.setattr(shape_cases.importlib.util, "find_spec", lambda name: None)
+    whole_shapes_cli.main(chosen)
+    rows = result(tmp_path, "whole_shapes_cpu")["shapes"]["Qwen2.5-VL-7B"]["dpo"]
+    assert rows[names[1]] == {"reason": "TRL is not installed"} and rows[names[2]] == {"reason": "TRL is not installed"}
+    ours, apart = rows[names[0]], rows[names[3]]
+    assert ours["tokens"] < apart["tokens"] and ours["flops"] < apart["flops"] and ours["utilisation"] > 0
+    assert ours["peak_bytes"] and not {"reason", "failed"} & {*ours, *apart}
+    text = (tmp_path / "results_whole_shapes.md").read_text()
+    assert "times ours, without all three" in text and "- TRL, FA3: TRL is not installed (Qwen2.5-VL-7B DPO)" in text
+    whole_shapes_cli.main([*chosen, "--resume", "--seconds", "0.001"])
+    again = result(tmp_path, "whole_shapes_cpu")["shapes"]["Qwen2.5-VL-7B"]["dpo"]
+    assert again[names[0]]["per_pair"] == ours["per_pair"] and again[names[1]] == {"reason": "no time was left for it"}
+    monkeypatch.setattr(whole_shapes_cli, "find_spec", lambda name: None)
+    whole_shapes_cli.main(chosen)
+    assert "left out: training needs transformers, peft" in capsys.readouterr().out
+
+
+@pytest.mark.nightly
+def test_whole_shapes_of_every_family(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is a peer, installed with the [peers] extra")
+    whole_shapes_cli.main(["--small", "--output", str(tmp_path)])
+    found = result(tmp_path, "whole_shapes_cpu")["shapes"]
+    missing = {answer for of in found.values() for rows in of.values() for row in rows.values() if (answer := row.get("reason"))}
+    assert (
+        len(found) == 3
+        and len(missing) == 3
+        and not [row for of in found.values() for rows in of.values() for row in rows if "failed" in row]
+    )
+
+
+def test_operations_of_a_step_are_those_of_a_count_by_hand() -> None:
+    """LLaVA-1.5-7B from its configuration alone: 6.5 G weights in the language tower's linears."""
+    shape = subject.Shape("LLaVA-1.5-7B", "cuda", torch.device("meta"), torch.bfloat16)
+    weights = flops.Weights.of(shape.model, shape.family, shape.size, 64)
+    linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    adapter = 32 * 64 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert (weights.language, weights.adapter, weights.head, weights.state) == (linears, adapter, 32064 * 4096, 0)
+    form = flops.Form(tokens=1000, pairs=500_500, rows=40, pictures=0, reference_pictures=0)
+    attention, head = 4 * 500_500 * 32 * 4096, 2 * 40 * 32064 * 4096
+    frozen = 2 * 1000 * linears + head
+    assert flops.step_flops(weights, form, reference=0) == 2 * frozen + 3 * (attention + 2 * 1000 * adapter)
+    assert flops.step_flops(weights, form, reference=1) == 3 * frozen + 4 * attention + 6 * 1000 * adapter
+
+
+def test_every_shape_has_every_scale() -> None:
+    for name, scales in shapes.SHAPES.items():
+        assert list(scales) == ["cuda", "cpu", "small"] and name in subject.FAMILIES
+    order = shape_cases.in_turn(together=False)
+    assert (
+        len(order)
+        == len({(shape, method, name) for shape, method, [name] in order})
+        == 3 * sum(map(len, shape_cases.WAYS.values()))
+    )
+    assert [method for _, method, _ in order] == sorted((method for _, method, _ in order), key=shapes.METHODS.index)
 
 
 def test_the_online_step_and_its_parts(tmp_path: Path) -> None:

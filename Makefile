@@ -43,9 +43,10 @@ install: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.11" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -e '.[train,judge,plots,qlora,dev,peers]'
+	@# What is imported is compiled then; compiling all that is installed would take longer than installing it.
+	$(PIP) install --no-compile -e '.[train,judge,plots,qlora,dev,peers]'
 	@# After torch, which DeepSpeed's set-up imports; its own kernels are left out, ZeRO needs none of them.
-	DS_BUILD_OPS=0 $(PIP) install --no-build-isolation deepspeed
+	DS_BUILD_OPS=0 $(PIP) install --no-compile --no-build-isolation deepspeed
 	@touch $@
 
 $(OLDEST)/.installed: constraints-oldest.txt $(STAMP)

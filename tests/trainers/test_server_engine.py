@@ -158,13 +158,15 @@ def test_an_address_that_comes_back_is_asked_again(
 ) -> None:
     monkeypatch.setattr(generate, "_TO_SERVERS", 2)
     back: list[JudgeServer] = []
+    one_at_a_time = threading.Lock()
     with serving(plays) as first:
         gone = first.url, first.port
     with contextlib.ExitStack() as started:
 
         def starts_the_other(asked: Asked) -> Said:
-            if not back:
-                back.append(started.enter_context(serving(plays, port=gone[1])))
+            with one_at_a_time:
+                if not back:
+                    back.append(started.enter_context(serving(plays, port=gone[1])))
             return plays(asked)
 
         with serving(starts_the_other) as server:

@@ -164,7 +164,11 @@ def read_image(source: ImageSource, *, root: PathLike | None = None, max_pixels:
     """
     if (recipe := recipe_in(source)) is not None:
         return Picture(_drawn(recipe, root, max_pixels), None)
-    with _opened(_origin(source, root), max_pixels) as image:
+    return _read(_origin(source, root), max_pixels)
+
+
+def _read(origin: Path | bytes | Image.Image, max_pixels: int) -> Picture:
+    with _opened(origin, max_pixels) as image:
         return _upright_rgb(image)
 
 
@@ -240,7 +244,8 @@ def _drawn(recipe: Recipe, root: PathLike | None, max_pixels: int) -> Image.Imag
     width, height = recipe.size(lambda path: image_size(files[path]))
     if width * height > max_pixels:
         raise ImageError("enormous", f"a {recipe.kind} of {width} x {height} pixels is above the limit of {max_pixels}")
-    pictures = {path: open_image(file, max_pixels=max_pixels) for path, file in files.items()}
+    # They have been located, and for small pictures that is much of the work.
+    pictures = {path: _read(file, max_pixels).image for path, file in files.items()}
     return recipe.draw([pictures[path] for path in recipe.images])
 
 

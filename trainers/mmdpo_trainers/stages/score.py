@@ -52,8 +52,11 @@ def run(context: StageContext) -> dict[str, Any]:
     layer = resolve_layer(layers, options.layer)
     model = LazyModel(lambda: load_base(context))
 
+    def recorded_in(batch: Sequence[Record]) -> bool:
+        return all(records_what(record.get("recorded"), settings) for record in batch)
+
     def work(number: int, batch: Sequence[Record]) -> list[dict[str, Any]]:
-        given = all(records_what(record.get("recorded"), settings) for record in batch)
+        given = recorded_in(batch)
         recorded = [record["recorded"] for record in batch] if given else recorded_answers(model(), batch, **options.recording)
         scored = [_scored(record, each, options.statistic, layer) for record, each in zip(batch, recorded, strict=True)]
         # A server may not have told the log-probabilities of its answers.
@@ -64,7 +67,9 @@ def run(context: StageContext) -> dict[str, Any]:
                 scored[place]["perplexity"] = perplexity
         return scored
 
-    path = run_batches(context, "scores.jsonl", records, options.batch_size, work, "score")
+    # Where a model has to look at the answers, the next batch's pictures are opened meanwhile.
+    opened = not recorded_in(records)
+    path = run_batches(context, "scores.jsonl", records, options.batch_size, work, "score", opened=opened)
     if not ranks.is_rank_0():
         return {}
     curves = None if "layer" in settings else _curves(context, path, settings["layers"], layer)

@@ -74,8 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     measured: list[dict[str, Any]] = []
     with steps(len(cases)) as progress:
         for case in cases:
-            if time.monotonic() > setting.deadline:
-                progress.step(f"{case.op} {case.name}: left out, out of time")
+            left_out = "out of time" if time.monotonic() > setting.deadline else case.unfit(device)
+            if left_out:
+                progress.step(f"{case.op} {case.name}: left out, {left_out}")
                 continue
             contestants = [c for c in registry.contestants(case.op) if not arguments.contestant or c.name in arguments.contestant]
             begun = time.monotonic()

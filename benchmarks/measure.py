@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from mmdpo_kernels.backends.cpu_kinds import cpu_kind
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "numpy")
@@ -64,6 +66,7 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     return {
         "cpu": _cpu_name(),
+        "cpu_kind": cpu_kind(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

@@ -17,6 +17,11 @@ WITH_STATISTICS = ", trainer's statistics"
 Named = dict[str, Tensor]
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether PyTorch's products of bfloat16 on the CPU use instructions for them: AVX-512-BF16, which every CPU with AMX has too."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
+
+
 class CannotServe(Exception):  # noqa: N818 - an answer, not an error
     """A contestant has no way to do a case; the message says why."""
 
@@ -71,6 +76,15 @@ class Case:
     timed: str = FORWARD
     dtype: torch.dtype | None = None
     """None: the dtype of the run."""
+    unfit: Callable[[torch.device], str | None] = lambda device: None
+    """Device -> why the case is not for it, or None."""
+
+
+def without_products(device: torch.device) -> str | None:
+    """`Case.unfit` of a case in bfloat16 whose other contestants are PyTorch's products."""
+    if device.type != "cpu" or multiplies_bfloat16():
+        return None
+    return "this CPU has no instructions for products of bfloat16, and without them PyTorch's take minutes"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""Times every backend of the attention ops on this machine, for the rules of `backend="auto"` (`mmdpo_kernels/backends/ops_table.py`).
+"""Times every backend of the ops on this machine, for the rules of `backend="auto"` (`mmdpo_kernels/backends/ops_table.py`).
 
     python -m benchmarks.kernels.choose_backends [--device cuda] [--repeats 5] [--seconds 40] [--output FOLDER] [--small]
 
-Writes `benchmarks/results/choice_<device>.json`, after each setting, so that an end before its time loses none: per op, dtype and shape the
-seconds of each backend, the reason where one cannot serve, the fastest, and what "auto" takes. On the CPU seconds are processor time, since
-machines are shared; on a GPU they are wall time.
+Writes `benchmarks/results/choice_<device>.json`, a CPU by its kind (`choice_cpu_avx2.json`, see `cpu_kinds`), after each setting, so that an
+end before its time loses none: per op, dtype and shape the seconds of each backend, the reason where one cannot serve, the fastest, and what
+"auto" takes. On a GPU its minutes are for the attention ops. On the CPU seconds are processor time, since machines are shared; on a GPU they
+are wall time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import ops
+from benchmarks.kernels.case import CannotServe
 from benchmarks.measure import add_place, alternate, place_of
+from mmdpo_kernels.backends.cpu_kinds import cpu_kind
 from mmdpo_kernels.backends.ops_table import OPS
 from mmdpo_kernels.backends.registry import load, resolve
 
@@ -70,7 +73,7 @@ def settings(device: str, *, small: bool = False) -> Iterator[Setting]:
             known = {"dtype": dtype, "length": length, "response": response, **sizes}
             for name, module in ops.modules().items():
                 if hasattr(module, "choice_kinds"):
-                    for traits in module.choice_kinds(mass=length <= DENSE or on_gpu):
+                    for traits in module.choice_kinds(device, mass=length <= DENSE or on_gpu):
                         yield Setting(op=name, **traits, **known)
 
 
@@ -125,6 +128,8 @@ def compare(setting: Setting, device: str, repeats: int) -> dict[str, Any]:
             able[name] = partial(_finished, run, name, device)
         except torch.OutOfMemoryError:
             unable[name] = "out of memory"
+        except CannotServe as answer:
+            unable[name] = str(answer)
         except ValueError as error:
             unable[name] = str(error).partition(": ")[2].partition(": ")[2]
         except Exception as error:  # noqa: BLE001 - the others are still worth timing
@@ -173,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_place(parser)
     options = parser.parse_args(argv)
     place = place_of(options)
-    device = "cpu" if options.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "_")
+    device = f"cpu_{cpu_kind()}" if options.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "_")
     clock = "wall seconds" if options.device == "cuda" else "processor seconds"
     end = time.monotonic() + options.seconds
     rows: list[dict[str, Any]] = []

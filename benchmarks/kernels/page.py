@@ -39,6 +39,8 @@ def write_all() -> list[Path]:
         pieces = [text_of(content)]
         if chart(content, picture):
             written.append(picture)
+        if device == "cpu":
+            pieces += [_of_another_kind(path) for path in sorted(measure.RESULTS.glob("ops_cpu_*.json"))]
         if picture.exists():
             pieces.insert(0, f"![milliseconds of each contestant, by case]({picture.name})")
         measure.write_section(PAGE, f"ops_{device}", "\n\n".join(pieces))
@@ -50,10 +52,18 @@ def write_all() -> list[Path]:
     return [*written, readme.write()]
 
 
+def _of_another_kind(path: Path) -> str:
+    """The goals on a kind of CPU that is not the page's."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    on, goals = content["machine"], measure.markdown(GOAL_COLUMNS, goal_rows(content))
+    kind = path.stem.removeprefix("ops_cpu_")
+    return f"### Goals on another kind of CPU, {kind}\n\n`{path.name}`: {on['cpu']}, {on['threads']} threads.\n\n{goals}"
+
+
 def text_of(content: dict[str, Any]) -> str:
     """Markdown of a result: the machine, the goals, a table a case."""
     on = content["machine"]
-    what = on["gpu"] or f"{on['cpu']}, {on['threads']} threads"
+    what = on["gpu"] or f"{_cpu(on)}, {on['threads']} threads"
     ceilings = Ceilings(**content["ceilings"])
     packages = ", ".join(f"{name} {on['packages'][name]}" for name in ("torch", "triton"))
     pieces = [
@@ -66,6 +76,10 @@ def text_of(content: dict[str, Any]) -> str:
     for entry in content["cases"]:
         pieces.append(f"### {title(entry)}\n\n{_sizes(entry)}\n\n{measure.markdown(*table(entry))}{_absent(entry)}")
     return "\n\n".join(pieces)
+
+
+def _cpu(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']} ({machine['cpu_kind']})" if "cpu_kind" in machine else str(machine["cpu"])
 
 
 def title(entry: dict[str, Any]) -> str:

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from .choice import Rule
 
-_CPU = "benchmarks/results/choice_cpu.json"
 _HALF = (torch.float16, torch.bfloat16)
 _PLAIN = {"tree": False, "mass": False, "softcap": False, "window": False, "reach": False}
+
+
+def _measured(*kinds: str, order: tuple[str, ...], calls: str = "calls", **fits: Any) -> tuple[Rule, ...]:
+    """A rule for calls on a CPU, for each kind of it whose file has the op with this order. fits: which calls, as `Rule` has it; none: all."""
+    files = {kind: f"benchmarks/results/choice_cpu_{kind}.json" for kind in kinds}
+    return tuple(Rule(calls=calls, order=order, cpu=kind, measured=file, **fits) for kind, file in files.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,17 @@ OPS: dict[str, Op] = {
     "tree_attention": Op(
         backends=("native", "triton", "varlen", "flex", "sdpa", "reference"),
         rules={
-            "cpu": (Rule(calls="calls", order=("native", "sdpa", "reference"), measured=_CPU),),
+            "cpu": (
+                *_measured(
+                    "amx",
+                    calls="long causal bfloat16 calls without a gradient",
+                    dtypes=(torch.bfloat16,),
+                    lengths=(1000, float("inf")),
+                    traits={**_PLAIN, "gradient": False},
+                    order=("sdpa", "native", "reference"),
+                ),
+                *_measured("avx2", "amx", order=("native", "sdpa", "reference")),
+            ),
             "cuda": (
                 Rule(
                     calls="causal float16 and bfloat16 calls",
@@ -58,7 +74,10 @@ OPS: dict[str, Op] = {
     "attention_mass": Op(
         backends=("native", "triton", "reference"),
         rules={
-            "cpu": (Rule(calls="calls", order=("native", "reference"), measured=_CPU),),
+            "cpu": (
+                *_measured("amx", calls="float64 calls", dtypes=(torch.float64,), order=("reference",)),
+                *_measured("avx2", "amx", order=("native", "reference")),
+            ),
             "cuda": (Rule(calls="calls", order=("native", "triton", "reference"), measured=None),),
         },
         ahead_of_time=("attention_mass",),
@@ -68,7 +87,7 @@ OPS: dict[str, Op] = {
     "linear_logprobs": Op(
         backends=("native", "triton", "chunked", "reference"),
         rules={
-            "cpu": (Rule(calls="calls", order=("native", "chunked", "reference"), measured=None),),
+            "cpu": _measured("amx", order=("native", "chunked", "reference")),
             "cuda": (Rule(calls="calls", order=("native", "triton", "chunked", "reference"), measured=None),),
         },
         ahead_of_time=("logit_rows",),
@@ -78,7 +97,7 @@ OPS: dict[str, Op] = {
     "preference_loss": Op(
         backends=("native", "triton", "reference"),
         rules={
-            "cpu": (Rule(calls="calls", order=("native", "reference"), measured=None),),
+            "cpu": _measured("amx", order=("native", "reference")),
             "cuda": (Rule(calls="calls", order=("triton", "reference"), measured=None),),
         },
         ahead_of_time=("preference_loss",),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import torch
 
 from . import measured_choice
-from .choice import Rule
+from .choice import Rule, of_cpu
+from .cpu_kinds import cpu_kind
 from .ops_table import OPS
 
 logger = logging.getLogger("mmdpo_kernels")
@@ -69,7 +70,9 @@ def resolve(op: str, backend: str, device: torch.device, dtype: torch.dtype, **f
 
 def rule_for(op: str, device: torch.device, dtype: torch.dtype, features: Mapping[str, object]) -> Rule | None:
     """The rule for a call, or None where the op has none for the device."""
-    rules = OPS[op].rules.get(device.type, ())
+    rules: Sequence[Rule] = OPS[op].rules.get(device.type, ())
+    if device.type == "cpu":
+        rules = of_cpu(rules, cpu_kind())
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and rules else (0, 0)
     table = next((rule for rule in rules if rule.fits(dtype, capability, features)), None)
     return measured_choice.preferred(table, op, device, dtype, features)
@@ -91,12 +94,13 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, features: dict[st
 def _announce(
     op: str, backend: str, device: torch.device, dtype: torch.dtype, rule: Rule | None, passed_over: dict[str, str]
 ) -> None:
-    calls, measured = ("calls", None) if rule is None else (rule.calls, rule.measured)
-    kind = op, backend, device.type, dtype, calls
+    on_cpu = cpu_kind() if device.type == "cpu" else None
+    calls = "calls" if rule is None else rule.calls
+    kind = op, backend, on_cpu or device.type, dtype, calls
     if kind in _announced:
         return
     _announced.add(kind)
-    why = f"measured in {measured}" if measured else "not measured on this device"
+    why = "not measured on this device" if rule is None else rule.reason(on_cpu)
     others = f"; passed over: {_list(passed_over)}" if passed_over else ""
     logger.info("%s: backend 'auto' takes '%s' for %s of %s on %s (%s)%s", op, backend, calls, dtype, device.type, why, others)
 

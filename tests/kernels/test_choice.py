@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.kernels import choose_backends
 from mmdpo_kernels import tree_attention
-from mmdpo_kernels.backends import measured, registry
+from mmdpo_kernels.backends import cpu_kinds, measured, registry
 from mmdpo_kernels.backends.choice import Rule
 from mmdpo_kernels.backends.native import tree_attention as native
 from mmdpo_kernels.backends.ops_table import OPS
@@ -40,14 +42,20 @@ def test_rules_name_backends_that_exist_and_end_with_one_that_serves_everything(
 
 @pytest.mark.parametrize(("op", "device"), [(op, device) for op, row in OPS.items() for device in row.rules])
 def test_every_call_has_a_rule(op: str, device: str) -> None:
-    last = OPS[op].rules[device][-1]
-    assert last.fits(torch.float64, (0, 0), {}) and not last.traits
+    rules = OPS[op].rules[device]
+    for kind in {rule.cpu for rule in rules}:
+        last = [rule for rule in rules if rule.cpu == kind][-1]
+        assert last.fits(torch.float64, (0, 0), {}) and not last.traits
 
 
-@pytest.mark.parametrize("path", sorted({rule.measured for *_, rule in RULES if rule.measured}))
-def test_measured_orders_are_what_was_measured(path: str) -> None:
+@pytest.mark.parametrize(("path", "kind"), sorted({(rule.measured, rule.cpu) for *_, rule in RULES if rule.measured}))
+def test_measured_orders_are_what_was_measured(path: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the file a rule names, the first of its order that could serve was the fastest, or within noise of it."""
-    settings = json.loads((ROOT / path).read_text(encoding="utf-8"))["settings"]
+    content = json.loads((ROOT / path).read_text(encoding="utf-8"))
+    settings = content["settings"]
+    assert path.endswith(f"choice_cpu_{kind}.json") and content["machine"].get("cpu_kind", kind) == kind
+    assert {setting["op"] for setting in settings} == {op for op, _, rule in RULES if rule.measured == path}
+    monkeypatch.setattr(registry, "cpu_kind", lambda: kind)
     device = torch.device("cpu")
     for setting in settings:
         features = {name: setting[name] for name in ("length", "tree", "mass", "gradient")}
@@ -93,6 +101,7 @@ def test_a_rule_fits_by_dtype_capability_length_and_traits() -> None:
 def test_the_choice_is_logged_once_per_kind_of_call(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(registry, "_announced", set())
     monkeypatch.setattr(native, "load", lambda: "not built")
+    monkeypatch.setattr(registry, "cpu_kind", lambda: "avx2")
     caplog.set_level(logging.INFO, logger="mmdpo_kernels")
     q = torch.randn(1, 2, 5, 8)
     for _ in range(2):
@@ -101,7 +110,8 @@ def test_the_choice_is_logged_once_per_kind_of_call(monkeypatch: pytest.MonkeyPa
         tree_attention(q, q, q, softcap=3.0)
         tree_attention(q, q, q, backend="reference")
     common = (
-        "tree_attention: backend 'auto' takes '{}' for calls of torch.{} on cpu (measured in benchmarks/results/choice_cpu.json)"
+        "tree_attention: backend 'auto' takes '{}' for calls of torch.{} on cpu "
+        "(measured on avx2 CPUs in benchmarks/results/choice_cpu_avx2.json)"
     )
     assert [record.getMessage().partition("; ")[0] for record in caplog.records] == [
         common.format("sdpa", "float32"),
@@ -110,6 +120,64 @@ def test_the_choice_is_logged_once_per_kind_of_call(monkeypatch: pytest.MonkeyPa
     ]
     assert caplog.records[0].getMessage().endswith("; passed over: native: not built")
     assert caplog.records[2].getMessage().endswith("native: not built; sdpa: PyTorch's attention has no softcap")
+
+
+def test_a_kind_of_cpu_that_was_not_measured_goes_by_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(registry, "_announced", set())
+    caplog.set_level(logging.INFO, logger="mmdpo_kernels")
+    rules = tuple(
+        Rule(calls=kind, order=(name, "reference"), cpu=kind, measured=kind)
+        for kind, name in (("avx2", "sdpa"), ("amx", "native"))
+    )
+    monkeypatch.setitem(registry.OPS, "tree_attention", replace(OPS["tree_attention"], rules={"cpu": rules}))
+    found = {}
+    for kind in cpu_kinds.KINDS:
+        monkeypatch.setattr(registry, "cpu_kind", lambda kind=kind: kind)
+        registry.resolve("tree_attention", "auto", torch.device("cpu"), torch.float64)
+        rule = registry.rule_for("tree_attention", torch.device("cpu"), torch.float64, {})
+        found[kind] = rule and rule.cpu
+    assert found == {"generic": "avx2", "avx2": "avx2", "avx512": "avx2", "avx512_bf16": "amx", "amx": "amx"}
+    why = [record.getMessage().partition("(")[2].partition(")")[0] for record in caplog.records]
+    assert why == [
+        "not measured on this kind of CPU, generic; as measured on avx2 CPUs in avx2",
+        "measured on avx2 CPUs in avx2",
+        "not measured on this kind of CPU, avx512; as measured on avx2 CPUs in avx2",
+        "not measured on this kind of CPU, avx512_bf16; as measured on amx CPUs in amx",
+        "measured on amx CPUs in amx",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("level", "multiplies", "kind"),
+    [
+        ("generic", False, "generic"),
+        ("avx2", False, "avx2"),
+        ("avx512", False, "avx512"),
+        ("avx512", True, "avx512_bf16"),
+        ("amx", True, "amx"),
+        ("amx_emulated", False, "generic"),
+    ],
+)
+def test_the_kind_is_what_the_kernels_run_as(level: str, multiplies: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(cpu_level=lambda: level, multiplies_bfloat16=lambda: multiplies)
+    monkeypatch.setattr(cpu_kinds, "compiled_module", lambda: module)
+    assert cpu_kinds.cpu_kind() == kind
+
+
+def test_without_the_compiled_module_the_kind_is_what_pytorch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kinds, "compiled_module", lambda: None)
+    for said, kind in (("AVX512", "avx512"), ("AVX2", "avx2"), ("DEFAULT", "generic")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda said=said: said)
+        assert cpu_kinds.cpu_kind() == kind
+
+
+def test_a_wrong_level_is_the_backend_s_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMDPO_CPU_LEVEL", "sse9")
+    assert cpu_kinds.cpu_kind() in cpu_kinds.KINDS
+    rule = registry.rule_for("attention_mass", torch.device("cpu"), torch.float32, {})
+    assert rule is not None and rule.order[0] == "native"
 
 
 def test_without_a_rule_the_preference_decides(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

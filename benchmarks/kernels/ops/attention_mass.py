@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import BOTH, FORWARD, Case, Named, Run, Work, timed_run
+from benchmarks.kernels.case import BOTH, FORWARD, Case, Named, Run, Work, timed_run, without_products
 from benchmarks.kernels.ops.tree_attention import image_of
 from mmdpo_kernels import attention_mass
 from mmdpo_kernels.backends.calls import AttentionMassCall
@@ -131,7 +131,7 @@ def prepare(problem: Problem, backend: str) -> Run:
     return timed_run(problem.timed, forward, problem.leaves, {"mass": problem.grad_mass})
 
 
-def choice_kinds(*, mass: bool) -> Iterator[dict[str, bool]]:
+def choice_kinds(device: str, *, mass: bool) -> Iterator[dict[str, bool]]:
     """What `choose_backends` tells apart."""
     yield {"gradient": False}
 
@@ -149,24 +149,38 @@ SIZES = {
     "cpu": {"rows": 60, "length": 3000, "heads": 32, "kv_heads": 8, "dim": 128, "pictures": 5},
     "small": {"rows": 7, "length": 90, "heads": 4, "kv_heads": 2, "dim": 32, "pictures": 3},
 }
+# On a GPU all cases are in bfloat16.
+BFLOAT16 = {"dtype": torch.bfloat16, "unfit": without_products}
+ON_CPU = {size: SIZES[size] for size in ("cpu", "small")}
 
 
-def _case(name: str, why: str, *, timed: str = FORWARD, reduce: str | None = None, with_lse: bool = False) -> Case:
+def _case(
+    name: str,
+    why: str,
+    *,
+    sizes: Mapping[str, Sizes] = SIZES,
+    timed: str = FORWARD,
+    reduce: str | None = None,
+    with_lse: bool = False,
+    **traits: Any,
+) -> Case:
     return Case(
         op="attention_mass",
         name=name,
         why=why,
-        sizes=SIZES,
+        sizes=sizes,
         make=make(timed=timed, reduce=reduce, with_lse=with_lse),
         work=work,
         truth=truth,
         timed=timed,
+        **traits,
     )
 
 
 CASES = (
     _case("rows", "mass of each response row on each of five pictures"),
     _case("rows_lse", "the same where attention has left its log-sum-exp", with_lse=True),
+    _case("rows_bf16", "mass of each response row on each of five pictures", sizes=ON_CPU, **BFLOAT16),
     _case("mean", "one ratio a response: mean over heads and rows", reduce="mean", with_lse=True),
     _case("tokens", "a heat map: each key's share, mean over heads and rows", reduce="tokens"),
     _case("backward", "a loss on where a response looks", timed=BOTH),

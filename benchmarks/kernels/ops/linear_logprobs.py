@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,11 @@ from mmdpo_kernels import linear_logprobs
 from mmdpo_kernels.backends.logit_options import LogitOptions
 from mmdpo_kernels.backends.reference import linear_logprobs as reference
 
+if TYPE_CHECKING:
+    from benchmarks.kernels.choose_backends import Inputs, Setting
+
 Sizes = Mapping[str, int]
+CHOICE_VOCABULARY = 32064
 STATISTICS = ("entropy", "mean_logit", "is_top1")
 
 
@@ -72,8 +77,9 @@ def require_products(problem: Problem) -> None:
     Raises:
         CannotServe: on a CPU without instructions for them, where its product of probabilities and weight takes minutes.
     """
-    slow = problem.hidden.dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if problem.hidden.device.type == "cpu" and slow and problem.hidden.shape[0] > 50:
+    hidden = problem.hidden
+    slow = hidden.dtype in (torch.bfloat16, torch.float16) and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if hidden.device.type == "cpu" and slow and hidden.shape[0] > 50:
         raise CannotServe("PyTorch's own product in half precision takes minutes on this CPU")
 
 
@@ -95,6 +101,26 @@ def prepare(problem: Problem, backend: str, stats: tuple[str, ...] = ()) -> Run:
         return named if found.reference_logps is None else {**named, "reference_logps": found.reference_logps}
 
     return timed_run(problem.timed, forward, problem.leaves, {"logps": problem.grad_logps})
+
+
+def choice_kinds(device: str, *, mass: bool) -> Iterator[dict[str, bool]]:
+    """What `choose_backends` tells apart, nothing on a GPU. The op does not report whether a gradient is wanted; in training it is."""
+    if device == "cpu":
+        yield {"tree": False}
+
+
+def choice_call(setting: Setting, inputs: Inputs) -> Callable[[str], Any]:
+    """The call as a function of the backend's name: the rows of two responses under a frozen head as wide as all heads."""
+    rows = 2 * setting.response
+    hidden = inputs.heads(setting.heads, rows).detach().transpose(1, 2).reshape(rows, -1)
+    problem = Problem(
+        hidden=hidden.requires_grad_(),
+        weight=(torch.randn(CHOICE_VOCABULARY, hidden.shape[1]) * hidden.shape[1] ** -0.5).to(hidden.dtype),
+        targets=torch.arange(rows),
+        grad_logps=torch.ones(rows),
+        trainable=False,
+    )
+    return lambda backend: prepare(problem, backend).call()
 
 
 def work(problem: Problem) -> Work:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from benchmarks.kernels.case import BOTH, Case, Named, Run, Work, timed_run
 from benchmarks.kernels.ops.linear_logprobs import peaked
 from mmdpo_kernels import SequenceLogps, TokenLogps, linear_logprobs, preference_loss
 from mmdpo_kernels.loss_terms import BRANCHES
+
+if TYPE_CHECKING:
+    from benchmarks.kernels.choose_backends import Inputs, Setting
 
 Sizes = Mapping[str, int]
 BETA = 0.1
@@ -172,6 +175,20 @@ def _head_and_loss(problem: HeadProblem, backend: str) -> Named:
         for chosen, rejected in [logps.view(targets.shape).sum(-1).chunk(2)]
     ]
     return {"loss": preference_loss(*pairs, beta=BETA, backend=backend).loss}
+
+
+def choice_kinds(device: str, *, mass: bool) -> Iterator[dict[str, bool]]:
+    """What `choose_backends` tells apart; nothing on a GPU."""
+    if device == "cpu":
+        yield {"tree": False}
+
+
+def choice_call(setting: Setting, inputs: Inputs) -> Callable[[str], Any]:
+    """The call as a function of the backend's name: mDPO of a triple for every 16 tokens of the length, from the responses' tokens."""
+    lengths = torch.full((max(1, setting.length // 16), 3), setting.response)
+    policy, reference = (-3 * torch.rand(int(lengths.sum())).to(setting.dtype) for _ in range(2))
+    problem = LossProblem(policy=policy.requires_grad_(), reference=reference, lengths=lengths)
+    return lambda backend: prepare(problem, backend).call()
 
 
 CASES = (

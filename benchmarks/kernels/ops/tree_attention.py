@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.case import BACKWARD, BOTH, FORWARD, WITHOUT_MASS, Case, Named, NotOfThisCase, Run, Work, timed_run
+from benchmarks.kernels.case import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    WITHOUT_MASS,
+    Case,
+    Named,
+    NotOfThisCase,
+    Run,
+    Work,
+    timed_run,
+    without_products,
+)
 from mmdpo_kernels import attention_mass, tree_attention
 from mmdpo_kernels.backends.calls import AttentionMassCall, TreeAttentionCall
 from mmdpo_kernels.backends.reference import attention_mass as reference_mass
@@ -243,7 +255,7 @@ def prepare(problem: Problem, backend: str, with_mass: bool = True) -> Run:
     return timed_run(problem.timed, forward, problem.leaves, {"output": problem.grad_output})
 
 
-def choice_kinds(*, mass: bool) -> Iterator[dict[str, bool]]:
+def choice_kinds(device: str, *, mass: bool) -> Iterator[dict[str, bool]]:
     """What `choose_backends` tells apart; with mass of every row where that is affordable."""
     for tree in (False, True):
         for gradient in (False, True):
@@ -290,10 +302,21 @@ LLM = {"heads": 32, "kv_heads": 8, "dim": 128, "pictures": 5}
 TINY = {"heads": 4, "kv_heads": 2, "dim": 32, "pictures": 5}
 LONG = {"cuda": {**LLM, "length": 8192}, "small": {**TINY, "length": 96}}
 SMALL_PAIR = {**TINY, "prompt": 80, "response": 12}
+PAIR = {
+    "cuda": {**LLM, "prompt": 3000, "response": 100},
+    "cpu": {**LLM, "prompt": 1500, "response": 60},
+    "small": SMALL_PAIR,
+}
 
 
 def _case(
-    name: str, why: str, forest: Callable[[Sizes], Sequence[Node]], sizes: Mapping[str, Sizes], timed: str, **traits: bool
+    name: str,
+    why: str,
+    forest: Callable[[Sizes], Sequence[Node]],
+    sizes: Mapping[str, Sizes],
+    timed: str,
+    dtype: torch.dtype | None = None,
+    **traits: bool,
 ) -> Case:
     return Case(
         op="tree_attention",
@@ -304,6 +327,8 @@ def _case(
         work=work,
         truth=truth,
         timed=timed,
+        dtype=dtype,
+        **({} if dtype is None else {"unfit": without_products}),
     )
 
 
@@ -312,13 +337,18 @@ CASES = (
         "pair",
         "a preference pair: one prompt of pictures and text, chosen and rejected response",
         _pair,
-        {
-            "cuda": {**LLM, "prompt": 3000, "response": 100},
-            "cpu": {**LLM, "prompt": 1500, "response": 60},
-            "small": SMALL_PAIR,
-        },
+        PAIR,
         BOTH,
         compiled=True,
+    ),
+    _case(
+        "pair_bf16",
+        "the same pair in bfloat16",
+        _pair,
+        # On a GPU all cases are in bfloat16.
+        {size: PAIR[size] for size in ("cpu", "small")},
+        BOTH,
+        dtype=torch.bfloat16,
     ),
     _case(
         "recorded",

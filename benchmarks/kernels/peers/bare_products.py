@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.kernels.case import Contestant, Named, NotOfThisCase, Run
+from benchmarks.kernels.case import Contestant, Named, NotOfThisCase, Run, multiplies_bfloat16
 from benchmarks.kernels.ops.linear_logprobs import Problem
 from benchmarks.kernels.peers.packages import anywhere
 from mmdpo_kernels.backends.chunked import logit_rows
@@ -17,7 +17,10 @@ NAME = "two bare products"
 
 def _linear_logprobs(problem: Problem, dtype: torch.dtype | None) -> Run:
     # PyTorch's half-precision products take minutes on a CPU without instructions for them: there float32 ones are what can be had.
-    widened = problem.weight.device.type == "cpu" and problem.weight.dtype != torch.float32
+    given = problem.weight.dtype
+    widened = (
+        problem.weight.device.type == "cpu" and given != torch.float32 and not (given == torch.bfloat16 and multiplies_bfloat16())
+    )
     if problem.trainable or problem.reference_hidden is not None or (dtype is not None) != widened:
         raise NotOfThisCase
     hidden, weight = (tensor.detach().to(dtype or tensor.dtype) for tensor in (problem.hidden, problem.weight))

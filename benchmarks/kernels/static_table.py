@@ -105,13 +105,19 @@ def row_of(subject: Subject, target: int) -> dict[str, Any]:
 
 
 def main_loops(found: Sequence[Loop], *, specialized: bool) -> list[Loop]:
-    """Of the loops those with the work: of several copies the one without masks, which comes first; of parted warps every group's."""
-    most = max((sum(each.kind == "tensor" for each in loop.body) for loop in found), default=0)
+    """Of the loops those with the work: of several copies the shortest, which has no masks; of parted warps every group's.
+
+    A copy with masks may have more products, behind the branch of key blocks of several segments.
+    """
+
+    def products(loop: Loop) -> int:
+        return sum(each.kind == "tensor" for each in loop.round) or sum(each.kind == "tensor" for each in loop.body)
+
+    most = max(map(products, found), default=0)
     if most == 0:  # rows of logits: both ways
         return list(found)
-    full = [loop for loop in found if sum(each.kind == "tensor" for each in loop.round or loop.body) == most]
-    full = full or [loop for loop in found if sum(each.kind == "tensor" for each in loop.body) == most]
-    return full if specialized else full[:1]
+    working = [loop for loop in found if 2 * products(loop) >= most]
+    return working if specialized else [min(working, key=lambda loop: len(loop.round))]
 
 
 def _clocks(found: Sequence[Loop], groups: int, resident: int, subject: Subject, gpu: Gpu) -> dict[str, Any]:

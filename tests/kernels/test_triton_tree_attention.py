@@ -278,6 +278,23 @@ def test_plan_visits_what_is_seen(blocks: tuple[int, int], window: int | None, s
             assert not (full & ~every).any()
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("tree", [False, True])
+def test_blocks_of_several_segments_count_with_those_that_need_a_mask(tree: bool, window: int | None) -> None:
+    """No other block changes its place, and a query visits the same ones."""
+    segments = torch.tensor([[-1] * 16 + [0] * 40 + [1] * 8 + [2, -1] * 8 + [3] * 48, [2] * 128])
+    tree_end = random_tree_end(2, 128, 3) if tree else None
+    like = torch.empty(2, 1, 128, 16)
+    plain = tree_plan.query_plan(tree_end, like, window, 16, 16)
+    apart = tree_plan.query_plan(tree_end, like, window, 16, 16, None, segments)
+    mixed = [[3, 4], []]
+    for b in range(2):
+        for before, after in zip(plain[b].tolist(), apart[b].tolist(), strict=True):
+            full = [block for block in before[2 : 2 + before[0]] if block not in mixed[b]]
+            assert after[2 : 2 + after[0]] == full and after[1] == before[1]
+            assert sorted(after[2 : 2 + after[1]]) == sorted(before[2 : 2 + before[1]])
+
+
 def test_plans_of_a_reach_are_kept_and_follow_an_edit() -> None:
     mask = torch.stack([torch.full((1, 40), 40), torch.arange(1, 41)[None]], 1).int()
     plans = [tree_plan.query_plan(mask[:, 0], mask, None, 16, 16, mask[:, 1]) for _ in range(2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,10 +97,12 @@ class _Launches:
         tile = self._tiles().forward
         programs = triton.cdiv(self.query.shape[2], tile.block_m) * self.query.shape[1]
         own: dict[str, Any] = {"output": output, "lse": lse, "mass": None, "kinds": None}
+        plan = query_plan
         if self.call.segments is not None and self.call.num_segments:
             own |= {"mass": mass, "kinds": segment_kinds(self.call.segments, tile.block_n)}
+            plan = partial(query_plan, segments=self.call.segments)
         for first in range(0, max(self.call.num_segments, 1), SEGMENTS_PER_PASS):
-            yield self._launch(forward_kernel, programs, tile, query_plan, {**own, "first_segment": first})
+            yield self._launch(forward_kernel, programs, tile, plan, {**own, "first_segment": first})
 
     def backward(
         self,
@@ -181,7 +184,7 @@ class _Launches:
         if tile.descriptors and not _describable(self.query, self.key, self.value, own.get("grad_output")):
             tile = replace(tile, descriptors=False, specialize=False)
         tree_end, reach, window = self.call.tree_end, self.call.reach, self.call.window
-        planned = any(each is not None for each in (tree_end, reach, window))
+        planned = any(each is not None for each in (tree_end, reach, window, own.get("kinds")))
         blocks = plan(tree_end, self.query, window, tile.block_m, tile.block_n, reach) if planned else None
         if self.call.softcap is not None:
             inner, outer = self.call.scale / self.call.softcap, self.call.softcap

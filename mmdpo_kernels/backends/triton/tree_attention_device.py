@@ -117,14 +117,6 @@ def seen_pairs(rows, lasts, keys, tree_end, depth, length, window):
 
 
 @triton.jit
-def close_run(mass, mass_max, run, owner, row_max, first_segment):
-    """Add the mass of a run of key blocks, all of segment `owner`, to its column -> mass relative to row_max, [BM, 16]."""
-    columns = first_segment + tl.arange(0, COLUMNS)
-    mass *= tl.exp2(mass_max - row_max)[:, None]
-    return mass + tl.where((columns == owner)[None, :], run[:, None], 0.0)
-
-
-@triton.jit
 def load_lse(lse, rows, length, EDGE: tl.constexpr):
     """With EDGE, +inf where nothing is seen and beyond S: every probability of such a row is then exp(-inf)."""
     row_lse = load_vector(lse, rows, length, EDGE)

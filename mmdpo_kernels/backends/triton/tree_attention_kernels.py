@@ -16,7 +16,6 @@ from .arithmetic_device import capped, dot, dot_exact, narrow, tanh_slope
 from .attention_device import COLUMNS, offset
 from .tree_attention_device import (
     LOG2_E,
-    close_run,
     last_keys,
     load_lse,
     load_mass,
@@ -47,7 +46,7 @@ def forward_kernel(
     tree_end,  # (B, S); None: causal
     reach,  # (B, S); None: to the query itself
     depth,  # (B, S); None: window counts packed indices
-    plan,  # (B, cdiv(S, BM), 2 + cdiv(S, BN)); None: causal
+    plan,  # (B, cdiv(S, BM), 2 + cdiv(S, BN)); None: causal, without mass
     segments,  # (B, S)
     kinds,  # (B, cdiv(S, BN))
     query_b,
@@ -119,10 +118,8 @@ def forward_kernel(
     if mass is not None:
         segments += offset(i_b, length)
         kinds += i_b * num_n
-        acc_mass = tl.zeros([BLOCK_M, COLUMNS], tl.float32)  # relative to mass_max
-        mass_max = row_max
-        run = row_sum  # mass of the key blocks since the segment changed, relative to row_max
-        owner = -1
+        columns = first_segment + tl.arange(0, COLUMNS)
+        acc_mass = tl.zeros([BLOCK_M, COLUMNS], tl.float32)  # relative to row_max
 
     # Key blocks that every query sees whole, then those that need a mask. The compiler parts the warps of one loop alone: of all blocks.
     for MASKED in tl.static_range(SPECIALIZE, 2):
@@ -150,17 +147,12 @@ def forward_kernel(
             decay = tl.exp2(row_max - new_max)
             block_sum = tl.sum(p, 1)
             if mass is not None:
+                # Without a branch, beside which the assembler would wait for every product; blocks of several segments are all MASKED.
                 kind = tl.load(kinds + i_n)
-                if kind != owner:
-                    acc_mass = close_run(acc_mass, mass_max, run, owner, row_max, first_segment)
-                    mass_max = row_max
-                    run = tl.zeros([BLOCK_M], tl.float32)
-                    owner = kind
-                run = run * decay + block_sum
-                if kind == _MIXED:
-                    one_hot = load_one_hot(segments, start_n + tl.arange(0, BLOCK_N), first_segment, length)
-                    acc_mass = dot_exact(p, one_hot, acc_mass * tl.exp2(mass_max - new_max)[:, None])
-                    mass_max = new_max
+                acc_mass = acc_mass * decay[:, None] + tl.where((columns == kind)[None, :], block_sum[:, None], 0.0)
+                if MASKED:  # noqa: SIM102 - one is known to the compiler
+                    if kind == _MIXED:
+                        acc_mass = dot_exact(p, load_one_hot(segments, keys, first_segment, length), acc_mass)
             if not OVERLAP:
                 v = stream_tile(
                     values_of, None, None, start_n, value_s, length, BLOCK_N, VALUE_DIM, BLOCK_V, MASKED, DESCRIPTORS
@@ -181,12 +173,10 @@ def forward_kernel(
     row_lse = tl.where(seen_any, row_max * _LN_2 + tl.log(row_sum), float("-inf"))
     tl.store(lse + offset(i_bh, length) + rows, row_lse, mask=inside)
     if mass is not None:
-        acc_mass = close_run(acc_mass, mass_max, run, owner, row_max, first_segment) * share[:, None]
-        columns = first_segment + tl.arange(0, COLUMNS)
         mass += offset(i_bh, length) * num_segments
         tl.store(
             mass + offset(rows, num_segments)[:, None] + columns[None, :],
-            acc_mass,
+            acc_mass * share[:, None],
             mask=inside[:, None] & (columns < num_segments)[None, :],
         )
 

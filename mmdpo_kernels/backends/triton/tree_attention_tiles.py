@@ -92,9 +92,11 @@ def choose(width: int, dtype: torch.dtype, capability: tuple[int, int], heavy: b
         return _override[-1]
     column = next(widest for widest in (64, 128, 256) if width <= widest)
     if dtype == torch.float32:
-        return _FLOAT32[column]
+        return (_FLOAT32_HEAVY if heavy else _FLOAT32).get(column, _FLOAT32[column])
     family = {9: "hopper", 10: "blackwell"}.get(capability[0], "ampere")
     chosen = (_HALF_HEAVY if heavy else _HALF)[family][column]
+    if heavy and width != column:
+        chosen = replace(chosen, **_HEAVY_PADDED.get((family, column), {}))
     return replace(chosen, **_REACH.get((family, column, heavy), {})) if reach else chosen
 
 
@@ -136,7 +138,7 @@ _HALF = {
 _HALF_HEAVY = {
     "ampere": {
         64: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(32, 64, 8, 2), Tiles(128, 64, 8, 3)),
-        128: TreeAttentionTiles(Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)),
+        128: TreeAttentionTiles(Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)),
         256: TreeAttentionTiles(Tiles(64, 32, 8, 2), Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1)),
     },
     "hopper": {
@@ -146,14 +148,17 @@ _HALF_HEAVY = {
     },
     "blackwell": {
         64: TreeAttentionTiles(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)),
-        128: TreeAttentionTiles(Tiles(64, 64, 8, 2), Tiles(32, 128, 8, 3), Tiles(128, 64, 8, 3)),
+        128: TreeAttentionTiles(Tiles(128, 32, 8, 3), Tiles(32, 128, 8, 3), Tiles(128, 64, 8, 3)),
         256: TreeAttentionTiles(Tiles(64, 64, 8, 2), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
     },
 }
 
+# Where masks over the columns of a padded head would spill beside the rest, by GPU and head dim.
+_HEAVY_PADDED = {("ampere", 128): {"forward": Tiles(64, 64, 8, 2)}}
+
 # Where a reach beside the rest would spill, by GPU, head dim and whether the call is heavy.
 _REACH = {
-    ("ampere", 128, False): {"forward": Tiles(64, 64, 8, 2)},
+    ("ampere", 128, False): {"forward": Tiles(128, 32, 8, 2)},
     ("hopper", 128, True): {"grad_key": Tiles(32, 128, 8, 3)},
 }
 
@@ -163,3 +168,5 @@ _FLOAT32 = {
     128: TreeAttentionTiles(Tiles(32, 16, 8, 1), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1)),
     256: TreeAttentionTiles(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
+# Where masses would spill.
+_FLOAT32_HEAVY = {128: replace(_FLOAT32[128], forward=Tiles(16, 16, 8, 1))}

@@ -15,7 +15,13 @@ MIXED = -2
 
 
 def query_plan(
-    tree_end: Tensor | None, like: Tensor, window: int | None, block_m: int, block_n: int, reach: Tensor | None = None
+    tree_end: Tensor | None,
+    like: Tensor,
+    window: int | None,
+    block_m: int,
+    block_n: int,
+    reach: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """Key blocks that each query block visits: up to the largest reach of its queries, and none that the tree hides from all of them.
 
@@ -24,11 +30,14 @@ def query_plan(
         like: (B, H, S, D), whose batch, length and device the plan serves.
         window: see `tree_mask.visible`.
         reach: (B, S) integer by query, None = no query looks ahead.
+        segments: (B, S) integer, None = no masses. Key blocks of several segments then come with those that need a mask.
 
     Returns:
         (B, cdiv(S, block_m), 2 + cdiv(S, block_n)) int32: the number of key blocks all of whose keys are seen by all queries of the block,
         the number of key blocks with any visible pair, then those key blocks, the fully visible ones first. Hidden ones fill the rest.
     """
+    if segments is not None:
+        return _mass_plans(segments, tree_end, reach, window, block_m, block_n)
     return _plan_of(tree_end, reach, like, window, block_m, block_n, False)
 
 
@@ -63,7 +72,16 @@ def _plan_of(
     return _causal_plan(like.shape[2], like.device, window, block_m, block_n, by_key).expand(like.shape[0], -1, -1)
 
 
-def _plan(tree_end: Tensor, reach: Tensor | None, window: int | None, block_m: int, block_n: int, by_key: bool) -> Tensor:
+def _plan(
+    tree_end: Tensor,
+    reach: Tensor | None,
+    window: int | None,
+    block_m: int,
+    block_n: int,
+    by_key: bool,
+    apart: Tensor | None = None,
+) -> Tensor:
+    """apart: (B, N) bool, key blocks that do not count as fully visible."""
     length = tree_end.shape[1]
     first_query, last_query = _block_edges(length, block_m, tree_end.device)  # (M,)
     first_key, last_key = _block_edges(length, block_n, tree_end.device)  # (N,)
@@ -85,6 +103,8 @@ def _plan(tree_end: Tensor, reach: Tensor | None, window: int | None, block_m: i
         seen &= least_query - most_key < window
         full &= most_query - least_key < window
     full &= seen
+    if apart is not None:
+        full &= ~apart[:, None]
     if by_key:
         full &= (last_query < length)[:, None]
         seen, full = seen.mT, full.mT
@@ -95,6 +115,14 @@ def _plan(tree_end: Tensor, reach: Tensor | None, window: int | None, block_m: i
 
 def _rootless_plan(reach: Tensor, *settings: Any) -> Tensor:
     return _plan(torch.full_like(reach, reach.shape[1]), reach, *settings)
+
+
+def _mass_plan(
+    segments: Tensor, tree_end: Tensor | None, reach: Tensor | None, window: int | None, block_m: int, block_n: int
+) -> Tensor:
+    if tree_end is None:
+        tree_end = torch.full_like(segments, segments.shape[1])
+    return _plan(tree_end, reach, window, block_m, block_n, False, _find_kinds(segments, block_n) == MIXED)
 
 
 def _find_depths(tree_end: Tensor) -> Tensor:
@@ -109,6 +137,7 @@ def _find_kinds(segments: Tensor, block_n: int) -> Tensor:
 # Every layer of a forward asks for the same ones.
 _plans = PlanCache(_plan)
 _rootless_plans = PlanCache(_rootless_plan)
+_mass_plans = PlanCache(_mass_plan)
 _depths = PlanCache(_find_depths)
 _kinds = PlanCache(_find_kinds)
 

@@ -75,6 +75,7 @@ def test_every_part_of_the_training_step(tmp_path: Path, capsys: pytest.CaptureF
     found = result(tmp_path, "training_step_cpu")
     assert set(training_step_cli.PARTS) <= set(found)
     assert len(found["features"]["speed_up"]) == 8 and len(found["growth"]) == 3
+    assert all(abs(sum(each.values()) - 1) < 1e-9 for sides in found["profile"].values() for each in sides.values())
     assert {len(times) for each in found["loading"]["seconds_per_record"].values() for times in each.values()} == {4}
     assert (tmp_path / "results_training_step.md").is_file()
     capsys.readouterr()

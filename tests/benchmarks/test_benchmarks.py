@@ -200,6 +200,7 @@ def test_goals_of_the_training_step() -> None:
             "memory": {"share": {"dpo": {"plain": 0.6}}, "peak_bytes_above_model": {"dpo": {"TRL": 1e9}}},
             "growth": [{"what": "pictures", "value": 8, **compared("growth", 2.0)}],
             "loading": {"seconds_per_record": {"dpo": {"read": [0.001], "collate": [0.002, 0.004, 0.003]}}},
+            "profile": {"dpo": {"ours": {"products": 0.75, "other": 0.25}}},
         }
     )
     assert "| 2.25 (2.00 to 2.50) | 2.50 | 90% | at least 2.2, 90% of the limit | met |" in text
@@ -207,7 +208,7 @@ def test_goals_of_the_training_step() -> None:
     assert "| 2.25 (2.00 to 2.50) | 2.25 | 100% | at least 4.5, 90% of the limit | missed |" in text
     assert "| 0.60 |  |  | at most 0.6 | met |" in text
     assert "| pictures | 8 | 2.25 | 1.00 | 2.25 (2.00 to 2.50) | 2.00 | 112% |" in text
-    assert "| DPO | ours | 1.00 | 1 | 1 |" in text and "| DPO | 1.0 | 3.0 |" in text
+    assert "| DPO | ours | 1.00 | 1 | 1 |" in text and "| DPO | 1.0 | 3.0 |" in text and "| DPO | ours | 75% | 25% |" in text
 
 
 def small_run(tmp_path: Path, *arguments: str, device: str = "cpu") -> tuple[int, dict[str, Any]]:

@@ -5,5 +5,6 @@
     python -m benchmarks.runs.training_step --small         # every part on tiny inputs, into build/benchmarks
 
 `setting.py` is the model and the records, `sides.py` the trainers that are compared, `stepping.py` runs real `train()` loops in turn,
-`parts.py` the measurements, `limits.py` the products that both must do, `page.py` what is printed.
+`parts.py` the measurements, `limits.py` the products that both must do, `profiled.py` where a
+step's time goes, `page.py` what is printed.
 """

@@ -20,13 +20,13 @@ from rich.markdown import Markdown  # noqa: E402
 import benchmarks.runs.training_step as package  # noqa: E402
 from benchmarks import readme  # noqa: E402
 from benchmarks.measure import Place, add_place, machine, place_of  # noqa: E402
-from benchmarks.runs.training_step import parts  # noqa: E402
+from benchmarks.runs.training_step import parts, profiled  # noqa: E402
 from benchmarks.runs.training_step.page import text_of  # noqa: E402
 from benchmarks.runs.training_step.setting import SMALL, Setting  # noqa: E402
 from benchmarks.runs.training_step.sides import Side  # noqa: E402
 
 RESULT = "training_step_cpu"
-PARTS = ("dpo", "mdpo", "memory", "best", "questions", "features", "growth", "loading")
+PARTS = ("dpo", "mdpo", "memory", "best", "questions", "features", "growth", "loading", "profile")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in chosen:
         console.rule(name)
         begun = time.monotonic()
-        result[name] = getattr(parts, name)(bench, *([result["memory"]] if name == "best" else []))
+        part = profiled.profile if name == "profile" else getattr(parts, name)
+        result[name] = part(bench, *([result["memory"]] if name == "best" else []))
         result.setdefault("minutes", {})[name] = (time.monotonic() - begun) / 60
         if keep:
             # Part by part, so that a kill loses no more than one.

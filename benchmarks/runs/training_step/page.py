@@ -28,6 +28,10 @@ def text_of(result: dict[str, Any]) -> str:
         pieces.append("Growth (batch sizes with gradient checkpointing, the rest without):\n\n" + _growth(result["growth"]))
     if "loading" in result:
         pieces.append("What comes before a step, in the process that trains:\n\n" + _loading(result["loading"]))
+    if "profile" in result:
+        pieces.append(
+            "Where a step's time goes, forward and backward, by operators (`torch.profiler`):\n\n" + _profile(result["profile"])
+        )
     return "\n\n".join(piece for piece in pieces if piece)
 
 
@@ -133,3 +137,13 @@ def _loading(loading: dict[str, Any]) -> str:
         for method, times in loading["seconds_per_record"].items()
     ]
     return markdown(["method", "a record read, its pictures decoded, ms", "put into a batch, ms"], rows)
+
+
+def _profile(profile: dict[str, Any]) -> str:
+    kinds = list(next(iter(next(iter(profile.values())).values())))
+    rows = [
+        [method_name(method), name, *(f"{shares[kind]:.0%}" for kind in kinds)]
+        for method, sides in profile.items()
+        for name, shares in sides.items()
+    ]
+    return markdown(["method", "way", *kinds], rows)

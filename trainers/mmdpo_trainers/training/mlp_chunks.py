@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -44,8 +44,8 @@ def chunk_mlps(model: nn.Module, args: PreferenceConfig) -> int:
         # Of an earlier trainer's settings.
         if isinstance(vars(module).get("forward"), Chunked):
             del module.forward
-    rows, recomputed = args.mlp_chunk_rows, args.gradient_checkpointing_kwargs or {}
-    if not args.gradient_checkpointing or rows == 0 or args.torch_compile or recomputed.get("use_reentrant"):  # type: ignore[attr-defined]
+    rows, recomputed = args.mlp_chunk_rows, cast(dict[str, Any], args.gradient_checkpointing_kwargs or {})
+    if not args.gradient_checkpointing or rows == 0 or args.torch_compile or recomputed.get("use_reentrant"):
         return 0
     if rows is None and args.full_finetune:
         return 0

@@ -67,6 +67,10 @@ def subjects(target: int) -> Iterator[Subject]:
         for call in ("fold", "gradient"):
             if form.label == f"logit_rows {call} bf16":
                 yield Subject(kernel="fold_rows", call=call, variant="shipped", form=form)
+    if target >= 90:
+        for form in logit_rows.candidates():
+            variant = "candidate, keep" if form.constants["KEEP"] else "candidate"
+            yield Subject(kernel="fold_rows", call="gradient", variant=variant, form=form)
 
 
 def row_of(subject: Subject, target: int) -> dict[str, Any]:

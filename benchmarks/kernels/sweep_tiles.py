@@ -68,17 +68,8 @@ CANDIDATES: dict[str, list[Candidate]] = {
 }
 for _name, _variants in tiles.CANDIDATES.items():
     CANDIDATES[_name] += [astuple(each) for each in _variants]
-# Columns, warps, stages, registers a thread.
-BLOCKS = [
-    (2048, 8, 4, 64),
-    (2048, 8, 2, 64),
-    (2048, 8, 6, 64),
-    (1024, 4, 4, 64),
-    (1024, 8, 4, 64),
-    (4096, 8, 3, 128),
-    (4096, 16, 4, 64),
-    (8192, 32, 3, 64),
-]
+# The table's first.
+BLOCKS = [tuple(each) for each in (logit_rows_tiles.block_of(torch.bfloat16, ()), *logit_rows_tiles.CANDIDATES)]
 ROWS = {"rows_200": 200, "rows_1024": 1024}
 VOCABULARY = 152064
 COMPILED_LENGTH = 1024
@@ -174,7 +165,11 @@ class LogitRows:
 
     def described(self, which: str, candidate: Candidate) -> dict[str, Any]:
         block = logit_rows_tiles.Block(*candidate)
-        return {**block._asdict(), "in_table": block == logit_rows_tiles.block_of(self.logits.dtype, ())}
+        return {
+            "rows": len(self.logits),
+            **block._asdict(),
+            "in_table": block == logit_rows_tiles.block_of(self.logits.dtype, ()),
+        }
 
 
 def subject_of(which: str, size: Size) -> Subject:
@@ -273,7 +268,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 str(row.get("block_m", "")),
                 str(row.get("block_n", row.get("columns"))),
                 *(str(row.get(name, "")) for name in ("num_warps", "num_stages", "registers")),
-                " ".join(name for name in ("descriptors", "specialize", "overlap") if row.get(name)),
+                " ".join(name for name in ("descriptors", "specialize", "overlap", "keep") if row.get(name)),
                 f"{row['milliseconds']:.3f}" if "milliseconds" in row else row["reason"],
                 "in the table" if row["in_table"] else "",
             ]

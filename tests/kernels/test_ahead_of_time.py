@@ -33,11 +33,11 @@ assert row.spilled > 0 and "spills" in row.problem
 """
 
 CANDIDATES = """
-from mmdpo_kernels.backends.triton import tree_attention
+from mmdpo_kernels.backends.triton import logit_rows, tree_attention
 from mmdpo_kernels.backends.triton.ahead_of_time import compile_one
 
-rows = [compile_one(form, 90) for form in tree_attention.candidates(90)]
-assert {row.label.split()[1] for row in rows} == {"forward", "grad_key", "grad_query"}
+rows = [compile_one(form, 90) for form in (*tree_attention.candidates(90), *logit_rows.candidates())]
+assert {row.label.split()[1] for row in rows} == {"forward", "grad_key", "grad_query", "gradient"}
 assert not [row for row in rows if row.problem], rows
 """
 

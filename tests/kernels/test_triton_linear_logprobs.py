@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from trees import assert_accurate
 
 from benchmarks.kernels import sweep_tiles
 from mmdpo_kernels import linear_logprobs
+from mmdpo_kernels.backends import measured
 from mmdpo_kernels.backends.chunked import linear_logprobs as chunked
 from mmdpo_kernels.backends.chunked import logit_rows as plain
 from mmdpo_kernels.backends.chunked import row_chunks
@@ -22,7 +24,7 @@ from mmdpo_kernels.backends.logit_options import LogitOptions
 from mmdpo_kernels.backends.native import logit_rows as native_rows
 from mmdpo_kernels.backends.reference import linear_logprobs as reference
 from mmdpo_kernels.backends.triton import linear_logprobs as triton_backend
-from mmdpo_kernels.backends.triton import logit_rows, logit_rows_tiles
+from mmdpo_kernels.backends.triton import logit_rows, logit_rows_tiles, measured_tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow).*:RuntimeWarning:triton")
 """Of the interpreter, about values that a `where` then leaves out."""
@@ -392,6 +394,39 @@ def test_the_sweep_tries_blocks_that_serve() -> None:
             logps, _ = subject.one("rows_200")
         torch.testing.assert_close(logps, want, rtol=1e-6, atol=1e-5)
     assert sum(subject.described("rows_200", candidate)["in_table"] for candidate in sweep_tiles.BLOCKS) == 1
+
+
+def test_blocks_of_a_sweep_are_taken_for_calls_as_it_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = logit_rows_tiles.block_of(torch.bfloat16, ())
+    few, many = logit_rows_tiles.CANDIDATES[:2]
+    strange = logit_rows_tiles.Block(16, 1, 1, 255)  # not known to compile
+    times = [(200, shipped, 2.0), (200, few, 1.0), (200, strange, 0.5), (1024, shipped, 2.0), (1024, few, 3.0), (1024, many, 1.0)]
+    rows = [
+        {"pass": f"rows_{n}", "rows": n, **block._asdict(), "in_table": block == shipped, "milliseconds": took}
+        for n, block, took in times
+    ]
+    (tmp_path / "tiles.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA H100"}, "rows": rows}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    gpu = torch.device("cuda")
+    assert measured_tiles.fastest_block(300, gpu) is None
+    monkeypatch.setenv(measured.VARIABLE, str(tmp_path))
+    assert [measured_tiles.fastest_block(n, gpu) for n in (60, 300, 700)] == [few, few, many]
+
+    monkeypatch.setattr(measured_tiles, "fastest_block", lambda rows, device: few)
+    monkeypatch.setattr(logit_rows_tiles, "_override", [])  # the other tests' small block
+
+    def taken(
+        dtype: torch.dtype = torch.bfloat16, stats: tuple[str, ...] = (), scale: float | None = 1.0, width: int = 64
+    ) -> Any:
+        logits = torch.zeros(3, width, dtype=dtype)
+        launch, *_ = logit_rows._prepare(logits, torch.zeros(3, dtype=torch.int64), OPTIONS["plain"], stats, scale)
+        return launch.constants["BLOCK"], launch.num_warps, launch.num_stages
+
+    own = shipped.columns, shipped.num_warps, shipped.num_stages
+    assert taken() == (few.columns, few.num_warps, few.num_stages) != own
+    # Another dtype or statistics, no gradient, rows of no whole 16 elements.
+    assert taken(scale=None) == taken(width=65) == taken(stats=("max_logp",)) == own
+    assert taken(dtype=torch.float16) == own
 
 
 def test_reasons() -> None:

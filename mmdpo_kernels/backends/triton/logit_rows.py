@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..logit_options import STATS, LogitOptions
 from . import logit_rows_tiles as tiles
-from .launch import Launch
+from . import measured_tiles
+from .launch import Launch, aligned
 from .logit_rows_kernels import fold_rows_kernel
 from .runtime import DTYPE_NAMES, DTYPES, Specialization
 
@@ -51,7 +52,10 @@ def _prepare(
     logps = torch.empty(rows, dtype=torch.float32, device=logits.device)
     found = {name: torch.empty_like(logps) for name in stats}
     slope = options.logit_scale / options.temperature
-    block = tiles.choose(logits.dtype, stats)
+    # As the sweep's calls: with their gradient, which reads a row twice.
+    timed = logits.dtype == torch.bfloat16 and not stats and coefficient_scale is not None and rows > 0
+    found_fastest = measured_tiles.fastest_block(rows, logits.device) if timed and aligned(logits) else None
+    block = tiles.choose(logits.dtype, stats, found_fastest)
     launch = Launch(
         kernel=fold_rows_kernel,
         programs=rows,
@@ -67,7 +71,7 @@ def _prepare(
             "width": width,
             "stride": logits.stride(0),
         },
-        constants={"BLOCK": block.columns, "STAGES": block.num_stages},
+        constants={"BLOCK": block.columns, "STAGES": block.num_stages, "KEEP": block.keep},
         num_warps=block.num_warps,
         num_stages=block.num_stages,
         maxnreg=block.registers,
@@ -90,6 +94,18 @@ def specializations(target: int) -> list[Specialization]:
             words = ["logit_rows", "fold" if scale is None else "gradient", DTYPE_NAMES[dtype]]
             words += ["softcap"] * (softcap is not None) + list(stats) + ["odd"] * (width % 16 != 0)
             found.append(launch.describe(" ".join(words)))
+    return found
+
+
+def candidates() -> list[Specialization]:
+    """`logit_rows_tiles.CANDIDATES` as `specializations` has the shipped forms, with the gradient that they are timed with."""
+    logits = torch.empty(256, 151936, dtype=torch.bfloat16, device="meta")
+    targets = torch.empty(256, dtype=torch.int64, device="meta")
+    found = []
+    for block in tiles.CANDIDATES:
+        with tiles.override(block):
+            launch, *_ = _prepare(logits, targets, LogitOptions(None, 1.0, 1.0, -100), (), 1.0)
+        found.append(launch.describe(f"logit_rows gradient bf16, {block.words}"))
     return found
 
 

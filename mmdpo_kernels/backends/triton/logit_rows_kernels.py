@@ -72,6 +72,7 @@ def fold_rows_kernel(
     stride,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """A row's log-probability of its target and statistics; with `factor` its logits become factor ([v = target] - p_v) slope_v.
 
@@ -79,6 +80,8 @@ def fold_rows_kernel(
     """
     row = tl.program_id(0)
     row_logits = logits + row.to(tl.int64) * stride
+    first_time: tl.constexpr = "evict_last" if KEEP and factor is not None else ""
+    second_time: tl.constexpr = "evict_first" if KEEP else ""
     lane = tl.arange(0, BLOCK)
     whole = width // BLOCK * BLOCK
     last = whole + lane
@@ -110,7 +113,7 @@ def fold_rows_kernel(
     lane_total = tl.zeros([BLOCK], tl.float32)
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         column = start + lane
-        scores = scaled(tl.load(row_logits + column), inner, outer)
+        scores = scaled(tl.load(row_logits + column, eviction_policy=first_time), inner, outer)
         lane_max, lane_sum, lane_moment = fold_block(scores, column, target, lane_max, lane_sum, lane_moment, entropy is not None)
         if mean_logit is not None:
             lane_total += scores
@@ -155,6 +158,6 @@ def fold_rows_kernel(
         tl.store(row_logits + last, coefficient, mask=inside)
         for back in tl.range(0, whole, BLOCK, num_stages=STAGES):
             column = whole - BLOCK - back + lane
-            z = tl.load(row_logits + column)
+            z = tl.load(row_logits + column, eviction_policy=second_time)
             coefficient = coefficients(z, column, target, own_coefficient, rate, row_max, inner, outer)
             tl.store(row_logits + column, coefficient)

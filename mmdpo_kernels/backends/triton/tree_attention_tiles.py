@@ -68,6 +68,7 @@ CANDIDATES: dict[str, dict[Tiles, tuple[str, ...]]] = {
     "grad_key": {
         Tiles(32, 128, 8, 3, descriptors=True): ("causal", "tree"),
         Tiles(64, 128, 8, 2, descriptors=True): ("causal", "tree"),
+        Tiles(64, 64, 4, 2, descriptors=True): ("causal", "tree"),  # two programs share a processor
         Tiles(32, 128, 8, 2, descriptors=True, overlap=True): _EVERY,
         Tiles(64, 64, 8, 2, descriptors=True, overlap=True): _EVERY,
         Tiles(32, 128, 4, 2, descriptors=True, specialize=True): ("causal",),

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings("ignore", category=FutureWarning)
 
 import torch  # noqa: E402
 
@@ -58,14 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(arguments: argparse.Namespace, place: Place) -> dict[str, Any]:
     """All races, written one by one."""
-    from transformers import logging
-
     from benchmarks.runs.whole_shapes.cases import WEIGHED, in_turn
-    from benchmarks.runs.whole_shapes.racing import Bench, race
+    from benchmarks.runs.whole_shapes.racing import Bench, quiet, race
     from benchmarks.runs.whole_shapes.subject import NotHere, Shape
 
-    # Each trainer's would say what it found in the tokenizer.
-    logging.set_verbosity_error()
+    quiet()
     begun = time.monotonic()
     deadline = begun + (arguments.seconds or float("inf"))
     device, scale = torch.device(arguments.device), "small" if arguments.small else arguments.device

@@ -67,13 +67,16 @@ class Way:
         """Forwards of the reference that a step is charged with."""
         return 1 / EPOCHS if self.side.caches else 1.0
 
-    def vision_runs(self, branches: int) -> tuple[int, int]:
-        """How often a step's pictures go through the vision tower: for the policy, and for a forward of the reference."""
+    def pictures(self, shown: int, distinct: int, branches: int) -> tuple[int, int]:
+        """How many go through the vision tower in a step: for the policy, and for a forward of the reference.
+
+        shown: pictures of a prompt. distinct: pictures of all of the record's branches.
+        """
         if self.side.kind != OURS:
-            return branches, branches
+            return shown * branches, shown * branches
         options = self.side.options
         own = bool(options.get("own_vision"))
-        policy = branches if own and not options.get("tree_packing", True) else 1
+        policy = distinct * branches if own and not options.get("tree_packing", True) else distinct
         # A pass that fills the cache sees for itself.
         return policy, policy if own or self.side.caches else 0
 

@@ -35,17 +35,10 @@ class Form:
     """Of the reference's own forward; 0 where it takes the policy's features."""
 
 
-def form_of(batch: Any, *, policy_runs: int, reference_runs: int) -> Form:
-    """Of a batch of one record, as tree or as padded rows. The runs are those of the batch's pictures."""
-    pictures = len(batch.pictures.tokens)
+def form_of(batch: Any, *, pictures: int, reference_pictures: int) -> Form:
+    """Of a batch of one record, as tree or as padded rows."""
     tokens, pairs = _seen(batch.attention_mask)
-    return Form(
-        tokens=tokens,
-        pairs=pairs,
-        rows=len(batch.targets),
-        pictures=pictures * policy_runs,
-        reference_pictures=pictures * reference_runs,
-    )
+    return Form(tokens=tokens, pairs=pairs, rows=len(batch.targets), pictures=pictures, reference_pictures=reference_pictures)
 
 
 def _seen(mask: Tensor) -> tuple[int, int]:

@@ -22,12 +22,12 @@ def text_of(result: dict[str, Any]) -> str:
                 rows.append([NAMES[method], way, *cells])
             for shape in shapes:
                 row = result["shapes"][shape].get(method, {}).get(way, {})
-                answer = row.get("reason") or (f"it failed: {row['failed']}" if "failed" in row else None)
+                answer = row.get("reason") or row.get("note") or (f"it failed: {row['failed']}" if "failed" in row else None)
                 if answer:
                     missing.setdefault(f"{way}: {answer}", []).append(f"{shape} {NAMES[method]}")
     pieces = [markdown(["method", "way", *shapes], rows)] if rows else ["Nothing was measured."]
     if missing:
-        pieces.append("Not measured:\n\n" + "\n".join(f"- {answer} ({', '.join(of)})" for answer, of in missing.items()))
+        pieces.append("What could not be had:\n\n" + "\n".join(f"- {answer} ({', '.join(of)})" for answer, of in missing.items()))
     return "\n\n".join([*pieces, _where(result)])
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,14 +18,16 @@ from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.utils import logging
 
 from benchmarks.kernels.harness import synchronise
 from benchmarks.measure import peak_memory
 from benchmarks.runs.training_step.sides import MDPO, Subject, loss_of, reference_pass, trainer_of, warm
 from benchmarks.runs.training_step.stepping import Loop
 from benchmarks.runs.whole_shapes.cases import WAYS, Way
-from benchmarks.runs.whole_shapes.flops import Form, Weights, form_of, step_flops
+from benchmarks.runs.whole_shapes.flops import Weights, form_of, step_flops
 from benchmarks.runs.whole_shapes.subject import Shape
+from mmdpo_kernels import tree_refusal
 from mmdpo_trainers.training.batches.collator import collator_of
 from mmdpo_trainers.training.config import PreferenceConfig
 from mmdpo_trainers.training.trainer import PreferenceTrainer
@@ -62,12 +65,17 @@ def race(bench: Bench, shape: Shape, method: str, names: Sequence[str]) -> dict[
     with contextlib.ExitStack() as stack:
         loops = {name: stack.enter_context(Loop(trainer)) for name, trainer in trainers.items() if not rows[name]}
         _take_turns(bench, ways, loops, rows, len(trainers) == 1)
+    # What is left of them on a GPU would be the next ones' memory.
     trainers.clear()
-    forms = _forms(shape, method)
+    loops.clear()
+    forms, refusal = _forms(shape, method), tree_refusal(shape.model)
     weights = Weights.of(shape.model, shape.family, shape.size, shape.size.rank(method))
     for name, way in ways.items():
         if "seconds" in rows[name]:
-            rows[name] |= _figures(rows[name], way, forms, weights, method)
+            packs = way.packs and refusal is None
+            rows[name] |= _figures(rows[name], way, forms[packs], forms[False], weights, shape.size.pictures)
+            if way.packs and not packs:
+                rows[name]["note"] = f"it ran as padded rows, as {refusal}"
             bench.progress(f"{shape.name} {method} {name}: {rows[name]['seconds_per_pair']:.3f} s a pair")
     gc.collect()
     if bench.device.type == "cuda":
@@ -154,12 +162,11 @@ def _losses(method: str) -> list[str]:
     return MDPO if method == "mdpo" else ["sigmoid"]
 
 
-def _figures(row: Row, way: Way, batches: Mapping[bool, Any], weights: Weights, method: str) -> Row:
-    """What follows from the seconds of a step."""
-    branches = TERMS[method] if method == "mdpo" else 2
-    policy, reference = way.vision_runs(branches)
-    form: Form = form_of(batches[way.packs], policy_runs=policy, reference_runs=reference)
-    apart = form_of(batches[False], policy_runs=1, reference_runs=0)
+def _figures(row: Row, way: Way, batch: Any, separate: Any, weights: Weights, shown: int) -> Row:
+    """What follows from the seconds of a step. batch: a record in the form that was run. separate: as padded rows."""
+    pictures, reference_pictures = way.pictures(shown, len(batch.pictures.tokens), batch.lengths.shape[1])
+    form = form_of(batch, pictures=pictures, reference_pictures=reference_pictures)
+    apart = form_of(separate, pictures=0, reference_pictures=0)
     passes = row.get("reference_seconds", [0.0] * len(row["seconds"]))
     each = [step + way.reference * one if way.side.caches else step for step, one in zip(row["seconds"], passes, strict=True)]
     median, flops = statistics.median(each), step_flops(weights, form, reference=way.reference)
@@ -174,8 +181,16 @@ def _figures(row: Row, way: Way, batches: Mapping[bool, Any], weights: Weights, 
     }
 
 
+def quiet() -> None:
+    """No notices of libraries: each of the trainers would bring them again."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def peak_of(name: str, scale: str, method: str, way: str) -> int:
     """Peak bytes above the model of a first step on the CPU, in a process in which nothing has run before."""
+    quiet()
     shape = Shape(name, scale, torch.device("cpu"), torch.float32)
     subject = shape.subject(method)
     subject = dataclasses.replace(subject, data=subject.data.select([0]))

@@ -43,10 +43,14 @@ Runs select_runs(DType dtype) {
   if (dtype == DType::float64) return {generic::forward_float64, generic::backward_float64};
   const bool bfloat16 = dtype == DType::bfloat16;
   switch (cpu_level()) {
-    case CpuLevel::amx_emulated: return {bfloat16 ? emulated::forward_bfloat16 : generic::forward_float32, generic::backward_float32};
+    case CpuLevel::amx_emulated:
+      if (bfloat16) return {emulated::forward_bfloat16, emulated::backward_bfloat16};
+      return {generic::forward_float32, generic::backward_float32};
 #if defined(__x86_64__)
 #if defined(MMDPO_AMX)
-    case CpuLevel::amx: return {bfloat16 ? amx::forward_bfloat16 : avx512::forward_float32, avx512::backward_float32};
+    case CpuLevel::amx:
+      if (bfloat16) return {amx::forward_bfloat16, amx::backward_bfloat16};
+      return {avx512::forward_float32, avx512::backward_float32};
 #endif
     case CpuLevel::avx512: return {avx512::forward_float32, avx512::backward_float32};
     case CpuLevel::avx2: return {avx2::forward_float32, avx2::backward_float32};

@@ -8,6 +8,7 @@ constexpr int kKeyBlock = 96;  // of 2 bytes
 
 namespace mmdpo::amx {
 
-bool forward_bfloat16(const AttentionMassTask& task) { return run_bfloat16(task, avx512::forward_float32); }
+bool forward_bfloat16(const AttentionMassTask& task) { return run_forward_bfloat16(task, avx512::forward_float32); }
+bool backward_bfloat16(const AttentionMassTask& task) { return run_backward_bfloat16(task, avx512::backward_float32); }
 
 }  // namespace mmdpo::amx

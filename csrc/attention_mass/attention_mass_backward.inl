@@ -7,16 +7,16 @@
 
 namespace {
 
-template <class T>
-class Backward : Rows<T> {
-  using Base = Rows<T>;
-  using Base::a_, Base::M_, Base::task_, Base::shift_, Base::total_;
-  using typename Base::V;
+template <class T, class Products = VectorProducts<T>>
+class Backward : Rows<T, Products> {
+  using Base = Rows<T, Products>;
+  using Base::a_, Base::M_, Base::task_, Base::products_, Base::shift_, Base::total_;
+  using typename Base::Part, typename Base::V;
 
  public:
   explicit Backward(const AttentionMassTask& task)
       : Base(task),
-        D_(up_to(a_.D, Base::kTileKeys)),
+        D_(products_.columns()),
         rows_(up_to(M_, kTileRows)),
         grad_(static_cast<const T*>(task.gradients->grad)) {}
 
@@ -24,14 +24,17 @@ class Backward : Rows<T> {
     return Base::with_workspace([this](Arena& arena) { lay_out(arena); }, [this] { compute(); });
   }
 
+  const Products& products() const { return products_; }
+
  private:
   void lay_out(Arena& arena) {
     Base::lay_out(arena);
     dot_ = arena.take<double>(M_);
     grad_p_ = arena.take<T>(kKeyBlock);
-    query_rows_ = arena.take<T>(rows_ * D_);
-    key_rows_ = arena.take<T>(kKeyBlock * D_);
-    grad_scores_ = arena.take<T>(rows_ * kKeyBlock);
+    query_rows_ = arena.take<Part>(rows_ * D_);
+    key_rows_ = arena.take<Part>(kKeyBlock * D_);
+    grad_scores_ = arena.take<Part>(rows_ * kKeyBlock);
+    products_.lay_out_sums(arena, rows_);
     grad_query_ = arena.take<T>(rows_ * D_);
     grad_key_ = arena.take<T>(kKeyBlock * D_);
   }
@@ -40,9 +43,10 @@ class Backward : Rows<T> {
     Base::pack_query();
     Base::start_rows();
     memset(dot_, 0, M_ * sizeof(double));
-    memset(query_rows_, 0, rows_ * D_ * sizeof(T));
+    memset(query_rows_, 0, rows_ * D_ * sizeof(Part));
     memset(grad_query_, 0, rows_ * D_ * sizeof(T));
-    for (int64_t m = 0; m < M_; ++m) convert(a_.query, a_.dtype, Base::query_offset(m), a_.D, query_rows_ + m * D_);
+    for (int64_t m = 0; m < M_; ++m) products_.pack_row(a_.query, Base::query_offset(m), query_rows_ + m * D_);
+    products_.finish_rows(rows_, query_rows_);
     Base::for_blocks([this](const KeyBlock<T>& block) {
       fill_shared_grad(block);
       Base::for_rows(block, [&](int64_t m, T* scores, T peak) { survey(block, m, scores, peak); });
@@ -70,18 +74,12 @@ class Backward : Rows<T> {
 
   void differentiate(const KeyBlock<T>& block) {
     fill_shared_grad(block);
-    memset(grad_scores_, 0, rows_ * kKeyBlock * sizeof(T));
+    memset(grad_scores_, 0, rows_ * kKeyBlock * sizeof(Part));
     const bool any = Base::for_rows(block, [&](int64_t m, T* scores, T) { differentiate_scores(block, m, scores); });
     if (!any) return;
     pack_key_rows(block);
-    for (int64_t d = 0; d < D_; d += Base::kTileKeys) {
-      for (int64_t m = 0; m < rows_; m += kTileRows) {
-        multiply<true>(kKeyBlock, grad_scores_ + m * kKeyBlock, kKeyBlock, 1, key_rows_ + d, D_, grad_query_ + m * D_ + d, D_);
-      }
-      for (int64_t j = 0; j < kKeyBlock; j += kTileRows) {
-        multiply<false>(rows_, grad_scores_ + j, 1, kKeyBlock, query_rows_ + d, D_, grad_key_ + j * D_ + d, D_);
-      }
-    }
+    products_.add_keys(rows_, grad_scores_, key_rows_, grad_query_);
+    products_.sum_queries(rows_, grad_scores_, query_rows_, grad_key_);
     T* grad_key = static_cast<T*>(task_.gradients->grad_key) + ((task_.batch * a_.Hkv + task_.key_head) * a_.S + block.first) * a_.D;
     for (int64_t j = 0; j < block.count; ++j) write(grad_key_ + j * D_, grad_key + j * a_.D);
   }
@@ -91,12 +89,12 @@ class Backward : Rows<T> {
     if (total_[m] == 0.0) return;
     const T *grad = grad_of(block, m), weight = static_cast<T>(1.0 / total_[m]), dot = static_cast<T>(dot_[m]);
     const T shift = shift_[m], inverse_cap = a_.softcap > 0 ? static_cast<T>(1.0 / a_.softcap) : 0;
-    T* to = grad_scores_ + m * kKeyBlock;
+    Part* to = grad_scores_ + m * kKeyBlock;
     for (int i = 0; i < kKeyBlock; i += kLanes<T>) {
       const V s = load(scores + i), p = exp_(s - shift) * weight, capped = s * inverse_cap;
       const V change = p * (load(grad + i) - dot) * (T(1) - capped * capped);
       // Scores of hidden keys are infinite.
-      store<T>(to + i, p != 0 ? change : V{});
+      Products::put(to + i, p != 0 ? change : V{});
     }
   }
 
@@ -124,10 +122,11 @@ class Backward : Rows<T> {
     return grad_p_;
   }
 
-  // key_rows_: (kKeyBlock, D_), zero past the last key and past D.
+  // key_rows_: (kKeyBlock, D_), zero past the last key and past D, as the right factor of `add_keys`.
   void pack_key_rows(const KeyBlock<T>& block) {
-    memset(key_rows_, 0, kKeyBlock * D_ * sizeof(T));
-    for (int64_t j = 0; j < block.count; ++j) convert(a_.key, a_.dtype, Base::key_offset(block.first + j), a_.D, key_rows_ + j * D_);
+    memset(key_rows_, 0, kKeyBlock * D_ * sizeof(Part));
+    for (int64_t j = 0; j < block.count; ++j) products_.pack_row(a_.key, Base::key_offset(block.first + j), key_rows_ + j * D_);
+    products_.finish_rows(kKeyBlock, key_rows_);
   }
 
   void write(const T* from, T* to) const {
@@ -137,8 +136,9 @@ class Backward : Rows<T> {
   const int64_t D_, rows_;  // D and M, padded to whole tiles
   const T* grad_;           // (B, Hq, R, N), (B, N) or (B, S)
   double* dot_;             // (M) sums over keys of P dP
-  T *grad_p_, *grad_scores_;                             // (kKeyBlock), (rows_, kKeyBlock)
-  T *query_rows_, *key_rows_, *grad_query_, *grad_key_;  // (rows_ or kKeyBlock, D_)
+  T* grad_p_;                                              // (kKeyBlock)
+  Part *grad_scores_, *query_rows_, *key_rows_;            // (rows_, kKeyBlock); (rows_ or kKeyBlock, D_)
+  T *grad_query_, *grad_key_;                              // (rows_ or kKeyBlock, D_)
 };
 
 }  // namespace

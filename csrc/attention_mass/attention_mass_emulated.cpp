@@ -8,6 +8,7 @@ constexpr int kKeyBlock = 96;
 
 namespace mmdpo::emulated {
 
-bool forward_bfloat16(const AttentionMassTask& task) { return run_bfloat16(task, generic::forward_float32); }
+bool forward_bfloat16(const AttentionMassTask& task) { return run_forward_bfloat16(task, generic::forward_float32); }
+bool backward_bfloat16(const AttentionMassTask& task) { return run_backward_bfloat16(task, generic::backward_float32); }
 
 }  // namespace mmdpo::emulated

@@ -35,10 +35,12 @@ bool backward_float32(const AttentionMassTask& task);
 }  // namespace avx512
 namespace amx {
 bool forward_bfloat16(const AttentionMassTask& task);
+bool backward_bfloat16(const AttentionMassTask& task);
 }  // namespace amx
 #endif
 namespace emulated {
 bool forward_bfloat16(const AttentionMassTask& task);
+bool backward_bfloat16(const AttentionMassTask& task);
 }  // namespace emulated
 
 }  // namespace mmdpo

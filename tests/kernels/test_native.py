@@ -20,7 +20,7 @@ from mmdpo_kernels.backends.reference import attention_mass as reference
 
 MODULE = extension.load()
 LEVELS = [] if isinstance(MODULE, str) else MODULE.supported_cpu_levels()
-# Levels that differ from the one below in products of bfloat16 only, the last on any CPU. Half precision is the forward's own there.
+# Levels that differ from the one below in products of bfloat16 only, the last on any CPU.
 PAIRED = [*(level for level in LEVELS if level == "amx"), "amx_emulated"]
 CASES = [(level, dtype) for level in LEVELS if level not in PAIRED for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 CASES += [(level, torch.bfloat16) for level in PAIRED]
@@ -151,14 +151,17 @@ def test_products_of_bfloat16_are_a_level_s_own(level: str, reduce: str | None, 
     calls["large"].query_rows[..., 0], calls["large"].key[..., 0] = 2.0**-127, 2.0**127
     calls["wide scale"] = make_call(Sizes(2, 6, 2, 9, 300, 80), torch.bfloat16, {"scale": 2.0**24})
     for name, call in calls.items():
-        found = []
+        found, gradients = [], []
+        grad = torch.randn_like(call.run(native, reduce))
         for either in (level, below):
             monkeypatch.setenv("MMDPO_CPU_LEVEL", either)
             found.append(call.run(native, reduce))
-        same[name] = torch.equal(*found)
+            gradients.append(torch.cat([each.flatten() for each in call.run_backward(native, reduce, grad)]))
+        same[name] = torch.equal(*found), torch.equal(*gradients)
+    mass, gradient = same.pop(torch.bfloat16)
     # A mean of few segments may come out the same.
-    assert not same.pop(torch.bfloat16) or reduce == "mean"
-    assert same == {torch.float32: True, torch.float16: True, "large": True, "wide scale": True}
+    assert not gradient and (not mass or reduce == "mean")
+    assert same == dict.fromkeys([torch.float32, torch.float16, "large", "wide scale"], (True, True))
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -181,7 +184,7 @@ def test_no_segments_and_no_rows() -> None:
     assert (call.run(native, "mean") == 0).all()
 
 
-@pytest.mark.parametrize(("level", "dtype"), [case for case in CASES if case[0] not in PAIRED])
+@pytest.mark.parametrize(("level", "dtype"), CASES)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("lse", [False, True])
 def test_gradients_are_as_accurate_as_pytorch_s(
@@ -212,18 +215,18 @@ def test_float64_gradients_are_float64(option: str, lse: bool, reduce: str | Non
         )
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("level", "dtype"), OWN_CASES)
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_rows_that_see_nothing_and_unused_rows_have_no_gradient(
-    level: str, reduce: str | None, monkeypatch: pytest.MonkeyPatch
+    level: str, dtype: torch.dtype, reduce: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MMDPO_CPU_LEVEL", level)
     monkeypatch.setattr(torch, "empty", nan_filled)
-    call = make_call(SIZES["odd"], torch.float32, {})
+    call = make_call(SIZES["odd"], dtype, {})
     grad = torch.randn_like(call.run(reference, reduce))
     call.tree_end = torch.arange(67, dtype=torch.int32).repeat(2, 1)
     assert all((found == 0).all() for found in call.run_backward(native, reduce, grad))
-    call = make_call(SIZES["odd"], torch.float32, {})
+    call = make_call(SIZES["odd"], dtype, {})
     call.row_positions[1] = -1
     assert all((found[1] == 0).all() for found in call.run_backward(native, reduce, grad))
 

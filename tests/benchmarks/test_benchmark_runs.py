@@ -100,7 +100,7 @@ def test_whole_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setitem(shape_cases.WAYS, "dpo", {name: shape_cases.WAYS["dpo"][name] for name in names})
     monkeypatch.setitem(shape_cases.WEIGHED, "dpo", (shape_cases.OURS,))
     chosen = ["--small", "--output", str(tmp_path), "--shape", "Qwen2.5-VL-7B", "--method", "dpo"]
-    monkeypatch.setattr(shape_cases.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shape_cases, "find_spec", lambda name: None)
     whole_shapes_cli.main(chosen)
     rows = result(tmp_path, "whole_shapes_cpu")["shapes"]["Qwen2.5-VL-7B"]["dpo"]
     assert rows[names[1]] == {"reason": "TRL is not installed"} and rows[names[2]] == {"reason": "TRL is not installed"}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Way:
 
     def reason(self, shape: str, device: torch.device) -> str | None:
         """Why it cannot be had here; None: it can."""
-        if self.side.kind == "trl" and importlib.util.find_spec("trl") is None:
+        if self.side.kind == "trl" and find_spec("trl") is None:
             return "TRL is not installed"
         if self.side.kind == "official rows" and "LLaVA" not in shape:
             return "mDPO's official way is here for LLaVA's inputs alone"

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.gpu.environment import first_line
 
 FILE = "phases.json"
-_CODE = ("mmdpo_kernels", "csrc", "benchmarks", "tests")
+_CODE = ("mmdpo_kernels", "trainers", "csrc", "benchmarks", "tests")
 _KINDS = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 

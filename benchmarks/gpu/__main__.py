@@ -182,7 +182,7 @@ def _tiles(plan: Plan, seconds: float) -> list[list[str]]:
 def _whole_step(plan: Plan, seconds: float) -> list[list[str]]:
     # Small, one model stands for all: the others have their tests.
     tiny = ["--small", "--shape", "LLaVA-1.5-7B", "--method", "dpo"] if plan.small else []
-    where = ["--device", plan.device, "--output", str(plan.folder), "--resume", "--seconds", str(max(5, seconds - 10))]
+    where = ["--device", plan.device, "--output", str(plan.folder), "--resume", "--seconds", str(max(5, seconds - 15))]
     return [[*_other("runs.whole_shapes"), *where, *tiny]]
 
 

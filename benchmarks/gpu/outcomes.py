@@ -12,7 +12,7 @@ from benchmarks.gpu import peers
 from benchmarks.gpu.environment import first_line
 
 FILE = "phases.json"
-_CODE = ("mmdpo_kernels", "csrc", "benchmarks", "tests")
+_CODE = ("mmdpo_kernels", "trainers", "csrc", "benchmarks", "tests")
 _KINDS = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 

@@ -32,6 +32,7 @@ GUESS = 20.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    begun = time.monotonic()
     parser = argparse.ArgumentParser(description=package.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=SHAPES, action="append", help="this shape only; may be repeated")
@@ -51,17 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.path.insert(0, str(ROOT / "trainers"))
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
-    measure(arguments, place_of(arguments, part=bool(arguments.shape or arguments.method)))
+    measure(arguments, place_of(arguments, part=bool(arguments.shape or arguments.method)), begun)
 
 
-def measure(arguments: argparse.Namespace, place: Place) -> dict[str, Any]:
-    """All races, written one by one."""
+def measure(arguments: argparse.Namespace, place: Place, begun: float) -> dict[str, Any]:
+    """All races, written one by one. begun: from when `--seconds` count, on `time.monotonic`."""
     from benchmarks.runs.whole_shapes.cases import WEIGHED, in_turn
     from benchmarks.runs.whole_shapes.racing import Bench, quiet, race
     from benchmarks.runs.whole_shapes.subject import NotHere, Shape
 
     quiet()
-    begun = time.monotonic()
     deadline = begun + (arguments.seconds or float("inf"))
     device, scale = torch.device(arguments.device), "small" if arguments.small else arguments.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

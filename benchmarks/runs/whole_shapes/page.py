@@ -43,7 +43,7 @@ def _cell(rows: dict[str, Any], method: str, way: str) -> str:
     baseline = baseline_of(method, way, measured)
     if baseline not in (None, way):
         faster = ratios({name: rows[name]["per_pair"] for name in (baseline, way)}, baseline, way)
-        pieces.append(f"**{faster['median']:.2f}** times {baseline}")
+        pieces.append(f"**{faster['median']:.2f}** times as fast as {baseline}")
     return ", ".join(pieces)
 
 

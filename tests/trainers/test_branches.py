@@ -185,6 +185,7 @@ def test_paths_of_further_columns_are_relative_to_the_data(tmp_path: Path) -> No
 
 def test_a_run_carries_further_columns(tmp_path: Path, folder: Path) -> None:
     """From the user's data to the loss, whose paths are relative to it; a column that an arm asks for later is noticed."""
+    tiny(folder)
     lines = []
     for index in range(4):
         for name in ("one", "two"):

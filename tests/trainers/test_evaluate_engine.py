@@ -74,7 +74,8 @@ def test_the_trained_model_answers_otherwise_than_the_base(
     tmp_path: Path, base: Path, adapter: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vllm_double.install(monkeypatch)
-    found = [answers(context_of(tmp_path / str(each), base, prompts, each, "vllm")) for each in (None, adapter)]
+    folders = (("base", None), ("adapter", adapter))
+    found = [answers(context_of(tmp_path / name, base, prompts, each, "vllm")) for name, each in folders]
     assert [answer["response_ids"] for answer in found[0]] != [answer["response_ids"] for answer in found[1]]
 
 

@@ -26,6 +26,8 @@ class Case:
     name: str
     rows: int
     vocabulary: int
+    calls: int = 1
+    """Of `rows` rows each: of a single one plain PyTorch may hit all that there is by luck."""
     trained: bool = False
     width: int = 32
     softcap: float | None = None
@@ -33,9 +35,12 @@ class Case:
 
 
 CASES = tuple(
-    Case(name=f"{rows:,} rows, {vocabulary:,} tokens{', trained' if trained else ''}", rows=rows, vocabulary=vocabulary, trained=trained)
+    Case(name=f"{name}, {vocabulary:,} tokens{', trained' if trained else ''}", rows=rows, vocabulary=vocabulary, calls=calls, trained=trained)
     for vocabulary in (32064, 151936)
-    for rows, trained in ((1, False), (200, False), (4096, False), (1, True), (200, True))
+    for name, rows, calls, trained in (
+        ("1 row at a time", 1, 64, False), ("200 rows", 200, 1, False), ("4,096 rows", 4096, 1, False),
+        ("1 row at a time", 1, 64, True), ("200 rows", 200, 1, True),
+    )
 ) + (
     Case(name="4,096 rows, 32,064 tokens, trained", rows=4096, vocabulary=32064, trained=True),
     Case(name="softcap", rows=64, vocabulary=50257, softcap=5.0),
@@ -44,9 +49,9 @@ CASES = tuple(
 
 SMALL_CASES = (
     Case(name="frozen", rows=40, vocabulary=301, softcap=5.0),
-    Case(name="trained", rows=40, vocabulary=301, trained=True),
+    Case(name="trained", rows=1, calls=40, vocabulary=301, trained=True),
 )
-"""To see that everything runs; with fewer rows plain PyTorch may hit all of them by luck."""
+"""To see that everything runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ class Problem:
 def problem(case: Case, *, small: bool, dtype: torch.dtype, device: str) -> Problem:
     """The same numbers every time; targets are likely in two rows of three and ignored in a few."""
     generator = torch.Generator().manual_seed(0)
-    rows = min(case.rows, SMALL_ROWS) if small else case.rows
+    rows = min(case.rows * case.calls, SMALL_ROWS) if small else case.rows * case.calls
     weight = torch.randn(case.vocabulary, case.width, generator=generator) * case.width**-0.5
     targets = torch.randint(case.vocabulary, (rows,), generator=generator)
     hidden = torch.randn(rows, case.width, generator=generator)
@@ -80,25 +85,44 @@ def problem(case: Case, *, small: bool, dtype: torch.dtype, device: str) -> Prob
 
 def ours(given: Problem, backend: str) -> Named:
     """Outputs and gradients of a backend."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in given.leaves.items()}
-    inputs = {"weight": given.weight, "bias": given.bias, **leaves}
-    found = linear_logprobs(**inputs, targets=given.targets, softcap=given.case.softcap, stats=STATS, backend=backend)
-    grads = torch.autograd.grad(found.logps, list(leaves.values()), given.grad_logps)
-    outputs = {name: getattr(found, name) for name in ("logps", *STATS)}
-    return {**outputs, **{f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+    return _joined([_our_rows(given, rows, backend) for rows in _calls(given)])
 
 
 def plain(given: Problem, dtype: torch.dtype) -> Named:
     """The same by log-softmax of all logits and PyTorch's autograd; rows at a time where only they have gradients."""
-    pieces = [_plain_rows(given, rows, dtype) for rows in _row_groups(given)]
-    of_head = ("gradient of weight", "gradient of bias")
-    return {name: pieces[0][name] if name in of_head else torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+    return _joined([_plain_rows(given, rows, dtype) for rows in _row_groups(given)])
+
+
+def _calls(given: Problem) -> Iterator[slice]:
+    count = given.targets.shape[0]
+    step = count if given.case.calls == 1 else given.case.rows
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _row_groups(given: Problem) -> Iterator[slice]:
-    rows = given.targets.shape[0]
-    step = rows if given.case.trained else PLAIN_ROWS
-    return (slice(start, start + step) for start in range(0, rows, step))
+    if given.case.trained or given.case.calls > 1:
+        return _calls(given)
+    return (slice(start, start + PLAIN_ROWS) for start in range(0, given.targets.shape[0], PLAIN_ROWS))
+
+
+def _joined(pieces: list[Named]) -> Named:
+    """Of all calls: rows one after the other, gradients of the head added up."""
+    of_head = ("gradient of weight", "gradient of bias")
+    found = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0] if name not in of_head}
+    sums = {
+        name: sum(piece[name].double() for piece in pieces).to(pieces[0][name].dtype) for name in of_head if name in pieces[0]
+    }
+    return found | sums
+
+
+def _our_rows(given: Problem, rows: slice, backend: str) -> Named:
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in given.leaves.items()}
+    leaves["hidden"] = given.leaves["hidden"].detach()[rows].requires_grad_()
+    inputs = {"weight": given.weight, "bias": given.bias, **leaves}
+    found = linear_logprobs(**inputs, targets=given.targets[rows], softcap=given.case.softcap, stats=STATS, backend=backend)
+    grads = torch.autograd.grad(found.logps, list(leaves.values()), given.grad_logps[rows])
+    outputs = {name: getattr(found, name) for name in ("logps", *STATS)}
+    return {**outputs, **{f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
 def _plain_rows(given: Problem, rows: slice, dtype: torch.dtype) -> Named:

@@ -1,4 +1,4 @@
-"""The static table as a section of docs/kernels.md."""
+"""What is known of the kernels without a GPU, as sections of docs/kernels.md: how their forms compile, and the static table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks import measure
 from benchmarks.kernels.machine_code import DIM, GPUS, LENGTH
 from benchmarks.measure import markdown, write_section
 
-PAGE, SECTION = "docs/kernels.md", "static_table"
+PAGE = "docs/kernels.md"
 
 GOALS = {"forward": 450.0, "backward": 350.0}
 """TFLOP/s, causal, head dim 128, 8k."""
@@ -19,10 +19,30 @@ _COUNTS = ("tensor", "exponential", "wait", "load", "shared", "float", "integer"
 
 
 def write() -> None:
-    """The section from the committed result, where there is one."""
-    path = measure.RESULTS / "static_table.json"
-    if path.exists():
-        write_section(PAGE, SECTION, text_of(json.loads(path.read_text(encoding="utf-8"))))
+    """The sections from the committed results, where they are."""
+    for section, page in (("ahead_of_time", compiled_text), ("static_table", text_of)):
+        path = measure.RESULTS / f"{section}.json"
+        if path.exists():
+            write_section(PAGE, section, page(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def compiled_text(content: dict[str, Any]) -> str:
+    """Of what `ahead_of_time` writes: by op and target how many forms, and the most that one of them takes."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for form in content["forms"]:
+        groups.setdefault((form["label"].split()[0], form["target"]), []).append(form)
+    rows = [
+        [
+            f"`{op}`, sm_{target}",
+            str(len(forms)),
+            str(max(form["registers"] for form in forms)),
+            f"{max(form['shared'] for form in forms) / 1024:.0f}",
+            str(sum(form["problem"] is not None for form in forms)),
+        ]
+        for (op, target), forms in sorted(groups.items())
+    ]
+    header = ["", "forms", "most registers", "most shared memory, KB", "with a problem"]
+    return f"Triton {content['triton']}, {len(content['forms'])} forms.\n\n{markdown(header, rows)}"
 
 
 def text_of(content: dict[str, Any]) -> str:

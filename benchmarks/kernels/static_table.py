@@ -21,7 +21,7 @@ from typing import Any
 import triton
 
 from benchmarks.kernels.machine_code import DIM, GPUS, Gpu, Loop, cycles, disassemble, loops, simulate
-from benchmarks.kernels.static_page import PAGE, SECTION, text_of, write
+from benchmarks.kernels.static_page import PAGE, text_of, write
 from benchmarks.measure import add_place, place_of
 from mmdpo_kernels.backends.triton import ahead_of_time, attention_mass, logit_rows, tree_attention
 from mmdpo_kernels.backends.triton.runtime import Specialization
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     place = place_of(arguments, part=arguments.target is not None)
     content = {"triton": triton.__version__, "rows": rows}
     print(f"written: {place.result('static_table', content)}")
-    place.section(PAGE, SECTION, text_of(content))
+    place.section(PAGE, "static_table", text_of(content))
 
 
 if __name__ == "__main__":

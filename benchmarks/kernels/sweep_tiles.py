@@ -101,7 +101,7 @@ def problem_of(size: Size) -> Problem:
 
 def table_tiles(problem: Problem) -> tiles.TreeAttentionTiles:
     """What the table says for the problem."""
-    return tiles.choose(problem.query.shape[-1], problem.query.dtype, runtime.capability(problem.query.device), heavy=False)
+    return tiles.choose(problem.query.shape[-1], problem.query.dtype, runtime.capability(problem.query.device))
 
 
 def varied(which: str, candidate: Candidate, problem: Problem) -> AbstractContextManager[None]:

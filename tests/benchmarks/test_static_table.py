@@ -116,6 +116,16 @@ def loop_names(loop: Loop) -> list[str]:
     return [each.name for each in loop.round]
 
 
+def test_the_page_says_how_every_committed_form_compiled() -> None:
+    content = json.loads((measure.RESULTS / "ahead_of_time.json").read_text())
+    page = (Path(measure.RESULTS).parents[1] / static_page.PAGE).read_text()
+    assert static_page.compiled_text(content) in page
+    assert {form["target"] for form in content["forms"]} == set(GPUS)
+    assert not [form for form in content["forms"] if form["problem"]]
+    spilling = [{**form, "problem": "spills 8 bytes"} for form in content["forms"][:1]]
+    assert static_page.compiled_text({**content, "forms": spilling}).endswith("| 1 |")
+
+
 def test_the_page_s_section_is_that_of_the_committed_result() -> None:
     content = json.loads((measure.RESULTS / "static_table.json").read_text())
     page = (Path(measure.RESULTS).parents[1] / static_page.PAGE).read_text()

@@ -360,6 +360,36 @@ def test_tiles_of_a_sweep_are_taken_where_they_were_measured_and_serve_the_call(
     assert measured_tiles.fastest("tree mass", gpu) == measured_tiles.fastest("causal", torch.device("cpu")) == {}
 
 
+def test_smaller_tiles_serve_calls_whose_features_together_would_spill() -> None:
+    table = tiles.choose(128, torch.bfloat16, (8, 0))
+    both = tiles.choose(128, torch.bfloat16, (8, 0), {"reach", "window"})
+    alone = tiles.choose(128, torch.bfloat16, (8, 0), {"reach"})
+    assert alone.grad_key == table.grad_key and both.grad_key == Tiles(32, 64, 8, 2)
+    assert both.forward == alone.forward != table.forward and both.grad_query == table.grad_query
+    softcap = tiles.choose(128, torch.bfloat16, (10, 0), {"softcap"})
+    assert tiles.choose(128, torch.bfloat16, (10, 0), {"softcap", "mass"}).forward != softcap.forward
+    padded, whole = (tiles.choose(width, torch.bfloat16, (8, 0), {"mass"}) for width in (96, 128))
+    assert padded.forward != whole.forward
+    known = {*tiles.FEATURES, "light", "heavy", "padded"}
+    assert all(tight.when <= known and tight.tiles for tight in tiles._TIGHT)
+
+
+@pytest.mark.parametrize(("family", "capability"), [("ampere", (8, 0)), ("hopper", (9, 0)), ("blackwell", (10, 0))])
+def test_every_set_of_features_is_compiled_ahead_of_time_and_every_smaller_tile(family: str, capability: tuple[int, int]) -> None:
+    shipped = {label: features for label, _, dim, features in backend._shipped() if label.startswith(f"bf16 {dim} tree")}
+    for dim in (64, 96, 128, 256):
+        of_dim = {tuple(features.items()) for label, features in shipped.items() if label.split()[1] == str(dim)}
+        assert len(of_dim) == 2 ** len(tiles.FEATURES)
+    used = {
+        (launch.constants["BLOCK_M"], launch.constants["BLOCK_N"], launch.num_warps)
+        for label, features in shipped.items()
+        for launch in backend._example(torch.bfloat16, int(label.split()[1]), capability, **features)
+        if "BLOCK_N" in launch.constants
+    }
+    smaller = [each for tight in tiles._TIGHT if tight.family == family for each in tight.tiles.values()]
+    assert smaller and all((each.block_m, each.block_n, each.num_warps) in used for each in smaller)
+
+
 def test_tensors_of_other_alignment_than_the_sweep_s_take_the_table_s_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was found without spills reads 16 bytes at a time."""
     found = Tiles(64, 32, 8, 2)
@@ -375,7 +405,7 @@ def test_tensors_of_other_alignment_than_the_sweep_s_take_the_table_s_tiles(monk
         several = backend._Launches(query, whole, value, call, (9, 0))._tiles(upstream)
         return [several.forward, several.grad_key, several.grad_query]
 
-    table = tiles.choose(128, torch.bfloat16, (9, 0), heavy=False)
+    table = tiles.choose(128, torch.bfloat16, (9, 0))
     assert chosen(whole, whole) == chosen(whole, whole, whole) == [found] * 3
     for given in ((strided, whole), (whole, shifted), (whole, whole, strided)):
         assert chosen(*given) == [table.forward, table.grad_key, table.grad_query]

@@ -168,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flush=True,
         )
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) | {"problem": row.problem} for row in rows], indent=1) + "\n")
+        forms = [asdict(row) | {"problem": row.problem} for row in rows]
+        options.json.write_text(json.dumps({"triton": triton.__version__, "forms": forms}, indent=1) + "\n")
     problems = sum(row.problem is not None for row in rows)
     print(f"{len(rows)} compiled, {problems} with problems")
     return 1 if problems or not rows else 0

@@ -371,17 +371,15 @@ REPRESENTATIVE = ("rows bf16 128 tree reach",)
 
 def specializations(target: int) -> list[runtime.Specialization]:
     """What the launchers ask for at the sizes of a training step: every kernel, dtype and way of reading head vectors, each form once."""
-    found: dict[object, runtime.Specialization] = {}
+    found = []
     sizes = [*itertools.product(runtime.DTYPES, (64, 128, 256)), (torch.bfloat16, 80), (torch.bfloat16, 512)]
     for dtype, dim in sizes:
         for reduce, known, extras in _FORMS if dim == 128 else _FORMS[:4]:
             for work, name in _described_work(target, dtype, dim, reduce, known, extras):
                 label = f"{name} {runtime.DTYPE_NAMES[dtype]} {dim}{extras}"
                 for launch in work.launches:
-                    form = launch.describe(f"attention_mass {launch.kernel.__name__.removesuffix('_kernel')} {label}")
-                    key = (form.kernel, *map(str, (form.signature, form.constants, form.num_warps, form.num_stages)))
-                    found.setdefault(key, form)
-    return list(found.values())
+                    found.append(launch.describe(f"attention_mass {launch.kernel.__name__.removesuffix('_kernel')} {label}"))
+    return runtime.distinct(found)
 
 
 _TREE, _REACH = " tree window softcap", " tree reach window softcap"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,15 @@ class Specialization:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+
+
+def distinct(forms: Iterable[Specialization]) -> list[Specialization]:
+    """Each compiled form once, under the first of its labels."""
+    found: dict[object, Specialization] = {}
+    for form in forms:
+        written = map(str, (form.signature, form.constants, form.num_warps, form.num_stages, form.maxnreg))
+        found.setdefault((form.kernel, *written), form)
+    return list(found.values())
 
 
 def unavailable_reason(device_type: str, dtype: torch.dtype) -> str | None:

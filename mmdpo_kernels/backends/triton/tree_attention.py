@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from . import measured_tiles, runtime
 from . import tree_attention_tiles as tiles
 from .attention_device import COLUMNS
 from .launch import Launch, aligned
-from .runtime import Specialization
+from .runtime import DTYPE_NAMES, Specialization
 from .tree_attention_kernels import forward_kernel, grad_key_kernel, grad_query_kernel, row_correction_kernel
 from .tree_attention_tiles import Tiles, TreeAttentionTiles
 from .tree_plan import key_plan, query_plan, segment_kinds, token_depths
@@ -160,8 +161,9 @@ class _Launches:
         """The table's, or what a sweep has found faster; for tensors of other alignment than the sweep's, the table's."""
         width = max(self.query.shape[3], self.value.shape[3])
         capability = self.capability or runtime.capability(self.query.device)
-        heavy = self.call.num_segments > 0 or self.call.softcap is not None
-        chosen = tiles.choose(width, self.query.dtype, capability, heavy, self.call.reach is not None)
+        given = (self.call.reach, self.call.window, self.call.softcap, self.call.num_segments or None)
+        features = {name for name, value in zip(tiles.FEATURES, given, strict=True) if value is not None}
+        chosen = tiles.choose(width, self.query.dtype, capability, features)
         kind = self._kind(capability)
         if kind is None or tiles.overridden() or not aligned(self.query, self.key, self.value, upstream):
             return chosen
@@ -260,18 +262,18 @@ def _strides(**tensors: Tensor | None) -> dict[str, int | None]:
     }
 
 
-REPRESENTATIVE = ("bf16 128 tree mass", "bf16 128 reach mass")
+REPRESENTATIVE = ("bf16 128 tree mass", "bf16 128 tree reach mass")
 """The three kernels with most to hold, at the models' head dim; their tiles with a reach are not all the same."""
 
 
 def specializations(target: int) -> list[Specialization]:
-    """What calls of every kind compile on a GPU of compute capability target / 10: each entry of the tile table, each feature once."""
+    """What calls of every kind compile on a GPU of compute capability target / 10: each entry of the tile table, each set of features."""
     forms: list[Specialization] = []
-    for label, dtype, dim, features in _SHIPPED:
+    for label, dtype, dim, features in _shipped():
         for launch in _example(dtype, dim, divmod(target, 10), **features):
             name = launch.kernel.__name__.removesuffix("_kernel")
             forms.append(launch.describe(f"tree_attention {name} {label}"))
-    return forms
+    return runtime.distinct(forms)
 
 
 def candidates(target: int) -> list[Specialization]:
@@ -288,36 +290,27 @@ def candidates(target: int) -> list[Specialization]:
     return forms
 
 
-_TREE, _MASS = {"tree": True}, {"tree": True, "num_segments": 4}
-_REACH, _REACH_MASS = {**_TREE, "reach": True}, {**_MASS, "reach": True}
-_REACH_WINDOW_SOFTCAP = {**_REACH, "window": 1024, "softcap": 30.0}
-_SHIPPED: tuple[tuple[str, torch.dtype, int, dict[str, Any]], ...] = (
-    ("bf16 32 causal", torch.bfloat16, 32, {}),
-    ("bf16 64 tree mass", torch.bfloat16, 64, _MASS),
-    ("bf16 80 tree", torch.bfloat16, 80, _TREE),
-    ("bf16 96 tree mass", torch.bfloat16, 96, _MASS),
-    ("bf16 128 causal", torch.bfloat16, 128, {}),
-    ("bf16 128 tree", torch.bfloat16, 128, _TREE),
-    ("bf16 128 tree mass", torch.bfloat16, 128, _MASS),
-    ("bf16 128 tree window softcap", torch.bfloat16, 128, {"tree": True, "window": 1024, "softcap": 30.0}),
-    ("bf16 256 tree", torch.bfloat16, 256, _TREE),
-    ("bf16 256 tree mass", torch.bfloat16, 256, _MASS),
-    ("fp32 64 tree", torch.float32, 64, _TREE),
-    ("fp32 128 tree mass", torch.float32, 128, _MASS),
-    ("bf16 64 reach mass", torch.bfloat16, 64, _REACH_MASS),
-    ("bf16 80 reach", torch.bfloat16, 80, _REACH),
-    ("bf16 96 reach mass", torch.bfloat16, 96, _REACH_MASS),
-    ("bf16 128 reach", torch.bfloat16, 128, _REACH),
-    ("bf16 128 reach window", torch.bfloat16, 128, {**_REACH, "window": 1024}),
-    ("bf16 128 reach mass", torch.bfloat16, 128, _REACH_MASS),
-    ("bf16 128 reach window softcap", torch.bfloat16, 128, _REACH_WINDOW_SOFTCAP),
-    ("bf16 256 reach", torch.bfloat16, 256, _REACH),
-    ("bf16 256 reach window", torch.bfloat16, 256, {**_REACH, "window": 1024}),
-    ("bf16 256 reach mass", torch.bfloat16, 256, _REACH_MASS),
-    ("bf16 256 reach window softcap", torch.bfloat16, 256, _REACH_WINDOW_SOFTCAP),
-    ("fp32 64 reach", torch.float32, 64, _REACH),
-    ("fp32 128 reach mass", torch.float32, 128, _REACH_MASS),
-)
+_GIVEN: dict[str, dict[str, Any]] = {
+    "reach": {"reach": True},
+    "window": {"window": 1024},
+    "softcap": {"softcap": 30.0},
+    "mass": {"num_segments": 4},
+}
+_DIMS = (64, 96, 128, 256)
+"""One of each column of the table, and one that is padded to it."""
+
+
+def _shipped() -> Iterator[tuple[str, torch.dtype, int, dict[str, Any]]]:
+    """Label, dtype, head dim and features. In half precision every set of these, as more of them do not always take more registers."""
+    for dim in (32, *_DIMS):
+        yield f"bf16 {dim} causal", torch.bfloat16, dim, {}
+    sets = [names for count in range(len(tiles.FEATURES) + 1) for names in itertools.combinations(tiles.FEATURES, count)]
+    half = itertools.product([torch.bfloat16], _DIMS, sets)
+    few = [names for names in sets if len(names) in (0, 1, len(tiles.FEATURES))]
+    single = itertools.product([torch.float32], (64, 128), few)
+    for dtype, dim, names in (*half, *single):
+        features = {name: value for each in names for name, value in _GIVEN[each].items()}
+        yield f"{DTYPE_NAMES[dtype]} {dim} {' '.join(('tree', *names))}", dtype, dim, {"tree": True, **features}
 
 
 def _example(

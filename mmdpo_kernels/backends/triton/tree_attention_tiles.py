@@ -5,7 +5,7 @@ Chosen as the largest that compile for the target without spilled registers; the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -48,6 +48,9 @@ class TreeAttentionTiles:
     """One program per query block."""
 
 
+FEATURES = ("reach", "window", "softcap", "mass")
+"""Of a call, what takes registers beside the products."""
+
 WIDEST = 256
 """The widest head that the tables serve."""
 
@@ -87,18 +90,23 @@ No call takes one but under `override`. Triton cannot part the warps of other ca
 _override: list[TreeAttentionTiles] = []
 
 
-def choose(width: int, dtype: torch.dtype, capability: tuple[int, int], heavy: bool, reach: bool = False) -> TreeAttentionTiles:
-    """width: head dim or that of values, the larger. heavy: whether segments or a softcap take registers too. reach: whether rows have one."""
+def choose(
+    width: int, dtype: torch.dtype, capability: tuple[int, int], features: Collection[str] = frozenset()
+) -> TreeAttentionTiles:
+    """width: head dim or that of values, the larger. features: of FEATURES, those that the call has."""
     if _override:
         return _override[-1]
     column = next(widest for widest in (64, 128, 256) if width <= widest)
+    heavy = not {"mass", "softcap"}.isdisjoint(features)
     if dtype == torch.float32:
         return (_FLOAT32_HEAVY if heavy else _FLOAT32).get(column, _FLOAT32[column])
     family = {9: "hopper", 10: "blackwell"}.get(capability[0], "ampere")
     chosen = (_HALF_HEAVY if heavy else _HALF)[family][column]
-    if heavy and width != column:
-        chosen = replace(chosen, **_HEAVY_PADDED.get((family, column), {}))
-    return replace(chosen, **_REACH.get((family, column, heavy), {})) if reach else chosen
+    present = {*features, "heavy" if heavy else "light", *(["padded"] if width != column else [])}
+    for tight in _TIGHT:
+        if (tight.family, tight.column) == (family, column) and tight.when <= present:
+            chosen = replace(chosen, **tight.tiles)
+    return chosen
 
 
 def overridden() -> bool:
@@ -154,20 +162,49 @@ _HALF_HEAVY = {
     },
 }
 
-# Where masks over the columns of a padded head would spill beside the rest, by GPU and head dim.
-_HEAVY_PADDED = {("ampere", 128): {"forward": Tiles(64, 64, 8, 2)}}
 
-# Where a reach beside the rest would spill, by GPU, head dim and whether the call is heavy.
-_REACH = {
-    ("ampere", 128, False): {"forward": Tiles(128, 32, 8, 2)},
-    ("hopper", 128, True): {"grad_key": Tiles(32, 128, 8, 3)},
-}
+@dataclass(frozen=True)
+class _Tight:
+    """Smaller tiles for calls whose features together would spill those of the tables."""
 
-# Outside the tensor cores, the same on all.
+    family: str
+    column: int
+    when: frozenset[str]
+    """Features of the call; also "light" or "heavy" (the table), and "padded" (masks over the columns of a padded head)."""
+    tiles: Mapping[str, Tiles]
+
+
+def _tight(family: str, column: int, when: str, **smaller: Tiles) -> _Tight:
+    return _Tight(family, column, frozenset(when.split()), smaller)
+
+
+# Later ones go over earlier ones. What spills is for the compiler to say: `ahead_of_time --all` asks it for every set of features.
+_TIGHT = (
+    _tight("ampere", 64, "light window", grad_key=Tiles(32, 128, 8, 2)),
+    _tight("ampere", 64, "softcap", grad_query=Tiles(128, 32, 8, 3)),
+    _tight("ampere", 64, "window mass", grad_query=Tiles(128, 32, 8, 3)),
+    _tight("ampere", 128, "heavy padded", forward=Tiles(64, 64, 8, 2)),
+    _tight("ampere", 128, "light reach", forward=Tiles(128, 32, 8, 2)),
+    _tight("ampere", 128, "light window", forward=Tiles(128, 32, 8, 2)),
+    _tight("ampere", 128, "light reach window", grad_key=Tiles(32, 64, 8, 2)),
+    _tight("ampere", 128, "softcap mass", grad_query=Tiles(64, 32, 8, 2)),
+    _tight("ampere", 128, "window mass", grad_query=Tiles(64, 32, 8, 2)),
+    _tight("hopper", 128, "heavy reach", grad_key=Tiles(32, 128, 8, 3)),
+    _tight("hopper", 128, "softcap", grad_key=Tiles(32, 128, 8, 2)),
+    _tight("hopper", 256, "softcap mass", grad_query=Tiles(32, 64, 8, 2)),
+    _tight("blackwell", 64, "window mass", forward=Tiles(128, 32, 8, 3)),
+    _tight("blackwell", 128, "softcap", forward=Tiles(128, 64, 8, 3)),
+    _tight("blackwell", 128, "softcap mass", forward=Tiles(128, 32, 8, 3)),
+)
+
+# Outside the tensor cores, the same on all. Of head dim 256 no tile is small enough for all calls: some spill, the worst 328 bytes a thread.
 _FLOAT32 = {
     64: TreeAttentionTiles(Tiles(32, 32, 4, 2), Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    128: TreeAttentionTiles(Tiles(32, 16, 8, 1), Tiles(16, 32, 8, 1), Tiles(32, 16, 8, 1)),
+    128: TreeAttentionTiles(Tiles(16, 16, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1)),
     256: TreeAttentionTiles(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
-# Where masses would spill.
-_FLOAT32_HEAVY = {128: replace(_FLOAT32[128], forward=Tiles(16, 16, 8, 1))}
+# Where masses, or a softcap, would spill.
+_FLOAT32_HEAVY = {
+    64: replace(_FLOAT32[64], forward=Tiles(32, 32, 8, 1)),
+    128: replace(_FLOAT32[128], grad_key=Tiles(16, 16, 8, 1)),
+}

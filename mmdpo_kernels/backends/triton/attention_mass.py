@@ -365,16 +365,23 @@ class _Work:
         }
 
 
-REPRESENTATIVE = ("rows bf16 128 tree reach",)
+REPRESENTATIVE = ("rows bf16 128 tree reach window softcap",)
 """Every feature at once in the kernels that have fewest registers to spare, at the models' head dim."""
 
 
 def specializations(target: int) -> list[runtime.Specialization]:
-    """What the launchers ask for at the sizes of a training step: every kernel, dtype and way of reading head vectors, each form once."""
+    """What the launchers ask for at the sizes of a training step: every kernel, dtype and way of reading head vectors, each form once.
+
+    In bfloat16 with every set of features, as more of them do not always take more registers.
+    """
     found = []
     sizes = [*itertools.product(runtime.DTYPES, (64, 128, 256)), (torch.bfloat16, 80), (torch.bfloat16, 512)]
     for dtype, dim in sizes:
-        for reduce, known, extras in _FORMS if dim == 128 else _FORMS[:4]:
+        every = dtype == torch.bfloat16 and dim in (64, 128, 256)
+        forms = list(itertools.product(_HEAVIEST, _SETS if every else _FULLEST))
+        if dim == 128:
+            forms += itertools.product(_OTHERS, [""])
+        for (reduce, known), extras in forms:
             for work, name in _described_work(target, dtype, dim, reduce, known, extras):
                 label = f"{name} {runtime.DTYPE_NAMES[dtype]} {dim}{extras}"
                 for launch in work.launches:
@@ -382,17 +389,16 @@ def specializations(target: int) -> list[runtime.Specialization]:
     return runtime.distinct(found)
 
 
-_TREE, _REACH = " tree window softcap", " tree reach window softcap"
-# reduce, lse known, features in the label. The first four hold the kernels with most registers.
-_FORMS = (
-    (None, False, _TREE),
-    ("tokens", True, _TREE),
-    (None, False, _REACH),
-    ("tokens", True, _REACH),
-    ("mean", False, ""),
-    ("mean", True, ""),
-    ("tokens", False, ""),
+# Features as they stand in the label.
+_SETS = tuple(
+    "".join((" tree", *(f" {name}" for name in names)))
+    for count in range(4)
+    for names in itertools.combinations(("reach", "window", "softcap"), count)
 )
+_FULLEST = (" tree window softcap", " tree reach window softcap")
+# reduce, and whether the lse is known: of the kernels with most registers, and of the others.
+_HEAVIEST = ((None, False), ("tokens", True))
+_OTHERS = (("mean", False), ("mean", True), ("tokens", False))
 
 
 def _described_work(
@@ -411,7 +417,7 @@ def _described_work(
             torch.empty(batch, length, dtype=torch.int32) if name in extras else None for name in ("tree", "reach")
         )
         lse = torch.empty(batch, heads, rows) if known else None
-    softcap, window = (2.0, 1024) if extras else (None, None)
+    softcap, window = 2.0 if "softcap" in extras else None, 1024 if "window" in extras else None
     for name in ("forward", "backward"):
         call = AttentionMassCall(segments, positions, count, tree_end, lse, dim**-0.5, softcap, window, reduce, reach)
         work = _Work.of(query, key, call, target)

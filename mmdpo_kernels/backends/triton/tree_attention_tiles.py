@@ -165,7 +165,7 @@ _HALF_HEAVY = {
 
 @dataclass(frozen=True)
 class _Tight:
-    """Smaller tiles for calls whose features together would spill those of the tables."""
+    """Other tiles, mostly smaller, for calls whose features together would spill those of the tables."""
 
     family: str
     column: int

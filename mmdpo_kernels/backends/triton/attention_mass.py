@@ -372,7 +372,7 @@ REPRESENTATIVE = ("rows bf16 128 tree reach window softcap",)
 def specializations(target: int) -> list[runtime.Specialization]:
     """What the launchers ask for at the sizes of a training step: every kernel, dtype and way of reading head vectors, each form once.
 
-    In bfloat16 with every set of features, as more of them do not always take more registers.
+    In bfloat16 with every set of features.
     """
     found = []
     sizes = [*itertools.product(runtime.DTYPES, (64, 128, 256)), (torch.bfloat16, 80), (torch.bfloat16, 512)]
@@ -390,12 +390,8 @@ def specializations(target: int) -> list[runtime.Specialization]:
 
 
 # Features as they stand in the label.
-_SETS = tuple(
-    "".join((" tree", *(f" {name}" for name in names)))
-    for count in range(4)
-    for names in itertools.combinations(("reach", "window", "softcap"), count)
-)
-_FULLEST = (" tree window softcap", " tree reach window softcap")
+_SETS = [" " + " ".join(("tree", *names)) for names in runtime.feature_sets(("reach", "window", "softcap"))]
+_FULLEST = [" tree window softcap", " tree reach window softcap"]
 # reduce, and whether the lse is known: of the kernels with most registers, and of the others.
 _HEAVIEST = ((None, False), ("tokens", True))
 _OTHERS = (("mean", False), ("mean", True), ("tokens", False))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,11 @@ class Specialization:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+
+
+def feature_sets(features: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every set of them, the smallest first: what the compiler is asked for, as more features do not always take more registers."""
+    return [names for count in range(len(features) + 1) for names in itertools.combinations(features, count)]
 
 
 def distinct(forms: Iterable[Specialization]) -> list[Specialization]:

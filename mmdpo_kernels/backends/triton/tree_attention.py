@@ -301,10 +301,10 @@ _DIMS = (64, 96, 128, 256)
 
 
 def _shipped() -> Iterator[tuple[str, torch.dtype, int, dict[str, Any]]]:
-    """Label, dtype, head dim and features. In half precision every set of these, as more of them do not always take more registers."""
+    """Label, dtype, head dim and features; in half precision every set of these."""
     for dim in (32, *_DIMS):
         yield f"bf16 {dim} causal", torch.bfloat16, dim, {}
-    sets = [names for count in range(len(tiles.FEATURES) + 1) for names in itertools.combinations(tiles.FEATURES, count)]
+    sets = runtime.feature_sets(tiles.FEATURES)
     half = itertools.product([torch.bfloat16], _DIMS, sets)
     few = [names for names in sets if len(names) in (0, 1, len(tiles.FEATURES))]
     single = itertools.product([torch.float32], (64, 128), few)

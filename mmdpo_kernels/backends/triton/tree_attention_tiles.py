@@ -197,7 +197,7 @@ _TIGHT = (
     _tight("blackwell", 128, "softcap mass", forward=Tiles(128, 32, 8, 3)),
 )
 
-# Outside the tensor cores, the same on all. Of head dim 256 no tile is small enough for all calls: some spill, the worst 328 bytes a thread.
+# Outside the tensor cores, the same on all. Of head dim 256 no tile is small enough for all calls: some spill.
 _FLOAT32 = {
     64: TreeAttentionTiles(Tiles(32, 32, 4, 2), Tiles(16, 32, 8, 1), Tiles(32, 32, 8, 1)),
     128: TreeAttentionTiles(Tiles(16, 16, 8, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1)),
